@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Sets up what is missing, then checks style and types and runs the tests. GPU tests run where there is a GPU.
+#
+#   bash launch/test.sh               all but the slow tests: what CI runs
+#   bash launch/test.sh --slow        the slow ones too
+#   bash launch/test.sh --fast        for every save: nothing that takes long or starts a cluster
+#   bash launch/test.sh tests/masks -k magnitude        anything else goes to pytest
+set -euo pipefail
+cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
+
+selection="not slow"
+case "${1:-}" in
+    --slow) selection="" && shift ;;
+    --fast) selection="not slow and not ray and not gpu" && shift ;;
+esac
+
+bash launch/setup.sh
+bin=$PWD/.venv/bin
+export TORCH_EXTENSIONS_DIR="$PWD/.venv/torch_extensions"
+# Left by a killed build, a lock stops every later one; no build takes half an hour.
+find "$TORCH_EXTENSIONS_DIR" -name lock -mmin +30 -delete 2>/dev/null || true
+
+"$bin/ruff" check .
+"$bin/ruff" format --check .
+"$bin/mypy"
+exec "$bin/python" -m pytest -m "$selection" "$@"

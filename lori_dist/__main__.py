@@ -1,0 +1,409 @@
+"""The `lori` command."""
+
+import argparse
+import functools
+import json
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# Everything heavy is imported by the verb that needs it: --help and a mistake in a configuration answer at once.
+from lori_dist import config, describe, plugin
+from lori_dist.errors import ConfigError, LoriError
+
+Verb = Callable[[argparse.Namespace], None]
+
+log = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb. Returns the exit code: 0, 1 for what failed, 2 for a mistake in the configuration or the call."""
+    chosen = _parse(sys.argv[1:] if arguments is None else arguments)
+    world_rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    _configure_logging(chosen.verbose, first=world_rank == "0")
+    try:
+        chosen.verb(chosen)
+        sys.stdout.flush()
+    except LoriError as error:
+        where = "" if world_rank == "0" else f"rank {world_rank}: "
+        print(f"{where}{''.join(traceback.format_exception(error)) if chosen.verbose else error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except BrokenPipeError:  # as in `lori show FILE | head`; what is still to be written goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    return 0
+
+
+# --- verbs -----------------------------------------------------------------------------------------------------------
+
+
+def run(arguments: argparse.Namespace) -> None:
+    described = config.load(arguments.config, arguments.settings)
+    from lori_dist import progress
+    from lori_dist.cluster import ray
+    from lori_dist.evaluation._table import table
+
+    with progress.of_run() as show_progress:
+        summary = ray.execute(described, progress=show_progress)
+    made = {**summary["adapters"], **summary["merges"]}
+    files = [(name, describe.size(item["kept"], item["total"]), item["path"]) for name, item in made.items()]
+    print(table(summary["evaluation"]), describe.table(("model", "size", "adapter"), files), sep="\n\n")
+    print(f"\n{described.folder / ray.SUMMARY}")
+
+
+def train(arguments: argparse.Namespace) -> None:
+    described = config.load(arguments.config, arguments.settings)
+    if arguments.task not in described.tasks:
+        known, near = ", ".join(described.tasks), plugin.nearest(arguments.task, described.tasks)
+        raise ConfigError(f"--task: there is no task {arguments.task!r}; there are {known}.{near}")
+    import torch.distributed as dist
+
+    from lori_dist import progress
+    from lori_dist.cluster.launcher import train_task
+    from lori_dist.training.world import from_environment
+
+    world = from_environment()
+    with progress.of_training() as show_progress:
+        path = train_task(described, arguments.task, world, progress=show_progress)
+    dist.destroy_process_group()
+    if world.rank == 0:
+        print(path)
+
+
+def merge(arguments: argparse.Namespace) -> None:
+    adapters = [Path(word) for word in arguments.adapters if not _is_option(word)]
+    options = _options([word for word in arguments.adapters if _is_option(word)] + arguments.settings)
+    plugin.find("merges", arguments.method, "merge", "--method").bind(options, "--method")
+    if not adapters:
+        raise ConfigError("ADAPTER: none is given; give the adapter files to merge")
+    weights = _weights(arguments.weights, len(adapters))
+    _check_writable(arguments.out, "OUT")
+    from lori_dist.merges import merge_files
+
+    made = merge_files(adapters, arguments.out, method=arguments.method, options=options, weights=weights)
+    print(f"{made['path']}: {describe.size(made['kept'], made['total'])}, {made['bytes']:,} bytes")
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    described = config.load(arguments.config, arguments.settings)
+    if arguments.out is not None:
+        _check_writable(arguments.out, "--out")
+    adapters = {str(path): path for path in arguments.adapter or ()} or _finished_adapters(described)
+    models = {"base": None, **adapters}
+    import torch
+
+    from lori_dist import evaluation, progress
+    from lori_dist.evaluation._table import table
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    matrix = {}
+    with progress.of_evaluation(tuple(models)) as show_progress:
+        for name, adapter in models.items():
+            shown = functools.partial(show_progress, name)
+            matrix[name] = evaluation.evaluate(described, adapter, device=device, progress=shown)
+    print(table(matrix))
+    if arguments.out is not None:
+        _write_json(arguments.out, matrix)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    if arguments.format == "folded" and arguments.base is None:
+        raise ConfigError("--base: is missing; --format folded writes the base model with the adapter in it")
+    from lori_dist.adapter import file
+
+    adapter = file.load(arguments.adapter)
+    if arguments.format == "folded":
+        from lori_dist.integrations.folded import export_folded
+
+        export_folded(arguments.base, adapter, arguments.out)
+    else:
+        from lori_dist.integrations import peft
+
+        base = arguments.base or adapter.base.get("name")
+        if base is None:
+            raise ConfigError("--base: is missing, and the adapter does not name its base model; name it")
+        peft.export(adapter, arguments.out, base_model_name=str(base))
+    print(arguments.out)
+
+
+def show(arguments: argparse.Namespace) -> None:
+    print(describe.methods() if arguments.what == "methods" else describe.adapter_file(Path(arguments.what)))
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    suite = plugin.find("benchmarks", arguments.suite, "run", "SUITE")
+    options = suite.bind(_options(arguments.settings), "SUITE")
+    if arguments.out is not None:
+        _check_writable(arguments.out, "--out")
+    from lori_dist.benchmarks import machine
+
+    measured = suite.load()(**options)
+    ratios = [(name, str(ratio)) for name, ratio in measured["ratios"].items()]
+    print(describe.records(measured["rows"]), describe.table(("ratio", ""), ratios), sep="\n\n")
+    if arguments.out is not None:
+        _write_json(arguments.out, {"suite": arguments.suite, "options": options, "machine": machine(), **measured})
+
+
+# --- what they are given and leave -----------------------------------------------------------------------------------
+
+
+def _options(words: Sequence[str]) -> dict[str, Any]:
+    """Options of a method, from words such as `density=0.5`."""
+    options = {}
+    for word in words:
+        if not _is_option(word):
+            raise ConfigError(f"{word}: an option of a method reads NAME=VALUE, such as density=0.5")
+        name, _, text = word.partition("=")
+        try:
+            options[name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{word}: {text!r} is not valid YAML; put quotes around it") from error
+    return options
+
+
+def _is_option(word: str) -> bool:
+    return re.match(r"[A-Za-z_]\w*=", word) is not None
+
+
+def _weights(text: str | None, num_adapters: int) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        weights = [float(word) for word in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--weights: {text!r} was given; write numbers and commas, such as 0.7,0.3") from error
+    if len(weights) != num_adapters:
+        raise ConfigError(f"--weights: {len(weights)} given for {num_adapters} adapters; give one per adapter")
+    return weights
+
+
+def _check_writable(path: Path, where: str) -> None:
+    """Before long work, whose result would be lost at its end."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ConfigError(f"{where}: {str(path)!r} cannot be a file; give a file's name in a folder that exists")
+
+
+def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+
+
+def _finished_adapters(described: config.Run) -> dict[str, Path]:
+    """Task or merge -> its adapter, of all that a run of this very configuration has finished."""
+    from lori_dist import folder
+    from lori_dist.cluster import summary
+
+    plan = plugin.find("multitask", described.multitask.name, "plan", "multitask")
+    jobs = plan.load()(described, **plan.bind(described.multitask.options, "multitask"))
+    making = [job for job in jobs if job.kind != "evaluate"]
+    made = [job for job in making if folder.finished(described.folder, job)]
+    if len(made) < len(making):
+        log.warning("%s: %d of %d adapters are there; only they are measured", described.folder, len(made), len(making))
+    return {job.name.partition("-")[2]: summary.path(described, job) for job in made}
+
+
+# --- how they are called ---------------------------------------------------------------------------------------------
+
+
+def _configure_logging(verbose: bool, *, first: bool) -> None:
+    """To stderr, from the first of the processes started together. Progress is for people: only where one watches."""
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    level = logging.DEBUG if verbose else logging.INFO if sys.stderr.isatty() else logging.WARNING
+    logging.getLogger("lori_dist").setLevel(level if first else logging.ERROR)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # those of transformers too
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """KEY=VALUE may also come after options, where argparse by itself does not expect it."""
+    parser = _parser()
+    chosen, more = parser.parse_known_args(arguments)
+    unknown = [word for word in more if word.startswith("-") or not hasattr(chosen, "settings")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    chosen.settings = [*getattr(chosen, "settings", ()), *more]
+    return chosen
+
+
+OVERRIDES = """\
+overrides:
+  KEY=VALUE changes the configuration without editing the file; KEY is the dotted path of a field, VALUE is YAML:
+    train.lr=1e-4   train.engine=fsdp   train.engine.stage=3   tasks.math.train=data/math.jsonl
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Every verb's function has its name, and is called with the parsed arguments."""
+    parser = argparse.ArgumentParser(
+        prog="lori",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Trains LoRI adapters for several tasks, merges them and measures what the merge keeps.",
+        epilog="Start with: lori run configs/quickstart.yaml\n`lori VERB --help` says more and gives an example.",
+    )
+    parser.add_argument("--version", action="version", version=f"lori_dist {metadata.version('lori_dist')}")
+    _add_local_rank(parser)
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    verb = _add(
+        verbs,
+        run,
+        "train, merge and evaluate everything a configuration describes, under Ray",
+        f"""\
+Trains an adapter per task, merges them and evaluates base, adapters and merges on every task. Jobs that do not need
+each other run side by side. What an earlier run of the same configuration finished is not done again; what it began
+is continued.
+
+example:
+  lori run configs/quickstart.yaml train.engine=fsdp cluster.workers=2
+
+{OVERRIDES}""",
+    )
+    _add_config(verb)
+
+    verb = _add(
+        verbs,
+        train,
+        "train one task's adapter, alone or under a launcher",
+        f"""\
+Trains the adapter of one task of a configuration, in the processes that a launcher has started. The result is in the
+same place as that of `lori run`, which then does not train this task again.
+
+examples:
+  lori train run.yaml --task math
+  torchrun --nproc-per-node 8 -m lori_dist train run.yaml --task math train.engine=fsdp
+  deepspeed --num_gpus 8 --module lori_dist train run.yaml --task math train.engine=deepspeed train.engine.stage=3
+  accelerate launch --multi_gpu --num_processes 8 -m lori_dist train run.yaml --task math
+  srun --ntasks-per-node 8 lori train run.yaml --task math
+
+{OVERRIDES}""",
+    )
+    _add_config(verb)
+    verb.add_argument("--task", required=True, metavar="NAME", help="a task of the configuration")
+    _add_local_rank(verb)
+
+    verb = _add(
+        verbs,
+        merge,
+        "merge adapter files into one",
+        """\
+Merges adapters, module by module and without the base model. `lori show methods` lists the methods and their options.
+
+example:
+  lori merge merged.safetensors math.safetensors code.safetensors --method linear --weights 0.7,0.3
+""",
+    )
+    verb.add_argument("out", metavar="OUT", type=Path, help="the file to write")
+    verb.add_argument(
+        "adapters", metavar="ADAPTER", nargs="+", help="adapter files; options of the method as KEY=VALUE"
+    )
+    verb.add_argument(
+        "--method", required=True, metavar="NAME", help="a name from `lori show`, or your own package.module"
+    )
+    verb.set_defaults(settings=[])
+    verb.add_argument("--weights", metavar="W,W,...", help="one per adapter; by default equal ones that sum to one")
+
+    verb = _add(
+        verbs,
+        evaluate,
+        "measure base and adapters on every task of a configuration",
+        f"""\
+Prints one table per metric: models down, tasks across. Without --adapter it measures the base and every adapter and
+merge that a run of this configuration has finished.
+
+example:
+  lori evaluate run.yaml --adapter merged.safetensors --out matrix.json evaluate.rows=100
+
+{OVERRIDES}""",
+    )
+    _add_config(verb)
+    verb.add_argument("--adapter", metavar="PATH", type=Path, action="append", help="an adapter file; can be repeated")
+    verb.add_argument("--out", metavar="FILE", type=Path, help="also write the figures there, as JSON")
+
+    verb = _add(
+        verbs,
+        export,
+        "write an adapter in a form that other programs read",
+        """\
+peft: a LoRA folder that peft.PeftModel.from_pretrained loads; its outputs are those of the adapter.
+folded: the base model with the adapter added to its weights, an ordinary transformers folder.
+
+examples:
+  lori export runs/quickstart/merge-concat/adapter.safetensors exported --format peft
+  lori export adapter.safetensors model-with-adapter --format folded --base path/to/base
+""",
+    )
+    verb.add_argument("adapter", metavar="ADAPTER", type=Path, help="an adapter file")
+    verb.add_argument("out", metavar="OUT", type=Path, help="the folder to write; must not exist, or be empty")
+    verb.add_argument("--format", required=True, choices=("peft", "folded"))
+    verb.add_argument("--base", metavar="PATH", help="the base model; for peft, by default the one the adapter names")
+
+    verb = _add(
+        verbs,
+        show,
+        "what is in an adapter file, or which methods there are",
+        """\
+With an adapter file: its header, its blocks, and how dense B is in each layer and projection.
+Without, or with the word `methods`: every mask, merge, engine, plan, metric and benchmark, with its options.
+
+examples:
+  lori show runs/quickstart/train-arithmetic/adapter.safetensors
+  lori show methods
+""",
+    )
+    verb.add_argument("what", metavar="ADAPTER", nargs="?", default="methods", help="an adapter file, or `methods`")
+
+    verb = _add(
+        verbs,
+        bench,
+        "run a benchmark",
+        """\
+Prints what was measured and the ratios that matter. The JSON file has `rows`, `ratios`, `suite` and `machine`.
+
+example:
+  lori bench projection --out projection.json
+""",
+    )
+    verb.add_argument("suite", metavar="SUITE", help=f"one of {', '.join(plugin.names('benchmarks'))}")
+    verb.add_argument("settings", metavar="KEY=VALUE", nargs="*", help="options of the suite")
+    verb.add_argument("--out", metavar="FILE", type=Path, help="write the figures there, as JSON")
+    return parser
+
+
+def _add(
+    verbs: Any, function: Callable[[argparse.Namespace], None], summary: str, text: str
+) -> argparse.ArgumentParser:
+    description, _, rest = text.partition("\n\n")
+    verb: argparse.ArgumentParser = verbs.add_parser(
+        function.__name__,
+        help=summary,
+        description=description,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.set_defaults(verb=function)
+    verb.add_argument("--verbose", action="store_true", help="log more, and show tracebacks")
+    return verb
+
+
+def _add_config(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("config", metavar="CONFIG", help="a YAML file")
+    verb.add_argument("settings", metavar="KEY=VALUE", nargs="*", help="overrides; see below")
+
+
+def _add_local_rank(parser: argparse.ArgumentParser) -> None:
+    """The deepspeed launcher puts it before or after the verb. It says what the environment says as well."""
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""An adapter in memory: what was trained, apart from any model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lori_dist.adapter.projection import GENERATOR, projection
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spec:
+    """What an adapter is before training: enough to build it on any rank."""
+
+    rank: int
+    """Rows of A, columns of B."""
+    alpha: float
+    """The update is (alpha / rank) * B A."""
+    seed: int
+    """A is generated from this and the module's path."""
+    targets: str | tuple[str, ...] = "all-linear"
+    """Module names, patterns, or `all-linear`."""
+    dtype: torch.dtype = torch.float32
+    """Of A: formed in fp32 and cast once, so casting the model never changes what was trained."""
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entries:
+    """The kept entries of one module's B."""
+
+    index: Tensor | None  # (kept,), int32, ascending flat positions in (out_features, rank); None: all are kept
+    values: Tensor  # (kept,)
+
+    def dense(self, out_features: int, rank: int) -> Tensor:
+        """B, (out_features, rank)."""
+        if self.index is None:
+            return self.values.view(out_features, rank)
+        flat = self.values.new_zeros(out_features * rank)
+        return flat.index_copy_(0, self.index.long(), self.values).view(out_features, rank)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """One A and its sparse B over all modules. A trained adapter has one block, a concat merge of T tasks has T."""
+
+    name: str
+    """The task it was trained on."""
+    seed: int
+    rank: int
+    alpha: float
+    dtype: torch.dtype = torch.float32
+    """Of A."""
+    weight: float = 1.0
+    """The block's share in a merge: its update is weight * (alpha / rank) * B A."""
+    entries: Mapping[str, Entries]
+    """Module path -> kept entries. A module that keeps none is absent."""
+    checksums: Mapping[str, str]
+    """Module path -> checksum of A, for every module of the adapter."""
+
+    @property
+    def scale(self) -> float:
+        return self.weight * self.alpha / self.rank
+
+    def projection(self, module: str, in_features: int, *, device: torch.device | str = "cpu") -> Tensor:
+        """A of one module, (rank, in_features)."""
+        return projection(self.seed, module, self.rank, in_features, dtype=self.dtype, device=device)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adapter:
+    """Kept entries of every block over every target module."""
+
+    shapes: Mapping[str, tuple[int, int]]
+    """Module path -> (out_features, in_features) of the weight it adapts, for every target, kept entries or not."""
+    blocks: tuple[Block, ...]
+    targets: str | tuple[str, ...]
+    """As asked for when it was attached."""
+    base: Mapping[str, Any] = field(default_factory=dict)
+    """Identity of the base model; empty when unknown."""
+    generator: str = GENERATOR
+
+    @property
+    def kept(self) -> int:
+        return sum(entries.values.numel() for block in self.blocks for entries in block.entries.values())
+
+    @property
+    def total(self) -> int:
+        """Entries of B over all modules and blocks."""
+        return sum(out_features * block.rank for block in self.blocks for out_features, _ in self.shapes.values())
+
+    def delta(self, module: str) -> Tensor:
+        """The update of one module's weight, (out_features, in_features), fp32: the sum over blocks of scale * B A."""
+        out_features, in_features = self.shapes[module]
+        update = torch.zeros(out_features, in_features)
+        for block in self.blocks:
+            if module in block.entries:
+                b = block.entries[module].dense(out_features, block.rank).float()
+                update.addmm_(b, block.projection(module, in_features).float(), alpha=block.scale)
+        return update

@@ -1,0 +1,311 @@
+"""Putting an adapter on a model, taking it off, and baking it in."""
+
+import fnmatch
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec
+from lori_dist.adapter.linear import AdaptedLinear, Delta, features, is_conv1d
+from lori_dist.adapter.projection import checksum
+from lori_dist.errors import AdapterError
+from lori_dist.plugin import nearest
+
+ATTACHED = "lori_attached"
+"""Where an adapted model keeps what was attached to it."""
+
+
+@runtime_checkable
+class HasOutputEmbeddings(Protocol):
+    """A transformers model, as far as `all-linear` has to know it."""
+
+    def get_output_embeddings(self) -> nn.Module | None: ...
+
+
+def attach(
+    model: nn.Module, what: Spec | Adapter, *, masks: Mapping[str, Tensor] | None = None
+) -> dict[str, AdaptedLinear]:
+    """Puts an adapter on a model, in place. Returns module path -> the layer that replaced it, in the model's order.
+
+    With a Spec: something to train. The whole base is frozen; every target gets the update scale * B A whose B starts
+    at zero. masks: module path -> (out_features, rank) bool, the entries of B that exist; without masks, all do.
+    With an Adapter: its trained updates, frozen; A is made again and compared with the adapter's checksums.
+
+    Raises AdapterError for targets that match nothing or are no linear layers, for shapes that differ, for a layer
+    used in two places, and for a model that has an adapter already.
+    """
+    if getattr(model, ATTACHED, None) is not None:
+        raise AdapterError("model: an adapter is attached already; detach(model) first, or merge the two adapters")
+    if isinstance(what, Adapter):
+        if masks is not None:
+            raise AdapterError("masks: were given with an adapter, which brings its own; leave them out")
+        layers = _from_adapter(model, what)
+    else:
+        layers = _from_spec(model, what, masks)
+    model.requires_grad_(False)
+    for path, layer in layers.items():
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, layer)
+        for delta in layer.deltas:
+            delta.requires_grad_(isinstance(what, Spec))
+    setattr(model, ATTACHED, what)
+    return layers
+
+
+def detach(model: nn.Module) -> None:
+    """Takes the adapter off: the base layers stand where they stood. Updates folded into them stay folded."""
+    for path, layer in _attached(model).items():
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, layer.base)
+    setattr(model, ATTACHED, None)
+
+
+@torch.no_grad()
+def fold(model: nn.Module) -> None:
+    """Adds the updates to the base's weights, so that the model runs at the base's speed. `unfold` takes them out."""
+    layers = _attached(model)
+    _refuse_unfoldable(model, layers)
+    for layer in layers.values():
+        if not layer.folded:
+            _add(layer, 1.0)
+            layer.folded = True
+
+
+@torch.no_grad()
+def unfold(model: nn.Module) -> None:
+    """Takes folded updates out of the base's weights again, to the rounding of their dtype."""
+    for layer in _attached(model).values():
+        if layer.folded:
+            _add(layer, -1.0)
+            layer.folded = False
+
+
+def adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """Module path -> adapted layer, in the model's order, which is the canonical order of all per-module results."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Module path -> the kept entries being trained, (kept,). Modules that keep none are absent."""
+    return {
+        path: delta.values
+        for path, layer in adapted(model).items()
+        for delta in layer.deltas
+        if delta.values is not None and delta.values.requires_grad
+    }
+
+
+def projection_checksums(model: nn.Module) -> dict[str, str]:
+    """Module path -> checksum of the A in memory, of a model with one trained update per target."""
+    return {path: checksum(layer.deltas[0].projection) for path, layer in adapted(model).items()}
+
+
+def extract(
+    model: nn.Module,
+    *,
+    name: str,
+    values: Mapping[str, Tensor] | None = None,
+    base: Mapping[str, Any] | None = None,
+) -> Adapter:
+    """The adapter that a model being trained holds.
+
+    name: of the task. values: module path -> (kept,) replaces the parameters, for engines that shard them.
+    base: identity of the base model.
+    """
+    layers, spec = _attached(model), getattr(model, ATTACHED)
+    if isinstance(spec, Adapter):
+        return spec
+    values = trainable(model) if values is None else values
+    entries = {
+        path: Entries(index=_cpu(layer.deltas[0].index), values=_cpu(values[path]))
+        for path, layer in layers.items()
+        if layer.deltas[0].kept
+    }
+    block = Block(
+        name=name,
+        seed=spec.seed,
+        rank=spec.rank,
+        alpha=spec.alpha,
+        dtype=spec.dtype,
+        entries=entries,
+        checksums=projection_checksums(model),
+    )
+    shapes = {path: features(layer.base) for path, layer in layers.items()}
+    return Adapter(shapes=shapes, blocks=(block,), targets=spec.targets, base=dict(base or {}))
+
+
+def _cpu(tensor: Tensor | None) -> Any:
+    return None if tensor is None else tensor.detach().to("cpu", copy=True)
+
+
+def _attached(model: nn.Module) -> dict[str, AdaptedLinear]:
+    if getattr(model, ATTACHED, None) is None:
+        raise AdapterError("model: no adapter is attached; attach(model, spec) first")
+    return adapted(model)
+
+
+def _from_spec(model: nn.Module, spec: Spec, masks: Mapping[str, Tensor] | None) -> dict[str, AdaptedLinear]:
+    bases = match(model, spec.targets)
+    for path in masks or {}:
+        if path not in bases:
+            raise AdapterError(f"masks: there is a mask for {path}, which is not a target; {_listing(bases)}")
+    return {path: AdaptedLinear(base, [_delta(path, base, spec, masks)]) for path, base in bases.items()}
+
+
+def _delta(path: str, base: nn.Module, spec: Spec, masks: Mapping[str, Tensor] | None) -> Delta:
+    out_features, in_features = features(base)
+    index = None
+    if masks is not None:
+        if path not in masks:
+            raise AdapterError(f"masks: there is none for {path}; give one for every target, or none at all")
+        mask = masks[path]
+        if mask.dtype != torch.bool or tuple(mask.shape) != (out_features, spec.rank):
+            raise AdapterError(
+                f"masks: the mask of {path} is {mask.dtype} {tuple(mask.shape)}; "
+                f"wanted torch.bool {(out_features, spec.rank)}"
+            )
+        index = None if bool(mask.all()) else mask.flatten().nonzero().squeeze(1).to(torch.int32)
+    return Delta(
+        module=path,
+        in_features=in_features,
+        out_features=out_features,
+        seed=spec.seed,
+        rank=spec.rank,
+        scale=spec.scale,
+        dtype=spec.dtype,
+        index=index,
+        device=_device(base),
+    )
+
+
+def _from_adapter(model: nn.Module, adapter: Adapter) -> dict[str, AdaptedLinear]:
+    bases = match(model, tuple(adapter.shapes))
+    for path, shape in adapter.shapes.items():
+        if features(bases[path]) != shape:
+            raise AdapterError(
+                f"{path}: the adapter was trained on a weight of shape {shape}, this model's is "
+                f"{features(bases[path])}; use the base model it was trained on"
+            )
+    return {
+        path: AdaptedLinear(base, [_trained(path, base, block) for block in adapter.blocks if path in block.entries])
+        for path, base in bases.items()
+    }
+
+
+@torch.no_grad()
+def _trained(path: str, base: nn.Module, block: Block) -> Delta:
+    entries = block.entries[path]
+    out_features, in_features = features(base)
+    delta = Delta(
+        module=path,
+        in_features=in_features,
+        out_features=out_features,
+        seed=block.seed,
+        rank=block.rank,
+        scale=block.scale,
+        dtype=block.dtype,
+        index=entries.index,
+        device=_device(base),
+    )
+    if not delta.projection.is_meta and checksum(delta.projection) != block.checksums[path]:
+        raise AdapterError(
+            f"{path}: A made from seed {block.seed} has checksum {checksum(delta.projection)}, the adapter was trained "
+            f"with {block.checksums[path]}; the file is damaged or comes from another generator"
+        )
+    assert delta.values is not None
+    delta.values.copy_(entries.values)
+    return delta
+
+
+def match(model: nn.Module, targets: str | tuple[str, ...]) -> dict[str, nn.Module]:
+    """The linear layers that targets name, in the model's order.
+
+    targets: `all-linear` (all but the output embedding), or names (`q_proj`), paths, or patterns over whole paths
+    (`model.layers.*.mlp.*`). Raises AdapterError for a target that matches nothing, listing what there is.
+    """
+    if targets == "all-linear":
+        output = model.get_output_embeddings() if isinstance(model, HasOutputEmbeddings) else None
+        chosen = {path: module for path, module in _linear(model).items() if module is not output}
+        if not chosen:
+            raise AdapterError("targets: the model has no linear layer; name the modules to adapt")
+    else:
+        wanted = (targets,) if isinstance(targets, str) else targets
+        found = {path for target in wanted for path in _named(model, target)}
+        chosen = {path: module for path, module in model.named_modules() if path in found}
+    for path, module in chosen.items():
+        _refuse_unadaptable(model, path, module)
+    return chosen
+
+
+def _named(model: nn.Module, target: str) -> list[str]:
+    linear = _linear(model)
+    if target in linear:
+        return [target]
+    is_pattern = any(character in target for character in "*?[")
+    paths = [
+        path for path in linear if (fnmatch.fnmatchcase(path, target) if is_pattern else path.endswith(f".{target}"))
+    ]
+    if paths:
+        return paths
+    other = next((module for path, module in model.named_modules() if path and f".{path}".endswith(f".{target}")), None)
+    if other is not None:
+        raise AdapterError(f"targets: {target!r} is a {type(other).__name__}, no linear layer; {_listing(linear)}")
+    names = {path.rpartition(".")[2] for path in linear}
+    raise AdapterError(f"targets: {target!r} matches nothing; {_listing(linear)}{nearest(target, names)}")
+
+
+def _linear(model: nn.Module) -> dict[str, nn.Module]:
+    return {
+        path: module for path, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)
+    }
+
+
+def _listing(paths: Mapping[str, nn.Module]) -> str:
+    names = sorted({path.rpartition(".")[2] for path in paths})
+    return f"the model's linear layers are called {', '.join(names) or '(there are none)'}."
+
+
+def _refuse_unadaptable(model: nn.Module, path: str, module: nn.Module) -> None:
+    if type(module) is not nn.Linear and not is_conv1d(module):
+        raise AdapterError(
+            f"targets: {path} is a {type(module).__name__}, a linear layer of a kind that is not supported "
+            "(quantised layers are not); name other targets"
+        )
+    places = [place for place, other in model.named_modules(remove_duplicate=False) if other is module]
+    if len(places) > 1:
+        raise AdapterError(
+            f"targets: {' and '.join(places)} are one and the same layer; A belongs to one path, "
+            "so leave it out of the targets or give each place its own layer"
+        )
+
+
+def _refuse_unfoldable(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for path, layer in layers.items():
+        weight = layer.weight
+        if len(owners[id(weight)]) > 1:
+            raise AdapterError(
+                f"{path}: its weight is tied to {', '.join(owners[id(weight)])}; folding would change all of them, "
+                "so untie it first or keep the adapter unfolded"
+            )
+        if hasattr(weight, "placements") or tuple(weight.shape) not in (
+            features(layer.base),
+            features(layer.base)[::-1],
+        ):
+            raise AdapterError(f"{path}: its weight is sharded; save the adapter and fold it in one process")
+        if not weight.dtype.is_floating_point:
+            raise AdapterError(f"{path}: its weight is {weight.dtype}; fold takes floating point weights")
+
+
+def _add(layer: AdaptedLinear, sign: float) -> None:
+    for delta in layer.deltas:
+        update = delta.weight().mul_(sign)
+        layer.weight.add_((update.t() if is_conv1d(layer.base) else update).to(layer.weight.dtype))
+
+
+def _device(base: nn.Module) -> torch.device:
+    return next(base.parameters()).device

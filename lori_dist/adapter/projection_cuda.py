@@ -1,0 +1,57 @@
+"""The projection's kernel for CUDA: Philox4x64-10 and the rounding to values in one pass, the bits of the CPU."""
+
+import torch
+import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]  # optional, and without stubs
+import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
+from torch import Tensor
+
+_BLOCKS = 128  # Philox blocks in a tile, one for each thread of four warps
+_MULTIPLIER_0 = tl.constexpr(0xD2E7470EE14C6C93)
+_MULTIPLIER_1 = tl.constexpr(0xCA5A826395121157)
+_WEYL_0 = tl.constexpr(0x9E3779B97F4A7C15)
+_WEYL_1 = tl.constexpr(0xBB67AE8584CAA73B)
+
+
+def fill(runs: Tensor, key: int, first: int, stride: int, scale: float) -> None:
+    """Run i of `runs`, (num_runs, width), gets the entries from first + i * stride on."""
+    num_runs, width = runs.shape
+    num_tiles = triton.cdiv(width + 7, 8 * _BLOCKS)  # of one run, which may start inside of a block of 8 entries
+    low, high = (_signed(key >> shift & 0xFFFFFFFFFFFFFFFF) for shift in (0, 64))
+    with torch.cuda.device(runs.get_device()):
+        _fill[(num_runs * num_tiles,)](runs, low, high, first, stride, width, num_tiles, scale, BLOCKS=_BLOCKS)
+
+
+def _signed(word: int) -> int:
+    # Triton types an integer by its value; as signed ones they all widen to the same 64 bits.
+    return word - 2**64 if word >= 2**63 else word
+
+
+# Not specialized, since these differ from module to module and each combination would be compiled anew.
+@triton.jit(do_not_specialize=["low", "high", "first", "stride", "width", "num_tiles"])  # type: ignore[untyped-decorator]
+def _fill(out, low, high, first, stride, width, num_tiles, scale, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
+    program = tl.program_id(0)
+    run = tl.cast(program // num_tiles, tl.int64)
+    start = first + run * stride
+    block = start // 8 + program % num_tiles * BLOCKS + tl.arange(0, BLOCKS)
+    c0 = block.to(tl.uint64)
+    c1 = tl.zeros_like(c0)
+    c2 = tl.zeros_like(c0)
+    c3 = tl.zeros_like(c0)
+    k0 = tl.cast(low, tl.int64).to(tl.uint64)
+    k1 = tl.cast(high, tl.int64).to(tl.uint64)
+    for _ in tl.static_range(10):
+        high_0 = tl.umulhi(c0, _MULTIPLIER_0)
+        high_1 = tl.umulhi(c2, _MULTIPLIER_1)
+        low_0 = c0 * _MULTIPLIER_0
+        low_1 = c2 * _MULTIPLIER_1
+        c0 = high_1 ^ c1 ^ k0
+        c1 = low_1
+        c2 = high_0 ^ c3 ^ k1
+        c3 = low_0
+        k0 += _WEYL_0
+        k1 += _WEYL_1
+    words = tl.interleave(tl.interleave(c0, c2), tl.interleave(c1, c3))
+    halves = tl.interleave(words.to(tl.uint32), (words >> 32).to(tl.uint32))
+    values = (halves.to(tl.int32, bitcast=True) >> 8).to(tl.float32) * scale
+    column = (start // 8 + program % num_tiles * BLOCKS) * 8 + tl.arange(0, 8 * BLOCKS) - start
+    tl.store(out + run * width + column, values.to(out.dtype.element_ty), mask=(column >= 0) & (column < width))

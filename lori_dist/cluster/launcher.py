@@ -1,0 +1,75 @@
+"""One training in the processes that a launcher has started, with its result where a run looks for it."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from lori_dist import folder, plugin
+from lori_dist.cluster.ray import CHECKPOINTS, with_absolute_paths
+from lori_dist.cluster.summary import path
+from lori_dist.config import Run
+from lori_dist.errors import ConfigError, JobError, LoriError
+from lori_dist.folder import Attempt
+from lori_dist.jobs import Job
+from lori_dist.training.train import Record, train
+from lori_dist.training.world import World
+
+Begun = tuple[Job, Attempt | None]  # without an attempt, the job is finished
+
+
+def train_task(run: Run, task: str, world: World, *, progress: Callable[[Record], None]) -> Path:
+    """Trains one task's adapter unless that is done already. Returns its file. Every rank calls this.
+
+    progress: gets each step's record, on rank 0. Raises JobError if the task needs another one that is not trained, or
+    if another process has taken the job over; else what `training.train` raises.
+    """
+    run = with_absolute_paths(run)
+    job, attempt = _agreed(run, task, world)
+    if attempt is None:
+        return path(run, job)
+    start = time.monotonic()
+    result = train(
+        run,
+        task,
+        world,
+        attempt.partial,
+        fingerprint=job.fingerprint,
+        still_mine=attempt.check,
+        progress=progress,
+    )
+    if world.rank == 0:
+        record = {"seconds": round(time.monotonic() - start, 3), "attempts": attempt.number, "result": result}
+        attempt.check()
+        folder.publish(run.folder, job, record, scratch=[CHECKPOINTS])
+    return path(run, job)
+
+
+def _agreed(run: Run, task: str, world: World) -> Begun:
+    """The job and the attempt at it that rank 0 has begun. What went wrong there is raised on all ranks."""
+    begun: list[Any] = [None]
+    if world.rank == 0:
+        try:
+            begun[0] = _begin(run, task)
+        except LoriError as error:
+            begun[0] = error
+    dist.broadcast_object_list(begun, device=world.device)
+    if isinstance(begun[0], LoriError):
+        raise begun[0]
+    return begun[0]
+
+
+def _begin(run: Run, task: str) -> Begun:
+    method = plugin.find("multitask", run.multitask.name, "plan", "multitask")
+    jobs = {job.name: job for job in method.load()(run, **method.bind(run.multitask.options, "multitask"))}
+    job = jobs.get(f"train-{task}")
+    if job is None:
+        raise ConfigError(f"multitask: the plan of {run.multitask.name} has no job for {task} alone; use `lori run`")
+    if folder.finished(run.folder, job) is not None:
+        return job, None
+    for need in job.needs:
+        if folder.finished(run.folder, jobs[need]) is None:
+            raise JobError(f"{job.name}: needs {need}, which is not finished; train that one first")
+    return job, folder.attempt(folder.open(run.folder, job))

@@ -1,0 +1,145 @@
+"""What the runner of jobs decides, as functions of data: what starts, why a job failed, whether it is tried again."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lori_dist.config import Cluster
+from lori_dist.errors import ConfigError
+from lori_dist.jobs import Job
+
+UNIT = 10_000
+"""Ray counts resources in ten-thousandths; so do sums here."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resources:
+    """Of one node, or of one process."""
+
+    cpus: float
+    gpus: float = 0.0
+
+    def fits(self, part: "Resources") -> int:
+        """How many processes that take `part` have room here."""
+        wanted = [(_units(self.cpus), _units(part.cpus)), (_units(self.gpus), _units(part.gpus))]
+        return min(have // want for have, want in wanted if want > 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """What one process of a job ended with."""
+
+    rank: int | None
+    """None where it is not known which one it was."""
+    time: float
+    """Seconds since the epoch, by its own clock."""
+    types: tuple[str, ...]
+    """Names of the error's class and of its bases; empty if the process died without a word."""
+    message: str
+
+
+# --- room ------------------------------------------------------------------------------------------------------------
+
+
+def processes(job: Job, cluster: Cluster) -> tuple[int, Resources]:
+    """How many processes a job takes, and what each of them takes."""
+    if job.kind == "train":
+        return cluster.workers, Resources(cpus=cluster.cpus_per_worker, gpus=cluster.gpus_per_worker)
+    # A merge is arithmetic on small matrices; an evaluation runs the model, on a GPU if the training has some.
+    return 1, Resources(cpus=1.0, gpus=min(1, cluster.gpus_per_worker) if job.kind == "evaluate" else 0)
+
+
+def check_room(jobs: Iterable[Job], cluster: Cluster, nodes: Sequence[Resources]) -> None:
+    """Raises ConfigError for a job that would not fit even if it had the whole cluster for itself."""
+    for job in jobs:
+        count, part = processes(job, cluster)
+        room = sum(node.fits(part) for node in nodes)
+        if room < count:
+            there = "; ".join(_text(node) for node in nodes) or "no node"
+            found = f"{job.name} takes {count} x ({_text(part)}), the cluster has room for {room} ({there})"
+            if job.kind == "train":
+                raise ConfigError(
+                    f"cluster.workers: {found}; lower it, or what a worker takes, or use a larger cluster"
+                )
+            raise ConfigError(f"cluster: {found}; use a larger cluster")
+
+
+def admit(ready: Iterable[Job], running: Iterable[Job], cluster: Cluster, nodes: Sequence[Resources]) -> list[Job]:
+    """The jobs to start now: of those that are ready, in their order, each that still finds room."""
+    taken = [_total(job, cluster) for job in running]
+    cpus = sum(_units(node.cpus) for node in nodes) - sum(total[0] for total in taken)
+    gpus = sum(_units(node.gpus) for node in nodes) - sum(total[1] for total in taken)
+    admitted = []
+    for job in ready:
+        job_cpus, job_gpus = _total(job, cluster)
+        if job_cpus <= cpus and job_gpus <= gpus:
+            cpus, gpus = cpus - job_cpus, gpus - job_gpus
+            admitted.append(job)
+    return admitted
+
+
+def _total(job: Job, cluster: Cluster) -> tuple[int, int]:
+    count, part = processes(job, cluster)
+    return count * _units(part.cpus), count * _units(part.gpus)
+
+
+def _units(amount: float) -> int:
+    return round(amount * UNIT)
+
+
+def _text(resources: Resources) -> str:
+    amounts = [("CPU", resources.cpus)] + [("GPU", resources.gpus)] * (resources.gpus > 0)
+    return ", ".join(f"{amount:g} {unit}{'' if amount == 1 else 's'}" for unit, amount in amounts)
+
+
+# --- failures --------------------------------------------------------------------------------------------------------
+
+FINAL = (
+    "LoriError",
+    "ArithmeticError",
+    "AssertionError",
+    "AttributeError",
+    "ImportError",
+    "LookupError",
+    "NameError",
+    "NotImplementedError",
+    "SyntaxError",
+    "TypeError",
+    "ValueError",
+)
+"""Errors that the next attempt would meet again: mistakes of the user or of a program."""
+
+
+def cause(reported: Iterable[Failure], lost: Iterable[Failure]) -> Failure | None:
+    """The failure that brought a job down; the others are its consequences. None if there is none.
+
+    reported: by the processes themselves. lost: processes that died without a word. Where one died, its peers report
+    broken connections, unless one of them had found a mistake before.
+    """
+    by_time = sorted(reported, key=lambda failure: failure.time)
+    final = [failure for failure in by_time if is_final(failure)]
+    return next(iter([*final, *lost, *by_time]), None)
+
+
+def is_final(failure: Failure) -> bool:
+    """Whether another attempt would end in the same way."""
+    return not set(FINAL).isdisjoint(failure.types)
+
+
+def retry(failure: Failure, number: int, retries: int) -> bool:
+    """Whether attempt `number`, counted from 1, that failed so is followed by another."""
+    return number <= retries and not is_final(failure)
+
+
+def failure_of(record: Mapping[str, Any]) -> Failure:
+    """The failure that `record_of` wrote down."""
+    return Failure(rank=record["rank"], time=record["time"], types=tuple(record["types"]), message=record["message"])
+
+
+def record_of(error: BaseException, rank: int | None, time: float) -> dict[str, Any]:
+    """A failure as plain JSON. Of our own errors the whole message, of others the first line."""
+    names = [kind.__name__ for kind in type(error).__mro__]
+    text = str(error).strip()
+    if "LoriError" not in names or not text:
+        text = f"{names[0]}: {text.partition(chr(10))[0]}" if text else names[0]
+    return {"rank": rank, "time": time, "types": names, "message": text}

@@ -1,0 +1,40 @@
+"""summary.json: what a run did, for programs."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lori_dist.config import Run
+from lori_dist.jobs import Job
+
+ADAPTER = "adapter.safetensors"
+
+
+def summarize(
+    run: Run, jobs: Iterable[Job], states: Mapping[str, Mapping[str, Any]], results: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The tree of summary.json.
+
+    states: job -> what goes under "jobs", at least its "state". results: finished job -> what it returned. Models are
+    in the order base, tasks, merges.
+    """
+    jobs = list(jobs)
+    done = [(job, results[job.name]) for job in jobs if job.name in results]
+
+    def files(kind: str, key: str, names: Iterable[str]) -> dict[str, Any]:
+        made = {job.settings[key]: (job, result) for job, result in done if job.kind == kind}
+        return {name: {**made[name][1], "path": str(path(run, made[name][0]))} for name in names if name in made}
+
+    measured = {job.settings["subject"]: result["evaluation"] for job, result in done if job.kind == "evaluate"}
+    return {
+        "run": run.name,
+        "jobs": {job.name: dict(states[job.name]) for job in jobs},
+        "adapters": files("train", "task", run.tasks),
+        "merges": files("merge", "merge", run.merges),
+        "evaluation": {name: measured[name] for name in ("base", *run.tasks, *run.merges) if name in measured},
+    }
+
+
+def path(run: Run, job: Job) -> Path:
+    """The adapter that a finished training or merge left."""
+    return run.folder / job.name / ADAPTER

@@ -1,0 +1,567 @@
+"""The configuration of a run: frozen data, checked as a whole before anything heavy is imported."""
+
+import copy
+import functools
+import re
+import string
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+
+from lori_dist import plugin
+from lori_dist.errors import ConfigError
+
+Name = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+"""Names become folder names: nothing in them can leave the run's folder."""
+
+
+def _number(value: Any) -> Any:
+    """Refuses what YAML makes of `yes` and `on`, which would pass for 1."""
+    if isinstance(value, bool):
+        raise ValueError("wanted a number, and YAML reads yes, no, on and off as true and false")
+    return value
+
+
+NotBool = pydantic.BeforeValidator(_number)
+Positive = Annotated[int, pydantic.Field(gt=0), NotBool]
+Count = Annotated[int, pydantic.Field(ge=0), NotBool]
+Number = Annotated[float, pydantic.Field(allow_inf_nan=False), NotBool]
+Rate = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False), NotBool]
+Fraction = Annotated[float, pydantic.Field(gt=0, le=1), NotBool]
+Decay = Annotated[float, pydantic.Field(ge=0, lt=1), NotBool]
+Seed = Annotated[int, pydantic.Field(ge=0, lt=2**53), NotBool]
+"""Below 2**53, so that every reader of JSON keeps it."""
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+T = typing.TypeVar("T")
+
+
+@typing.dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
+def section(cls: type[T]) -> type[T]:
+    """A part of the configuration: a frozen dataclass that refuses keys it does not know."""
+    cls.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+    return dataclass(frozen=True, kw_only=True, slots=True)(cls)
+
+
+@section
+class Choice:
+    """A method chosen by name. Written as `magnitude`, or with options as `{name: deepspeed, stage: 3}`."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def _choice(value: Any) -> Any:
+    if isinstance(value, str):
+        return {"name": value}
+    if isinstance(value, dict):
+        return {"name": value.get("name"), "options": {key: item for key, item in value.items() if key != "name"}}
+    return value
+
+
+Chosen = Annotated[Choice, pydantic.BeforeValidator(_choice)]
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) and value != "all-linear" else value
+
+
+@section
+class Model:
+    """The frozen base model."""
+
+    path: str
+    """A folder with a transformers model and its tokenizer, or a name on the hub."""
+    dtype: Dtype = "float32"
+    """Of the base. Trained values are float32 whatever it is."""
+
+
+@section
+class Adapter:
+    """Shape and sparsity of every task's adapter."""
+
+    rank: Positive = 16
+    alpha: Rate = 32.0
+    """The update is (alpha / rank) * B A."""
+    targets: Annotated[Literal["all-linear"] | tuple[str, ...], pydantic.BeforeValidator(_listed)] = "all-linear"
+    """Names (`q_proj`), paths or patterns (`model.layers.*.mlp.*`) of linear layers, or `all-linear`."""
+    density: Fraction = 0.1
+    """Kept entries of B over all of them. 1.0 stops after the dense phase (LoRI-D)."""
+    mask: Chosen = field(default_factory=lambda: Choice(name="magnitude"))
+    """How the kept entries are chosen after calibration."""
+    seed: Seed = 0
+    """Each task's A follows from this and the task's name."""
+    share_projection: bool = False
+    """One A for all tasks: merges keep the rank, tasks are kept apart only by their B."""
+    dtype: Dtype = "float32"
+    """Of A."""
+
+
+@section
+class Template:
+    """How a row becomes text: `{field}` stands for a field of the row."""
+
+    prompt: str = "{prompt}"
+    response: str = "{response}"
+
+
+@section
+class Task:
+    """One task: its rows (JSON lines) and how they read."""
+
+    train: str
+    test: str
+    template: Template = field(default_factory=Template)
+    labels: tuple[str, ...] | None = None
+    """All responses there are, for classification: choice accuracy is measured over them."""
+    seed: Seed | None = None
+    """Of this task's A; by default it follows from adapter.seed and the task's name."""
+
+
+@section
+class Calibrate:
+    """The dense phase, which finds the mask."""
+
+    steps: Positive | None = None
+    epochs: Rate | None = None
+    """Give one of steps and epochs, or neither for the length of the sparse phase."""
+    lr: Rate | None = None
+    """By default a tenth of train.lr (LoRI's scripts); with density 1.0, train.lr itself."""
+
+
+@section
+class Train:
+    """How each task is trained."""
+
+    engine: Chosen = field(default_factory=lambda: Choice(name="ddp"))
+    """`ddp`, `fsdp`, or `{name: deepspeed, stage: 3}`."""
+    steps: Positive | None = None
+    epochs: Rate | None = None
+    """Give exactly one of steps and epochs."""
+    batch_size: Positive = 32
+    """Rows of one optimizer step, over all ranks."""
+    micro_batch_size: Positive = 8
+    """Rows a rank runs at once; more are accumulated."""
+    max_length: Positive = 512
+    """Tokens of a row. Longer prompts lose their beginning, longer responses their end."""
+    lr: Rate = 5e-4
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Count = 0
+    weight_decay: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False), NotBool] = 0.0
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: Rate = 1e-8
+    clip: Rate | None = 1.0
+    """Largest global gradient norm; null for none."""
+    activation_checkpointing: bool = False
+    calibrate: Calibrate = field(default_factory=Calibrate)
+    checkpoint_every: Positive | None = 100
+    """Steps between checkpoints; null for none."""
+    keep: Positive = 2
+    """Checkpoints kept."""
+    seed: Seed = 0
+    """Of the order of the rows."""
+
+
+@section
+class Merge:
+    """One merged adapter."""
+
+    method: Chosen
+    weights: dict[str, Number] | tuple[Number, ...] | None = None
+    """By task name, or in the order of the tasks; by default equal weights that sum to one."""
+    tasks: tuple[str, ...] | None = None
+    """By default all."""
+
+
+@section
+class Evaluate:
+    """How base, adapters and merges are measured on every task's test rows."""
+
+    metrics: tuple[str, ...] = ("loss", "exact_match", "choice")
+    """`choice` is measured on tasks that have labels."""
+    batch_size: Positive = 32
+    rows: Positive | None = None
+    """Only the first so many test rows."""
+    max_new_tokens: Positive = 64
+
+
+@section
+class Cluster:
+    """Where the jobs run, and on how much of it."""
+
+    address: str = "local"
+    """`local` starts Ray on this machine; `auto` or host:port joins a cluster."""
+    workers: Positive = 1
+    """Ranks of each train job."""
+    cpus_per_worker: Rate = 1.0
+    gpus_per_worker: Count = 0
+    retries: Count = 1
+    """How often a failed gang is started again; it continues from its last checkpoint."""
+
+
+@section
+class Run:
+    """Several tasks' trainings, the merges of their adapters, and the evaluation of all of them."""
+
+    name: Name
+    output: str = "runs"
+    """The run's results are in output/name."""
+    model: Model
+    tasks: dict[Name, Task]
+    adapter: Adapter = field(default_factory=Adapter)
+    train: Train = field(default_factory=Train)
+    merges: dict[Name, Merge] = field(default_factory=dict)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    cluster: Cluster = field(default_factory=Cluster)
+    multitask: Chosen = field(default_factory=lambda: Choice(name="independent"))
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output).absolute() / self.name
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
+    """The run described by a YAML file, with dotted overrides such as `train.lr=1e-4` applied.
+
+    Relative paths in it are relative to the current directory.
+    Raises ConfigError that lists every mistake by its path, with the nearest valid name.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); give the path of a YAML file") from error
+    tree, problems = _parse(text, str(path))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: holds {type(tree).__name__}, wanted a mapping with name, model and tasks")
+    for override in overrides:
+        problems += _override(tree, override)
+    run, others = _check(tree)
+    return _unless(problems + others, run)
+
+
+def validate(tree: Mapping[str, Any]) -> Run:
+    """The run a plain tree describes. Raises ConfigError that lists every mistake."""
+    run, problems = _check(copy.deepcopy(dict(tree)))
+    return _unless(problems, run)
+
+
+def _unless(problems: Sequence[str], run: Run) -> Run:
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return run
+
+
+def dump(run: Run) -> dict[str, Any]:
+    """The plain tree of a run; `validate` of it gives the run back."""
+    return typing.cast(dict[str, Any], _plain(run))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Choice):
+        return {"name": value.name, **value.options}
+    if is_dataclass(value):
+        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that notices repeated keys and reads `5e-4` as the number it is."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.repeated: list[str] = []
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    lines: dict[str, list[int]] = {}
+    for key, _ in node.value:
+        lines.setdefault(str(key.value), []).append(key.start_mark.line + 1)
+    loader.repeated += [
+        f"{key} is given in lines {' and '.join(map(str, places))}" for key, places in lines.items() if len(places) > 1
+    ]
+    loader.flatten_mapping(node)
+    return {
+        loader.construct_object(key, deep=True): loader.construct_object(item, deep=True) for key, item in node.value
+    }
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def _parse(text: str, source: str) -> tuple[Any, list[str]]:
+    """What a YAML text holds, and the keys that it gives more than once."""
+    loader = None
+    try:
+        loader = _Loader(text)
+        tree = loader.get_single_data()
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # dates that do not exist, keys that are lists
+        raise ConfigError(f"{source}: is not valid YAML: {error}") from error
+    finally:
+        if loader is not None:
+            loader.dispose()
+    return tree, [f"{source}: {item}; leave one" for item in loader.repeated]
+
+
+def _override(tree: dict[str, Any], override: str) -> list[str]:
+    """Applies `path.to.key=value` to the tree. Returns what is wrong with it."""
+    path, equals, text = override.partition("=")
+    *parents, last = path.split(".")
+    if not equals or not all((*parents, last)):
+        return [f"{override}: an override reads path.to.key=value, such as train.lr=1e-4"]
+    place = tree
+    for depth, key in enumerate(parents):
+        below = place.get(key)
+        if below is None:
+            below = place[key] = {}
+        elif isinstance(below, str) and _kind(parents[: depth + 1]) is Choice:
+            below = place[key] = {"name": below}  # `engine: deepspeed` and `train.engine.stage=3` name one choice
+        if not isinstance(below, dict):
+            where = ".".join(parents[: depth + 1])
+            return [f"{override}: {where} is {below!r}, which has nothing below it; override {where} itself"]
+        place = below
+    try:
+        place[last], problems = _parse(text, override)
+    except ConfigError as error:
+        return [str(error)]
+    return problems
+
+
+# --- what is wrong, all at once --------------------------------------------------------------------------------------
+
+
+def _check(tree: dict[str, Any]) -> tuple[Run, list[str]]:
+    """The run, and every mistake in it.
+
+    The rules need a whole run, so places of the wrong form are mended first, in a copy that is thrown away: a
+    misspelt key and a misspelt method are then reported together.
+    """
+    places_of_keys = _take_strange_keys(tree)
+    problems = [f"{'.'.join(place)}: the key is no text; put it in quotes" for place in places_of_keys]
+    mended = set(places_of_keys)
+    run = None
+    while run is None:  # mending a section can uncover the keys missing in it
+        try:
+            run = _schema().validate_python(tree)
+        except pydantic.ValidationError as error:
+            places = _places(error)
+            problems += [_problem(place, errors) for place, errors in places.items() if not _within(place, mended)]
+            mended |= places.keys()
+            for place, errors in places.items():
+                _mend(tree, place, is_missing=errors[0]["type"] in MISSING)
+    for rule in RULES:
+        if rule is _merges and any(place[0] == "tasks" and len(place) <= 2 for place in mended):
+            continue  # it would miss the tasks that were mended away
+        problems += [
+            problem
+            for problem in rule(run)
+            if not any(_within(path.split("."), mended) for path in problem.partition(": ")[0].split(", "))
+        ]
+    return run, problems
+
+
+@functools.cache
+def _schema() -> pydantic.TypeAdapter[Run]:
+    return pydantic.TypeAdapter(Run)
+
+
+def _take_strange_keys(tree: dict[Any, Any], place: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Takes out what stands under keys that are no text, such as 1 or what YAML makes of `no`. Returns their paths."""
+    strange = [key for key in tree if not isinstance(key, str)]
+    for key in strange:
+        del tree[key]
+    return [(*place, str(key)) for key in strange] + [
+        below
+        for key, item in tree.items()
+        if isinstance(item, dict)
+        for below in _take_strange_keys(item, (*place, key))
+    ]
+
+
+MISSING = ("missing", "missing_argument", "missing_keyword_only_argument")
+UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
+
+
+def _places(error: pydantic.ValidationError) -> dict[tuple[str, ...], list[Any]]:
+    """The errors by place. Where a value fits none of several kinds, those that got furthest into it count."""
+    skipped = ("function-", "literal[", "tuple[", "dict[", "[key]")  # the kind of value that was tried
+    places: dict[tuple[str, ...], list[Any]] = {}
+    for item in error.errors():
+        place = tuple(str(part) for part in item["loc"] if not str(part).startswith(skipped))
+        places.setdefault(place, []).append(item)
+    return {
+        place: items
+        for place, items in places.items()
+        if not any(len(other) > len(place) and other[: len(place)] == place for other in places)
+    }
+
+
+def _within(place: Sequence[str], places: set[tuple[str, ...]]) -> bool:
+    return any(tuple(place[:depth]) in places for depth in range(len(place) + 1))
+
+
+def _mend(tree: dict[Any, Any], place: Sequence[str], *, is_missing: bool) -> None:
+    """Gives a missing key any value of its kind; takes out a wrong one, or the mapping that should hold it."""
+    holder, held = tree, tree
+    holding = ""
+    for depth, part in enumerate(place):
+        if part not in held and is_missing and depth == len(place) - 1:
+            kind = _kind(place)
+            held[part] = (
+                {} if (is_dataclass(kind) and kind is not Choice) or typing.get_origin(kind) is dict else "missing"
+            )
+            return
+        if part not in held:
+            break
+        holder, holding = held, part
+        if not isinstance(held[part], dict):
+            break
+        held = held[part]
+    del holder[holding]
+
+
+def _problem(place: Sequence[str], errors: Sequence[Any]) -> str:
+    """One mistake: its path, what was found, what was wanted."""
+    path, error = ".".join(place), errors[0]
+    if error["type"] in UNKNOWN:
+        known = [item.name for item in fields(_kind(place[:-1]))]
+        return f"{path}: there is no such key; there are {', '.join(known)}.{plugin.nearest(place[-1], known)}"
+    if error["type"] in MISSING:
+        return f"{path}: is missing; give it a value"
+    if error["type"] == "string_pattern_mismatch":
+        return f"{path}: {error['input']!r} was given; names are at most 64 letters, digits, - and _"
+    return f"{path}: {_found(error['input'])} was given; {' or '.join(_wanted(place, error) for error in errors)}"
+
+
+def _found(value: Any) -> str:
+    return {dict: "a mapping", list: "a list", type(None): "nothing"}.get(type(value), repr(value))
+
+
+def _wanted(place: Sequence[str], error: Any) -> str:
+    match error["type"]:
+        case "literal_error":
+            names = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+            return f"wanted {' or '.join(names)}" + plugin.nearest(str(error["input"]), names).replace(" Did", ". Did")
+        case "dataclass_type" if _kind(place) is Choice:
+            return "wanted a method's name, or a mapping with its name and options"
+        case "dataclass_type" | "dict_type":
+            return "wanted a mapping, key: value"
+        case "tuple_type":
+            return "wanted a list"
+        case "string_type":
+            return "wanted text" + ("; put it in quotes" if error["input"] is not None else "")
+        case "value_error":
+            return str(error["msg"]).removeprefix("Value error, ")
+        case _:
+            return str(error["msg"]).replace("Input should be", "it should be")
+
+
+def _kind(place: Sequence[str]) -> Any:
+    """What the annotations want at a path: follows the sections, and mappings by any key."""
+    kind: Any = Run
+    for part in place:
+        if is_dataclass(kind):
+            kind = typing.get_type_hints(kind).get(part)
+        else:
+            kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else None
+    return kind
+
+
+def _methods(run: Run) -> Iterator[str]:
+    chosen = [
+        ("masks", run.adapter.mask, "mask", "adapter.mask"),
+        ("engines", run.train.engine, "build", "train.engine"),
+        ("multitask", run.multitask, "plan", "multitask"),
+        *(("merges", merge.method, "merge", f"merges.{name}.method") for name, merge in run.merges.items()),
+        *(("evaluation", Choice(name=metric), "score", "evaluate.metrics") for metric in run.evaluate.metrics),
+    ]
+    for folder, choice, role, path in chosen:
+        try:
+            plugin.find(folder, choice.name, role, path).bind(choice.options, path)
+        except ConfigError as error:
+            yield from str(error).split("\n")
+
+
+def _lengths(run: Run) -> Iterator[str]:
+    if (run.train.steps is None) == (run.train.epochs is None):
+        given = "neither is given" if run.train.steps is None else "both are given"
+        yield f"train.steps, train.epochs: {given}; give exactly one"
+    if run.train.calibrate.steps is not None and run.train.calibrate.epochs is not None:
+        yield "train.calibrate.steps, train.calibrate.epochs: both are given; give one, or neither"
+
+
+def _inputs(run: Run) -> Iterator[str]:
+    if not run.tasks:
+        yield "tasks: none is given; give at least one"
+    for name, task in run.tasks.items():
+        for part in ("train", "test"):
+            path = Path(getattr(task, part))
+            if not path.is_file():
+                yield f"tasks.{name}.{part}: there is no file {str(path)!r}; paths are relative to {Path.cwd()}"
+        if task.labels is not None and (len(task.labels) < 2 or len(set(task.labels)) < len(task.labels)):
+            yield f"tasks.{name}.labels: {list(task.labels)} was given; give at least two, each of them once"
+        if task.seed is not None and run.adapter.share_projection:
+            yield f"tasks.{name}.seed: is given, but adapter.share_projection makes one A for all; leave one out"
+    local = run.model.path.startswith((".", "/", "~")) or run.model.path.count("/") != 1
+    if local and not (Path(run.model.path) / "config.json").is_file():
+        yield f"model.path: there is no config.json in {run.model.path!r}; give a model's folder or its name on the hub"
+
+
+def _templates(run: Run) -> Iterator[str]:
+    for name, task in run.tasks.items():
+        for part in ("prompt", "response"):
+            template = getattr(task.template, part)
+            try:
+                names = [item[1] for item in string.Formatter().parse(template) if item[1] is not None]
+                strange = [item for item in names if not item.isidentifier()]
+            except ValueError as error:
+                yield f"tasks.{name}.template.{part}: {template!r} is no template ({error}); write {{{{ for a brace"
+                continue
+            if strange:
+                yield f"tasks.{name}.template.{part}: {{{strange[0]}}} is no field; use plain names such as {{text}}"
+
+
+def _merges(run: Run) -> Iterator[str]:
+    for name, merge in run.merges.items():
+        path = f"merges.{name}"
+        if name in run.tasks or name == "base":
+            yield f"{path}: is also the name of a task or of the base; give the merge another name"
+        tasks = merge.tasks if merge.tasks is not None else tuple(run.tasks)
+        repeated = sorted({task for task in tasks if tasks.count(task) > 1})
+        if repeated:
+            yield f"{path}.tasks: {', '.join(repeated)} is given twice; leave one"
+        if merge.tasks == ():
+            yield f"{path}.tasks: none is given; name at least one, or leave it out for all"
+        for task in tasks:
+            if task not in run.tasks:
+                listing = f"there are {', '.join(run.tasks)}.{plugin.nearest(task, run.tasks)}"
+                yield f"{path}.tasks: there is no task {task!r}; {listing}"
+        if merge.weights is not None and len(merge.weights) != len(tasks):
+            yield (
+                f"{path}.weights: {len(merge.weights)} given for {len(tasks)} adapters ({', '.join(tasks)}); "
+                "give one weight per adapter, or leave it out for equal weights"
+            )
+        elif isinstance(merge.weights, dict) and set(merge.weights) != set(tasks):
+            yield f"{path}.weights: are for {', '.join(merge.weights)}; wanted one for each of {', '.join(tasks)}"
+    if "base" in run.tasks:
+        yield "tasks.base: the name stands for the model without an adapter; give the task another name"
+
+
+RULES: tuple[Callable[[Run], Iterator[str]], ...] = (_methods, _lengths, _inputs, _templates, _merges)

@@ -1,0 +1,119 @@
+"""Methods, adapters and figures as text for a terminal."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lori_dist import plugin
+
+if TYPE_CHECKING:  # the list of methods needs no torch
+    from lori_dist.adapter.adapter import Adapter
+
+ROLES: Mapping[str, str] = {
+    "masks": "mask",
+    "merges": "merge",
+    "engines": "build",
+    "multitask": "plan",
+    "evaluation": "score",
+    "benchmarks": "run",
+}
+"""What the function of each plug-in folder is called."""
+
+
+def methods() -> str:
+    """Every method there is, with the first line of its docstring and its options with their defaults."""
+    return "\n\n".join("\n".join([f"{folder}:", *_methods(folder, role)]) for folder, role in ROLES.items())
+
+
+def _methods(folder: str, role: str) -> Iterator[str]:
+    found = [plugin.find(folder, name, role, folder) for name in plugin.names(folder)]
+    width = max((len(method.name) for method in found), default=0)
+    for method in found:
+        options = ", ".join(f"{name}={option.default!r}" for name, option in method.options.items())
+        yield f"  {method.name:<{width}}  {method.summary}" + (f" Options: {options}" if options else "")
+
+
+def adapter_file(path: Path) -> str:
+    """An adapter file: its size and header, its blocks, and the density of B by layer and projection.
+
+    Raises AdapterError if it is damaged or no adapter.
+    """
+    from lori_dist.adapter import file
+
+    header, adapter = file.header(path), file.load(path)
+    counts = size(adapter.kept, adapter.total)
+    lines = [f"{path}: {counts}, {path.stat().st_size:,} bytes"]
+    lines += [f"  {key}: {_said(value)}" for key, value in header.items() if key not in ("blocks", "modules")]
+    blocks = table(BLOCK_TITLES, [_block(adapter, number) for number in range(len(adapter.blocks))])
+    return "\n".join([*lines, "", blocks, "", "Density of B in percent:", table(*_densities(adapter))])
+
+
+def size(kept: int, total: int) -> str:
+    return f"keeps {kept:,} of {total:,} entries of B ({100 * kept / total:.2f}%)"
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item}" for key, item in value.items()) or "unknown"
+    return ", ".join(value) if isinstance(value, list) else str(value)
+
+
+BLOCK_TITLES = ("block", "seed", "rank", "alpha", "weight", "dtype of A", "kept", "of", "density")
+
+
+def _block(adapter: "Adapter", number: int) -> tuple[str, ...]:
+    block = adapter.blocks[number]
+    kept = sum(entries.values.numel() for entries in block.entries.values())
+    total = sum(out_features * block.rank for out_features, _ in adapter.shapes.values())
+    settings = (str(block.seed), str(block.rank), f"{block.alpha:g}", f"{block.weight:g}")
+    dtype = str(block.dtype).removeprefix("torch.")
+    return (block.name, *settings, dtype, f"{kept:,}", f"{total:,}", f"{100 * kept / total:.2f}%")
+
+
+def _densities(adapter: "Adapter") -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Titles and rows: a row per layer, a column per projection, over all blocks. Row `-`: modules outside layers."""
+    kept: dict[tuple[str, str], int] = {}
+    total: dict[tuple[str, str], int] = {}
+    for module, (out_features, _) in adapter.shapes.items():
+        place = (_layer(module), module.rpartition(".")[2])
+        entries = [block.entries[module] for block in adapter.blocks if module in block.entries]
+        kept[place] = kept.get(place, 0) + sum(item.values.numel() for item in entries)
+        total[place] = total.get(place, 0) + sum(out_features * block.rank for block in adapter.blocks)
+    layers, projections = (
+        list(dict.fromkeys(layer for layer, _ in total)),
+        list(dict.fromkeys(name for _, name in total)),
+    )
+
+    def percent(places: Iterable[tuple[str, str]]) -> str:
+        there = [place for place in places if place in total]
+        return (
+            f"{100 * sum(kept[place] for place in there) / sum(total[place] for place in there):.2f}" if there else ""
+        )
+
+    def row(title: str, layers: Sequence[str]) -> tuple[str, ...]:
+        each = [percent((layer, name) for layer in layers) for name in projections]
+        return (title, *each, percent((layer, name) for layer in layers for name in projections))
+
+    return ("layer", *projections, "all"), [*(row(layer, [layer]) for layer in layers), row("all", layers)]
+
+
+def _layer(module: str) -> str:
+    number = re.search(r"\.(\d+)\.", module)
+    return number[1] if number else "-"
+
+
+def records(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table of rows that may lack some of the columns."""
+    titles = list(dict.fromkeys(title for row in rows for title in row))
+    return table(titles, [[str(row.get(title, "")) for title in titles] for row in rows])
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as they must be; those of figures stand to the right."""
+    columns = list(zip(titles, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    figures = [all(re.fullmatch(r"[-+\d.,e%]*", cell) for cell in column[1:]) for column in columns]
+    lines = [zip(line, widths, figures, strict=True) for line in (titles, *rows)]
+    padded = [[cell.rjust(width) if right else cell.ljust(width) for cell, width, right in line] for line in lines]
+    return "\n".join("  ".join(line).rstrip() for line in padded)

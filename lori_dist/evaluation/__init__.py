@@ -1,0 +1,149 @@
+"""How well a model does on a task's test rows. Each metric is one file with one function,
+`score(subject) -> float | None`; None says that the metric does not apply to the task."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lori_dist import config, plugin
+from lori_dist.adapter import attach, file
+from lori_dist.errors import AdapterError, ConfigError
+from lori_dist.training.data import Example, encode, read
+from lori_dist.training.model import check, identity, load_model, load_tokenizer
+
+__all__ = ["Subject", "evaluate"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Subject:
+    """What a metric measures: a model on the test rows of one task."""
+
+    task: str
+    """Its name, for messages."""
+    model: PreTrainedModel
+    """In evaluation mode, with its adapter if it has one."""
+    tokenizer: PreTrainedTokenizerBase
+    examples: tuple[Example, ...]
+    labels: tuple[str, ...] | None
+    """All responses there are, for classification."""
+    batch_size: int
+    """Rows run at once: no result depends on it."""
+    max_length: int
+    """Tokens of a row, as in training."""
+    max_new_tokens: int
+    """Of a generated response."""
+
+
+Rows = list[tuple[str, str]]  # (prompt, response)
+log = logging.getLogger(__name__)
+
+
+def evaluate(
+    run: config.Run,
+    adapter: Path | None,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, dict[str, float]]:
+    """Every metric of the run on every task's test rows: task -> metric -> value, without those that do not apply.
+
+    adapter: an adapter file, trained or merged; None measures the base. progress: called with what is measured next,
+    how many measurements are done, and how many there are.
+    Raises ConfigError for test rows that cannot be used, and AdapterError if the adapter was trained on another base.
+    """
+    rows = _test_rows(run)
+    metrics = {
+        name: plugin.find("evaluation", name, "score", "evaluate.metrics").load() for name in run.evaluate.metrics
+    }
+    tokenizer = load_tokenizer(run.model)
+    model = _model(run.model, adapter).to(device)
+    subjects = {name: _subject(run, name, rows[name], model, tokenizer) for name in run.tasks}
+    values: dict[str, dict[str, float]] = {name: {} for name in run.tasks}
+    measurements = list(product(subjects, metrics))
+    for done, (name, metric) in enumerate(measurements):
+        if progress is not None:
+            progress(f"{metric} of {name}", done, len(measurements))
+        with torch.inference_mode():
+            value = metrics[metric](subjects[name])
+        if value is not None:
+            values[name][metric] = value
+    return values
+
+
+def _subject(
+    run: config.Run, name: str, rows: Rows, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Subject:
+    examples = tuple(encode(rows, tokenizer, run.train.max_length, where=f"tasks.{name}.test"))
+    check(examples, model)
+    return Subject(
+        task=name,
+        model=model,
+        tokenizer=tokenizer,
+        examples=examples,
+        labels=run.tasks[name].labels,
+        batch_size=run.evaluate.batch_size,
+        max_length=run.train.max_length,
+        max_new_tokens=run.evaluate.max_new_tokens,
+    )
+
+
+def _model(settings: config.Model, adapter: Path | None) -> PreTrainedModel:
+    if adapter is None:
+        return load_model(settings)
+    loaded = file.load(adapter)
+    _check_base(adapter, loaded.base, identity(settings))
+    model = load_model(settings)
+    layers = attach.attach(model, loaded)
+    embeddings = model.get_input_embeddings().weight
+    # Folded, it runs at the base's speed. A narrower dtype would round the update away, tied embeddings would change.
+    if model.dtype == torch.float32 and not any(layer.weight is embeddings for layer in layers.values()):
+        attach.fold(model)
+    return model
+
+
+def _check_base(path: Path, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    if "weights" not in wanted:
+        log.warning("%s does not name its base model: only the shapes can tell that it fits", path)
+    elif wanted["weights"] != found["weights"]:
+        raise AdapterError(
+            f"{path}: was trained on {_describe(wanted)}, model.path is {_describe(found)}; "
+            "set model.path to the base model it was trained on"
+        )
+
+
+def _describe(base: Mapping[str, Any]) -> str:
+    return f"{base.get('name', 'a model without a name')} (weights {base['weights']})"
+
+
+def _test_rows(run: config.Run) -> dict[str, Rows]:
+    """Read before anything slow happens, with the mistakes of all tasks at once."""
+    rows: dict[str, Rows] = {}
+    problems: list[str] = []
+    for name, task in run.tasks.items():
+        try:
+            rows[name] = read(task.test, task.template, where=f"tasks.{name}.test")[: run.evaluate.rows]
+        except ConfigError as error:
+            problems.append(str(error))
+            continue
+        if task.labels is not None:
+            problems.extend(_unlabelled(name, rows[name], task.labels))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return rows
+
+
+def _unlabelled(name: str, rows: Rows, labels: tuple[str, ...]) -> Iterator[str]:
+    for number, (_, response) in enumerate(rows, start=1):
+        if response not in labels:
+            known = ", ".join(repr(label) for label in labels)
+            yield (
+                f"tasks.{name}.labels: the response of test row {number} is {response!r}, wanted one of {known}."
+                f"{plugin.nearest(response, labels)}"
+            )
+            return

@@ -1,0 +1,45 @@
+"""The evaluation of a run as text for a terminal."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+Evaluation = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""Model -> task -> metric -> value."""
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+FORMATS: Mapping[str, tuple[str, Callable[[float], str]]] = {
+    "loss": ("loss", lambda value: f"{value:.3f}"),
+    "exact_match": ("exact_match, %", _share),
+    "choice": ("choice, %", _share),
+}
+"""Metric -> heading and how a value reads. Metrics of the user's own are shown under their name, with four digits."""
+
+
+def table(evaluation: Evaluation) -> str:
+    """One table a metric, models down and tasks across in their given order, with the mean over the tasks at the right.
+
+    A task that a metric does not apply to has no column; a value that is missing is `-`, and so is then the mean.
+    """
+    metrics = dict.fromkeys(metric for tasks in evaluation.values() for values in tasks.values() for metric in values)
+    return "\n\n".join(_table(evaluation, metric) for metric in metrics)
+
+
+def _table(evaluation: Evaluation, metric: str) -> str:
+    heading, shown = FORMATS.get(metric, (metric, "{:.4g}".format))
+    tasks = list(dict.fromkeys(task for rows in evaluation.values() for task in rows if metric in rows[task]))
+    lines = [[heading, *tasks, "mean"]]
+    for model, rows in evaluation.items():
+        values = [rows.get(task, {}).get(metric) for task in tasks]
+        known = [value for value in values if value is not None]
+        mean = sum(known) / len(known) if len(known) == len(values) else None
+        lines.append([model, *("-" if value is None else shown(value) for value in [*values, mean])])
+    return "\n".join(_line(line, [max(map(len, column)) for column in zip(*lines, strict=True)]) for line in lines)
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    name, *values = cells
+    aligned = [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
+    return "  ".join([name.ljust(widths[0]), *aligned])

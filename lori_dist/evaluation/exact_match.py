@@ -1,0 +1,110 @@
+"""Share of rows whose response the model writes itself."""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from lori_dist.errors import ConfigError
+from lori_dist.evaluation import Subject
+from lori_dist.evaluation._batches import by_length
+from lori_dist.training.data import pad_id, shorten
+from lori_dist.training.model import num_positions
+
+log = logging.getLogger(__name__)
+
+
+def score(subject: Subject) -> float:
+    """Share of rows for which greedy generation from the prompt gives the response; white space around it is free."""
+    completions = complete(subject)
+    pairs = zip(completions, subject.examples, strict=True)
+    hits = sum(completion.strip() == example.response.strip() for completion, example in pairs)
+    return hits / len(subject.examples)
+
+
+def complete(subject: Subject) -> list[str]:
+    """What the model writes after each prompt, up to eos or max_new_tokens.
+
+    A prompt that leaves less than max_new_tokens of the model's positions loses its beginning, apart from bos.
+    """
+    prompts = _prompts(subject)
+    eos = _eos(subject)
+    pad = pad_id(subject.tokenizer)
+    completions: list[list[int]] = [[] for _ in prompts]
+    # Greedy and nothing else: of the settings left out here, each has its neutral value.
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=eos,
+        pad_token_id=pad,
+        max_new_tokens=subject.max_new_tokens,
+    )
+    with _without_settings(subject.model):
+        for rows in by_length([len(prompt) for prompt in prompts], subject.batch_size):
+            input_ids, attention_mask = _left_padded([prompts[row] for row in rows], pad)
+            device = subject.model.device
+            output = subject.model.generate(
+                input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), generation_config=settings
+            )
+            for row, tokens in zip(rows, output[:, input_ids.shape[1] :].tolist(), strict=True):
+                completions[row] = _until(tokens, eos)
+    # Special tokens stay: a response with <unk> in the middle is not the response without it.
+    return subject.tokenizer.batch_decode(completions, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _prompts(subject: Subject) -> list[tuple[int, ...]]:
+    positions = num_positions(subject.model)
+    prompts = [example.prompt_ids for example in subject.examples]
+    if positions is None:
+        return prompts
+    if positions <= subject.max_new_tokens:
+        raise ConfigError(
+            f"evaluate.max_new_tokens: {subject.max_new_tokens} was given, the model has {positions} positions for "
+            "prompt and response; give less"
+        )
+    shortened = [shorten(prompt, positions - subject.max_new_tokens, subject.tokenizer) for prompt in prompts]
+    num_cut = sum(len(after) < len(before) for before, after in zip(prompts, shortened, strict=True))
+    if num_cut:
+        log.warning(
+            "tasks.%s.test: %d of %d prompts lost their beginning to leave evaluate.max_new_tokens=%d of %d positions",
+            subject.task,
+            num_cut,
+            len(prompts),
+            subject.max_new_tokens,
+            positions,
+        )
+    return shortened
+
+
+def _left_padded(prompts: Sequence[tuple[int, ...]], pad: int) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask, (rows, length): the responses begin in the same column."""
+    length = max(len(prompt) for prompt in prompts)
+    input_ids = [[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts]
+    attention_mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(input_ids), torch.tensor(attention_mask)
+
+
+def _eos(subject: Subject) -> list[int]:
+    """The token that training ends responses with, and those that the base's own authors end them with."""
+    own = subject.model.generation_config.eos_token_id if subject.model.generation_config is not None else None
+    return sorted({subject.tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])})
+
+
+def _until(tokens: list[int], eos: Sequence[int]) -> list[int]:
+    end = next((place for place, token in enumerate(tokens) if token in eos), len(tokens))
+    return tokens[:end]
+
+
+@contextlib.contextmanager
+def _without_settings(model: PreTrainedModel) -> Iterator[None]:
+    """`generate` fills what a call leaves open with the base's own settings: sampling, penalties, minimum lengths."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -1,0 +1,78 @@
+"""Adapters for PEFT, and for all that reads its LoRA folders."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lori_dist.adapter.adapter import Adapter
+from lori_dist.errors import AdapterError
+from lori_dist.integrations._folder import complete
+
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt")
+"""Model types whose linear layers are `Conv1D`, with a weight of (in_features, out_features)."""
+
+
+def export(adapter: Adapter, folder: Path, *, base_model_name: str) -> None:
+    """Writes a LoRA folder that `peft.PeftModel.from_pretrained` loads with the outputs of this adapter.
+
+    It holds adapter_config.json and adapter_model.safetensors: A made from its seed, in its own dtype, and B dense in
+    fp32, for every module that keeps an entry; to leave out the others changes no output. Several blocks become one
+    LoRA of the sum of their ranks, their scales multiplied into B. base_model_name: path or hub name of the base model,
+    written into the configuration.
+    The folder appears complete or not at all. Raises AdapterError if it holds anything already, or for an adapter
+    without a kept entry.
+    """
+    modules = [module for module in adapter.shapes if any(module in block.entries for block in adapter.blocks)]
+    if not modules:
+        raise AdapterError("export: the adapter keeps no entry of any module; there is nothing to export")
+    with complete(folder) as partial:
+        tensors: dict[str, Tensor] = {}
+        for module in modules:
+            a, b = _factors(adapter, module)
+            tensors[f"base_model.model.{module}.lora_A.weight"] = a
+            tensors[f"base_model.model.{module}.lora_B.weight"] = b
+        save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        text = json.dumps(_config(adapter, modules, base_model_name), indent=2) + "\n"
+        (partial / "adapter_config.json").write_text(text, encoding="utf-8")
+
+
+def _scales_as_it_is(adapter: Adapter) -> bool:
+    """Whether PEFT's own alpha / rank is the scale, and B can be written to the bit."""
+    return len(adapter.blocks) == 1 and adapter.blocks[0].weight == 1.0
+
+
+def _factors(adapter: Adapter, module: str) -> tuple[Tensor, Tensor]:
+    """A, (sum of ranks, in_features), and B, (out_features, sum of ranks), of one module."""
+    out_features, in_features = adapter.shapes[module]
+    a, b = [], []
+    for block in adapter.blocks:
+        a.append(block.projection(module, in_features))
+        if module not in block.entries:
+            b.append(torch.zeros(out_features, block.rank))
+            continue
+        dense = block.entries[module].dense(out_features, block.rank)
+        b.append((dense if _scales_as_it_is(adapter) else dense.double() * block.scale).float())
+    return torch.cat(a).contiguous(), torch.cat(b, dim=1).contiguous()
+
+
+def _config(adapter: Adapter, modules: list[str], base_model_name: str) -> dict[str, Any]:
+    rank = sum(block.rank for block in adapter.blocks)
+    alpha = adapter.blocks[0].alpha if _scales_as_it_is(adapter) else float(rank)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model_name,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,  # readers that are strict want an integer
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": adapter.base.get("model_type") in CONV1D_MODELS,
+        "target_modules": modules,
+    }

@@ -1,0 +1,220 @@
+"""What a run consists of: jobs, what each needs, and the fingerprints that say whether a result is still theirs."""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lori_dist import config
+from lori_dist.errors import ConfigError
+
+Kind = Literal["train", "merge", "evaluate"]
+
+FORMAT = 1
+"""Part of every fingerprint: another number does everything anew."""
+
+PLACEMENT = ("engine", "micro_batch_size", "activation_checkpointing", "checkpoint_every", "keep")
+"""Settings of training that change its result by rounding at most."""
+
+WEIGHTS = (".safetensors", ".bin")
+TEXTS = (".json", ".txt", ".model", ".jinja")
+WHOLE = 64 * 2**20
+"""A weight file up to this many bytes is hashed in full, a larger one by samples."""
+SAMPLE, NUM_SAMPLES = 2**16, 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One piece of a run, whose results are one folder."""
+
+    name: str
+    """`train-TASK`, `merge-NAME` or `evaluate-MODEL`."""
+    kind: Kind
+    needs: tuple[str, ...] = ()
+    """Names of the jobs whose results it reads."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What determines the result to rounding, as plain JSON; results of `needs` apart."""
+    fingerprint: str
+    """Of the settings and of the fingerprints of what it needs."""
+
+
+def task_seed(run: config.Run, task: str) -> int:
+    """The seed of a task's A: its own, or one that follows from adapter.seed and, unless A is shared, the task's name.
+
+    Below 2**53. The same on every machine, whatever other tasks there are.
+    """
+    own = run.tasks[task].seed
+    if own is not None:
+        return own
+    if run.adapter.share_projection:
+        return run.adapter.seed
+    digest = hashlib.sha256(f"{run.adapter.seed}/{task}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 11
+
+
+# --- the jobs there are ----------------------------------------------------------------------------------------------
+
+
+def train_job(run: config.Run, task: str, after: Sequence[Job] = ()) -> Job:
+    """The training of one task's adapter."""
+    tree = config.dump(run)
+    rows = tree["tasks"][task]
+    return _job(
+        "train",
+        task,
+        after,
+        task=task,
+        seed=task_seed(run, task),
+        model=_model(run.model),
+        data={"rows": sha256(rows["train"]), "template": rows["template"]},
+        adapter={key: value for key, value in tree["adapter"].items() if key not in ("seed", "share_projection")},
+        train={key: value for key, value in tree["train"].items() if key not in PLACEMENT},
+    )
+
+
+def merge_job(run: config.Run, name: str, trained: Mapping[str, Job]) -> Job:
+    """One merge. trained: task -> the job that makes its adapter."""
+    merge = run.merges[name]
+    tasks = merge.tasks if merge.tasks is not None else tuple(run.tasks)
+    if merge.weights is None:
+        weights = [1 / len(tasks)] * len(tasks)
+    elif isinstance(merge.weights, dict):
+        weights = [merge.weights[task] for task in tasks]
+    else:
+        weights = list(merge.weights)
+    method = {"name": merge.method.name, **merge.method.options}
+    return _job(
+        "merge", name, [trained[task] for task in tasks], merge=name, method=method, tasks=list(tasks), weights=weights
+    )
+
+
+def evaluate_job(run: config.Run, model: str, adapter: Job | None) -> Job:
+    """The evaluation of a model on every task. adapter: the job that makes the adapter; None is the base alone."""
+    tree = config.dump(run)
+    return _job(
+        "evaluate",
+        model,
+        [adapter] if adapter else [],
+        subject=model,
+        adapter=adapter.name if adapter else None,
+        model=_model(run.model),
+        tasks={
+            name: {"rows": sha256(task["test"]), "template": task["template"], "labels": task["labels"]}
+            for name, task in tree["tasks"].items()
+        },
+        evaluate={key: value for key, value in tree["evaluate"].items() if key != "batch_size"},
+        max_length=run.train.max_length,
+    )
+
+
+def _job(kind: Kind, suffix: str, needs: Sequence[Job], **settings: Any) -> Job:
+    return Job(
+        name=f"{kind}-{suffix}",
+        kind=kind,
+        needs=tuple(job.name for job in needs),
+        settings=settings,
+        fingerprint=fingerprint(kind, settings, [job.fingerprint for job in needs]),
+    )
+
+
+# --- fingerprints ----------------------------------------------------------------------------------------------------
+
+
+def fingerprint(kind: str, settings: Mapping[str, Any], upstream: Sequence[str]) -> str:
+    """64 hexadecimal digits that follow from the arguments alone, whatever the order of the keys."""
+    tree = {"format": FORMAT, "kind": kind, "settings": settings, "upstream": list(upstream)}
+    text = json.dumps(tree, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256(path: str | Path) -> str:
+    """Of a file's content, which is read once as long as the file stays as it is."""
+    return _digest(str(Path(path).absolute()), _state(path), None)
+
+
+def _model(model: config.Model) -> dict[str, Any]:
+    return {"content": model_content(model.path), "dtype": model.dtype}
+
+
+def model_content(path: str) -> dict[str, str]:
+    """What is in a model's folder: file name -> digest, wherever the folder is. For a name on the hub, the name.
+
+    Weight files over 64 MiB are read in samples: a change of all tensors, as training makes it, is noticed.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return {"name": path}
+    content = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix in TEXTS:
+            content[file.name] = sha256(file)
+        elif file.suffix in WEIGHTS:
+            state = _state(file)
+            content[file.name] = _digest(str(file.absolute()), state, None if state[0] <= WHOLE else NUM_SAMPLES)
+    return content
+
+
+def _state(path: str | Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
+@functools.cache
+def _digest(path: str, state: tuple[int, int], num_samples: int | None) -> str:
+    with open(path, "rb") as file:
+        if num_samples is None:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256(str(state[0]).encode())
+        for index in range(num_samples):
+            file.seek((state[0] - SAMPLE) * index // (num_samples - 1))
+            digest.update(file.read(SAMPLE))
+        return digest.hexdigest()
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+
+def order(jobs: Iterable[Job]) -> list[Job]:
+    """The jobs with each after what it needs, and otherwise as they came.
+
+    Raises ConfigError for a name used twice, a need that no job meets, and jobs that wait for each other.
+    """
+    waiting = {}
+    for job in jobs:
+        if job.name in waiting:
+            raise ConfigError(f"multitask: the plan has two jobs called {job.name}; give each its own name")
+        waiting[job.name] = job
+    for job in waiting.values():
+        for need in job.needs:
+            if need not in waiting:
+                raise ConfigError(
+                    f"multitask: {job.name} needs {need}, which the plan does not have; add it to the plan"
+                )
+    ordered: list[Job] = []
+    done: set[str] = set()
+    while waiting:
+        found = next((job for job in waiting.values() if done.issuperset(job.needs)), None)
+        if found is None:
+            raise ConfigError(f"multitask: {', '.join(waiting)} wait for each other; a plan must have no circle")
+        ordered.append(waiting.pop(found.name))
+        done.add(found.name)
+    return ordered
+
+
+def ready(jobs: Iterable[Job], finished: Collection[str], running: Collection[str]) -> list[Job]:
+    """The jobs that could start now: not started yet, and everything they need is finished."""
+    started = {*finished, *running}
+    return [job for job in jobs if job.name not in started and set(finished).issuperset(job.needs)]
+
+
+def dependents(jobs: Iterable[Job], failed: Collection[str]) -> Iterator[Job]:
+    """The jobs that need a failed one, directly or through others. jobs: in the order that `order` gives."""
+    out = set(failed)
+    for job in jobs:
+        if job.name not in failed and not out.isdisjoint(job.needs):
+            out.add(job.name)
+            yield job

@@ -1,0 +1,24 @@
+"""The largest entries of each layer."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from lori_dist.masks._select import magnitudes
+
+
+def mask(b: Mapping[str, Tensor], *, density: float) -> dict[str, Tensor]:
+    """Which entries of B live: the largest |B| of each layer, all layers of the same density.
+
+    The layer is the path up to its first number (`model.layers.3`, `transformer.h.3`, `encoder.block.3`), so an
+    expert's number inside a layer makes no group. Modules outside of all layers are one group. As the mask `magnitude`,
+    with the count, the ties and the zeros settled in each group apart.
+    Source: juzhengz/LoRI (layer-wise mask).
+    """
+    return magnitudes(b, _layer, density)
+
+
+def _layer(module: str) -> str:
+    parts = module.split(".")
+    number = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
+    return "" if number is None else ".".join(parts[: number + 1])

@@ -1,0 +1,17 @@
+"""The largest entries of each B."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from lori_dist.masks._select import magnitudes
+
+
+def mask(b: Mapping[str, Tensor], *, density: float) -> dict[str, Tensor]:
+    """Which entries of B live: the largest |B| of each module, all of the same density.
+
+    As the mask `magnitude`, with the count, the ties and the zeros settled in each module apart; every module keeps at
+    least one entry.
+    Source: juzhengz/LoRI (matrix-wise mask).
+    """
+    return magnitudes(b, lambda module: module, density)

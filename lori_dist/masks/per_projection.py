@@ -1,0 +1,17 @@
+"""The largest entries of each kind of projection."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from lori_dist.masks._select import magnitudes
+
+
+def mask(b: Mapping[str, Tensor], *, density: float) -> dict[str, Tensor]:
+    """Which entries of B live: the largest |B| of each kind of projection over all layers, all of the same density.
+
+    The kind is the last part of the module's path: `q_proj`, `down_proj`, `c_attn`. As the mask `magnitude`, with the
+    count, the ties and the zeros settled in each group apart.
+    Source: juzhengz/LoRI (projection-wise mask).
+    """
+    return magnitudes(b, lambda module: module.rpartition(".")[2], density)

@@ -1,0 +1,167 @@
+"""Methods found by their file name: the folder is the registry.
+
+A method is one function in one file of a plural folder (`masks/magnitude.py` holds `mask`), or of a module of the
+user's own, named `package.module`. Its keyword-only parameters that have a default are its options.
+
+Signatures are read from the source, without running it: checking a configuration must not import torch.
+"""
+
+import ast
+import difflib
+import importlib
+import importlib.machinery
+import importlib.util
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from lori_dist.errors import ConfigError
+
+PACKAGE = Path(__file__).parent
+ANNOTATIONS = {"Literal": Literal, "bool": bool, "int": int, "float": float, "str": str, "list": list, "tuple": tuple}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Option:
+    """One keyword-only parameter of a method."""
+
+    annotation: Any
+    default: Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Method:
+    """A function that has been found but not imported."""
+
+    folder: str
+    name: str
+    role: str
+    options: Mapping[str, Option]
+    summary: str
+
+    def load(self) -> Callable[..., Any]:
+        """Returns the function itself; this imports its module."""
+        module = self.name if "." in self.name else f"lori_dist.{self.folder}.{self.name}"
+        return typing.cast(Callable[..., Any], getattr(importlib.import_module(module), self.role))
+
+    def bind(self, options: Mapping[str, Any], path: str) -> dict[str, Any]:
+        """Returns `options` checked against the signature. Raises ConfigError that lists every mistake under `path`."""
+        import pydantic  # here, because the adapter core imports this module and needs torch, safetensors, numpy alone
+
+        bound, problems = {}, []
+        for key, value in options.items():
+            if key not in self.options:
+                problems.append(
+                    f"{path}.{key}: {self.name} has no such option; {_choices(key, self.options, 'it takes')}"
+                )
+                continue
+            try:
+                bound[key] = pydantic.TypeAdapter(self.options[key].annotation).validate_python(value)
+            except pydantic.ValidationError as error:
+                wanted = error.errors()[0]["msg"].replace("Input should be", "it should be")
+                problems.append(f"{path}.{key}: {value!r} was given; {wanted}")
+                continue
+            if isinstance(value, bool) and not isinstance(bound[key], bool):
+                problems.append(f"{path}.{key}: {value!r} was given; wanted a number (YAML reads yes and on as true)")
+        if problems:
+            raise ConfigError("\n".join(problems))
+        return bound
+
+
+def names(folder: str) -> tuple[str, ...]:
+    """The methods of a folder, sorted. A file whose name starts with an underscore is private."""
+    return tuple(sorted(file.stem for file in (PACKAGE / folder).glob("*.py") if not file.stem.startswith("_")))
+
+
+def find(folder: str, name: str, role: str, path: str) -> Method:
+    """The method `name` of a folder, or of the user's own `package.module`.
+
+    role: what its function is called (`mask`, `merge`, `build`, ...). path: where in the configuration the name stands.
+    Raises ConfigError naming what there is and the nearest valid name.
+    """
+    if "." in name:
+        source = _source_of(name, path)
+    elif name in names(folder):
+        source = PACKAGE / folder / f"{name}.py"
+    else:
+        raise ConfigError(
+            f"{path}: there is nothing called {name!r} in {folder}; {_choices(name, names(folder), 'there are')}"
+        )
+    function = _function(source, role, path)
+    if function is None:
+        raise ConfigError(f"{path}: {name} has no function `{role}`; define one with the signature the README shows")
+    return Method(
+        folder=folder,
+        name=name,
+        role=role,
+        options=MappingProxyType(_options(function, path)),
+        summary=(ast.get_docstring(function) or "").split("\n")[0],
+    )
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """ " Did you mean 'x'?" for the closest valid name, or an empty string."""
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _choices(name: str, valid: Iterable[str], verb: str) -> str:
+    valid = sorted(valid)
+    return f"{verb} {', '.join(valid) or 'none'}.{nearest(name, valid)}"
+
+
+def _source_of(module: str, path: str) -> Path:
+    """The file of a module, without importing it or the packages it is in."""
+    top, *below = module.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+        for depth in range(len(below)):
+            inside = spec.submodule_search_locations if spec is not None else None
+            name = ".".join((top, *below[: depth + 1]))
+            spec = importlib.machinery.PathFinder.find_spec(name, inside) if inside is not None else None
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        raise ConfigError(f"{path}: no Python module {module!r} can be found; check the name and PYTHONPATH")
+    return Path(spec.origin)
+
+
+def _function(source: Path, role: str, path: str) -> ast.FunctionDef | None:
+    try:
+        tree = ast.parse(source.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError) as error:
+        raise ConfigError(f"{path}: {source} is no valid Python ({error}); mend it first") from error
+    return next((node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == role), None)
+
+
+def _options(function: ast.FunctionDef, path: str) -> dict[str, Option]:
+    """Keyword-only parameters without a default are not options: the program itself passes those."""
+    pairs = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
+    return {
+        argument.arg: _option(argument, default, f"{path}: option {argument.arg} of `{function.name}`")
+        for argument, default in pairs
+        if default is not None
+    }
+
+
+def _option(argument: ast.arg, default: ast.expr, what: str) -> Option:
+    try:
+        return Option(annotation=_annotation(argument.annotation), default=ast.literal_eval(default))
+    except ValueError as error:
+        found = ast.unparse(default)
+        raise ConfigError(f"{what} has the default {found}; write a literal, as the source is not run") from error
+    except (NameError, SyntaxError, TypeError, AttributeError) as error:
+        found = ast.unparse(argument.annotation or default)
+        raise ConfigError(f"{what} is annotated {found}; only {', '.join(ANNOTATIONS)} can be checked") from error
+
+
+def _annotation(node: ast.expr | None) -> Any:
+    if node is None:
+        return Any
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return _annotation(ast.parse(node.value, mode="eval").body)
+    # Only names of ANNOTATIONS can be reached: this evaluates a method's own signature, never a user's file.
+    return eval(compile(ast.Expression(node), "<annotation>", "eval"), {"__builtins__": {}}, dict(ANNOTATIONS))

@@ -1,0 +1,38 @@
+"""Negative log-likelihood of the responses, as a sum: ranks and micro-batches hold different numbers of targets."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lori_dist.training.data import IGNORED, Batch
+
+
+def num_targets(batch: Batch) -> int:
+    """Labels that `loss_sum` sums over. The first token of a row is never one: nothing predicts it."""
+    return int((batch.labels[:, 1:] != IGNORED).sum())
+
+
+def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
+    """Sum over the targets of -log p(target | the tokens before it), 0-dim, fp32, in nats.
+
+    A batch without targets gives a zero that still depends on the model's parameters, so that its backward runs the
+    same collectives as on the other ranks.
+    """
+    return _losses(model, batch).sum()
+
+
+def log_likelihoods(model: nn.Module, batch: Batch) -> Tensor:
+    """log p(response | prompt) of each row, (rows,), fp32, in nats."""
+    losses = _losses(model, batch)
+    rows = (batch.labels[:, 1:] != IGNORED).nonzero()[:, 0]  # of each target
+    return losses.new_zeros(batch.labels.shape[0]).index_add_(0, rows, -losses)
+
+
+def _losses(model: nn.Module, batch: Batch) -> Tensor:
+    """-log p of every target, (targets,), fp32, row by row."""
+    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    labels = batch.labels[:, 1:]
+    chosen = labels != IGNORED
+    # Chosen before the cast: prompts and padding would need four bytes an entry of the vocabulary for nothing.
+    logits = output.logits[:, :-1][chosen].to(torch.float32)
+    return functional.cross_entropy(logits, labels[chosen], reduction="none")

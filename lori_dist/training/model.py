@@ -1,0 +1,172 @@
+"""The frozen base model, its tokenizer, and what tells it from other models."""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
+
+from lori_dist import config
+from lori_dist.errors import ConfigError
+from lori_dist.training.data import Example
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PIECES = 64
+"""Places of a weight file that its identity looks at,"""
+PIECE_BYTES = 4096
+"""and how many bytes it reads at each."""
+
+
+def load_model(model: config.Model) -> PreTrainedModel:
+    """The base on the CPU in the dtype asked for, in evaluation mode, so without dropout.
+
+    Raises ConfigError if it cannot be loaded, or if its files lack a weight, which would then be random.
+    """
+    with _loading(model), _without_bars():
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            model.path,
+            dtype=getattr(torch, model.dtype),
+            use_safetensors=True,
+            # Reported below with their names: by itself it refuses them with an error that names none.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    missing = sorted(report["missing_keys"]) + sorted(str(item[0]) for item in report["mismatched_keys"])
+    if missing:
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ConfigError(
+            f"model.path: the weights in {model.path!r} lack {len(missing)} tensors of the shape config.json asks for "
+            f"({shown}); give a folder whose weights and config.json belong together"
+        )
+    return cast(PreTrainedModel, loaded.eval())
+
+
+def load_tokenizer(model: config.Model) -> PreTrainedTokenizerBase:
+    """The base's own tokenizer. Raises ConfigError if there is none."""
+    with _loading(model, "the tokenizer of "):
+        tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(model.path))
+        # Without its files, a tokenizer of some models (GPT-2, Qwen) comes up empty and turns every text into nothing.
+        names = ["tokenizer.json", *tokenizer.vocab_files_names.values()]
+        if tokenizer.vocab_files_names and not any(_found(model, name) for name in names):
+            raise FileNotFoundError(f"there is none of {', '.join(dict.fromkeys(names))}")
+    return tokenizer
+
+
+def check(examples: Sequence[Example], model: PreTrainedModel) -> None:
+    """Raises ConfigError if a row has more tokens than the model has positions, or one it has no embedding for."""
+    length = max((example.num_tokens for example in examples), default=0)
+    positions = num_positions(model)
+    if positions is not None and length > positions:
+        raise ConfigError(
+            f"train.max_length: a row has {length} tokens, the model has {positions} positions; "
+            f"set train.max_length to {positions} or less"
+        )
+    largest = max((max(example.prompt_ids + example.response_ids) for example in examples), default=0)
+    num_embeddings = model.get_input_embeddings().weight.shape[0]
+    if largest >= num_embeddings:
+        raise ConfigError(
+            f"model.path: the tokenizer gives token {largest}, the model has embeddings for {num_embeddings}; "
+            "give a model with its own tokenizer"
+        )
+
+
+def num_positions(model: PreTrainedModel) -> int | None:
+    """Tokens the model can tell apart by place; None if there is no such limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def identity(model: config.Model) -> dict[str, str]:
+    """What tells this base from others, the same on every machine and in every folder.
+
+    name: of the folder, or on the hub. model_type: as in config.json. architecture: a hash of all tensors' names and
+    shapes. weights: a hash of samples of every weight file, so cheap at any size; models that differ by a whole
+    training differ in it, a change of single bytes may not show.
+    """
+    with _loading(model):
+        settings = json.loads(_file(model, "config.json").read_text(encoding="utf-8"))
+        files = _weight_files(model)
+        shapes = sorted(item for file in files for item in _shapes(file))
+        weights = hashlib.blake2b(digest_size=8)
+        for file in files:
+            _sample(file, weights)
+    return {
+        "name": Path(model.path).resolve().name if Path(model.path).is_dir() else model.path,
+        "model_type": str(settings.get("model_type", "")),
+        "architecture": hashlib.blake2b(json.dumps(shapes).encode(), digest_size=8).hexdigest(),
+        "weights": weights.hexdigest(),
+    }
+
+
+def _weight_files(model: config.Model) -> list[Path]:
+    """All weight files, shards in the order of their first tensor in the index."""
+    index = _found(model, INDEX)
+    if index is None:
+        return [_file(model, SINGLE)]
+    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [_file(model, shard) for shard in dict.fromkeys(shards)]
+
+
+def _found(model: config.Model, name: str) -> Path | None:
+    """A file of the model's folder, or of its snapshot in the hub's cache."""
+    path = cached_file(model.path, name, _raise_exceptions_for_missing_entries=False)
+    return None if path is None else Path(path)
+
+
+def _file(model: config.Model, name: str) -> Path:
+    path = _found(model, name)
+    if path is None:
+        raise FileNotFoundError(f"there is no {name}")
+    return path
+
+
+def _shapes(file: Path) -> list[tuple[str, list[int]]]:
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 2 <= length <= file.stat().st_size - 8:
+            raise ValueError(f"{file.name} is no safetensors file, or is cut off")
+        header = json.loads(stream.read(length))
+    return [(name, entry["shape"]) for name, entry in header.items() if name != "__metadata__"]
+
+
+def _sample(file: Path, digest: hashlib.blake2b) -> None:
+    size = file.stat().st_size
+    digest.update(size.to_bytes(8, "little"))
+    last = max(0, size - PIECE_BYTES)
+    with file.open("rb") as stream:
+        for piece in range(PIECES):
+            stream.seek(last * piece // (PIECES - 1))
+            digest.update(stream.read(PIECE_BYTES))
+
+
+@contextlib.contextmanager
+def _loading(model: config.Model, part: str = "") -> Iterator[None]:
+    """What goes wrong below is about the folder or name that the user gave; the libraries raise nearly any class."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"model.path: {part}{model.path!r} cannot be loaded ({type(error).__name__}: {reason}); give a folder with "
+            "config.json, safetensors weights and a tokenizer, or such a model's name on the hub"
+        ) from error
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers draws a progress bar in every rank, and into files."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

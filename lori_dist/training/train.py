@@ -1,0 +1,306 @@
+"""One task's training: LoRI's protocol from rows of text to an adapter file, on one rank of a gang."""
+
+import gc
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lori_dist import config, plugin
+from lori_dist.adapter import file
+from lori_dist.adapter.adapter import Adapter, Spec
+from lori_dist.adapter.attach import attach, extract, projection_checksums
+from lori_dist.config import Run
+from lori_dist.errors import JobError
+from lori_dist.jobs import task_seed
+from lori_dist.training import checkpoint, data
+from lori_dist.training.data import Example
+from lori_dist.training.engine import Engine, State
+from lori_dist.training.model import check, identity, load_model, load_tokenizer
+from lori_dist.training.schedule import learning_rate
+from lori_dist.training.world import World
+
+ADAPTER = "adapter.safetensors"
+CALIBRATED = "calibrated.safetensors"
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+CALIBRATE, TRAIN = "calibrate", "train"
+
+Record = dict[str, Any]
+"""A line of metrics.jsonl: phase, step (steps done), num_steps, loss, lr, grad_norm, tokens and seconds of the step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Phase:
+    """Adam over a fixed set of entries, from zero."""
+
+    name: str
+    """CALIBRATE or TRAIN."""
+    num_steps: int
+    epochs: float | None
+    lr: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What both phases share."""
+
+    run: Run
+    task: str
+    world: World
+    folder: Path
+    fingerprint: str
+    still_mine: Callable[[], None]
+    progress: Callable[[Record], None]
+    examples: Sequence[Example]
+    pad_id: int
+
+
+def train(
+    run: Run,
+    task: str,
+    world: World,
+    folder: Path,
+    *,
+    fingerprint: str,
+    still_mine: Callable[[], None] = lambda: None,
+    progress: Callable[[Record], None] = lambda record: None,
+) -> dict[str, Any]:
+    """Trains one task's adapter and writes it to folder/adapter.safetensors. Every rank calls this.
+
+    With density 1 there is one dense phase (LoRI-D). Below that, a dense phase calibrates, its B gives the mask, and
+    the kept entries are trained from zero, with the same A and a new optimizer (LoRI-S).
+
+    folder: on storage that all ranks see; an earlier attempt's calibration and checkpoints in it are continued.
+    fingerprint: of all that determines the result; files of another one are refused. still_mine: called before each
+    write, raises JobError where a newer attempt has taken over. progress: gets each step's record, on rank 0.
+    Returns kept, total, bytes, steps, loss (of the last step) and seconds (of this attempt).
+    Raises ConfigError for rows or a model that cannot be used, JobError if ranks disagree or the loss is not finite.
+    Source: LoRI (arXiv 2504.07448), section 3, but for A, which the authors' code draws again for the second phase.
+    """
+    start = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(run.model)
+    rows = data.read(run.tasks[task].train, run.tasks[task].template, where=f"tasks.{task}.train")
+    job = Job(
+        run=run,
+        task=task,
+        world=world,
+        folder=folder,
+        fingerprint=fingerprint,
+        still_mine=still_mine,
+        progress=progress,
+        examples=data.encode(rows, tokenizer, run.train.max_length),
+        pad_id=data.pad_id(tokenizer),
+    )
+    *calibration, last = phases(run.train, run.adapter.density, len(job.examples))
+    masks = _masks(job, calibration[0]) if calibration else None
+    gc.collect()  # models and engines refer to themselves, and two bases may not fit
+    _, adapter = _fit(job, last, masks)
+    summary: list[dict[str, Any]] = [{}]
+    if world.rank == 0:
+        still_mine()
+        file.save(replace(adapter, base=identity(run.model)), folder / ADAPTER)
+        summary[0] = {
+            "kept": adapter.kept,
+            "total": adapter.total,
+            "bytes": (folder / ADAPTER).stat().st_size,
+            "steps": last.num_steps,
+            "loss": _records(folder)[-1]["loss"],
+            "seconds": time.monotonic() - start,
+        }
+    dist.broadcast_object_list(summary, device=world.device)
+    return summary[0]
+
+
+def phases(train: config.Train, density: float, num_rows: int) -> list[Phase]:
+    """What is done, in order: calibrate and train, or only train for a dense adapter."""
+
+    def phase(name: str, steps: int | None, epochs: float | None, lr: float) -> Phase:
+        return Phase(
+            name=name, num_steps=data.num_steps(num_rows, train.batch_size, steps, epochs), epochs=epochs, lr=lr
+        )
+
+    last = phase(TRAIN, train.steps, train.epochs, train.lr)
+    if density == 1.0:
+        return [last]
+    calibrate = train.calibrate
+    lr = train.lr / 10 if calibrate.lr is None else calibrate.lr
+    if calibrate.steps is None and calibrate.epochs is None:
+        return [phase(CALIBRATE, train.steps, train.epochs, lr), last]
+    return [phase(CALIBRATE, calibrate.steps, calibrate.epochs, lr), last]
+
+
+# --- one phase -------------------------------------------------------------------------------------------------------
+
+
+def _masks(job: Job, phase: Phase) -> dict[str, Tensor]:
+    """Which entries are kept, the same on all ranks, from a calibration done now or by an earlier attempt."""
+    path = job.folder / CALIBRATED
+    _agree(job.world, str(path.exists()), f"finding of {path}", "give an output folder that all ranks share")
+    if path.exists():
+        state = checkpoint.read(path, CALIBRATE, fingerprint=job.fingerprint)
+    else:
+        state, _ = _fit(job, phase, None)
+        if job.world.rank == 0:
+            job.still_mine()
+            # Only B is needed from here on, and the moments are two thirds of the bytes.
+            values = State(step=state.step, values=state.values, exp_avg={}, exp_avg_sq={})
+            checkpoint.write(path, CALIBRATE, values, fingerprint=job.fingerprint)
+            checkpoint.delete(job.folder / CHECKPOINTS, CALIBRATE)
+    b = {module: values.view(-1, job.run.adapter.rank) for module, values in state.values.items()}
+    chosen = job.run.adapter.mask
+    method = plugin.find("masks", chosen.name, "mask", "adapter.mask")
+    options = method.bind(chosen.options, "adapter.mask")
+    masks: dict[str, Tensor] = method.load()(b, density=job.run.adapter.density, **options)
+    return masks
+
+
+def _fit(job: Job, phase: Phase, masks: Mapping[str, Tensor] | None) -> tuple[State, Adapter]:
+    """Trains the entries that masks keep, from zero or from the newest checkpoint."""
+    model = _adapted_model(job, masks)
+    found = checkpoint.newest(job.folder / CHECKPOINTS, phase.name, job.fingerprint)
+    first = found.step if found else 0
+    _agree(job.world, str(first), f"newest checkpoint in {job.folder}", "give an output folder that all ranks share")
+    chosen = job.run.train.engine
+    method = plugin.find("engines", chosen.name, "build", "train.engine")
+    options = method.bind(chosen.options, "train.engine")
+    engine: Engine = method.load()(model, job.run.train, job.world, state=found, **options)
+    if job.world.rank == 0:
+        _rewind(job, phase, first)
+    for step in range(first, phase.num_steps):
+        record = _step(job, phase, engine, step)
+        if job.world.rank == 0:
+            _write(job, record)
+        if _is_due(job, phase, step + 1):
+            _save(job, phase, engine.state())
+    state = engine.state()
+    adapter = extract(model, name=job.task, values=state.values)
+    engine.close()
+    return state, adapter
+
+
+def _adapted_model(job: Job, masks: Mapping[str, Tensor] | None) -> PreTrainedModel:
+    """The base as its files hold it, with values at zero. Raises JobError unless all ranks made the same A."""
+    adapter = job.run.adapter
+    model = load_model(job.run.model)
+    check(job.examples, model)
+    spec = Spec(
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        seed=task_seed(job.run, job.task),
+        targets=adapter.targets,
+        dtype=getattr(torch, adapter.dtype),
+    )
+    attach(model, spec, masks=masks)
+    checksums = json.dumps(projection_checksums(model))
+    _agree(job.world, checksums, "projection A", "install the same version of the program on all machines")
+    if job.run.train.activation_checkpointing:
+        checkpoint_activations(model)
+    return model
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Makes the blocks forget their activations and compute them again in the backward pass."""
+    # The first is the name of the second since transformers 5.20 or so.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            # transformers checkpoints modules in training mode only. That is for them alone: dropout stays off.
+            module.training = True
+            for name, value in vars(module).items():
+                if "drop" in name and isinstance(value, float):
+                    setattr(module, name, 0.0)
+
+
+def _step(job: Job, phase: Phase, engine: Engine, step: int) -> Record:
+    start = time.monotonic()
+    train, world = job.run.train, job.world
+    rows = data.rows_of_step(
+        step, num_rows=len(job.examples), batch_size=train.batch_size, seed=train.seed, epochs=phase.epochs
+    )
+    pieces = data.micro_batches(rows, world.rank, world.size, train.micro_batch_size)
+    batches = [data.collate([job.examples[row] for row in piece], job.pad_id) for piece in pieces]
+    lr = learning_rate(
+        step, num_steps=phase.num_steps, lr=phase.lr, schedule=train.schedule, warmup_steps=train.warmup_steps
+    )
+    num_targets = sum(len(job.examples[row].response_ids) for row in rows)  # of all ranks, and nothing is sent
+    result = engine.step(batches, num_targets=num_targets, lr=lr)
+    if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
+        raise JobError(
+            f"{job.task}: at step {step + 1} of {phase.num_steps} of phase {phase.name} the loss is {result.loss} and "
+            f"the gradient's norm {result.grad_norm}; lower the learning rate (here {lr:g}) or use model.dtype float32"
+        )
+    return {
+        "phase": phase.name,
+        "step": step + 1,
+        "num_steps": phase.num_steps,
+        "loss": result.loss,
+        "lr": lr,
+        "grad_norm": result.grad_norm,
+        "tokens": num_targets + sum(len(job.examples[row].prompt_ids) for row in rows),
+        "seconds": time.monotonic() - start,
+    }
+
+
+def _is_due(job: Job, phase: Phase, num_done: int) -> bool:
+    every = job.run.train.checkpoint_every
+    return every is not None and num_done % every == 0 and num_done < phase.num_steps
+
+
+def _save(job: Job, phase: Phase, state: State) -> None:
+    if job.world.rank == 0:
+        job.still_mine()
+        checkpoint.save(
+            job.folder / CHECKPOINTS, phase.name, state, fingerprint=job.fingerprint, keep=job.run.train.keep
+        )
+
+
+def _agree(world: World, found: str, what: str, remedy: str) -> None:
+    """Raises JobError, on all ranks, naming those that found something else than rank 0."""
+    digest = int.from_bytes(hashlib.blake2b(found.encode(), digest_size=8).digest(), "little", signed=True)
+    own = torch.tensor([digest], device=world.device)
+    all_digests = [torch.empty_like(own) for _ in range(world.size)]
+    dist.all_gather(all_digests, own)
+    others = [str(rank) for rank, other in enumerate(all_digests) if other.item() != all_digests[0].item()]
+    if others:
+        raise JobError(f"rank {', '.join(others)}: its {what} differs from that of rank 0; {remedy}")
+
+
+# --- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def _write(job: Job, record: Record) -> None:
+    job.still_mine()
+    with (job.folder / METRICS).open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(record) + "\n")
+    job.progress(record)
+
+
+def _records(folder: Path) -> list[Record]:
+    """All lines but one that a kill has cut short."""
+    path = folder / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _rewind(job: Job, phase: Phase, first: int) -> None:
+    """Drops what an earlier attempt wrote about steps that are done again."""
+    records = [record for record in _records(job.folder) if record["phase"] != phase.name or record["step"] <= first]
+    if phase.name == CALIBRATE:
+        records = [record for record in records if record["phase"] == CALIBRATE]
+    job.still_mine()
+    partial = job.folder / f".{METRICS}.partial"
+    partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    os.replace(partial, job.folder / METRICS)

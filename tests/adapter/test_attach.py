@@ -1,0 +1,249 @@
+"""Attaching, detaching and folding on real model classes."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lori_dist import Adapter, AdapterError, Spec, adapted, attach, detach, extract, fold, trainable, unfold
+from lori_dist.adapter.projection import checksum, projection
+from tests.models import tiny_gpt2, tiny_llama
+
+SPEC = Spec(rank=4, alpha=8.0, seed=11)
+IDS = torch.tensor([[1, 5, 9, 30, 7], [1, 40, 41, 42, 2]])
+models = pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def randomise(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(5)
+    for values in trainable(model).values():
+        values.data.normal_(generator=generator)
+
+
+def masks(model: nn.Module, density: float = 0.2) -> dict[str, Tensor]:
+    """Random masks; the first module keeps nothing, the second everything."""
+    generator = torch.Generator().manual_seed(6)
+    layers = attach(model, SPEC)
+    shapes = {path: (layer.deltas[0].out_features, SPEC.rank) for path, layer in layers.items()}
+    detach(model)
+    chosen = {path: torch.rand(shape, generator=generator) < density for path, shape in shapes.items()}
+    for path, kept in zip(chosen, (False, True), strict=False):
+        chosen[path] = torch.full(shapes[path], kept)
+    return chosen
+
+
+@models
+def test_a_fresh_adapter_changes_nothing_and_freezes_the_base(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    before = logits(model)
+    attach(model, SPEC)
+    assert torch.equal(logits(model), before)
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(v) for v in trainable(model).values()}
+
+
+@models
+def test_detach_gives_the_model_back(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    before, names = logits(model), [name for name, _ in model.named_modules()]
+    attach(model, SPEC)
+    randomise(model)
+    assert not torch.allclose(logits(model), before)
+    detach(model)
+    assert torch.equal(logits(model), before)
+    assert [name for name, _ in model.named_modules()] == names
+
+
+@models
+def test_an_extracted_adapter_attached_to_another_copy_gives_equal_logits(make: Callable[[], nn.Module]) -> None:
+    model, other = make(), make()
+    attach(model, SPEC, masks=masks(model))
+    randomise(model)
+    adapter = extract(model, name="task", base={"name": "tiny"})
+    attach(other, adapter)
+    assert torch.equal(logits(other), logits(model))
+    assert not any(parameter.requires_grad for parameter in other.parameters())
+    assert adapter.kept == sum(values.numel() for values in trainable(model).values())
+    assert adapter.base == {"name": "tiny"}
+
+
+@models
+def test_extracting_does_not_alias_the_model(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    attach(model, SPEC)
+    randomise(model)
+    adapter = extract(model, name="task")
+    path, values = next(iter(trainable(model).items()))
+    kept = values.detach().clone()
+    values.data.zero_()
+    assert torch.equal(adapter.blocks[0].entries[path].values, kept)
+
+
+@models
+def test_fold_bakes_in_and_unfold_takes_out(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    before = logits(model)
+    attach(model, SPEC, masks=masks(model))
+    randomise(model)
+    with_adapter = logits(model)
+    fold(model)
+    fold(model)  # once more changes nothing
+    assert torch.allclose(logits(model), with_adapter, atol=1e-5)
+    unfold(model)
+    assert torch.allclose(logits(model), with_adapter, atol=1e-5)
+    detach(model)
+    assert torch.allclose(logits(model), before, atol=1e-5)
+
+
+@models
+def test_folded_and_detached_is_a_plain_model_with_the_update(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    attach(model, SPEC)
+    randomise(model)
+    with_adapter = logits(model)
+    fold(model)
+    detach(model)
+    assert not adapted(model)
+    assert torch.allclose(logits(model), with_adapter, atol=1e-5)
+
+
+def test_all_linear_leaves_the_output_embedding_alone() -> None:
+    paths = set(attach(tiny_llama(), SPEC))
+    names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+    names += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    assert paths == {f"model.layers.{layer}.{name}" for layer in (0, 1) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("targets", "count"),
+    [
+        (("q_proj",), 2),
+        (("self_attn.q_proj", "v_proj"), 4),
+        (("model.layers.1.mlp.up_proj",), 1),
+        (("model.layers.*.mlp.*",), 6),
+        (("*_proj",), 14),
+        (("q_proj", "model.layers.0.*.q_proj"), 2),
+        (("lm_head",), 1),
+        ("k_proj", 2),
+    ],
+)
+def test_targets_by_name_path_and_pattern(targets: str | tuple[str, ...], count: int) -> None:
+    assert len(attach(tiny_llama(), Spec(rank=2, alpha=2.0, seed=0, targets=targets))) == count
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("q_porj", "'q_porj' matches nothing; .*down_proj, gate_proj, .*Did you mean 'q_proj'"),
+        ("model.layers.7.*", "matches nothing; the model's linear layers are called"),
+        ("mlp", "'mlp' is a LlamaMLP, no linear layer"),
+        ("embed_tokens", "'embed_tokens' is a Embedding, no linear layer"),
+    ],
+)
+def test_a_target_that_fits_nothing_lists_what_there_is(target: str, message: str) -> None:
+    model = tiny_llama()
+    with pytest.raises(AdapterError, match=message):
+        attach(model, Spec(rank=2, alpha=2.0, seed=0, targets=("q_proj", target)))
+    assert not adapted(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_second_adapter_is_refused() -> None:
+    model = tiny_llama()
+    attach(model, SPEC)
+    with pytest.raises(AdapterError, match=r"attached already; detach\(model\) first"):
+        attach(model, SPEC)
+    detach(model)
+    attach(model, SPEC)
+
+
+def test_detach_without_an_adapter_is_refused() -> None:
+    with pytest.raises(AdapterError, match="no adapter is attached"):
+        detach(tiny_llama())
+
+
+def test_a_layer_used_in_two_places_is_refused_by_both_names() -> None:
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"first": shared, "second": shared})
+    with pytest.raises(AdapterError, match="first and second are one and the same layer"):
+        attach(model, SPEC)
+
+
+def test_a_tied_output_embedding_is_adapted_without_touching_the_embedding_and_not_folded() -> None:
+    model = tiny_llama(tied=True)
+    before = model.model.embed_tokens.weight.detach().clone()
+    attach(model, Spec(rank=2, alpha=2.0, seed=0, targets=("lm_head", "q_proj")))
+    randomise(model)
+    with pytest.raises(AdapterError, match=r"tied to .*embed_tokens\.weight"):
+        fold(model)
+    assert torch.equal(model.model.embed_tokens.weight, before)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_layer_of_an_unknown_kind_is_refused() -> None:
+    class Quantised(nn.Linear):
+        pass
+
+    with pytest.raises(AdapterError, match="0 is a Quantised"):
+        attach(nn.Sequential(Quantised(4, 4)), SPEC)
+
+
+def test_masks_must_fit() -> None:
+    model = tiny_llama()
+    given = masks(model)
+    path = next(iter(given))
+    with pytest.raises(AdapterError, match="there is none for"):
+        attach(model, SPEC, masks={name: mask for name, mask in given.items() if name != path})
+    with pytest.raises(AdapterError, match=r"wanted torch.bool \(40, 4\)"):
+        attach(model, SPEC, masks={**given, path: torch.ones(4, 4, dtype=torch.bool)})
+    with pytest.raises(AdapterError, match="a mask for lm_head, which is not a target"):
+        attach(model, SPEC, masks={**given, "lm_head": torch.ones(4, 4, dtype=torch.bool)})
+
+
+def trained() -> Adapter:
+    model = tiny_llama()
+    attach(model, SPEC)
+    randomise(model)
+    return extract(model, name="task")
+
+
+def test_an_adapter_of_another_shape_is_refused() -> None:
+    adapter = trained()
+    shapes = {path: (rows + 1, columns) for path, (rows, columns) in adapter.shapes.items()}
+    with pytest.raises(AdapterError, match=r"trained on a weight of shape \(41, 36\), this model's is \(40, 36\)"):
+        attach(tiny_llama(), _replaced(adapter, shapes=shapes))
+
+
+def test_an_adapter_whose_a_comes_out_different_is_refused() -> None:
+    adapter = trained()
+    block = _replaced(adapter.blocks[0], seed=12)
+    with pytest.raises(AdapterError, match="A made from seed 12 has checksum"):
+        attach(tiny_llama(), _replaced(adapter, blocks=(block,)))
+
+
+def test_checksums_are_those_of_the_projection() -> None:
+    adapter = trained()
+    path = "model.layers.1.mlp.down_proj"
+    assert adapter.blocks[0].checksums[path] == checksum(projection(11, path, 4, 52))
+
+
+def test_the_delta_of_an_adapter_is_what_it_adds_to_the_weight() -> None:
+    model = tiny_llama()
+    adapter = trained()
+    weight = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    attach(model, adapter)
+    fold(model)
+    assert torch.allclose(
+        model.model.layers[0].mlp.up_proj.weight, weight + adapter.delta("model.layers.0.mlp.up_proj"), atol=1e-6
+    )
+
+
+def _replaced(value: Any, **changes: object) -> Any:
+    return dataclasses.replace(value, **changes)

@@ -1,0 +1,197 @@
+"""What starts, why a job failed, and whether it is tried again."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lori_dist.cluster.schedule import (
+    Failure,
+    Resources,
+    admit,
+    cause,
+    check_room,
+    failure_of,
+    is_final,
+    processes,
+    record_of,
+    retry,
+)
+from lori_dist.config import Cluster
+from lori_dist.errors import AdapterError, ConfigError, JobError
+from lori_dist.jobs import Job, Kind
+
+
+def job(name: str, kind: Kind = "train") -> Job:
+    return Job(name=name, kind=kind, fingerprint=name)
+
+
+GANGS = [job(f"train-{number}") for number in range(4)]
+TASKS = [job(f"evaluate-{number}", "evaluate") for number in range(4)]
+KINDS = {item.name: item for item in [*GANGS, *TASKS]}
+
+
+# --- room ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_jobs_take() -> None:
+    cluster = Cluster(workers=4, cpus_per_worker=2.0, gpus_per_worker=2)
+    assert processes(job("t", "train"), cluster) == (4, Resources(cpus=2.0, gpus=2))
+    assert processes(job("m", "merge"), cluster) == (1, Resources(cpus=1.0))
+    assert processes(job("e", "evaluate"), cluster) == (1, Resources(cpus=1.0, gpus=1))
+    assert processes(job("e", "evaluate"), Cluster()) == (1, Resources(cpus=1.0))
+
+
+@pytest.mark.parametrize(
+    ("cluster", "nodes", "admitted"),
+    [
+        (Cluster(workers=2), [Resources(cpus=2)], ["train-0"]),
+        (Cluster(workers=2), [Resources(cpus=3)], ["train-0", "evaluate-0"]),
+        (Cluster(workers=2, cpus_per_worker=0.5), [Resources(cpus=2)], ["train-0", "train-1"]),
+        (Cluster(workers=2), [Resources(cpus=4), Resources(cpus=1)], ["train-0", "train-1", "evaluate-0"]),
+        (Cluster(workers=3, cpus_per_worker=0.1), [Resources(cpus=0.9)], ["train-0", "train-1", "train-2"]),
+        (Cluster(workers=2, gpus_per_worker=1), [Resources(cpus=64, gpus=4)], ["train-0", "train-1"]),
+        (Cluster(workers=2, gpus_per_worker=1), [Resources(cpus=64, gpus=3)], ["train-0", "evaluate-0"]),
+    ],
+)
+def test_jobs_start_in_order_as_far_as_there_is_room(
+    cluster: Cluster, nodes: list[Resources], admitted: list[str]
+) -> None:
+    assert [item.name for item in admit([*GANGS, *TASKS], [], cluster, nodes)] == admitted
+
+
+@given(
+    workers=st.integers(1, 4),
+    cpus_per_worker=st.sampled_from([0.1, 0.25, 0.5, 1.0, 2.0]),
+    cpus=st.lists(st.integers(1, 8), min_size=1, max_size=3),
+    ready=st.permutations(sorted(KINDS)),
+    num_running=st.integers(0, 3),
+)
+def test_running_jobs_never_take_more_than_there_is(
+    workers: int, cpus_per_worker: float, cpus: list[int], ready: list[str], num_running: int
+) -> None:
+    cluster = Cluster(workers=workers, cpus_per_worker=cpus_per_worker)
+    nodes = [Resources(cpus=amount) for amount in cpus]
+    running = admit([KINDS[name] for name in ready[:num_running]], [], cluster, nodes)
+    waiting = [KINDS[name] for name in ready[num_running:]]
+    admitted = admit(waiting, running, cluster, nodes)
+
+    def taken(jobs: list[Job]) -> float:
+        return sum(count * part.cpus for count, part in (processes(item, cluster) for item in jobs))
+
+    assert taken([*running, *admitted]) <= sum(cpus) + 1e-9
+    assert admitted == [item for item in waiting if item in admitted]
+    for left in waiting:  # nothing that still fits is left behind
+        assert left in admitted or taken([*running, *admitted, left]) > sum(cpus) + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("cluster", "nodes", "message"),
+    [
+        (
+            Cluster(workers=3),
+            [Resources(cpus=2)],
+            r"cluster.workers: train-0 takes 3 x \(1 CPU\), the cluster has room for 2 \(2 CPUs\); lower",
+        ),
+        (
+            Cluster(workers=2, cpus_per_worker=3.0),
+            [Resources(cpus=5), Resources(cpus=2)],
+            r"takes 2 x \(3 CPUs\), the cluster has room for 1 \(5 CPUs; 2 CPUs\)",
+        ),
+        (
+            Cluster(workers=2, gpus_per_worker=4),
+            [Resources(cpus=32, gpus=6)],
+            r"takes 2 x \(1 CPU, 4 GPUs\), the cluster has room for 1 \(32 CPUs, 6 GPUs\)",
+        ),
+        (Cluster(), [], r"the cluster has room for 0 \(no node\)"),
+    ],
+)
+def test_a_gang_larger_than_the_cluster_is_refused(cluster: Cluster, nodes: list[Resources], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_room(GANGS, cluster, nodes)
+
+
+def test_a_gang_may_be_spread_over_nodes() -> None:
+    check_room(GANGS, Cluster(workers=4), [Resources(cpus=1), Resources(cpus=3)])
+    check_room(GANGS, Cluster(workers=4, cpus_per_worker=0.5), [Resources(cpus=2)])
+
+
+# --- failures --------------------------------------------------------------------------------------------------------
+
+
+def failure(rank: int, time: float, error: BaseException | None) -> Failure:
+    if error is None:
+        return Failure(rank=rank, time=time, types=(), message="died")
+    return failure_of(record_of(error, rank, time))
+
+
+def test_a_failure_survives_the_way_through_json() -> None:
+    found = failure_of(record_of(ConfigError("a: b\nc: d"), 3, 12.5))
+    assert (found.rank, found.time, found.message) == (3, 12.5, "a: b\nc: d")
+    assert found.types[:2] == ("ConfigError", "LoriError")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("first line\nsecond line"), "RuntimeError: first line"),
+        (KeyError("x"), "KeyError: 'x'"),
+        (MemoryError(), "MemoryError"),
+        (JobError("rank 1: differs"), "rank 1: differs"),
+    ],
+)
+def test_a_message_says_what_a_user_can_use(error: BaseException, message: str) -> None:
+    assert record_of(error, 0, 0.0)["message"] == message
+
+
+@pytest.mark.parametrize(
+    ("error", "final"),
+    [
+        (ConfigError("x"), True),
+        (AdapterError("x"), True),
+        (JobError("x"), True),
+        (TypeError("x"), True),
+        (KeyError("x"), True),
+        (ModuleNotFoundError("x"), True),
+        (RuntimeError("Connection closed by peer"), False),
+        (OSError("No space left on device"), False),
+        (MemoryError(), False),
+        (None, False),
+    ],
+)
+def test_mistakes_are_not_tried_again(error: BaseException | None, final: bool) -> None:
+    found = failure(0, 0.0, error)
+    assert is_final(found) == final
+    assert retry(found, 1, 1) != final
+
+
+def test_attempts_are_counted() -> None:
+    died = failure(0, 0.0, None)
+    assert [retry(died, number, 2) for number in (1, 2, 3)] == [True, True, False]
+    assert not retry(died, 1, 0)
+
+
+CLOSED = RuntimeError("Connection closed by peer")
+
+
+@pytest.mark.parametrize(
+    ("reported", "lost", "rank"),
+    [
+        ([(1, 2.0, CLOSED), (0, 1.0, OSError("disk"))], [], 0),
+        ([(0, 1.0, CLOSED)], [1], 1),
+        ([(0, 1.0, CLOSED), (2, 2.0, ConfigError("x"))], [1], 2),
+        ([(0, 3.0, ConfigError("x")), (1, 2.0, ConfigError("x"))], [], 1),
+        ([], [3], 3),
+    ],
+)
+def test_the_first_cause_is_told_and_not_its_consequences(
+    reported: list[tuple[int, float, Any]], lost: list[int], rank: int
+) -> None:
+    found = cause([failure(*item) for item in reported], [failure(item, 0.0, None) for item in lost])
+    assert found is not None
+    assert found.rank == rank
+
+
+def test_without_a_failure_there_is_no_cause() -> None:
+    assert cause([], []) is None

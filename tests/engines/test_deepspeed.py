@@ -1,0 +1,71 @@
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+
+from lori_dist import plugin
+from lori_dist.engines.deepspeed import build
+from lori_dist.errors import ConfigError
+from lori_dist.training.world import World, from_environment
+from tests.distributed import run_distributed
+from tests.engines.oracle import TRAIN, adapt, run
+from tests.models import tiny_llama
+
+
+def engine(stage: Any, world: World) -> Any:
+    return build(adapt(tiny_llama()), TRAIN, world, state=None, stage=stage)
+
+
+def undocumented_names() -> list[bool]:
+    world = from_environment()
+    found = []
+    for stage in (1, 2, 3):
+        zero = engine(stage, world).model.optimizer
+        wanted = ("single_partition_of_fp32_groups", "_lazy_init_hp_params_optimizer_state")
+        found += [hasattr(zero, name) for name in (wanted if stage < 3 else ("fp32_partitioned_groups_flat",))]
+    return found
+
+
+def test_the_undocumented_names_are_there() -> None:
+    assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__
+    assert run_distributed(undocumented_names, world_size=1) == [[True] * 5]
+
+
+def one_step(stage: int) -> None:
+    world = from_environment()
+    run(engine(stage, world), world, range(1))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_nothing_is_compiled(stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    run_distributed(one_step, stage, world_size=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_of_a_killed_build_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deepspeed_shm_comm").mkdir()
+    (tmp_path / "deepspeed_shm_comm" / "lock").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    run_distributed(one_step, 2, world_size=1)
+
+
+def partitioned() -> tuple[int, list[int]]:
+    """Values that stay gathered after a step at stage 3, and the sizes of what this rank holds of them."""
+    world = from_environment()
+    zero = engine(3, world)
+    run(zero, world, range(1))
+    values = zero.parameters.values()
+    return sum(p.numel() for p in values), sorted({-(-p.ds_numel // world.size) - p.ds_tensor.numel() for p in values})
+
+
+def test_small_values_are_partitioned_too() -> None:
+    assert run_distributed(partitioned, world_size=2) == [(0, [0])] * 2
+
+
+def test_stages_are_checked_with_the_configuration() -> None:
+    method = plugin.find("engines", "deepspeed", "build", "train.engine")
+    assert method.bind({"stage": 3}, "train.engine") == {"stage": 3}
+    with pytest.raises(ConfigError, match=r"train\.engine\.stage: 4 was given"):
+        method.bind({"stage": 4}, "train.engine")

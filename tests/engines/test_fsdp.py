@@ -1,0 +1,59 @@
+from typing import Any
+
+import pytest
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
+
+from lori_dist.engines.fsdp import build
+from lori_dist.training.world import from_environment
+from tests.distributed import run_distributed
+from tests.engines.oracle import TRAIN, adapt
+from tests.models import tiny_gpt2, tiny_llama
+
+
+def describe(kind: str) -> tuple[list[str], bool, bool]:
+    world = from_environment()
+    model = {"llama": tiny_llama, "tied": lambda: tiny_llama(tied=True), "gpt2": tiny_gpt2}[kind]()
+    engine: Any = build(adapt(model), TRAIN, world, state=None)
+    groups = [path for path, module in engine.model.named_modules() if isinstance(module, FSDPModule)]
+    sharded = all(isinstance(p, DTensor) and p.placements == (Shard(0),) for p in engine.model.parameters())
+    tied = engine.model.get_input_embeddings().weight is engine.model.get_output_embeddings().weight
+    return groups, sharded, tied
+
+
+@pytest.mark.parametrize(
+    ("kind", "blocks", "tied"),
+    [
+        ("llama", ["", "model.layers.0", "model.layers.1"], False),
+        ("tied", ["", "model.layers.0", "model.layers.1"], True),
+        ("gpt2", ["", "transformer.h.0", "transformer.h.1"], True),
+    ],
+)
+def test_each_block_is_a_group_and_the_rest_another(kind: str, blocks: list[str], tied: bool) -> None:
+    assert run_distributed(describe, kind, world_size=2) == [(blocks, True, tied)] * 2
+
+
+class Unknown(nn.Module):
+    """A model that does not say what its blocks are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(6, 6)
+
+
+def shard_unknown() -> None:
+    build(adapt_one(Unknown()), TRAIN, from_environment(), state=None)
+
+
+def adapt_one(model: nn.Module) -> nn.Module:
+    from lori_dist.adapter.attach import attach
+    from tests.engines.oracle import SPEC
+
+    attach(model, SPEC)
+    return model
+
+
+def test_a_model_without_known_blocks_is_refused() -> None:
+    with pytest.raises(pytest.fail.Exception, match=r"JobError: train.engine: fsdp shards transformer blocks, and Unk"):
+        run_distributed(shard_unknown, world_size=1)

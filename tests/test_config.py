@@ -1,0 +1,452 @@
+"""The configuration: what is read, and how every mistake in it is reported."""
+
+import copy
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lori_dist import config
+from lori_dist.errors import ConfigError
+
+MINIMAL = """
+name: demo
+model: {path: ./model}
+tasks:
+  nlu: {train: rows.jsonl, test: rows.jsonl, labels: ["yes", "no"]}
+  code: {train: rows.jsonl, test: rows.jsonl}
+train: {steps: 10}
+merges:
+  all: {method: concat}
+"""
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current directory with a model's folder and a file of rows."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    return tmp_path
+
+
+def tree(**changes: Any) -> dict[str, Any]:
+    return {**yaml.safe_load(MINIMAL), **changes}
+
+
+def load(text: str, *overrides: str) -> config.Run:
+    Path("run.yaml").write_text(text)
+    return config.load("run.yaml", overrides)
+
+
+def problems(what: dict[str, Any] | str, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load(what if isinstance(what, str) else yaml.safe_dump(what), *overrides)
+    return str(caught.value).split("\n")
+
+
+# --- what is read ----------------------------------------------------------------------------------------------------
+
+
+def test_a_minimal_run_has_the_defaults_of_the_paper(place: Path) -> None:
+    run = load(MINIMAL)
+    assert run.adapter.mask == config.Choice(name="magnitude")
+    assert run.adapter.density == 0.1
+    assert (run.train.betas, run.train.eps, run.train.weight_decay, run.train.clip) == ((0.9, 0.999), 1e-8, 0.0, 1.0)
+    assert run.tasks["nlu"].labels == ("yes", "no")
+    assert run.folder == place / "runs" / "demo"
+
+
+def test_a_dumped_run_reads_back() -> None:
+    run = load(MINIMAL, "train.engine={name: deepspeed, stage: 3}", "adapter.targets=[q_proj, v_proj]")
+    assert config.validate(config.dump(run)) == run
+    assert load(yaml.safe_dump(config.dump(run))) == run
+
+
+def test_validate_leaves_its_argument_as_it_is() -> None:
+    wrong = tree(adapter={"rnk": 1, "density": 2}, model="x")
+    before = copy.deepcopy(wrong)
+    with pytest.raises(ConfigError):
+        config.validate(wrong)
+    assert wrong == before
+
+
+@pytest.mark.parametrize("spelling", ["5e-5", "5.0e-5", "5E-5", "0.00005", "'5e-5'", "+5e-05", "5.e-5", ".5e-4"])
+def test_numbers_with_exponents_are_numbers(spelling: str) -> None:
+    assert load(MINIMAL + f"adapter: {{alpha: {spelling}}}").adapter.alpha == 5e-5
+    assert load(MINIMAL, f"train.lr={spelling}").train.lr == 5e-5
+
+
+@pytest.mark.parametrize("spelling", ["1e6", "1000000", "1_000_000", "1.0e+6", "'1e6'"])
+def test_whole_numbers_may_be_written_as_floats(spelling: str) -> None:
+    assert load(MINIMAL, f"train.calibrate.epochs={spelling}").train.calibrate.epochs == 1e6
+    if "'" not in spelling:
+        assert load(MINIMAL, f"train.steps={spelling}").train.steps == 1_000_000
+
+
+@pytest.mark.parametrize("spelling", ["no", "on", "yes", "off", "true"])
+@pytest.mark.parametrize("path", ["train.lr", "train.steps", "adapter.seed", "adapter.density", "cluster.retries"])
+def test_yes_and_no_are_no_numbers(path: str, spelling: str) -> None:
+    read = spelling in ("on", "yes", "true")
+    wanted = "wanted a number, and YAML reads yes, no, on and off as true and false"
+    assert problems(MINIMAL, f"{path}={spelling}") == [f"{path}: {read} was given; {wanted}"]
+
+
+def test_yes_and_no_as_text_want_quotes() -> None:
+    assert problems(MINIMAL, "tasks.nlu.labels=[yes, no]") == [
+        "tasks.nlu.labels.0: True was given; wanted text; put it in quotes",
+        "tasks.nlu.labels.1: False was given; wanted text; put it in quotes",
+    ]
+
+
+@pytest.mark.parametrize("spelling", ["on", "yes", "true", "True"])
+def test_switches_take_yes_and_no(spelling: str) -> None:
+    assert load(MINIMAL, f"adapter.share_projection={spelling}").adapter.share_projection is True
+
+
+@pytest.mark.parametrize("written", ["all-linear", "q_proj", "[q_proj, v_proj]"])
+def test_targets_are_one_or_several_names(written: str) -> None:
+    wanted = {"q_proj": ("q_proj",), "[q_proj, v_proj]": ("q_proj", "v_proj")}.get(written, written)
+    assert load(MINIMAL, f"adapter.targets={written}").adapter.targets == wanted
+
+
+def test_a_method_is_written_with_or_without_options() -> None:
+    assert load(MINIMAL, "adapter.mask=random").adapter.mask == config.Choice(name="random")
+    assert load(MINIMAL, "adapter.mask={name: random, seed: 3}").adapter.mask.options == {"seed": 3}
+
+
+# --- overrides -------------------------------------------------------------------------------------------------------
+
+
+def test_overrides_reach_every_depth_and_come_in_order() -> None:
+    run = load(
+        MINIMAL, "train.lr=1e-3", "train.lr=1e-4", "tasks.nlu.template.prompt='{text}:'", "merges.two.method=linear"
+    )
+    assert run.train.lr == 1e-4
+    assert run.tasks["nlu"].template.prompt == "{text}:"
+    assert run.merges["two"].method.name == "linear"
+
+
+def test_an_override_adds_an_option_to_a_method_named_alone() -> None:
+    text = MINIMAL + "adapter: {mask: random}"
+    assert load(text, "adapter.mask.seed=7").adapter.mask == config.Choice(name="random", options={"seed": 7})
+    assert load(MINIMAL, "adapter.mask=random", "adapter.mask.seed=7").adapter.mask.options == {"seed": 7}
+
+
+def test_an_override_fills_an_empty_section() -> None:
+    assert load(MINIMAL + "evaluate:\n", "evaluate.rows=5").evaluate.rows == 5
+
+
+def test_an_override_with_null_takes_a_value_out() -> None:
+    assert load(MINIMAL, "train.clip=null").train.clip is None
+    assert load(MINIMAL, "train.clip=").train.clip is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lr", "train.lr: an override reads path.to.key=value, such as train.lr=1e-4"),
+        ("=3", "=3: an override reads path.to.key=value, such as train.lr=1e-4"),
+        ("train..lr=3", "train..lr=3: an override reads path.to.key=value, such as train.lr=1e-4"),
+        ("train.lr.x=3", "train.lr.x=3: train.lr is 0.1, which has nothing below it; override train.lr itself"),
+        ("name.x=3", "name.x=3: name is 'demo', which has nothing below it; override name itself"),
+        ("adapter.mask={name: random, name: x}", "name is given in lines 1 and 1"),
+        ("train.betas=[1", "train.betas=[1: is not valid YAML"),
+        ("trian.lr=3", "trian: there is no such key; .* Did you mean 'train'?"),
+        ("train.rate=3", "train.rate: there is no such key; there are engine, steps, epochs, .*"),
+    ],
+)
+def test_a_wrong_override_is_named(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("?", "\\?").replace("[", "\\[")):
+        load(MINIMAL, "train.lr=0.1", override)
+
+
+# --- files that are no configuration ---------------------------------------------------------------------------------
+
+
+def test_repeated_keys_are_all_reported_with_their_lines() -> None:
+    text = MINIMAL + "adapter:\n  rank: 4\n  alpha: 1\n  rank: 8\nname: again\n"
+    assert problems(text) == [
+        "run.yaml: name is given in lines 2 and 14; leave one",
+        "run.yaml: rank is given in lines 11 and 13; leave one",
+    ]
+
+
+def test_anchors_and_merge_keys_are_no_repetitions() -> None:
+    text = """
+name: demo
+model: {path: ./model}
+tasks:
+  nlu: &rows {train: rows.jsonl, test: rows.jsonl}
+  code: {<<: *rows, test: rows.jsonl}
+train: {epochs: 1}
+"""
+    assert load(text).tasks["code"].test == "rows.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds NoneType, wanted a mapping"),
+        ("- a\n- b", "holds list, wanted a mapping"),
+        ("just words", "holds str, wanted a mapping"),
+        ("name: [", "is not valid YAML"),
+        ("name: !!python/object:os.system x", "is not valid YAML"),
+        ("? [a, b]\n: c", "is not valid YAML"),
+        ("when: 2024-13-45", "is not valid YAML"),
+        ("a: &a [*a]\nb: \t x", "is not valid YAML"),
+        ("name: a\x07b", "is not valid YAML"),
+    ],
+)
+def test_what_is_no_configuration_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"run.yaml: {message}"):
+        load(text)
+
+
+def test_a_file_that_cannot_be_read_is_named(place: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read .*; give the path of a YAML file"):
+        config.load("none.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        config.load(place)
+    (place / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        config.load(place / "binary.yaml")
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+def sections(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every section of a run, with its path. A method's options are no section: the method says what it takes."""
+    if is_dataclass(value) and not isinstance(value, config.Choice):
+        yield path, value
+        for item in fields(value):
+            yield from sections(getattr(value, item.name), (*path, item.name))
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from sections(item, (*path, key))
+
+
+def test_an_unknown_key_is_found_in_every_section() -> None:
+    run = config.validate(tree())
+    planted = config.dump(run)
+    wanted = []
+    for path, section in sections(run):
+        holder = planted
+        for key in path:
+            holder = holder[key]
+        known = [item.name for item in fields(section)]
+        misspelt = f"{known[0]}x"
+        holder[misspelt] = 1
+        where = ".".join((*path, misspelt))
+        wanted.append(f"{where}: there is no such key; there are {', '.join(known)}. Did you mean {known[0]!r}?")
+    kinds = {value for value in vars(config).values() if isinstance(value, type) and is_dataclass(value)}
+    assert {type(section) for _, section in sections(run)} == kinds - {config.Choice}
+    assert sorted(problems(planted)) == sorted(wanted)
+
+
+def test_an_unknown_option_is_found_in_every_method() -> None:
+    wrong = tree(adapter={"mask": {"name": "random", "sed": 1}}, merges={"all": {"method": {"name": "concat", "x": 1}}})
+    found = problems(wrong, "train.engine={name: deepspeed, stge: 3}", "multitask={name: independent, zzz: 1}")
+    wanted = [
+        r"adapter\.mask\.sed: random has no such option; it takes seed\. Did you mean 'seed'\?",
+        r"train\.engine\.stge: deepspeed has no such option; it takes .*stage.*\. Did you mean 'stage'\?",
+        r"multitask\.zzz: independent has no such option; it takes .*\.",
+        r"merges\.all\.method\.x: concat has no such option; it takes none\.",
+    ]
+    assert [bool(re.fullmatch(*pair)) for pair in zip(wanted, found, strict=True)] == [True] * 4
+
+
+def test_every_mistake_is_reported_at_once() -> None:
+    text = """
+name: my run
+model: {pth: ./model, dtype: bf16}
+tasks:
+  nlu: {train: rows.jsonl, test: none.jsonl, template: {prompt: "{a b}"}, labels: [a]}
+  code: {train: rows.jsonl}
+adapter: {rnk: 8, density: 1.5, mask: magnitud, targets: 5}
+train: {engine: {stage: 3}, lr: fast, steps: 3, epochs: 3, schedule: cosin, betas: [0.9, 1]}
+merges:
+  nlu: {method: concatt, weights: [1]}
+  all: {method: concat, weights: {nlu: 1, cod: 2}}
+evaluate: {metrics: [loss, exactmatch]}
+cluster: []
+clustr: {}
+"""
+    found = problems(text)
+    assert [line.partition(": ")[0] for line in found] == [
+        "name",
+        "model.path",
+        "model.dtype",
+        "model.pth",
+        "tasks.code.test",
+        "adapter.targets",
+        "adapter.density",
+        "adapter.rnk",
+        "train.engine.name",
+        "train.lr",
+        "train.schedule",
+        "train.betas.1",
+        "cluster",
+        "clustr",
+        "adapter.mask",
+        "merges.nlu.method",
+        "evaluate.metrics",
+        "train.steps, train.epochs",
+        "tasks.nlu.test",
+        "tasks.nlu.labels",
+        "tasks.nlu.template.prompt",
+        "merges.nlu",
+        "merges.nlu.weights",
+        "merges.all.weights",
+    ]
+    nearest = ["'path'", "'bfloat16'", "'rank'", "'cosine'", "'cluster'", "'magnitude'", "'concat'", "'exact_match'"]
+    assert all(any(f"Did you mean {name}?" in line for line in found) for name in nearest)
+
+
+def test_a_mistake_is_found_without_torch(place: Path) -> None:
+    (place / "run.yaml").write_text(MINIMAL + "adapter: {mask: magnitud}")
+    program = """
+import sys
+from lori_dist import config
+try:
+    config.load("run.yaml")
+except config.ConfigError as error:
+    print(error)
+print(sorted({"torch", "transformers", "numpy", "ray", "deepspeed"} & set(sys.modules)))
+"""
+    environment = {"PYTHONPATH": str(Path(config.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[0].startswith("adapter.mask: there is nothing called 'magnitud' in masks")
+    assert done.stdout.splitlines()[1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("name=", "name: nothing was given; wanted text"),
+        ("name=../x", "name: '../x' was given; names are at most 64 letters, digits, - and _"),
+        ("tasks.a/b={train: rows.jsonl, test: rows.jsonl}", "tasks.a/b: 'a/b' was given; names are .*"),
+        ("model=./model", "model: './model' was given; wanted a mapping, key: value"),
+        ("model=", "model: nothing was given; wanted a mapping, key: value"),
+        ("model.path=elsewhere", "model.path: there is no config.json in 'elsewhere'; give a model's folder or .*"),
+        ("tasks={}", "tasks: none is given; give at least one"),
+        ("tasks=[a]", "tasks: a list was given; wanted a mapping, key: value"),
+        ("tasks.nlu.test=x.jsonl", "tasks.nlu.test: there is no file 'x.jsonl'; paths are relative to .*"),
+        ("tasks.nlu.labels=[a]", "tasks.nlu.labels: ['a'] was given; give at least two, each of them once"),
+        ("tasks.nlu.labels=[a, b, a]", "tasks.nlu.labels: ['a', 'b', 'a'] was given; give at least two, .*"),
+        ("tasks.nlu.template.prompt='{'", "tasks.nlu.template.prompt: '{' is no template .*; write {{ for a brace"),
+        ("tasks.nlu.template.prompt='{}'", "tasks.nlu.template.prompt: {} is no field; use plain names .*"),
+        ("tasks.base={train: rows.jsonl, test: rows.jsonl}", "tasks.base: the name stands for the model without .*"),
+        ("adapter=5", "adapter: 5 was given; wanted a mapping, key: value"),
+        ("adapter.rank=0", "adapter.rank: 0 was given; it should be greater than 0"),
+        ("adapter.rank=1.5", "adapter.rank: 1.5 was given; it should be a valid integer, .*"),
+        ("adapter.alpha=.inf", "adapter.alpha: inf was given; it should be a finite number"),
+        ("adapter.density=.nan", "adapter.density: nan was given; it should be .*"),
+        ("adapter.density=0", "adapter.density: 0 was given; it should be greater than 0"),
+        ("adapter.seed=-1", "adapter.seed: -1 was given; it should be greater than or equal to 0"),
+        ("adapter.targets=5", "adapter.targets: 5 was given; wanted all-linear or wanted a list"),
+        ("adapter.targets=[5]", "adapter.targets.0: 5 was given; wanted text; put it in quotes"),
+        ("adapter.dtype=fp16", "adapter.dtype: 'fp16' was given; wanted float32 or bfloat16 or float16.*"),
+        ("adapter.mask=5", "adapter.mask: 5 was given; wanted a method's name, or a mapping with its name and options"),
+        ("adapter.mask={seed: 5}", "adapter.mask.name: nothing was given; wanted text"),
+        ("adapter.mask=_select", "adapter.mask: there is nothing called '_select' in masks; there are magnitude, .*"),
+        ("adapter.mask={name: random, seed: x}", "adapter.mask.seed: 'x' was given; it should be a valid integer, .*"),
+        ("adapter.mask={name: random, seed: yes}", "adapter.mask.seed: True was given; wanted a number .*"),
+        ("adapter.mask=no.such.module", "adapter.mask: no Python module 'no.such.module' can be found; check .*"),
+        ("train.steps=", "train.steps, train.epochs: neither is given; give exactly one"),
+        ("train.epochs=3", "train.steps, train.epochs: both are given; give exactly one"),
+        ("train.calibrate={steps: 3, epochs: 3}", "train.calibrate.steps, train.calibrate.epochs: both are given; .*"),
+        ("train.betas=[0.9]", "train.betas.1: is missing; give it a value"),
+        ("train.betas=[0.9, 1.0]", "train.betas.1: 1.0 was given; it should be less than 1"),
+        ("train.lr=0", "train.lr: 0 was given; it should be greater than 0"),
+        ("merges.all.method=", "merges.all.method: nothing was given; wanted a method's name, or a mapping .*"),
+        ("merges.all={}", "merges.all.method: is missing; give it a value"),
+        ("merges.nlu.method=concat", "merges.nlu: is also the name of a task or of the base; .*"),
+        ("merges.all.tasks=[nlu, cod]", "merges.all.tasks: there is no task 'cod'; there are nlu, code. Did you .*"),
+        ("merges.all.tasks=[]", "merges.all.tasks: none is given; name at least one, or leave it out for all"),
+        ("merges.all.tasks=[nlu, nlu]", "merges.all.tasks: nlu is given twice; leave one"),
+        ("merges.all.weights=[1]", "merges.all.weights: 1 given for 2 adapters (nlu, code); give one weight per .*"),
+        (
+            "merges.all.weights={nlu: 1, cod: 1}",
+            "merges.all.weights: are for nlu, cod; wanted one for each of nlu, code",
+        ),
+        ("merges.all.weights=[1, x]", "merges.all.weights.1: 'x' was given; it should be a valid number, .*"),
+        ("merges.all.weights=[1, .inf]", "merges.all.weights.1: inf was given; it should be a finite number"),
+        ("merges.all.weights=5", "merges.all.weights: 5 was given; wanted a mapping, key: value or wanted a list"),
+        ("evaluate.metrics=loss", "evaluate.metrics: 'loss' was given; wanted a list"),
+        ("evaluate.metrics=[los]", "evaluate.metrics: there is nothing called 'los' in evaluation; .* 'loss'?"),
+        ("cluster.workers=2.5", "cluster.workers: 2.5 was given; it should be a valid integer, .*"),
+        ("multitask=independant", "multitask: there is nothing called 'independant' in multitask; .* 'independent'?"),
+    ],
+)
+def test_one_mistake_is_one_line_with_its_path(override: str, message: str) -> None:
+    found = problems(MINIMAL, override)
+    assert len(found) == 1
+    assert re.fullmatch(re.escape(message).replace(re.escape(".*"), ".*"), found[0]), found
+
+
+def test_a_seed_of_a_task_contradicts_a_shared_projection() -> None:
+    found = problems(MINIMAL, "adapter.share_projection=true", "tasks.nlu.seed=3")
+    assert found == ["tasks.nlu.seed: is given, but adapter.share_projection makes one A for all; leave one out"]
+
+
+def test_keys_that_are_no_text_are_reported() -> None:
+    text = MINIMAL + "on: 1\n3: {}\n"
+    assert problems(text, "tasks.nlu={1: 2}")[:3] == [
+        "True: the key is no text; put it in quotes",
+        "3: the key is no text; put it in quotes",
+        "tasks.nlu.1: the key is no text; put it in quotes",
+    ]
+
+
+def test_a_task_of_a_wrong_name_brings_no_wrong_reports_about_merges() -> None:
+    text = MINIMAL.replace("code:", "c/d:").replace("{method: concat}", "{method: concat, weights: [1, 2]}")
+    assert problems(text) == ["tasks.c/d: 'c/d' was given; names are at most 64 letters, digits, - and _"]
+
+
+def test_a_model_on_the_hub_is_not_looked_for_in_the_folder() -> None:
+    assert load(MINIMAL, "model.path=owner/name").model.path == "owner/name"
+
+
+SCALARS = st.sampled_from([None, True, 0, -1, 1.5, "", "x", "concat", [], [1], ["a", "b"], {}, {"name": 1}, {1: 2}])
+PLACES = [
+    path
+    for path, _ in sections(
+        config.Run(
+            name="x",
+            model=config.Model(path="x"),
+            tasks={"nlu": config.Task(train="x", test="x")},
+            merges={"all": config.Merge(method=config.Choice(name="concat"))},
+        )
+    )
+]
+
+
+@given(st.lists(st.tuples(st.sampled_from(PLACES), st.integers(0, 20), SCALARS), min_size=1, max_size=6))
+def test_any_wrong_configuration_ends_in_an_error_that_names_places(
+    changes: list[tuple[tuple[str, ...], int, Any]],
+) -> None:
+    wrong = tree()
+    for path, number, value in changes:
+        holder: Any = wrong
+        for key in path:
+            holder = holder.setdefault(key, {}) if isinstance(holder, dict) else None
+        if isinstance(holder, dict):
+            keys = [*holder, "name", "steps", "x"]
+            holder[keys[number % len(keys)]] = copy.deepcopy(value)
+    try:
+        run = config.validate(wrong)
+    except ConfigError as error:
+        assert all(": " in line for line in str(error).split("\n"))
+    else:
+        assert config.validate(config.dump(run)) == run

@@ -1,0 +1,132 @@
+"""Methods found by their file name, from their source alone."""
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from lori_dist import plugin
+from lori_dist.errors import ConfigError
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Writes a user's own `package.module` and returns what the registry makes of it."""
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / "theirs"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')\n")
+
+    def write(source: str) -> plugin.Method:
+        (package / "own.py").write_text(source)
+        return plugin.find("masks", "theirs.own", "mask", "adapter.mask")
+
+    return write
+
+
+def test_the_methods_are_the_public_files_of_the_folder() -> None:
+    masks = {"magnitude", "per_layer", "per_matrix", "per_module", "per_projection", "random"}
+    assert masks <= set(plugin.names("masks"))
+    assert not any(name.startswith("_") for name in plugin.names("masks"))
+    assert {"concat", "linear"} <= set(plugin.names("merges"))
+
+
+def test_a_method_has_its_options_and_its_summary() -> None:
+    method = plugin.find("masks", "random", "mask", "adapter.mask")
+    assert dict(method.options) == {"seed": plugin.Option(annotation=int, default=0)}
+    assert method.summary.startswith("Which entries of B live: ")
+    assert method.load().__name__ == "mask"
+
+
+def test_parameters_without_a_default_are_no_options() -> None:
+    assert "density" not in plugin.find("masks", "random", "mask", "adapter.mask").options
+    assert "weights" not in plugin.find("merges", "linear", "merge", "merge.method").options
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("magnitud", "magnitude"), ("permatrix", "per_matrix"), ("rand", "random")]
+)
+def test_an_unknown_name_gets_the_nearest_one(name: str, nearest: str) -> None:
+    wanted = (
+        f"adapter.mask: there is nothing called '{name}' in masks; there are magnitude, .* Did you mean '{nearest}'"
+    )
+    with pytest.raises(ConfigError, match=wanted):
+        plugin.find("masks", name, "mask", "adapter.mask")
+
+
+@pytest.mark.parametrize("name", ["__init__", "_select", "", "../merges/linear", "/etc/passwd", "magnitude/"])
+def test_only_names_of_methods_reach_a_file(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"adapter\.mask: "):
+        plugin.find("masks", name, "mask", "adapter.mask")
+
+
+def test_bind_reports_every_wrong_option() -> None:
+    method = plugin.find("masks", "random", "mask", "adapter.mask")
+    assert method.bind({"seed": 5}, "adapter.mask") == {"seed": 5}
+    assert method.bind({}, "adapter.mask") == {}
+    with pytest.raises(ConfigError) as caught:
+        method.bind({"seed": "many", "sede": 1}, "adapter.mask")
+    first, second = str(caught.value).split("\n")
+    assert first.startswith("adapter.mask.seed: 'many' was given; it should be a valid integer")
+    assert second == "adapter.mask.sede: random has no such option; it takes seed. Did you mean 'seed'?"
+
+
+def test_a_method_of_the_users_own_is_read_without_running_it(module: Any) -> None:
+    method = module(
+        '''
+import torch
+raise RuntimeError("run")
+def mask(
+    b, *, density, seed: int = 3, mode: Literal["a", "b"] = "a", rate: float | None = None, names: "list[str]" = []
+):
+    """Mine.
+
+    More."""
+'''
+    )
+    assert {name: option.annotation for name, option in method.options.items()} == {
+        "seed": int,
+        "mode": Literal["a", "b"],
+        "rate": float | None,
+        "names": list[str],
+    }
+    assert method.summary == "Mine."
+    assert "theirs" not in sys.modules
+    assert method.bind({"mode": "b", "rate": "1e-3", "names": ["x"]}, "m") == {
+        "mode": "b",
+        "rate": 1e-3,
+        "names": ["x"],
+    }
+    with pytest.raises(ConfigError, match=r"m\.mode: 'c' was given; it should be 'a' or 'b'"):
+        method.bind({"mode": "c"}, "m")
+    with pytest.raises(ConfigError, match=r"m\.rate: True was given; wanted a number"):
+        method.bind({"rate": True}, "m")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "def mask(b, *, density, seed=DEFAULT): ...",
+            "option seed of `mask` has the default DEFAULT; write a literal",
+        ),
+        ("def mask(b, *, density, x: Path = 'a'): ...", "option x of `mask` is annotated Path; only Literal, bool, .*"),
+        ("def mask(b, *, density, x: 'a b' = 1): ...", "option x of `mask` is annotated 'a b'; only Literal, .*"),
+        ("def musk(b, *, density): ...", "theirs.own has no function `mask`"),
+        ("def mask(b, *, density:", "own.py is no valid Python"),
+        ("", "theirs.own has no function `mask`"),
+    ],
+)
+def test_a_method_that_cannot_be_checked_is_refused(module: Any, source: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^adapter.mask: .*{message}"):
+        module(source)
+
+
+@pytest.mark.parametrize("name", ["no.such", "theirs.none", "theirs.own.deeper", ".own", "theirs.", "sys.path", "a..b"])
+def test_a_module_that_is_not_there_is_refused(module: Any, name: str) -> None:
+    module("def mask(b, *, density): ...")
+    with pytest.raises(
+        ConfigError, match=r"adapter\.mask: no Python module '.*' can be found; check the name and PYTHONPATH"
+    ):
+        plugin.find("masks", name, "mask", "adapter.mask")

@@ -1,0 +1,384 @@
+import json
+import logging
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lori_dist.config import Template
+from lori_dist.errors import ConfigError
+from lori_dist.training.data import (
+    IGNORED,
+    Example,
+    collate,
+    encode,
+    micro_batches,
+    num_steps,
+    pad_id,
+    read,
+    rows_of_step,
+)
+from tests.tokenizers import tiny_tokenizer
+
+BOS, EOS = 1, 2
+
+
+def rows_file(folder: Path, text: str | bytes) -> str:
+    path = folder / "rows.jsonl"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return str(path)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_prompt_and_response_need_no_template(tmp_path: Path) -> None:
+    path = rows_file(tmp_path, '{"prompt": "a", "response": "b"}\n{"prompt": "c", "response": "d", "more": []}\n')
+    assert read(path, Template()) == [("a", "b"), ("c", "d")]
+
+
+def test_classification_rows_read_by_the_template_alone(tmp_path: Path) -> None:
+    path = rows_file(tmp_path, '{"text": "it rains", "text_pair": "it is wet", "label": 0, "label_name": "yes"}')
+    template = Template(prompt="{text}?\n{text_pair}: {{{label}}} ", response="{label_name}")
+    assert read(path, template) == [("it rains?\nit is wet: {0} ", "yes")]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [("3", "3"), ("2.5", "2.5"), ("-1", "-1"), ("true", "true"), ("false", "false"), ('"x"', "x")]
+)
+def test_a_value_reads_as_it_stands_in_the_file(tmp_path: Path, value: str, text: str) -> None:
+    path = rows_file(tmp_path, f'{{"prompt": "a", "response": {value}}}')
+    assert read(path, Template()) == [("a", text)]
+
+
+def test_what_a_row_holds_is_never_a_template(tmp_path: Path) -> None:
+    path = rows_file(tmp_path, '{"prompt": "{response.__class__} {0} }{", "response": "{prompt}"}')
+    assert read(path, Template()) == [("{response.__class__} {0} }{", "{prompt}")]
+
+
+@pytest.mark.parametrize("template", ["{a.b}", "{a[0]}", "{a!r}", "{a:>9}", "{}", "{0}", "{a b}"])
+def test_a_template_takes_names_of_fields_and_nothing_else(tmp_path: Path, template: str) -> None:
+    path = rows_file(tmp_path, '{"a": "x"}')
+    with pytest.raises(ConfigError, match=r"^tasks.t.test: .* has more than the name of a field in braces; write"):
+        read(path, Template(prompt=template, response="{a}"), where="tasks.t.test")
+
+
+def test_lines_end_at_newlines_only(tmp_path: Path) -> None:
+    """Other separators are legal inside a JSON string, and `str.splitlines` would cut there."""
+    text = "a\u2028b\u2029c\x85d"
+    path = rows_file(tmp_path, json.dumps({"prompt": text, "response": "r"}, ensure_ascii=False) + "\n")
+    assert read(path, Template()) == [(text, "r")]
+
+
+def test_marks_of_other_systems_and_blank_lines_are_no_part_of_a_row(tmp_path: Path) -> None:
+    path = rows_file(
+        tmp_path, b'\xef\xbb\xbf{"prompt": "a", "response": "b"}\r\n\r\n  \n{"prompt": "\xc3\xa9", "response": "d"}'
+    )
+    assert read(path, Template()) == [("a", "b"), ("é", "d")]
+
+
+@given(st.lists(st.tuples(st.text(), st.text(min_size=1).filter(str.strip)), min_size=1), st.booleans())
+def test_any_text_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], ascii: bool
+) -> None:
+    lines = [json.dumps({"prompt": prompt, "response": response}, ensure_ascii=ascii) for prompt, response in rows]
+    path = rows_file(tmp_path_factory.mktemp("rows"), "\n".join(lines))
+    assert read(path, Template()) == rows
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"nonsense", "is not JSON (Expecting value"),
+        (b'{"prompt": "a"', "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+        (b"9" * 5_000, "is not JSON"),
+        (b"[1, 2]", "holds a list; wanted a JSON object"),
+        (b'"text"', "holds text; wanted a JSON object"),
+        (b"null", "holds null; wanted a JSON object"),
+        (b"17", "holds a number; wanted a JSON object"),
+        (b'{"prompt": "a", "reponse": "b"}', "has no field 'response'; there are prompt, reponse"),
+        (b"{}", "has no field 'prompt'; there are none"),
+        (b'{"prompt": "a", "response": ""}', "its response is empty; wanted text to learn"),
+        (b'{"prompt": "a", "response": " \\n"}', "its response is empty; wanted text to learn"),
+        (b'{"prompt": null, "response": "b"}', "field 'prompt' is null; wanted text or a number"),
+        (b'{"prompt": ["a"], "response": "b"}', "field 'prompt' is a list; wanted text or a number"),
+        (b'{"prompt": {"a": 1}, "response": "b"}', "field 'prompt' is an object; wanted text or a number"),
+        (b'{"prompt": "\\ud800", "response": "b"}', "field 'prompt' has half of a surrogate pair"),
+        (b'{"prompt": "\xff", "response": "b"}', "byte 13 is not UTF-8; save the file as UTF-8"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named_by_its_line(tmp_path: Path, line: bytes, message: str) -> None:
+    path = rows_file(tmp_path, b'{"prompt": "a", "response": "b"}\n\n' + line + b'\n{"prompt": "c", "response": "d"}\n')
+    with pytest.raises(ConfigError) as caught:
+        read(path, Template(), where="tasks.t.train")
+    assert str(caught.value).startswith(f"tasks.t.train: {path}:3: {message}")
+    assert "\n" not in str(caught.value)
+
+
+def test_all_bad_rows_are_named_at_once_and_a_flood_is_counted(tmp_path: Path) -> None:
+    good = '{"prompt": "a", "response": "b"}\n'
+    path = rows_file(tmp_path, (good + "bad\n") * 3)
+    with pytest.raises(ConfigError) as caught:
+        read(path, Template())
+    assert [line.split(": ")[0] for line in str(caught.value).split("\n")] == [
+        f"{path}:{number}" for number in (2, 4, 6)
+    ]
+
+    path = rows_file(tmp_path, (good + "bad\n") * 300)
+    with pytest.raises(ConfigError) as caught:
+        read(path, Template(), where="tasks.t.train")
+    lines = str(caught.value).split("\n")
+    assert len(lines) == 21
+    assert lines[-1] == f"tasks.t.train: {path}: 280 more of 600 rows cannot be used"
+
+
+@pytest.mark.parametrize("text", ["", "\n \n\r\n", b"\xef\xbb\xbf"])
+def test_a_file_without_rows_is_refused(tmp_path: Path, text: str | bytes) -> None:
+    with pytest.raises(ConfigError, match=r"rows.jsonl: holds no rows; wanted one JSON object a line"):
+        read(rows_file(tmp_path, text), Template())
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^tasks.t.train: .*none.jsonl cannot be read \(No such file"):
+        read(str(tmp_path / "none.jsonl"), Template(), where="tasks.t.train")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read(str(tmp_path), Template())
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("eos", [False, True])
+def test_the_response_follows_the_prompt_and_ends_with_eos(bos: bool, eos: bool) -> None:
+    tokenizer = tiny_tokenizer(bos=bos, eos=eos)
+    [example] = encode([("ab", "cd")], tokenizer, 16)
+    assert example == Example(
+        prompt="ab", response="cd", prompt_ids=(*((BOS,) if bos else ()), 4, 5), response_ids=(6, 7, EOS)
+    )
+
+
+def test_an_eos_that_the_prompt_itself_ends_with_stays() -> None:
+    for eos in (False, True):
+        [example] = encode([("ab</s>", "c")], tiny_tokenizer(eos=eos), 16)
+        assert example.prompt_ids == (BOS, 4, 5, EOS)
+
+
+def test_a_row_that_is_too_long_loses_the_beginning_of_its_prompt() -> None:
+    rows = [("abcdef", "xyz")]
+    [example] = encode(rows, tiny_tokenizer(bos=False), 8)
+    assert tiny_tokenizer().decode(example.prompt_ids + example.response_ids) == "cdefxyz</s>"
+    [example] = encode(rows, tiny_tokenizer(bos=True), 8)
+    assert tiny_tokenizer().decode(example.prompt_ids + example.response_ids) == "<s>defxyz</s>"
+    assert (example.prompt, example.response) == rows[0]
+
+
+def test_a_response_that_is_too_long_loses_its_end_and_eos() -> None:
+    [example] = encode([("abc", "uvwxyz")], tiny_tokenizer(bos=False), 5)
+    assert tiny_tokenizer().decode(example.prompt_ids + example.response_ids) == "cuvwx"
+    [example] = encode([("abc", "uvwxyz")], tiny_tokenizer(bos=True), 5)
+    assert tiny_tokenizer().decode(example.prompt_ids + example.response_ids) == "<s>uvwx"
+
+
+@given(
+    rows=st.lists(st.tuples(st.text("abc", max_size=12), st.text("xyz", min_size=1, max_size=12)), min_size=1),
+    max_length=st.integers(2, 30),
+)
+def test_every_row_fits_and_has_a_prompt_and_a_response(rows: list[tuple[str, str]], max_length: int) -> None:
+    tokenizer = tiny_tokenizer()
+    examples = encode(rows, tokenizer, max_length)
+    assert [(example.prompt, example.response) for example in examples] == rows
+    for example, (prompt, response) in zip(examples, rows, strict=True):
+        assert 2 <= len(example.prompt_ids + example.response_ids) <= max_length
+        assert example.prompt_ids[0] == BOS
+        assert prompt.endswith(tokenizer.decode(example.prompt_ids[1:]))
+        assert f"{response}</s>".startswith(tokenizer.decode(example.response_ids))
+        assert example.response_ids
+        fits = len(prompt) + len(response) + 2 <= max_length
+        whole = (len(example.prompt_ids), len(example.response_ids)) == (len(prompt) + 1, len(response) + 1)
+        assert whole == fits
+
+
+def test_what_was_cut_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [("abcdef", "x"), ("a", "x"), ("ab", "xyzxyz"), ("abcdef", "xyzxyz")]
+    with caplog.at_level(logging.INFO):
+        encode(rows, tiny_tokenizer(), 6, where="tasks.t.train")
+    [record] = caplog.records
+    assert record.getMessage() == (
+        "tasks.t.train: of 4 rows, 3 prompts lost their beginning and 2 responses their end to fit train.max_length=6"
+    )
+    caplog.clear()
+    encode(rows, tiny_tokenizer(), 32)
+    assert not caplog.records
+
+
+def test_a_row_longer_than_the_tokenizers_limit_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 4
+    [example] = encode([("abcdefgh", "xyz")], tokenizer, 32)
+    assert len(example.prompt_ids) == 9
+    assert not caplog.records
+
+
+def test_rows_that_cannot_become_tokens_are_refused() -> None:
+    without_eos = tiny_tokenizer()
+    without_eos.eos_token = None
+    with pytest.raises(ConfigError, match=r"^model.path: the tokenizer has no eos token"):
+        encode([("a", "b")], without_eos, 8)
+    with pytest.raises(ConfigError, match=r"^the prompt '' gives no tokens, as the tokenizer adds no bos"):
+        encode([("a", "b"), ("", "b")], tiny_tokenizer(bos=False), 8)
+    with pytest.raises(ConfigError, match=r"^train.max_length: 1 was given; a prompt and a response need at least 2"):
+        encode([("a", "b")], tiny_tokenizer(), 1)
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_padded_on_the_right_and_learns_responses_only() -> None:
+    batch = collate(encode([("ab", "x"), ("a", "xyz")], tiny_tokenizer(), 16), pad_id=0)
+    assert batch.input_ids.tolist() == [[BOS, 4, 5, 27, EOS, 0], [BOS, 4, 27, 28, 29, EOS]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
+    assert batch.labels.tolist() == [
+        [IGNORED, IGNORED, IGNORED, 27, EOS, IGNORED],
+        [IGNORED, IGNORED, 27, 28, 29, EOS],
+    ]
+    assert {tensor.dtype for tensor in (batch.input_ids, batch.attention_mask, batch.labels)} == {torch.int64}
+
+
+def test_eos_as_padding_is_no_target() -> None:
+    """Padding by eos is common, and masking labels by the padding's token would unlearn to stop."""
+    batch = collate(encode([("ab", "x"), ("a", "xyz")], tiny_tokenizer(), 16), pad_id=EOS)
+    assert batch.labels[0].tolist() == [IGNORED, IGNORED, IGNORED, 27, EOS, IGNORED]
+
+
+def test_no_examples_give_a_row_without_targets() -> None:
+    batch = collate([], pad_id=7)
+    assert batch.input_ids.tolist() == [[7, 7]]
+    assert batch.attention_mask.tolist() == [[1, 1]]
+    assert batch.labels.tolist() == [[IGNORED, IGNORED]]
+
+
+def test_a_batch_moves_as_a_whole() -> None:
+    moved = collate([], pad_id=0).to("meta")
+    assert {tensor.device.type for tensor in (moved.input_ids, moved.attention_mask, moved.labels)} == {"meta"}
+
+
+def test_padding_is_pad_or_eos_or_zero() -> None:
+    assert pad_id(tiny_tokenizer(pad=True)) == 0
+    without_pad = tiny_tokenizer(pad=False)
+    assert pad_id(without_pad) == EOS
+    without_pad.eos_token = None
+    assert pad_id(without_pad) == 0
+
+
+# --- which rows a step takes -----------------------------------------------------------------------------------------
+
+counts = st.integers(1, 40)
+
+
+@given(num_rows=counts, batch_size=counts, seed=st.integers(0, 2**53 - 1), epochs=st.integers(1, 4))
+def test_every_row_comes_once_an_epoch(num_rows: int, batch_size: int, seed: int, epochs: int) -> None:
+    steps = num_steps(num_rows, batch_size, None, epochs)
+    order = [
+        row
+        for step in range(steps)
+        for row in rows_of_step(step, num_rows=num_rows, batch_size=batch_size, seed=seed, epochs=epochs)
+    ]
+    assert len(order) == epochs * num_rows
+    for epoch in range(epochs):
+        assert sorted(order[epoch * num_rows : (epoch + 1) * num_rows]) == list(range(num_rows))
+
+
+@given(num_rows=counts, batch_size=counts, epochs=st.floats(0.01, 3))
+def test_epochs_may_be_broken(num_rows: int, batch_size: int, epochs: float) -> None:
+    steps = num_steps(num_rows, batch_size, None, epochs)
+    sizes = [
+        len(rows_of_step(step, num_rows=num_rows, batch_size=batch_size, seed=0, epochs=epochs))
+        for step in range(steps)
+    ]
+    assert all(size == batch_size for size in sizes[:-1])
+    assert 1 <= sizes[-1] <= batch_size
+    assert abs(sum(sizes) - num_rows * epochs) <= max(0.5, 1 - num_rows * epochs)
+    assert rows_of_step(steps, num_rows=num_rows, batch_size=batch_size, seed=0, epochs=epochs) == []
+
+
+def test_epochs_that_floating_point_cannot_hold_take_no_step_more() -> None:
+    assert num_steps(30, 3, None, 0.1) == 1  # 30 * 0.1 is 3.0000000000000004 in some orders of evaluation
+    assert num_steps(10, 1, None, 1.1) == 11
+
+
+def test_steps_run_on_into_further_epochs() -> None:
+    assert num_steps(10, 4, 7, None) == 7
+    order = [row for step in range(7) for row in rows_of_step(step, num_rows=10, batch_size=4, seed=3, epochs=None)]
+    assert len(order) == 28
+    assert Counter(order[:20]) == dict.fromkeys(range(10), 2)
+
+
+def test_epochs_and_seeds_give_different_orders() -> None:
+    def epoch(number: int, seed: int) -> tuple[int, ...]:
+        return tuple(rows_of_step(number, num_rows=50, batch_size=50, seed=seed, epochs=None))
+
+    orders = {epoch(number, seed) for number in range(10) for seed in (0, 1, 2, 2**52)}
+    assert len(orders) == 40
+    assert tuple(range(50)) not in orders
+
+
+def test_the_order_of_rows_is_frozen() -> None:
+    """A resumed run, another NumPy and another machine must see the same batches."""
+    assert rows_of_step(0, num_rows=10, batch_size=10, seed=0, epochs=None) == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
+    assert rows_of_step(1, num_rows=10, batch_size=10, seed=2**40 + 7, epochs=None) == [6, 3, 4, 9, 5, 1, 2, 8, 0, 7]
+
+
+def test_the_order_depends_on_nothing_else_in_the_process() -> None:
+    asked = {"num_rows": 100, "batch_size": 7, "seed": 5, "epochs": None}
+    before = rows_of_step(9, **asked)
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    for step in (40, 3, 9, 200):
+        rows_of_step(step, **asked)
+    assert rows_of_step(9, **asked) == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_every_process_sees_the_same_order() -> None:
+    program = (
+        "from lori_dist.training.data import rows_of_step\n"
+        "print(rows_of_step(9, num_rows=100, batch_size=7, seed=5, epochs=None))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert json.loads(found) == rows_of_step(9, num_rows=100, batch_size=7, seed=5, epochs=None)
+
+
+def test_a_million_rows_are_shuffled_once_an_epoch() -> None:
+    first = rows_of_step(0, num_rows=1_000_000, batch_size=64, seed=1, epochs=None)
+    assert len(set(first)) == 64
+    for step in range(1, 5_000):  # a permutation a step would take a quarter of an hour
+        rows_of_step(step, num_rows=1_000_000, batch_size=64, seed=1, epochs=None)
+
+
+@given(num_rows=st.integers(0, 50), size=st.integers(1, 9), micro_batch_size=st.integers(1, 9))
+def test_ranks_share_a_batch_in_the_same_number_of_rounds(num_rows: int, size: int, micro_batch_size: int) -> None:
+    rows = list(range(100, 100 + num_rows))
+    shares = [micro_batches(rows, rank, size, micro_batch_size) for rank in range(size)]
+    assert sorted(row for share in shares for piece in share for row in piece) == rows
+    assert len({len(share) for share in shares}) == 1
+    assert all(len(piece) <= micro_batch_size for share in shares for piece in share)
+    totals = [sum(map(len, share)) for share in shares]
+    assert max(totals) - min(totals) <= 1
+    assert len(shares[0]) == -(-max(totals) // micro_batch_size)
+
+
+def test_a_rank_without_rows_takes_part_with_empty_pieces() -> None:
+    assert micro_batches([7, 8], 0, 4, 8) == [[7]]
+    assert micro_batches([7, 8], 3, 4, 8) == [[]]
+    assert micro_batches([1, 2, 3, 4, 5], 1, 2, 2) == [[2, 4], []]
