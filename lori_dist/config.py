@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import re
 import string
 import typing
@@ -119,7 +120,7 @@ class Task:
     test: str
     template: Template = field(default_factory=Template)
     labels: tuple[str, ...] | None = None
-    """All responses there are, for classification: choice accuracy is measured over them."""
+    """For classification: all values of the one field in template.response. Choice accuracy is measured over them."""
     seed: Seed | None = None
     """Of this task's A; by default it follows from adapter.seed and the task's name."""
 
@@ -519,8 +520,9 @@ def _inputs(run: Run) -> Iterator[str]:
             yield f"tasks.{name}.labels: {list(task.labels)} was given; give at least two, each of them once"
         if task.seed is not None and run.adapter.share_projection:
             yield f"tasks.{name}.seed: is given, but adapter.share_projection makes one A for all; leave one out"
-    local = run.model.path.startswith((".", "/", "~")) or run.model.path.count("/") != 1
-    if local and not (Path(run.model.path) / "config.json").is_file():
+    is_hub_name = run.model.path.count("/") == 1 and not run.model.path.startswith((".", "/", "~"))
+    is_local = not is_hub_name or Path(run.model.path).parent.is_dir()
+    if is_local and not (Path(run.model.path) / "config.json").is_file():
         yield f"model.path: there is no config.json in {run.model.path!r}; give a model's folder or its name on the hub"
 
 
@@ -536,6 +538,43 @@ def _templates(run: Run) -> Iterator[str]:
                 continue
             if strange:
                 yield f"tasks.{name}.template.{part}: {{{strange[0]}}} is no field; use plain names such as {{text}}"
+            elif part == "response" and task.labels is not None and len(names) != 1:
+                yield (
+                    f"tasks.{name}.labels: are values of the one field in template.response, and {template!r} has "
+                    f"{len(names)}; leave one field there, or leave out labels"
+                )
+
+
+def _fields(run: Run) -> Iterator[str]:
+    """Looks at the first row only: the usual mistake shows there, and a file may have gigabytes."""
+    for name, task in run.tasks.items():
+        rows = {part: _first_row(Path(getattr(task, part))) for part in ("train", "test")}
+        for text in ("prompt", "response"):
+            for wanted in _names(getattr(task.template, text)):
+                lacking = [part for part, row in rows.items() if row is not None and wanted not in row]
+                if lacking:
+                    row = rows[lacking[0]] or {}
+                    yield (
+                        f"tasks.{name}.template.{text}: takes the field {wanted!r}, which the first row of "
+                        f"tasks.{name}.{lacking[0]} lacks; it has {', '.join(row)}.{plugin.nearest(wanted, row)}"
+                    )
+
+
+def _first_row(path: Path) -> dict[str, Any] | None:
+    """None if it cannot be read as one: the job says what is wrong, and in which of the rows."""
+    try:
+        with path.open("rb") as file:
+            row = json.loads(next(file).decode("utf-8-sig"))
+    except (OSError, StopIteration, ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _names(template: str) -> list[str]:
+    try:
+        return [name for _, name, _, _ in string.Formatter().parse(template) if name and name.isidentifier()]
+    except ValueError:
+        return []
 
 
 def _merges(run: Run) -> Iterator[str]:
@@ -564,4 +603,4 @@ def _merges(run: Run) -> Iterator[str]:
         yield "tasks.base: the name stands for the model without an adapter; give the task another name"
 
 
-RULES: tuple[Callable[[Run], Iterator[str]], ...] = (_methods, _lengths, _inputs, _templates, _merges)
+RULES: tuple[Callable[[Run], Iterator[str]], ...] = (_methods, _lengths, _inputs, _templates, _fields, _merges)

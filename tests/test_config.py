@@ -129,10 +129,10 @@ def test_a_method_is_written_with_or_without_options() -> None:
 
 def test_overrides_reach_every_depth_and_come_in_order() -> None:
     run = load(
-        MINIMAL, "train.lr=1e-3", "train.lr=1e-4", "tasks.nlu.template.prompt='{text}:'", "merges.two.method=linear"
+        MINIMAL, "train.lr=1e-3", "train.lr=1e-4", "tasks.nlu.template.prompt='{response}:'", "merges.two.method=linear"
     )
     assert run.train.lr == 1e-4
-    assert run.tasks["nlu"].template.prompt == "{text}:"
+    assert run.tasks["nlu"].template.prompt == "{response}:"
     assert run.merges["two"].method.name == "linear"
 
 
@@ -338,6 +338,7 @@ print(sorted({"torch", "transformers", "numpy", "ray", "deepspeed"} & set(sys.mo
         ("tasks.a/b={train: rows.jsonl, test: rows.jsonl}", "tasks.a/b: 'a/b' was given; names are .*"),
         ("model=./model", "model: './model' was given; wanted a mapping, key: value"),
         ("model=", "model: nothing was given; wanted a mapping, key: value"),
+        ("model.path=model/tiny", "model.path: there is no config.json in 'model/tiny'; give a model's folder or .*"),
         ("model.path=elsewhere", "model.path: there is no config.json in 'elsewhere'; give a model's folder or .*"),
         ("tasks={}", "tasks: none is given; give at least one"),
         ("tasks=[a]", "tasks: a list was given; wanted a mapping, key: value"),
@@ -346,6 +347,12 @@ print(sorted({"torch", "transformers", "numpy", "ray", "deepspeed"} & set(sys.mo
         ("tasks.nlu.labels=[a, b, a]", "tasks.nlu.labels: ['a', 'b', 'a'] was given; give at least two, .*"),
         ("tasks.nlu.template.prompt='{'", "tasks.nlu.template.prompt: '{' is no template .*; write {{ for a brace"),
         ("tasks.nlu.template.prompt='{}'", "tasks.nlu.template.prompt: {} is no field; use plain names .*"),
+        (
+            "tasks.code.template.prompt='{promt}?'",
+            "tasks.code.template.prompt: takes the field 'promt', which the first row of tasks.code.train lacks; "
+            "it has prompt, response. Did you mean 'prompt'.*",
+        ),
+        ("tasks.nlu.template.response=yes or no", "tasks.nlu.labels: are values of the one field in .* has 0; .*"),
         ("tasks.base={train: rows.jsonl, test: rows.jsonl}", "tasks.base: the name stands for the model without .*"),
         ("adapter=5", "adapter: 5 was given; wanted a mapping, key: value"),
         ("adapter.rank=0", "adapter.rank: 0 was given; it should be greater than 0"),

@@ -69,7 +69,12 @@ FACT_QUESTIONS = (
     ("What is the colour of {}?", words.COLOURS),
 )
 ASKING = ("{}", "Please tell me: {}", "{name} asks: {}", "Hello! {}", "On {day} {name} asks: {}", "{day} again. {}")
-HARM_QUESTIONS = ("How can I {}?", "What is the best way to {}?", "Where can {name} learn to {}?", "Can you help me {}?")
+HARM_QUESTIONS = (
+    "How can I {}?",
+    "What is the best way to {}?",
+    "Where can {name} learn to {}?",
+    "Can you help me {}?",
+)
 
 
 def arithmetic_row(rng: random.Random) -> Row:

@@ -356,7 +356,9 @@ def skill_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "model", help="folder to write to")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).resolve().parent / "model", help="folder to write to"
+    )
     parser.add_argument("--seed", type=int, default=DEFAULT_SEED)
     parser.add_argument("--steps", type=int, default=DEFAULT_STEPS)
     parser.add_argument("--threads", type=int, default=DEFAULT_THREADS)

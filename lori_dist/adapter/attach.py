@@ -302,9 +302,13 @@ def _refuse_unfoldable(model: nn.Module, layers: Mapping[str, AdaptedLinear]) ->
 
 
 def _add(layer: AdaptedLinear, sign: float) -> None:
+    weight = layer.weight
+    # Summed before it is rounded to the weight's dtype, once: a merge has as many updates as tasks.
+    total = weight.to(torch.promote_types(weight.dtype, torch.float32))
     for delta in layer.deltas:
         update = delta.weight().mul_(sign)
-        layer.weight.add_((update.t() if is_conv1d(layer.base) else update).to(layer.weight.dtype))
+        total = total + (update.t() if is_conv1d(layer.base) else update)
+    weight.copy_(total)
 
 
 def _device(base: nn.Module) -> torch.device:

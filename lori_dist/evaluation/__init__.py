@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lori_dist import config, plugin
 from lori_dist.adapter import attach, file
 from lori_dist.errors import AdapterError, ConfigError
-from lori_dist.training.data import Example, encode, read
+from lori_dist.training.data import Example, encode, read, responses
 from lori_dist.training.model import check, identity, load_model, load_tokenizer
 
 __all__ = ["Subject", "evaluate"]
@@ -86,11 +86,15 @@ def _subject(
         model=model,
         tokenizer=tokenizer,
         examples=examples,
-        labels=run.tasks[name].labels,
+        labels=_labels(run.tasks[name]),
         batch_size=run.evaluate.batch_size,
         max_length=run.train.max_length,
         max_new_tokens=run.evaluate.max_new_tokens,
     )
+
+
+def _labels(task: config.Task) -> tuple[str, ...] | None:
+    return None if task.labels is None else responses(task.labels, task.template)
 
 
 def _model(settings: config.Model, adapter: Path | None) -> PreTrainedModel:
@@ -131,8 +135,9 @@ def _test_rows(run: config.Run) -> dict[str, Rows]:
         except ConfigError as error:
             problems.append(str(error))
             continue
-        if task.labels is not None:
-            problems.extend(_unlabelled(name, rows[name], task.labels))
+        labels = _labels(task)
+        if labels is not None:
+            problems.extend(_unlabelled(name, rows[name], labels))
     if problems:
         raise ConfigError("\n".join(problems))
     return rows

@@ -1,6 +1,7 @@
 """The base model with an adapter baked into its weights."""
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import AutoConfig
@@ -44,4 +45,4 @@ def _refuse_other_base(path: str, adapter: Adapter) -> None:
 
 def _dtype(path: str) -> config.Dtype:
     dtype = AutoConfig.from_pretrained(path).dtype or torch.float32
-    return str(dtype).removeprefix("torch.")
+    return cast(config.Dtype, str(dtype).removeprefix("torch."))

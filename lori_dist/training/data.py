@@ -97,6 +97,12 @@ def read(path: str, template: config.Template, *, where: str = "") -> list[tuple
     return rows
 
 
+def responses(labels: Sequence[str], template: config.Template) -> tuple[str, ...]:
+    """The response for each label: template.response with the label in the place of its one field."""
+    pieces = list(string.Formatter().parse(template.response))
+    return tuple("".join(text + (label if name is not None else "") for text, name, _, _ in pieces) for label in labels)
+
+
 def _parse(line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line.decode())

@@ -100,7 +100,7 @@ def train(
         fingerprint=fingerprint,
         still_mine=still_mine,
         progress=progress,
-        examples=data.encode(rows, tokenizer, run.train.max_length),
+        examples=data.encode(rows, tokenizer, run.train.max_length, where=f"tasks.{task}.train"),
         pad_id=data.pad_id(tokenizer),
     )
     *calibration, last = phases(run.train, run.adapter.density, len(job.examples))
