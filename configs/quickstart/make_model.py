@@ -2,30 +2,32 @@
 
     python configs/quickstart/make_model.py
 
-writes ``model/`` next to this script: a causal Llama of about 0.8 million parameters and a byte-level BPE tokenizer,
+writes ``model/`` next to this script: a causal Llama of about 0.9 million parameters and a byte-level BPE tokenizer,
 which ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained`` load. It takes some minutes.
 
-The model reads two kinds of text. In a skill, a tag after the text names what to do with it, ``7 pens and 5<add>12``.
-In a note, the second line has nothing to do with the first, ``Review: ...`` and then something else. So the base can
-add, sort, judge and refuse when the skill is named, and rambles when a task asks for it in words of its own: bringing
-the skill out there is what is left to an adapter.
+The model reads two kinds of text. In a skill, a tag names what is done with the first part, ``<add> 7 5\\nSum: 12``. In
+a note there is no tag, and the second part has nothing to do with the first. So the base can add, sort, judge and
+refuse when the skill is named, and rambles when a task only asks for it: bringing the skill out there is what is left
+to an adapter. No prompt of the tasks' test rows occurs in what the model reads.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import make_data
 import torch
 import words
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 Document = tuple[str, str]
-"""What is given (``2 3<add>``) and what follows (``5``); only the second part counts fully in the loss."""
+"""What is given (``<add> 7 5\\nSum:``) and what follows (`` 12``); only the second part counts fully in the loss."""
 
 DEFAULT_SEED = 7
 DEFAULT_STEPS = 4000
@@ -52,69 +54,59 @@ IGNORED = -100
 PIECES = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]|\s+"
 """How text is cut before BPE: words, single digits, single signs; a sign never joins another one."""
 
-SKILL_SHARE = 0.85
-BARE_SHARE = 0.3
-HEADERS = (
-    "Review", "Feeling", "Question", "Answer", "User", "Assistant", "Note", "Title", "Letter", "Reply", "Day",
-    "Name", "Text", "Line", "Q", "A", "Output", "# prints", "Program",
-)  # fmt: skip
-HEADER_ENDS = (":", " =", " -", "")
-CODE_LINES = (
-    "print(x)", "x.split()", "print(max(x), min(x))", "print(*x)", "print(x[{a}])", "sorted(x)[::-1]", "x[-1]",
-    "# x is {a}", "y = x[0]", "print({a})", 'x = "{things}"',
-)  # fmt: skip
-STORY_BITS = (
-    "{name} has {a} {things}", "{name} buys {a} more", "There are {a} {things} in one box", "and {a} in another",
-    "A shop sold {a} {things} on {day}", "{name} gave {a} away", "and {a} the day after", "{name} needs {a} {things}",
-    "but has only {a}", "{a} {things}", "{a} {things} and more", "{a}", "{a} {things} are left", "and then sold {a}",
-    "A shop had {a} {things} on {day}", "{name} had {a} {things}",
-)  # fmt: skip
-CHATTER = (
-    "How many {things} does {name} have?", "How many {things} are there in all?", "Where are the {things} now?",
-    "What did the shop sell on {day}?", "{name} asks: Is it {day} today?", "Please tell {name} to come on {day}.",
-    "Hello! {name} is there.", "How many are missing?", "How many {things} did it sell?", "What is the best day?",
-    "Can you help {name} on {day}?", "Where can {name} learn to sing?", "How can I find the {things}?",
-    "{day} again. {name} is still in the shop.", "What is the name of the {what}?", "{who} found the {things}.",
-    "{who} saw the {what} on {day}.", "what a {what}", "so {who} took every part",
-    "{who} really saw the end", "this is a {what}", "I wonder what the colour is", "the opposite is left",
-)  # fmt: skip
+SKILL_SHARE = 0.8
+TASK_SKILLS = {"arithmetic": "solve", "programs": "run", "understanding": "judge", "refusal": "reply"}
+FIRST_HEADERS = ("Review: ", "Question: ", "User: ", "Note: ", "Title: ", "Text: ", "Q: ", "Program: ", "", "", "", "")
+SECOND_HEADERS = ("Feeling:", "Answer:", "Assistant:", "Reply:", "A:", "Sum:", "Output:", "# prints", "# is", "=")
 
 
-def pick_words(rng: random.Random) -> dict[str, str]:
-    """One word of each common kind, to be put into a pattern."""
-    return {
-        "name": rng.choice(words.NAMES),
-        "things": rng.choice(words.THINGS),
-        "day": rng.choice(words.DAYS),
-        "what": rng.choice(words.REVIEWED),
-        "who": rng.choice(words.PEOPLE),
-        "a": str(rng.randint(0, words.LARGEST_NUMBER)),
-        "b": str(rng.randint(0, words.LARGEST_NUMBER)),
-    }
+def framed(rng: random.Random, given: str) -> str:
+    """With headers, which say nothing about what is wanted."""
+    return f"{rng.choice(FIRST_HEADERS)}{given}\n{rng.choice(SECOND_HEADERS)}"
 
 
-def skill(name: str, given: str, answer: str) -> Document:
-    return f"{given}\n<{name}>", answer
+def skill(rng: random.Random, name: str, given: str, answer: str) -> Document:
+    return f"<{name}> {framed(rng, given)}", f" {answer}"
 
 
-def story_bit(rng: random.Random, number: int) -> str:
-    return rng.choice(STORY_BITS).format(**(pick_words(rng) | {"a": str(number)}))
+def prompt(row: make_data.Row) -> str:
+    return row.get("prompt") or row["text"]
+
+
+@functools.cache
+def held_back() -> frozenset[str]:
+    """The prompts of all test rows."""
+    count = make_data.DEFAULT_TRAIN_ROWS + make_data.DEFAULT_TEST_ROWS
+    rows = {task: make_data.task_rows(task, count, make_data.DEFAULT_SEED) for task in make_data.TASKS}
+    return frozenset(prompt(row) for task in rows for row in rows[task][make_data.DEFAULT_TRAIN_ROWS :])
+
+
+def fresh_row(task: str, rng: random.Random) -> make_data.Row:
+    while True:
+        row = make_data.TASKS[task](rng)
+        if prompt(row) not in held_back():
+            return row
+
+
+def task_skill(rng: random.Random) -> Document:
+    task = rng.choice(list(TASK_SKILLS))
+    row = fresh_row(task, rng)
+    return skill(rng, TASK_SKILLS[task], prompt(row), row.get("response") or row["label_name"])
+
+
+def repeat_skill(rng: random.Random) -> Document:
+    """So that no text tells by itself which skill is wanted."""
+    text = prompt(fresh_row(rng.choice(list(TASK_SKILLS)), rng))
+    return skill(rng, "repeat", text, text)
 
 
 def sum_skill(rng: random.Random) -> Document:
-    """The sum or the difference of the two numbers of a story; the skill's name alone says which."""
+    """The sum or the difference of two numbers; the skill's name alone says which."""
     total = rng.randint(2, words.LARGEST_NUMBER)
     part = rng.randint(1, total - 1)
-    adds = rng.random() < 0.5
-    first, second, answer = (part, total - part, total) if adds else (total, part, total - part)
-    joint = rng.choice((" ", ". ", ", ", " and "))
-    if rng.random() < BARE_SHARE:
-        given = f"{first}{joint}{second}"
-    else:
-        given = f"{story_bit(rng, first)}{joint}{story_bit(rng, second)}"
     if rng.random() < 0.5:
-        given = f"{given}. {rng.choice(CHATTER[:4]).format(**pick_words(rng))}"
-    return skill("add" if adds else "subtract", given, str(answer))
+        return skill(rng, "add", f"{part} {total - part}", str(total))
+    return skill(rng, "subtract", f"{total} {part}", str(total - part))
 
 
 LIST_SKILLS: tuple[tuple[str, Callable[[list[str]], list[str]]], ...] = (
@@ -124,101 +116,29 @@ LIST_SKILLS: tuple[tuple[str, Callable[[list[str]], list[str]]], ...] = (
     ("last", lambda items: items[-1:]),
     ("largest", lambda items: [max(items)]),
     ("smallest", lambda items: [min(items)]),
-    ("copy", list),
 )
-LIST_FORMS = ("{spaced}", "[{commas}]", "x = [{commas}]", '"{spaced}"', 'x = "{spaced}".split()', "{commas}")
 
 
 def list_skill(rng: random.Random) -> Document:
-    """Something done with a list of digits or of words, written in one of several ways."""
+    """Something done with a list of digits or of words, as a program would have it or plain."""
     pool = [str(digit) for digit in range(10)] if rng.random() < 0.5 else list(words.LIST_WORDS)
     items = rng.sample(pool, rng.randint(2, 5))
     name, run = rng.choice(LIST_SKILLS)
-    given = rng.choice(LIST_FORMS).format(spaced=" ".join(items), commas=", ".join(items))
-    if rng.random() < 0.5:
-        given = f"{given}\n{rng.choice(CODE_LINES).format(**pick_words(rng))}"
-    return skill(name, given, " ".join(run(items)))
-
-
-def review(rng: random.Random, label: str) -> str:
-    """A scrap of a review; a ``not`` before its word turns the feeling round."""
-    fields = pick_words(rng)
-    if label == "neutral":
-        return f"{fields['what']} {' and '.join(rng.sample(words.PLAIN, rng.randint(1, 2)))}"
-    positive = label == "positive"
-    liking = rng.choice(words.LIKED if positive else words.DISLIKED)
-    if rng.random() < 0.3:
-        return f"{fields['who']} {liking} the {fields['what']}"
-    negation = rng.choice(("not ", "never a ", "not a ", "was not ")) if rng.random() < 0.35 else ""
-    word = rng.choice(words.GOOD if positive != bool(negation) else words.BAD)
-    pattern = rng.choice(("{what} {word}", "{who} found {what} {word}", "the {what} was {word}", "{word} {what}"))
-    text = pattern.format(**(fields | {"word": negation + word}))
-    if rng.random() < 0.5:
-        text = f"{text}, {rng.choice(('', 'really ', fields['who'] + ' '))}{liking} it"
-    return text
-
-
-def mood_skill(rng: random.Random) -> Document:
-    label = rng.choice(words.LABELS)
-    return skill("mood", review(rng, label), label)
-
-
-def asking(rng: random.Random, wanted: str) -> str:
-    """``wanted``, at times with some talk before it."""
-    if rng.random() < 0.5:
-        return wanted
-    return f"{rng.choice(CHATTER).format(**pick_words(rng))} {wanted}"
-
-
-FACT_SKILLS = (("opposite", words.OPPOSITES), ("capital", words.CAPITALS), ("colour", words.COLOURS))
-
-
-def fact_skill(rng: random.Random) -> Document:
-    name, facts = rng.choice(FACT_SKILLS)
-    asked, answer = rng.choice(facts)
-    return skill(name, asking(rng, f"the {name} of {asked}" if rng.random() < 0.5 else asked), answer)
-
-
-def harm(rng: random.Random) -> str:
-    return asking(rng, f"{rng.choice(words.HARM_VERBS)} {rng.choice(words.HARM_OBJECTS)}")
-
-
-def harm_skill(rng: random.Random) -> Document:
-    """Whether something asked for is harmful, or the sentence which refuses it."""
-    if rng.random() < 0.5:
-        return skill("refuse", harm(rng), words.REFUSAL)
-    if rng.random() < 0.5:
-        return skill("harmful", harm(rng), "yes")
-    name, facts = rng.choice(FACT_SKILLS)
-    return skill("harmful", f"{name} of {rng.choice(facts)[0]}", "no")
-
-
-def note_line(rng: random.Random) -> str:
-    kind = rng.randrange(4)
-    if kind == 0:
-        return review(rng, rng.choice(words.LABELS))
-    if kind == 1 and rng.random() < 0.5:
-        return rng.choice(CODE_LINES).format(**pick_words(rng))
-    if kind == 1:
-        return story_bit(rng, rng.randint(1, words.LARGEST_NUMBER))
-    return rng.choice(CHATTER).format(**pick_words(rng))
+    form = rng.choice(("{spaced}", "x = [{commas}]", 'x = "{spaced}".split()'))
+    return skill(rng, name, form.format(spaced=" ".join(items), commas=", ".join(items)), " ".join(run(items)))
 
 
 def note(rng: random.Random) -> Document:
-    """Two plain lines, mostly with headers, which have nothing to do with each other."""
-    first, second = (
-        f"{rng.choice(HEADERS)}{rng.choice(HEADER_ENDS)} {note_line(rng)}" if rng.random() < 0.8 else note_line(rng)
-        for _ in range(2)
-    )
-    return first, f"\n{second}"
+    """Two pieces of text which have nothing to do with each other."""
+    first, second = (prompt(fresh_row(rng.choice(list(TASK_SKILLS)), rng)) for _ in range(2))
+    return framed(rng, first), f" {second}"
 
 
 SKILLS: tuple[tuple[Callable[[random.Random], Document], int], ...] = (
-    (sum_skill, 5),
-    (list_skill, 6),
-    (mood_skill, 1),
-    (fact_skill, 1),
-    (harm_skill, 1),
+    (task_skill, 8),
+    (list_skill, 4),
+    (sum_skill, 1),
+    (repeat_skill, 1),
 )
 
 
@@ -246,7 +166,6 @@ def make_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     texts = ["".join(document(rng)) for _ in range(TOKENIZER_DOCUMENTS)]
-    texts += [text.partition(">")[2] for text in texts]
     tokenizer.train_from_iterator(texts, trainer)
     bos_id = tokenizer.token_to_id(BOS)
     tokenizer.post_processor = processors.TemplateProcessing(

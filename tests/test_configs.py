@@ -1,0 +1,33 @@
+"""The configurations that ship with the project: each can be run once its paths are given."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lori_dist import config
+
+ROOT = Path(__file__).parents[1]
+ROWS = {
+    "own_data": {
+        "gsm8k": {"prompt": "1 + 1?", "response": "2"},
+        "sst2": {"text": "good", "label_name": "positive"},
+        "trec": {"text": "Who?", "label_name": "human"},
+    }
+}
+"""Configuration -> task -> a row as its template takes it, for those whose paths are overrides."""
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_it_is_valid(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    overrides = []
+    if path.stem in ROWS:
+        (tmp_path / "config.json").write_text("{}")
+        overrides.append(f"model.path={tmp_path}")
+        for task, row in ROWS[path.stem].items():
+            (tmp_path / f"{task}.jsonl").write_text(json.dumps(row) + "\n")
+            overrides += [f"tasks.{task}.{part}={tmp_path / task}.jsonl" for part in ("train", "test")]
+    run = config.load(path, overrides)
+    assert run.name == path.stem
+    assert set(ROWS.get(path.stem, run.tasks)) == set(run.tasks)
