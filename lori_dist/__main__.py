@@ -13,8 +13,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 # Everything heavy is imported by the verb that needs it: --help and a mistake in a configuration answer at once.
 from lori_dist import config, describe, plugin
 from lori_dist.errors import ConfigError, LoriError
@@ -39,6 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # as in `lori show FILE | head`; what is still to be written goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a folder that cannot be written, a full disk
+        log.debug("", exc_info=error)
+        print(
+            f"{error.filename or type(error).__name__}: {error.strerror or error}; check it and try again",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130
@@ -59,6 +64,10 @@ def run(arguments: argparse.Namespace) -> None:
     made = {**summary["adapters"], **summary["merges"]}
     files = [(name, describe.size(item["kept"], item["total"]), item["path"]) for name, item in made.items()]
     print(table(summary["evaluation"]), describe.table(("model", "size", "adapter"), files), sep="\n\n")
+    before = [name for name, state in summary["jobs"].items() if state.get("cached")]
+    if before:
+        remedy = "Delete their folders, or give the run another name, to do them again."
+        print(f"\nFinished before, and not done again: {', '.join(before)}.\n{remedy}")
     print(f"\n{described.folder / ray.SUMMARY}")
 
 
@@ -88,6 +97,8 @@ def merge(arguments: argparse.Namespace) -> None:
     if not adapters:
         raise ConfigError("ADAPTER: none is given; give the adapter files to merge")
     weights = _weights(arguments.weights, len(adapters))
+    if arguments.out.exists():
+        raise ConfigError(f"OUT: {str(arguments.out)!r} exists; the file to write comes first, and must be a new one")
     _check_writable(arguments.out, "OUT")
     from lori_dist.merges import merge_files
 
@@ -107,6 +118,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from lori_dist.evaluation._table import table
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    for path in adapters.values():
+        evaluation.check_adapter(path, described.model)
     matrix = {}
     with progress.of_evaluation(tuple(models)) as show_progress:
         for name, adapter in models.items():
@@ -165,10 +178,7 @@ def _options(words: Sequence[str]) -> dict[str, Any]:
         if not _is_option(word):
             raise ConfigError(f"{word}: an option of a method reads NAME=VALUE, such as density=0.5")
         name, _, text = word.partition("=")
-        try:
-            options[name] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{word}: {text!r} is not valid YAML; put quotes around it") from error
+        options[name] = config.value(text, word)
     return options
 
 
@@ -225,8 +235,12 @@ def _configure_logging(verbose: bool, *, first: bool) -> None:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """KEY=VALUE may also come after options, where argparse by itself does not expect it."""
+    """KEY=VALUE may also come after options, and weights begin with a minus: argparse by itself expects neither."""
     parser = _parser()
+    arguments = list(arguments)
+    if "--weights" in arguments[:-1]:
+        place = arguments.index("--weights")
+        arguments[place : place + 2] = [f"--weights={arguments[place + 1]}"]
     chosen, more = parser.parse_known_args(arguments)
     unknown = [word for word in more if word.startswith("-") or not hasattr(chosen, "settings")]
     if unknown:
@@ -374,7 +388,7 @@ example:
 """,
     )
     verb.add_argument("suite", metavar="SUITE", help=f"one of {', '.join(plugin.names('benchmarks'))}")
-    verb.add_argument("settings", metavar="KEY=VALUE", nargs="*", help="options of the suite")
+    verb.add_argument("settings", metavar="KEY=VALUE", nargs="*", default=[], help="options of the suite")
     verb.add_argument("--out", metavar="FILE", type=Path, help="write the figures there, as JSON")
     return parser
 
@@ -397,7 +411,7 @@ def _add(
 
 def _add_config(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("config", metavar="CONFIG", help="a YAML file")
-    verb.add_argument("settings", metavar="KEY=VALUE", nargs="*", help="overrides; see below")
+    verb.add_argument("settings", metavar="KEY=VALUE", nargs="*", default=[], help="overrides; see below")
 
 
 def _add_local_rank(parser: argparse.ArgumentParser) -> None:

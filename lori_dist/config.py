@@ -1,8 +1,11 @@
 """The configuration of a run: frozen data, checked as a whole before anything heavy is imported."""
 
+import contextlib
 import copy
 import functools
+import itertools
 import json
+import os
 import re
 import string
 import typing
@@ -38,6 +41,8 @@ Decay = Annotated[float, pydantic.Field(ge=0, lt=1), NotBool]
 Seed = Annotated[int, pydantic.Field(ge=0, lt=2**53), NotBool]
 """Below 2**53, so that every reader of JSON keeps it."""
 Dtype = Literal["float32", "bfloat16", "float16"]
+FilePath = Annotated[str, pydantic.AfterValidator(os.path.expanduser)]
+Text = Annotated[str, pydantic.Field(min_length=1)]
 
 
 T = typing.TypeVar("T")
@@ -77,7 +82,7 @@ def _listed(value: Any) -> Any:
 class Model:
     """The frozen base model."""
 
-    path: str
+    path: FilePath
     """A folder with a transformers model and its tokenizer, or a name on the hub."""
     dtype: Dtype = "float32"
     """Of the base. Trained values are float32 whatever it is."""
@@ -90,7 +95,10 @@ class Adapter:
     rank: Positive = 16
     alpha: Rate = 32.0
     """The update is (alpha / rank) * B A."""
-    targets: Annotated[Literal["all-linear"] | tuple[str, ...], pydantic.BeforeValidator(_listed)] = "all-linear"
+    targets: Annotated[
+        Literal["all-linear"] | Annotated[tuple[Text, ...], pydantic.Field(min_length=1)],
+        pydantic.BeforeValidator(_listed),
+    ] = "all-linear"
     """Names (`q_proj`), paths or patterns (`model.layers.*.mlp.*`) of linear layers, or `all-linear`."""
     density: Fraction = 0.1
     """Kept entries of B over all of them. 1.0 stops after the dense phase (LoRI-D)."""
@@ -116,8 +124,8 @@ class Template:
 class Task:
     """One task: its rows (JSON lines) and how they read."""
 
-    train: str
-    test: str
+    train: FilePath
+    test: FilePath
     template: Template = field(default_factory=Template)
     labels: tuple[str, ...] | None = None
     """For classification: all values of the one field in template.response. Choice accuracy is measured over them."""
@@ -149,8 +157,8 @@ class Train:
     """Rows of one optimizer step, over all ranks."""
     micro_batch_size: Positive = 8
     """Rows a rank runs at once; more are accumulated."""
-    max_length: Positive = 512
-    """Tokens of a row. Longer prompts lose their beginning, longer responses their end."""
+    max_length: Annotated[int, pydantic.Field(ge=2), NotBool] = 512
+    """Tokens of a row, at least 2. Longer prompts lose their beginning, longer responses their end."""
     lr: Rate = 5e-4
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Count = 0
@@ -184,7 +192,7 @@ class Merge:
 class Evaluate:
     """How base, adapters and merges are measured on every task's test rows."""
 
-    metrics: tuple[str, ...] = ("loss", "exact_match", "choice")
+    metrics: Annotated[tuple[str, ...], pydantic.Field(min_length=1)] = ("loss", "exact_match", "choice")
     """`choice` is measured on tasks that have labels."""
     batch_size: Positive = 32
     rows: Positive | None = None
@@ -211,7 +219,7 @@ class Run:
     """Several tasks' trainings, the merges of their adapters, and the evaluation of all of them."""
 
     name: Name
-    output: str = "runs"
+    output: FilePath = "runs"
     """The run's results are in output/name."""
     model: Model
     tasks: dict[Name, Task]
@@ -321,6 +329,14 @@ def _parse(text: str, source: str) -> tuple[Any, list[str]]:
     return tree, [f"{source}: {item}; leave one" for item in loader.repeated]
 
 
+def value(text: str, where: str) -> Any:
+    """What a text given on the command line means, read as a configuration's values are. Raises ConfigError."""
+    found, problems = _parse(text, where)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return found
+
+
 def _override(tree: dict[str, Any], override: str) -> list[str]:
     """Applies `path.to.key=value` to the tree. Returns what is wrong with it."""
     path, equals, text = override.partition("=")
@@ -373,7 +389,7 @@ def _check(tree: dict[str, Any]) -> tuple[Run, list[str]]:
         problems += [
             problem
             for problem in rule(run)
-            if not any(_within(path.split("."), mended) for path in problem.partition(": ")[0].split(", "))
+            if not any(_touched(path.split("."), mended) for path in problem.partition(": ")[0].split(", "))
         ]
     return run, problems
 
@@ -416,6 +432,11 @@ def _places(error: pydantic.ValidationError) -> dict[tuple[str, ...], list[Any]]
 
 def _within(place: Sequence[str], places: set[tuple[str, ...]]) -> bool:
     return any(tuple(place[:depth]) in places for depth in range(len(place) + 1))
+
+
+def _touched(place: Sequence[str], mended: set[tuple[str, ...]]) -> bool:
+    """Whether a rule saw something mended there: in it, or, in a list or mapping of values, below it."""
+    return _within(place, mended) or (len(place) >= 3 and any(other[: len(place)] == tuple(place) for other in mended))
 
 
 def _mend(tree: dict[Any, Any], place: Sequence[str], *, is_missing: bool) -> None:
@@ -506,6 +527,9 @@ def _lengths(run: Run) -> Iterator[str]:
         yield f"train.steps, train.epochs: {given}; give exactly one"
     if run.train.calibrate.steps is not None and run.train.calibrate.epochs is not None:
         yield "train.calibrate.steps, train.calibrate.epochs: both are given; give one, or neither"
+    for path, steps in (("train.steps", run.train.steps), ("train.calibrate.steps", run.train.calibrate.steps)):
+        if steps is not None and run.train.warmup_steps >= steps:
+            yield f"train.warmup_steps: {run.train.warmup_steps} was given, {path} is {steps}; give fewer than those"
 
 
 def _inputs(run: Run) -> Iterator[str]:
@@ -514,16 +538,30 @@ def _inputs(run: Run) -> Iterator[str]:
     for name, task in run.tasks.items():
         for part in ("train", "test"):
             path = Path(getattr(task, part))
-            if not path.is_file():
+            if not os.path.isfile(path):
                 yield f"tasks.{name}.{part}: there is no file {str(path)!r}; paths are relative to {Path.cwd()}"
-        if task.labels is not None and (len(task.labels) < 2 or len(set(task.labels)) < len(task.labels)):
-            yield f"tasks.{name}.labels: {list(task.labels)} was given; give at least two, each of them once"
         if task.seed is not None and run.adapter.share_projection:
             yield f"tasks.{name}.seed: is given, but adapter.share_projection makes one A for all; leave one out"
     is_hub_name = run.model.path.count("/") == 1 and not run.model.path.startswith((".", "/", "~"))
     is_local = not is_hub_name or Path(run.model.path).parent.is_dir()
-    if is_local and not (Path(run.model.path) / "config.json").is_file():
+    if is_local and not os.path.isfile(Path(run.model.path) / "config.json"):
         yield f"model.path: there is no config.json in {run.model.path!r}; give a model's folder or its name on the hub"
+    place = run.folder
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        found = f"{str(place)!r} is no folder that can be written to"
+        yield f"output: {str(run.folder)!r} cannot be made, as {found}; give another"
+
+
+def _positions(run: Run) -> Iterator[str]:
+    if "exact_match" not in run.evaluate.metrics:
+        return
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # the job says what is wrong with config.json
+        settings = json.loads((Path(run.model.path) / "config.json").read_text(encoding="utf-8"))
+        positions, asked = settings.get("max_position_embeddings"), run.evaluate.max_new_tokens
+        if isinstance(positions, int) and asked >= positions:
+            yield f"evaluate.max_new_tokens: {asked} was given, the model has {positions} positions; give less"
 
 
 def _templates(run: Run) -> Iterator[str]:
@@ -531,8 +569,13 @@ def _templates(run: Run) -> Iterator[str]:
         for part in ("prompt", "response"):
             template = getattr(task.template, part)
             try:
-                names = [item[1] for item in string.Formatter().parse(template) if item[1] is not None]
-                strange = [item for item in names if not item.isidentifier()]
+                found = [item for item in string.Formatter().parse(template) if item[1] is not None]
+                names = [name for _, name, _, _ in found if name is not None]
+                strange = [
+                    f"{name}{'!' if conversion else ''}{conversion or ''}{':' if form else ''}{form or ''}"
+                    for _, name, form, conversion in found
+                    if name is None or not name.isidentifier() or form or conversion
+                ]
             except ValueError as error:
                 yield f"tasks.{name}.template.{part}: {template!r} is no template ({error}); write {{{{ for a brace"
                 continue
@@ -560,14 +603,41 @@ def _fields(run: Run) -> Iterator[str]:
                     )
 
 
+def _labels(run: Run) -> Iterator[str]:
+    for name, task in run.tasks.items():
+        names = _names(task.template.response)
+        if task.labels is not None and (len(task.labels) < 2 or len(set(task.labels)) < len(task.labels)):
+            yield f"tasks.{name}.labels: {list(task.labels)} was given; give at least two, each of them once"
+            continue
+        if task.labels is None or len(names) != 1:
+            continue
+        rows = ((part, *row) for part in ("train", "test") for row in _rows(Path(getattr(task, part)), LOOKED_AT))
+        found = ((part, number, row.get(names[0])) for part, number, row in rows)
+        for part, number, label in found:
+            if isinstance(label, str) and label not in task.labels:
+                yield (
+                    f"tasks.{name}.labels: row {number} of tasks.{name}.{part} has {label!r}, wanted one of "
+                    f"{', '.join(task.labels)}.{plugin.nearest(label, task.labels)}"
+                )
+                break
+
+
+LOOKED_AT = 10_000
+"""Rows of a file whose labels are compared before anything starts: a fraction of a second."""
+
+
 def _first_row(path: Path) -> dict[str, Any] | None:
-    """None if it cannot be read as one: the job says what is wrong, and in which of the rows."""
-    try:
-        with path.open("rb") as file:
-            row = json.loads(next(file).decode("utf-8-sig"))
-    except (OSError, StopIteration, ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
+    return next((row for _, row in _rows(path, 1)), None)
+
+
+def _rows(path: Path, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The first lines, numbered, that are rows. What is wrong with the others is for the job to say."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        for number, line in enumerate(itertools.islice(file, count), start=1):
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line.decode("utf-8-sig"))
+                if isinstance(row, dict):
+                    yield number, row
 
 
 def _names(template: str) -> list[str]:
@@ -603,4 +673,13 @@ def _merges(run: Run) -> Iterator[str]:
         yield "tasks.base: the name stands for the model without an adapter; give the task another name"
 
 
-RULES: tuple[Callable[[Run], Iterator[str]], ...] = (_methods, _lengths, _inputs, _templates, _fields, _merges)
+RULES: tuple[Callable[[Run], Iterator[str]], ...] = (
+    _methods,
+    _lengths,
+    _inputs,
+    _positions,
+    _templates,
+    _fields,
+    _labels,
+    _merges,
+)

@@ -55,8 +55,13 @@ def size(kept: int, total: int) -> str:
 
 def _said(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {item}" for key, item in value.items()) or "unknown"
-    return ", ".join(value) if isinstance(value, list) else str(value)
+        return _printable(", ".join(f"{key} {item}" for key, item in value.items())) or "unknown"
+    return _printable(", ".join(value) if isinstance(value, list) else str(value))
+
+
+def _printable(text: str) -> str:
+    """A file's own text must not be able to move the cursor."""
+    return text if text.isprintable() else ascii(text)
 
 
 BLOCK_TITLES = ("block", "seed", "rank", "alpha", "weight", "dtype of A", "kept", "of", "density")
@@ -68,7 +73,7 @@ def _block(adapter: "Adapter", number: int) -> tuple[str, ...]:
     total = sum(out_features * block.rank for out_features, _ in adapter.shapes.values())
     settings = (str(block.seed), str(block.rank), f"{block.alpha:g}", f"{block.weight:g}")
     dtype = str(block.dtype).removeprefix("torch.")
-    return (block.name, *settings, dtype, f"{kept:,}", f"{total:,}", f"{100 * kept / total:.2f}%")
+    return (_printable(block.name), *settings, dtype, f"{kept:,}", f"{total:,}", f"{100 * kept / total:.2f}%")
 
 
 def _densities(adapter: "Adapter") -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lori_dist import config
+from lori_dist import config, plugin
 from lori_dist.errors import ConfigError
 
 Kind = Literal["train", "merge", "evaluate"]
@@ -73,6 +73,7 @@ def train_job(run: config.Run, task: str, after: Sequence[Job] = ()) -> Job:
         data={"rows": sha256(rows["train"]), "template": rows["template"]},
         adapter={key: value for key, value in tree["adapter"].items() if key not in ("seed", "share_projection")},
         train={key: value for key, value in tree["train"].items() if key not in PLACEMENT},
+        **_code("adapter.mask", run.adapter.mask.name),
     )
 
 
@@ -88,7 +89,14 @@ def merge_job(run: config.Run, name: str, trained: Mapping[str, Job]) -> Job:
         weights = list(merge.weights)
     method = {"name": merge.method.name, **merge.method.options}
     return _job(
-        "merge", name, [trained[task] for task in tasks], merge=name, method=method, tasks=list(tasks), weights=weights
+        "merge",
+        name,
+        [trained[task] for task in tasks],
+        merge=name,
+        method=method,
+        tasks=list(tasks),
+        weights=weights,
+        **_code(f"merges.{name}.method", merge.method.name),
     )
 
 
@@ -108,7 +116,14 @@ def evaluate_job(run: config.Run, model: str, adapter: Job | None) -> Job:
         },
         evaluate={key: value for key, value in tree["evaluate"].items() if key != "batch_size"},
         max_length=run.train.max_length,
+        **_code("evaluate.metrics", *run.evaluate.metrics),
     )
+
+
+def _code(path: str, *methods: str) -> dict[str, Any]:
+    """The user's own methods by their content: they change without a new version of this program."""
+    own = [name for name in methods if "." in name]
+    return {"code": {name: sha256(plugin.source_of(name, path)) for name in own}} if own else {}
 
 
 def _job(kind: Kind, suffix: str, needs: Sequence[Job], **settings: Any) -> Job:

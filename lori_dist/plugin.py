@@ -83,7 +83,7 @@ def find(folder: str, name: str, role: str, path: str) -> Method:
     Raises ConfigError naming what there is and the nearest valid name.
     """
     if "." in name:
-        source = _source_of(name, path)
+        source = source_of(name, path)
     elif name in names(folder):
         source = PACKAGE / folder / f"{name}.py"
     else:
@@ -113,7 +113,7 @@ def _choices(name: str, valid: Iterable[str], verb: str) -> str:
     return f"{verb} {', '.join(valid) or 'none'}.{nearest(name, valid)}"
 
 
-def _source_of(module: str, path: str) -> Path:
+def source_of(module: str, path: str) -> Path:
     """The file of a module, without importing it or the packages it is in."""
     top, *below = module.split(".")
     try:

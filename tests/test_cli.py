@@ -1,5 +1,6 @@
 """The `lori` command, mostly as a process of its own: what it prints, where, and its exit code."""
 
+import dataclasses
 import json
 import os
 import re
@@ -29,7 +30,7 @@ tasks:
   first: {train: rows.jsonl, test: rows.jsonl}
   second: {train: rows.jsonl, test: rows.jsonl, labels: [left, right]}
 adapter: {rank: 2, alpha: 4, density: 0.25, targets: [q_proj, down_proj]}
-train: {steps: 2, batch_size: 5, micro_batch_size: 2, max_length: 32, calibrate: {steps: 1}}
+train: {steps: 2, batch_size: 5, micro_batch_size: 2, max_length: 32, calibrate: {steps: 3}}
 merges:
   both: {method: concat}
 evaluate: {max_new_tokens: 4, rows: 3}
@@ -126,6 +127,19 @@ sys.exit(code)
         ("merge out.safetensors a=1 --method linear", 2, r"^--method\.a: "),
         ("merge out.safetensors first.safetensors --method linear --weights 1,2", 2, r"^--weights: 2 given for 1 "),
         ("merge out.safetensors first.safetensors --method linear --weights x", 2, r"^--weights: 'x' was given"),
+        (
+            "merge first.safetensors second.safetensors --method linear",
+            2,
+            r"^OUT: 'first\.safetensors' exists; the file",
+        ),
+        (
+            "merge out.safetensors first.safetensors d=2001-99-99 --method linear",
+            2,
+            r"^d=2001-99-99: is not valid YAML",
+        ),
+        ("evaluate run.yaml --adapter rows.jsonl", 1, r"^rows\.jsonl: this is no whole safetensors file"),
+        ("export first.safetensors rows.jsonl/x --format peft", 1, r"^rows\.jsonl/x: cannot be made: "),
+        ("run run.yaml output=rows.jsonl/x", 2, r"^output: .*rows\.jsonl/x/demo' cannot be made, as .* is no folder"),
         ("merge no/out.safetensors first.safetensors --method linear", 2, r"^OUT: 'no/out\.safetensors' cannot be"),
         ("merge out.safetensors nowhere.safetensors --method linear", 1, r"^nowhere\.safetensors: it cannot be read"),
         ("evaluate run.yaml --out no/matrix.json", 2, r"^--out: 'no/matrix\.json' cannot be a file"),
@@ -152,6 +166,16 @@ def test_a_mistake_is_one_message_and_no_traceback(
     assert re.search(message, printed.err, re.MULTILINE)
     assert "Traceback" not in printed.err
     assert not (folder / "out").exists()
+
+
+def test_what_a_file_says_cannot_move_the_cursor(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = load_adapter(folder / "first.safetensors")
+    block = dataclasses.replace(adapter.blocks[0], name="first\x1b[2J\nlast")
+    save_adapter(dataclasses.replace(adapter, blocks=(block,)), tmp_path / "hostile.safetensors")
+    assert main(["show", str(tmp_path / "hostile.safetensors")]) == 0
+    assert "\x1b" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -236,7 +260,7 @@ def test_merge_writes_the_weighted_sum(folder: Path, tmp_path: Path) -> None:
 
 def test_weights_may_start_with_a_minus(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "merged.safetensors"
-    assert main(["merge", str(out), str(folder / "first.safetensors"), "--method", "linear", "--weights=-1"]) == 0
+    assert main(["merge", str(out), str(folder / "first.safetensors"), "--method", "linear", "--weights", "-1"]) == 0
     negated, first = load_adapter(out), load_adapter(folder / "first.safetensors")
     assert all(torch.equal(negated.delta(module), -first.delta(module)) for module in first.shapes)
 
@@ -326,13 +350,13 @@ def test_evaluate_without_adapters_takes_what_the_run_has_finished(
 LAUNCHERS = {
     "torchrun": ("torchrun", "--nproc-per-node", "2"),
     "deepspeed": ("deepspeed", "--num_accelerators", "2", "--module"),
+    "accelerate": ("accelerate", "launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "engine"),
-    [("torchrun", "ddp"), ("torchrun", "fsdp"), ("deepspeed", "{name: deepspeed, stage: 3}")],
+    [("torchrun", "ddp"), ("torchrun", "fsdp"), ("deepspeed", "{name: deepspeed, stage: 3}"), ("accelerate", "fsdp")],
 )
 def test_launched_ranks_train_together(launcher: str, engine: str, folder: Path, tmp_path: Path) -> None:
     def trained(place: str, command: Sequence[str], *more: str) -> Adapter:
@@ -381,11 +405,11 @@ def test_run_prints_the_matrix_and_takes_up_what_was_trained_alone(folder: Path,
 
 @pytest.mark.ray
 def test_a_failed_job_is_a_message_and_an_exit_code(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')
     result = lori("run", "run.yaml", f"output={tmp_path}", f"tasks.first.train={tmp_path}/bad.jsonl", cwd=folder)
     assert result.returncode == 1
     assert result.stdout == ""
-    assert re.search(r"^train-first: .*bad\.jsonl:1: ", result.stderr, re.MULTILINE)
+    assert re.search(r"^train-first: .*bad\.jsonl:2: ", result.stderr, re.MULTILINE)
     assert "Traceback" not in result.stderr
     assert json.loads((tmp_path / "demo" / "summary.json").read_text())["jobs"]["train-second"]["state"] == "finished"
 

@@ -34,8 +34,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A current directory with a model's folder and a file of rows."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    (tmp_path / "model" / "config.json").write_text('{"max_position_embeddings": 128}')
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "yes"}\n')
     return tmp_path
 
 
@@ -303,8 +303,8 @@ clustr: {}
         "evaluate.metrics",
         "train.steps, train.epochs",
         "tasks.nlu.test",
-        "tasks.nlu.labels",
         "tasks.nlu.template.prompt",
+        "tasks.nlu.labels",
         "merges.nlu",
         "merges.nlu.weights",
         "merges.all.weights",
@@ -346,6 +346,17 @@ print(sorted({"torch", "transformers", "numpy", "ray", "deepspeed"} & set(sys.mo
         ("tasks.nlu.labels=[a]", "tasks.nlu.labels: ['a'] was given; give at least two, each of them once"),
         ("tasks.nlu.labels=[a, b, a]", "tasks.nlu.labels: ['a', 'b', 'a'] was given; give at least two, .*"),
         ("tasks.nlu.template.prompt='{'", "tasks.nlu.template.prompt: '{' is no template .*; write {{ for a brace"),
+        ("tasks.nlu.labels=['no', yess]", "tasks.nlu.labels: row 1 of tasks.nlu.train has 'yes', wanted .* 'yess'?"),
+        ("tasks.nlu.template.prompt='{prompt!r}'", "tasks.nlu.template.prompt: {prompt!r} is no field; use plain .*"),
+        ("tasks.nlu.template.prompt='{prompt:>9}'", "tasks.nlu.template.prompt: {prompt:>9} is no field; use plain .*"),
+        ("adapter.targets=[]", "adapter.targets: .*"),
+        ("adapter.targets=['']", "adapter.targets.0: '' was given; .*"),
+        ("train.max_length=1", "train.max_length: 1 was given; it should be greater than or equal to 2"),
+        ("train.warmup_steps=10", "train.warmup_steps: 10 was given, train.steps is 10; give fewer than those"),
+        ("evaluate.metrics=[]", "evaluate.metrics: .*"),
+        ("evaluate.max_new_tokens=128", "evaluate.max_new_tokens: 128 was given, the model has 128 positions; .*"),
+        ("output=rows.jsonl/x", "output: .* cannot be made, as .*rows.jsonl' is no folder that can be written to; .*"),
+        ("merges.all.weights={nlu: 1, code: x}", "merges.all.weights.code: 'x' was given; it should be a valid .*"),
         ("tasks.nlu.template.prompt='{}'", "tasks.nlu.template.prompt: {} is no field; use plain names .*"),
         (
             "tasks.code.template.prompt='{promt}?'",

@@ -131,6 +131,20 @@ def test_what_changes_the_result_changes_the_fingerprint(inputs: Path, change: d
     assert train_job(described(**change), "math").fingerprint != train_job(described(), "math").fingerprint
 
 
+def test_a_method_of_one_s_own_counts_with_its_source(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(inputs)
+    (inputs / "own").mkdir()
+    source = inputs / "own" / "mask.py"
+
+    def printed(text: str) -> str:
+        source.write_text(f"def mask(b, *, density, share: float = 0.5):\n    return {text}\n")
+        return train_job(described(adapter={"mask": "own.mask"}), "math").fingerprint
+
+    (inputs / "own" / "__init__.py").touch()
+    assert printed("b") == printed("b")
+    assert printed("b") != printed("{}")
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -1,5 +1,6 @@
 """An adapter in memory: what was trained, apart from any model."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,11 +9,12 @@ import torch
 from torch import Tensor
 
 from lori_dist.adapter.projection import GENERATOR, projection
+from lori_dist.errors import AdapterError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spec:
-    """What an adapter is before training: enough to build it on any rank."""
+    """What an adapter is before training: enough to build it on any rank. Raises AdapterError if nothing can be."""
 
     rank: int
     """Rows of A, columns of B."""
@@ -24,6 +26,14 @@ class Spec:
     """Module names, patterns, or `all-linear`."""
     dtype: torch.dtype = torch.float32
     """Of A: formed in fp32 and cast once, so casting the model never changes what was trained."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise AdapterError(f"rank: {self.rank} was given; wanted an integer of at least 1")
+        if not 0 < self.alpha < math.inf:
+            raise AdapterError(f"alpha: {self.alpha} was given; wanted a finite number above 0")
+        if not self.targets or (not isinstance(self.targets, str) and not all(self.targets)):
+            raise AdapterError(f"targets: {self.targets!r} was given; name at least one layer, or give 'all-linear'")
 
     @property
     def scale(self) -> float:

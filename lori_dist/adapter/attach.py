@@ -36,8 +36,7 @@ def attach(
     Raises AdapterError for targets that match nothing or are no linear layers, for shapes that differ, for a layer
     used in two places, and for a model that has an adapter already.
     """
-    if getattr(model, ATTACHED, None) is not None:
-        raise AdapterError("model: an adapter is attached already; detach(model) first, or merge the two adapters")
+    _refuse_adapted(model)
     if isinstance(what, Adapter):
         if masks is not None:
             raise AdapterError("masks: were given with an adapter, which brings its own; leave them out")
@@ -52,6 +51,19 @@ def attach(
             delta.requires_grad_(isinstance(what, Spec))
     setattr(model, ATTACHED, what)
     return layers
+
+
+def _refuse_adapted(model: nn.Module) -> None:
+    """Also where the adapter is on a part of it, or on what it is a part of."""
+    held = next((path for path, module in model.named_modules() if isinstance(module, (AdaptedLinear, Delta))), None)
+    if held is not None or getattr(model, ATTACHED, None) is not None:
+        raise AdapterError(
+            f"{held or 'model'}: an adapter is attached already; detach it from the model it was attached to first, "
+            "or merge the two adapters"
+        )
+    foreign = next((path for path, _ in model.named_modules() if "lora_A" in path.split(".")), None)
+    if foreign is not None:
+        raise AdapterError(f"{foreign}: is a LoRA adapter of PEFT; merge_and_unload() or unload() it first")
 
 
 def detach(model: nn.Module) -> None:
@@ -69,17 +81,17 @@ def fold(model: nn.Module) -> None:
     _refuse_unfoldable(model, layers)
     for layer in layers.values():
         if not layer.folded:
+            layer.folded = tuple(_values(delta) for delta in layer.deltas)
             _add(layer, 1.0)
-            layer.folded = True
 
 
 @torch.no_grad()
 def unfold(model: nn.Module) -> None:
-    """Takes folded updates out of the base's weights again, to the rounding of their dtype."""
+    """Takes the updates that were folded out of the base's weights again, to the rounding of their dtype."""
     for layer in _attached(model).values():
-        if layer.folded:
+        if layer.folded is not None:
             _add(layer, -1.0)
-            layer.folded = False
+            layer.folded = None
 
 
 def adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -113,10 +125,11 @@ def extract(
 
     name: of the task. values: module path -> (kept,) replaces the parameters, for engines that shard them.
     base: identity of the base model.
+    Raises AdapterError for a model whose adapter was attached ready-made.
     """
     layers, spec = _attached(model), getattr(model, ATTACHED)
     if isinstance(spec, Adapter):
-        return spec
+        raise AdapterError("model: holds an adapter that was trained before; save that one itself, or attach a Spec")
     values = trainable(model) if values is None else values
     entries = {
         path: Entries(index=_cpu(layer.deltas[0].index), values=_cpu(values[path]))
@@ -181,7 +194,15 @@ def _delta(path: str, base: nn.Module, spec: Spec, masks: Mapping[str, Tensor] |
 
 
 def _from_adapter(model: nn.Module, adapter: Adapter) -> dict[str, AdaptedLinear]:
-    bases = match(model, tuple(adapter.shapes))
+    linear = _linear(model)
+    for path in adapter.shapes:
+        if path not in linear:
+            raise AdapterError(
+                f"{path}: the adapter was trained on this linear layer, which the model does not have; use the base "
+                f"model it was trained on, in the same class; {_listing(linear)}"
+            )
+        _refuse_unadaptable(model, path, linear[path])
+    bases = {path: module for path, module in linear.items() if path in adapter.shapes}
     for path, shape in adapter.shapes.items():
         if features(bases[path]) != shape:
             raise AdapterError(
@@ -197,6 +218,8 @@ def _from_adapter(model: nn.Module, adapter: Adapter) -> dict[str, AdaptedLinear
 @torch.no_grad()
 def _trained(path: str, base: nn.Module, block: Block) -> Delta:
     entries = block.entries[path]
+    if _device(base).type == "meta":
+        raise AdapterError(f"{path}: is on the meta device, where a trained adapter has no values; load the base first")
     out_features, in_features = features(base)
     delta = Delta(
         module=path,
@@ -305,10 +328,16 @@ def _add(layer: AdaptedLinear, sign: float) -> None:
     weight = layer.weight
     # Summed before it is rounded to the weight's dtype, once: a merge has as many updates as tasks.
     total = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    for delta in layer.deltas:
-        update = delta.weight().mul_(sign)
+    assert layer.folded is not None
+    for delta, values in zip(layer.deltas, layer.folded, strict=True):
+        update = delta.weight(values).mul_(sign)
         total = total + (update.t() if is_conv1d(layer.base) else update)
     weight.copy_(total)
+
+
+def _values(delta: Delta) -> Tensor | None:
+    """A copy: what is trained or loaded later was not folded."""
+    return None if delta.values is None else delta.values.detach().clone()
 
 
 def _device(base: nn.Module) -> torch.device:

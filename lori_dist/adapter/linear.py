@@ -101,11 +101,11 @@ class Delta(nn.Module):
         apply = cast(Callable[..., Tensor], _Update.apply)
         return apply(x, y, self.values, self.projection, self.index, self.scale)
 
-    def weight(self) -> Tensor:
-        """The update of the base's weight, (out_features, in_features), fp32."""
-        if self.values is None:
+    def weight(self, values: Tensor | None) -> Tensor:
+        """The update of the base's weight, (out_features, in_features), fp32, for these values of the kept entries."""
+        if values is None:
             return torch.zeros(self.out_features, self.in_features, device=self.projection.device)
-        b = _dense(self.values.detach(), self.index, self.out_features, self.rank, torch.float32)
+        b = _dense(values.detach().to(self.projection.device), self.index, self.out_features, self.rank, torch.float32)
         return (b @ self.projection.float()).mul_(self.scale)
 
     def extra_repr(self) -> str:
@@ -144,8 +144,8 @@ class AdaptedLinear(nn.Module):
         super().__init__()
         self.base = base
         self.deltas = nn.ModuleList(deltas)  # type: ignore[assignment]  # which is such a sequence, but not typed as one
-        self.folded = False
-        """True while the updates are part of the base's weight."""
+        self.folded: tuple[Tensor | None, ...] | None = None
+        """While the updates are part of the base's weight: the values they had then, one item per delta."""
 
     @property
     def weight(self) -> Tensor:
@@ -158,7 +158,7 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
-        if self.folded:
+        if self.folded is not None:
             return y
         for delta in self.deltas:
             y = delta(x, y)

@@ -17,7 +17,7 @@ from lori_dist.errors import AdapterError, ConfigError
 from lori_dist.training.data import Example, encode, read, responses
 from lori_dist.training.model import check, identity, load_model, load_tokenizer
 
-__all__ = ["Subject", "evaluate"]
+__all__ = ["Subject", "check_adapter", "evaluate"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +101,7 @@ def _model(settings: config.Model, adapter: Path | None) -> PreTrainedModel:
     if adapter is None:
         return load_model(settings)
     loaded = file.load(adapter)
-    _check_base(adapter, loaded.base, identity(settings))
+    _check_base(adapter, loaded.base, settings)
     model = load_model(settings)
     layers = attach.attach(model, loaded)
     embeddings = model.get_input_embeddings().weight
@@ -111,7 +111,13 @@ def _model(settings: config.Model, adapter: Path | None) -> PreTrainedModel:
     return model
 
 
-def _check_base(path: Path, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+def check_adapter(adapter: Path, model: config.Model) -> None:
+    """Raises AdapterError if a file is no adapter, or that of another base. Cheap: looks at no tensor."""
+    _check_base(adapter, file.header(adapter)["base"], model)
+
+
+def _check_base(path: Path, wanted: Mapping[str, Any], model: config.Model) -> None:
+    found = identity(model)
     if "weights" not in wanted:
         log.warning("%s does not name its base model: only the shapes can tell that it fits", path)
     elif wanted["weights"] != found["weights"]:

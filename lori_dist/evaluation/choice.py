@@ -7,6 +7,7 @@ from lori_dist.evaluation import Subject
 from lori_dist.evaluation._batches import by_length
 from lori_dist.training.data import Example, collate, pad_id, response_ids, shorten
 from lori_dist.training.loss import log_likelihoods
+from lori_dist.training.model import check
 
 
 def score(subject: Subject) -> float | None:
@@ -19,6 +20,7 @@ def score(subject: Subject) -> float | None:
         return None
     answers = [_answer(subject, number) for number in range(len(subject.examples))]
     candidates = _candidates(subject)
+    check(candidates, subject.model)  # a label can be longer than any row's own response
     scores = [0.0] * len(candidates)
     pad = pad_id(subject.tokenizer)
     for rows in by_length([candidate.num_tokens for candidate in candidates], subject.batch_size):

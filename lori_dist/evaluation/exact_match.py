@@ -19,10 +19,29 @@ log = logging.getLogger(__name__)
 
 def score(subject: Subject) -> float:
     """Share of rows for which greedy generation from the prompt gives the response; white space around it is free."""
+    _warn_of_unwritable(subject)
     completions = complete(subject)
     pairs = zip(completions, subject.examples, strict=True)
     hits = sum(completion.strip() == example.response.strip() for completion, example in pairs)
     return hits / len(subject.examples)
+
+
+def _warn_of_unwritable(subject: Subject) -> None:
+    """A tokenizer without a token for some sign cannot give a response that has it, whatever the model does."""
+    tokenizer = subject.tokenizer
+    ids = [[token for token in example.response_ids if token != tokenizer.eos_token_id] for example in subject.examples]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    num_lost = sum(
+        text.strip() != example.response.strip() for text, example in zip(texts, subject.examples, strict=True)
+    )
+    if num_lost:
+        log.warning(
+            "tasks.%s.test: %d of %d responses are cut by train.max_length or have signs that the tokenizer lacks: "
+            "they cannot match",
+            subject.task,
+            num_lost,
+            len(texts),
+        )
 
 
 def complete(subject: Subject) -> list[str]:

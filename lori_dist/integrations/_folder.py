@@ -15,11 +15,13 @@ def complete(folder: Path) -> Iterator[Path]:
 
     Raises AdapterError, before and after the block, where `folder` is a file or holds anything.
     """
-    _refuse_used(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # Beside it: a rename stays within one file system.
     partial = folder.with_name(f".partial-{folder.name}-{secrets.token_hex(4)}")
-    partial.mkdir()
+    try:
+        _refuse_used(folder)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise AdapterError(f"{folder}: cannot be made: {error.strerror or error}; give another folder") from error
     try:
         yield partial
         _refuse_used(folder)

@@ -32,7 +32,8 @@ def _sum(blocks: Sequence[Block], shapes: Mapping[str, tuple[int, int]]) -> Bloc
     if len(blocks) == 1:
         return blocks[0]
     first = blocks[0]
-    alpha = first.alpha if all(block.alpha == first.alpha for block in blocks) else float(first.rank)
+    is_same = all(block.alpha == first.alpha for block in blocks)
+    alpha = first.alpha if is_same and first.alpha != 0 else float(first.rank)
     shares = [block.scale * first.rank / alpha for block in blocks]
     entries = {}
     for module, (out_features, _) in shapes.items():

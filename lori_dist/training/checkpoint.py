@@ -51,8 +51,8 @@ def newest(folder: Path, phase: str, fingerprint: str) -> State | None:
     for path in _files(folder, phase):
         try:
             return read(path, phase, fingerprint=fingerprint)
-        except _Damaged as error:
-            log.warning("%s: %s; continuing from the checkpoint before it, if there is one", path, error)
+        except Damaged as error:
+            log.warning("%s; continuing from the checkpoint before it, if there is one", error)
     return None
 
 
@@ -100,7 +100,7 @@ def read(path: Path, phase: str, *, fingerprint: str) -> State:
     return State(step=header["step"], **parts)
 
 
-class _Damaged(JobError):
+class Damaged(JobError):
     """What a file says about itself is not so."""
 
 
@@ -110,12 +110,12 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             header = json.loads((file.metadata() or {})[KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise _Damaged(f"{path}: cannot be read as a checkpoint ({error}); it is damaged") from error
+        raise Damaged(f"{path}: cannot be read as a checkpoint ({error}); it is damaged") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise _Damaged(f"{path}: is not of format {FORMAT}; it is damaged or was written by another version")
+        raise Damaged(f"{path}: is not of format {FORMAT}; it is damaged or was written by another version")
     digest = header.pop("digest", "")
     if digest != _digest(header, tensors):
-        raise _Damaged(f"{path}: its content does not match its digest; it is damaged")
+        raise Damaged(f"{path}: its content does not match its digest; it is damaged")
     return tensors, header
 
 

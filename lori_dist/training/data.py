@@ -105,7 +105,8 @@ def responses(labels: Sequence[str], template: config.Template) -> tuple[str, ..
 
 def _parse(line: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode())
+        # Numbers with a point stay as they are written: 1.50 is not 1.5 in a text.
+        row = json.loads(line.decode(), parse_float=str, parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         raise ConfigError(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
     except (ValueError, RecursionError) as error:
@@ -113,6 +114,10 @@ def _parse(line: bytes) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ConfigError(f"holds {_kind(row)}; wanted a JSON object such as {{'prompt': ..., 'response': ...}}")
     return row
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON value; a missing value is often written so")
 
 
 def _renderer(template: str, prefix: str) -> Callable[[Mapping[str, Any]], str]:
@@ -134,7 +139,7 @@ def _text(row: Mapping[str, Any], name: str) -> str:
     value = row[name]
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, (int, float)):
+    if isinstance(value, int):
         return str(value)
     if not isinstance(value, str):
         raise ConfigError(f"field {name!r} is {_kind(value)}; wanted text or a number")

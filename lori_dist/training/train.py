@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import json
+import logging
 import math
 import os
 import time
@@ -35,6 +36,8 @@ CALIBRATED = "calibrated.safetensors"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 CALIBRATE, TRAIN = "calibrate", "train"
+
+log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 """A line of metrics.jsonl: phase, step (steps done), num_steps, loss, lr, grad_norm, tokens and seconds of the step."""
@@ -147,10 +150,10 @@ def phases(train: config.Train, density: float, num_rows: int) -> list[Phase]:
 def _masks(job: Job, phase: Phase) -> dict[str, Tensor]:
     """Which entries are kept, the same on all ranks, from a calibration done now or by an earlier attempt."""
     path = job.folder / CALIBRATED
-    _agree(job.world, str(path.exists()), f"finding of {path}", "give an output folder that all ranks share")
-    if path.exists():
-        state = checkpoint.read(path, CALIBRATE, fingerprint=job.fingerprint)
-    else:
+    state = _calibrated(job, path)
+    found = str(state is not None)
+    _agree(job.world, found, f"finding of {path}", "give an output folder that all ranks share")
+    if state is None:
         state, _ = _fit(job, phase, None)
         if job.world.rank == 0:
             job.still_mine()
@@ -164,6 +167,17 @@ def _masks(job: Job, phase: Phase) -> dict[str, Tensor]:
     options = method.bind(chosen.options, "adapter.mask")
     masks: dict[str, Tensor] = method.load()(b, density=job.run.adapter.density, **options)
     return masks
+
+
+def _calibrated(job: Job, path: Path) -> State | None:
+    """What an earlier attempt left. A damaged file costs the calibration, nothing else."""
+    if not path.exists():
+        return None
+    try:
+        return checkpoint.read(path, CALIBRATE, fingerprint=job.fingerprint)
+    except checkpoint.Damaged as error:
+        log.warning("%s; calibrating again", error)
+        return None
 
 
 def _fit(job: Job, phase: Phase, masks: Mapping[str, Tensor] | None) -> tuple[State, Adapter]:

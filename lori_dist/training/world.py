@@ -70,6 +70,12 @@ def rendezvous(environment: Mapping[str, str]) -> dict[str, str] | None:
                 f"environment: RANK or WORLD_SIZE is set, {', '.join(missing)} not; start with torchrun, deepspeed, "
                 "accelerate launch or srun, or unset RANK and WORLD_SIZE for a single process"
             )
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+            if not environment[name].isdecimal():
+                raise JobError(f"environment: {name} is {environment[name]!r}, wanted a number; start with a launcher")
+        rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        if rank >= size:
+            raise JobError(f"environment: RANK is {rank}, WORLD_SIZE {size}; ranks count from 0, so give smaller ones")
         return {name: environment[name] for name in wanted}
     # A batch script or an salloc shell has SLURM_NTASKS as well; only in a step are there that many processes.
     if "SLURM_PROCID" in environment and ("SLURM_STEP_ID" in environment or "SLURM_STEP_NUM_TASKS" in environment):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from lori_dist import Adapter, AdapterError, Spec, adapted, attach, detach, extract, fold, trainable, unfold
@@ -102,6 +103,35 @@ def test_fold_bakes_in_and_unfold_takes_out(make: Callable[[], nn.Module]) -> No
     assert torch.allclose(logits(model), before, atol=1e-5)
 
 
+def test_what_was_folded_is_taken_out_whatever_the_values_are_then() -> None:
+    model = tiny_llama()
+    before = logits(model)
+    attach(model, SPEC)
+    randomise(model)
+    fold(model)
+    randomise(model)
+    unfold(model)
+    detach(model)
+    assert torch.allclose(logits(model), before, atol=1e-5)
+
+
+def test_an_update_is_rounded_once_into_a_narrow_weight() -> None:
+    """Each of them alone is lost against the weight's last bit; their sum is not."""
+    base = nn.Linear(4, 1, bias=False, dtype=torch.bfloat16)
+    base.weight.data.fill_(1.0)
+    model = nn.ModuleDict({"layer": base})
+    attach(model, Spec(rank=4, alpha=4.0, seed=0, targets="layer"))
+    one = extract(model, name="one")
+    a = projection(0, "layer", 4, 4)
+    values = torch.linalg.solve(a.t(), torch.full((4,), 2.0**-9))
+    entries = {"layer": dataclasses.replace(one.blocks[0].entries["layer"], values=values)}
+    blocks = (dataclasses.replace(one.blocks[0], entries=entries),) * 4
+    detach(model)
+    attach(model, dataclasses.replace(one, blocks=blocks))
+    fold(model)
+    assert torch.equal(base.weight, torch.full((1, 4), 1.0 + 2.0**-7, dtype=torch.bfloat16))
+
+
 @models
 def test_folded_and_detached_is_a_plain_model_with_the_update(make: Callable[[], nn.Module]) -> None:
     model = make()
@@ -155,10 +185,70 @@ def test_a_target_that_fits_nothing_lists_what_there_is(target: str, message: st
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_an_adapter_inside_or_around_is_refused() -> None:
+    model, wrapper = tiny_llama(), nn.ModuleDict()
+    wrapper["inner"] = model
+    attach(model.model, SPEC)
+    for other in (model, wrapper, model.model.layers[0]):
+        with pytest.raises(AdapterError, match="an adapter is attached already"):
+            attach(other, SPEC)
+    detach(model.model)
+    attach(wrapper, SPEC)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by PEFT
+def test_an_adapter_of_peft_is_refused() -> None:
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(AdapterError, match=r"lora_A: is a LoRA adapter of PEFT; merge_and_unload\(\)"):
+        attach(model, SPEC)
+
+
+def test_an_adapter_of_the_inner_model_or_with_a_pattern_for_a_name_does_not_fit() -> None:
+    model = tiny_llama()
+    attach(model.model, SPEC)
+    adapter = extract(model.model, name="inner")
+    detach(model.model)
+    with pytest.raises(AdapterError, match=r"^layers\.0\.self_attn\.q_proj: .* which the model does not have"):
+        attach(model, adapter)
+    path, shape = next(iter(adapter.shapes.items()))
+    hostile = dataclasses.replace(adapter, shapes={"*" + path: shape})
+    with pytest.raises(AdapterError, match=r"^\*layers\.0\.self_attn\.q_proj: .* which the model does not have"):
+        attach(model, hostile)
+
+
+def test_a_trained_adapter_needs_a_base_with_data() -> None:
+    model = tiny_llama()
+    attach(model, SPEC)
+    adapter = extract(model, name="t")
+    with pytest.raises(AdapterError, match="is on the meta device, where a trained adapter has no values; load"):
+        attach(tiny_llama().to("meta"), adapter)
+
+
+def test_an_adapter_that_came_ready_made_is_not_extracted() -> None:
+    model = tiny_llama()
+    attach(model, SPEC)
+    adapter = extract(model, name="t")
+    detach(model)
+    attach(model, adapter)
+    with pytest.raises(AdapterError, match="trained before; save that one itself"):
+        extract(model, name="u")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"rank": 0}, {"alpha": 0.0}, {"alpha": float("nan")}, {"targets": ()}, {"targets": ("",)}]
+)
+def test_a_spec_that_can_be_no_adapter_is_refused(wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(AdapterError, match=f"^{name}: .* was given; "):
+        dataclasses.replace(SPEC, **wrong)
+
+
 def test_a_second_adapter_is_refused() -> None:
     model = tiny_llama()
     attach(model, SPEC)
-    with pytest.raises(AdapterError, match=r"attached already; detach\(model\) first"):
+    with pytest.raises(
+        AdapterError, match=r"^model.layers.0.self_attn.q_proj: an adapter is attached already; detach it"
+    ):
         attach(model, SPEC)
     detach(model)
     attach(model, SPEC)

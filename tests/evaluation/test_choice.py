@@ -84,6 +84,12 @@ def test_all_labels_follow_the_same_prompt_and_fit(subject: Make) -> None:
         assert score(cut) == score(fitting)
 
 
+def test_a_label_longer_than_the_model_is_refused(subject: Make) -> None:
+    asked = subject(MODELS["gpt2"], [("a question", "x")], labels=("x", "y" * 70), max_length=80)
+    with pytest.raises(ConfigError, match=r"^train.max_length: a row has 80 tokens, the model has 64 positions"):
+        score(asked)
+
+
 def test_labels_longer_than_a_row_are_cut_as_in_training(subject: Make) -> None:
     labels = ("abcdefghij", "klmnopqrst")
     asked = [subject(MODELS["llama"], [("q", label)], labels=labels, max_length=6) for label in labels]

@@ -175,16 +175,17 @@ def test_progress_is_told(tree: dict[str, Any]) -> None:
 
 
 def test_rows_that_cannot_be_used_are_all_named_before_anything_is_loaded(tree: dict[str, Any]) -> None:
-    tree["tasks"]["reviews"]["labels"] = ["good", "Bad"]
-    Path(tree["tasks"]["questions"]["test"]).write_text("{}\n")
     run = config.validate(tree)
+    reviews = Path(tree["tasks"]["reviews"]["test"])
+    reviews.write_text(reviews.read_text().replace('"bad"', '"Bad"'))
+    Path(tree["tasks"]["questions"]["test"]).write_text("{}\n")
     with pytest.raises(ConfigError) as caught:
         evaluate(run, Path("no-adapter"))
     first, second = str(caught.value).split("\n")
     assert first.startswith("tasks.questions.test: ")
     assert "questions.jsonl:1: has no field 'prompt'; there are none" in first
     assert second == (
-        "tasks.reviews.labels: the response of test row 2 is 'bad', wanted one of 'good', 'Bad'. Did you mean 'Bad'?"
+        "tasks.reviews.labels: the response of test row 2 is 'Bad', wanted one of 'good', 'bad'. Did you mean 'bad'?"
     )
 
 

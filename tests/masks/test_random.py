@@ -13,13 +13,20 @@ from tests.masks.oracle import flat
 
 @pytest.fixture
 def b() -> dict[str, Tensor]:
-    return {"layers.0.q": torch.ones(40, 8), "layers.0.v": torch.zeros(25, 8), "layers.1.q": torch.ones(40, 8)}
+    return {"layers.0.q": torch.ones(40, 8), "layers.0.v": -torch.ones(25, 8), "layers.1.q": torch.ones(40, 8)}
 
 
 def test_values_and_the_order_of_modules_do_not_matter(b: dict[str, Tensor]) -> None:
     first = flat(random.mask(b, density=0.3, seed=5))
     other = {module: torch.randn_like(tensor) for module, tensor in reversed(b.items())}
     assert flat(random.mask(other, density=0.3, seed=5)) == first
+
+
+def test_zeros_are_kept_only_once_all_others_are(b: dict[str, Tensor]) -> None:
+    b["layers.0.v"].zero_()
+    assert not random.mask(b, density=640 / 840)["layers.0.v"].any()
+    masks = random.mask(b, density=700 / 840)
+    assert [int(kept.sum()) for kept in masks.values()] == [320, 60, 320]
 
 
 def test_seeds_and_paths_give_different_masks(b: dict[str, Tensor]) -> None:

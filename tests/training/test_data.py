@@ -51,7 +51,16 @@ def test_classification_rows_read_by_the_template_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [("3", "3"), ("2.5", "2.5"), ("-1", "-1"), ("true", "true"), ("false", "false"), ('"x"', "x")]
+    ("value", "text"),
+    [
+        ("3", "3"),
+        ("2.50", "2.50"),
+        ("-1", "-1"),
+        ("1e500", "1e500"),
+        ("true", "true"),
+        ("false", "false"),
+        ('"x"', "x"),
+    ],
 )
 def test_a_value_reads_as_it_stands_in_the_file(tmp_path: Path, value: str, text: str) -> None:
     path = rows_file(tmp_path, f'{{"prompt": "a", "response": {value}}}')
@@ -103,6 +112,8 @@ def test_any_text_comes_back(
         (b"[1, 2]", "holds a list; wanted a JSON object"),
         (b'"text"', "holds text; wanted a JSON object"),
         (b"null", "holds null; wanted a JSON object"),
+        (b'{"prompt": NaN, "response": "b"}', "is not JSON (NaN is no JSON value; a missing value"),
+        (b'{"prompt": "a", "response": -Infinity}', "is not JSON (-Infinity is no JSON value"),
         (b"17", "holds a number; wanted a JSON object"),
         (b'{"prompt": "a", "reponse": "b"}', "has no field 'response'; there are prompt, reponse"),
         (b"{}", "has no field 'prompt'; there are none"),

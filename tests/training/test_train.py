@@ -346,6 +346,16 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(run: Run, tmp
     assert (tmp_path / "job" / "adapter.safetensors").read_bytes() == wanted
 
 
+def test_a_damaged_calibration_is_done_again(run: Run, tmp_path: Path) -> None:
+    run_distributed(train_rank, run, tmp_path / "job", world_size=1)
+    calibrated, adapter = (tmp_path / "job" / f"{name}.safetensors" for name in ("calibrated", "adapter"))
+    wanted = calibrated.read_bytes(), adapter.read_bytes()
+    calibrated.write_bytes(wanted[0][:-1])
+    [(_, records)] = run_distributed(train_rank, run, tmp_path / "job", world_size=1)
+    assert steps(records, "calibrate") == list(range(1, CALIBRATION_STEPS + 1))
+    assert (calibrated.read_bytes(), adapter.read_bytes()) == wanted
+
+
 def test_results_of_another_configuration_are_refused(run: Run, tmp_path: Path) -> None:
     run_distributed(train_rank, run, tmp_path / "job", world_size=1)
     with pytest.raises(Failed, match=r"calibrated.safetensors: holds phase calibrate of fingerprint f1; wanted"):

@@ -43,6 +43,18 @@ def test_what_a_launcher_left_out_is_named() -> None:
         rendezvous({name: value for name, value in TORCHRUN.items() if name not in ("LOCAL_RANK", "MASTER_PORT")})
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"RANK": "8"}, "RANK is 8, WORLD_SIZE 8; ranks count from 0"),
+        ({"LOCAL_RANK": "a"}, "LOCAL_RANK is 'a', wanted a"),
+    ],
+)
+def test_ranks_that_cannot_be_are_refused(wrong: dict[str, str], message: str) -> None:
+    with pytest.raises(JobError, match=message):
+        rendezvous(TORCHRUN | wrong)
+
+
 def test_srun_s_ranks_meet_on_the_first_host_of_the_step() -> None:
     assert rendezvous(SRUN) == {
         "RANK": "5",
