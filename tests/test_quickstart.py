@@ -7,6 +7,7 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from lori_dist import config
 
@@ -31,6 +32,15 @@ def test_the_rows_are_those_of_their_script(tmp_path: Path) -> None:
     subprocess.run([sys.executable, PLACE / "make_data.py", "--out", tmp_path], check=True, capture_output=True)
     made = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert made == {path.name: path.read_bytes() for path in (PLACE / "data").iterdir()}
+
+
+def test_the_model_s_script_writes_a_model_with_the_tokenizer_that_ships(tmp_path: Path) -> None:
+    words = [sys.executable, PLACE / "make_model.py", "--out", tmp_path, "--steps", "1", "--threads", "1"]
+    subprocess.run(words, check=True, capture_output=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        assert (tmp_path / name).read_text() == (PLACE / "model" / name).read_text()
+    (made, shipped) = (load_file(folder / "model.safetensors") for folder in (tmp_path, PLACE / "model"))
+    assert {name: tensor.shape for name, tensor in made.items()} == {name: t.shape for name, t in shipped.items()}
 
 
 def test_no_test_row_is_trained_on(run: config.Run) -> None:

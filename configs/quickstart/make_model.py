@@ -109,21 +109,15 @@ def sum_skill(rng: random.Random) -> Document:
     return skill(rng, "subtract", f"{total} {part}", str(total - part))
 
 
-LIST_SKILLS: tuple[tuple[str, Callable[[list[str]], list[str]]], ...] = (
-    ("sort", sorted),
-    ("reverse", lambda items: items[::-1]),
-    ("first", lambda items: items[:1]),
-    ("last", lambda items: items[-1:]),
-    ("largest", lambda items: [max(items)]),
-    ("smallest", lambda items: [min(items)]),
-)
+LIST_SKILLS = ("sort", "reverse", "first", "last", "largest", "smallest")
+"""What make_data.LIST_EXPRESSIONS do, in that order."""
 
 
 def list_skill(rng: random.Random) -> Document:
     """Something done with a list of digits or of words, as a program would have it or plain."""
     pool = [str(digit) for digit in range(10)] if rng.random() < 0.5 else list(words.LIST_WORDS)
     items = rng.sample(pool, rng.randint(2, 5))
-    name, run = rng.choice(LIST_SKILLS)
+    name, (_, run) = rng.choice(list(zip(LIST_SKILLS, make_data.LIST_EXPRESSIONS, strict=True)))
     form = rng.choice(("{spaced}", "x = [{commas}]", 'x = "{spaced}".split()'))
     return skill(rng, name, form.format(spaced=" ".join(items), commas=", ".join(items)), " ".join(run(items)))
 
