@@ -1,0 +1,70 @@
+"""Bars are for people: on a terminal they tell where long work is, elsewhere there are none."""
+
+import fcntl
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+
+TRAINING = """
+from lori_dist import progress
+with progress.of_training() as show:
+    for step in range(1, 4):
+        show({"phase": "calibrate", "step": step, "num_steps": 3, "loss": 2.0})
+    for step in range(3, 6):  # resumed
+        show({"phase": "train", "step": step, "num_steps": 5, "loss": 1.25})
+"""
+RUN = """
+from lori_dist import progress
+from lori_dist.cluster.ray import Progress
+with progress.of_run() as show:
+    about = dict(state="running", seconds=1.0, num_done=1, num_jobs=4)
+    show(Progress(job="train-math", phase="train", step=7, num_steps=9, loss=0.5, **about))
+"""
+EVALUATION = """
+from lori_dist import progress
+with progress.of_evaluation(("base", "merged")) as show:
+    show("merged", "loss of math", 1, 3)
+"""
+
+
+def on_a_terminal(program: str) -> str:
+    """What a program writes to standard error where that is a terminal of 40 lines and 120 columns."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    environment = {**os.environ, "TQDM_MININTERVAL": "0"}
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=theirs, env=environment)
+    os.close(theirs)
+    written = b""
+    try:
+        while chunk := os.read(ours, 4096):
+            written += chunk
+    except OSError:  # how Linux says that the other end is closed
+        pass
+    os.close(ours)
+    assert process.wait(timeout=60) == 0
+    return written.decode()
+
+
+@pytest.mark.parametrize(
+    ("program", "told"),
+    [
+        (TRAINING, ["calibrate loss 2.000 1/3", "train loss 1.250 3/5"]),
+        (RUN, ["1/4 jobs", "train-math train 7/9 loss 0.500"]),
+        (EVALUATION, ["merged: loss of math 4/6"]),
+    ],
+    ids=["training", "run", "evaluation"],
+)
+def test_a_terminal_shows_where_the_work_is(program: str, told: list[str]) -> None:
+    written = on_a_terminal(program)
+    assert all(text in written for text in told), written
+
+
+@pytest.mark.parametrize("program", [TRAINING, RUN, EVALUATION], ids=["training", "run", "evaluation"])
+def test_a_file_gets_nothing(program: str) -> None:
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (result.stdout, result.stderr) == ("", "")
