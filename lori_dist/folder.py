@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lori_dist.errors import JobError
-from lori_dist.jobs import Job
+from lori_dist.jobs import Job, sha256
 
 PARTIAL, REPLACED = ".partial-", ".replaced-"
 STARTED, FINISHED, ATTEMPT = "started.json", "job.json", "attempt-"
@@ -26,7 +26,7 @@ STARTED, FINISHED, ATTEMPT = "started.json", "job.json", "attempt-"
 def finished(root: Path, job: Job) -> dict[str, Any] | None:
     """What job.json says of a finished job, or None if it is not finished or its fingerprint is another one.
 
-    Raises JobError if files of it are missing or have another size than they had.
+    Raises JobError if files of it are missing or have another content than they had.
     """
     place = root / job.name
     record = _read(place / FINISHED)
@@ -37,6 +37,11 @@ def finished(root: Path, job: Job) -> dict[str, Any] | None:
         if sizes.get(name) != size:
             found = "is missing" if name not in sizes else f"has {sizes[name]} bytes, not {size}"
             raise JobError(f"{place / name}: {found}, though the job was finished; delete {place} to do the job again")
+    for name, digest in record["sha256"].items():
+        if sha256(place / name) != digest:
+            raise JobError(
+                f"{place / name}: has changed since the job was finished; delete {place} to do the job again"
+            )
     return record
 
 
@@ -63,7 +68,9 @@ def publish(root: Path, job: Job, result: Mapping[str, Any], *, scratch: Collect
     for stray in list(partial.rglob(".*")):
         _remove(stray)
     sizes = {name: size for name, size in _sizes(partial).items() if name.split("/")[0] not in scratch}
-    write_json(partial / FINISHED, {**about, "settings": dict(job.settings), **result, "files": sizes})
+    digests = {name: sha256(partial / name) for name in sizes}
+    contents = {"files": sizes, "sha256": digests}
+    write_json(partial / FINISHED, {**about, "settings": dict(job.settings), **result, **contents})
     for passing in (partial / STARTED, *partial.glob(f"{ATTEMPT}*")):
         passing.unlink(missing_ok=True)
     for directory, _, names in os.walk(partial):
@@ -78,6 +85,15 @@ def publish(root: Path, job: Job, result: Mapping[str, Any], *, scratch: Collect
     for leftover in (replaced, *(place / name for name in scratch)):
         _remove(leftover)
     return place
+
+
+def clean(root: Path, *, scratch: Collection[str] = ()) -> None:
+    """Removes what a process killed while it published has left: replaced folders, and scratch in finished ones."""
+    for leftover in root.glob(f"{REPLACED}*"):
+        _remove(leftover)
+    for place in root.glob("[!.]*/"):
+        for name in scratch:
+            _remove(place / name)
 
 
 # --- attempts --------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lori_dist import config, plugin
-from lori_dist.errors import ConfigError
+from lori_dist.errors import ConfigError, JobError
 
 Kind = Literal["train", "merge", "evaluate"]
 
@@ -134,6 +134,22 @@ def _job(kind: Kind, suffix: str, needs: Sequence[Job], **settings: Any) -> Job:
         settings=settings,
         fingerprint=fingerprint(kind, settings, [job.fingerprint for job in needs]),
     )
+
+
+def check_inputs(run: config.Run, job: Job) -> None:
+    """Raises JobError if rows or the model have changed since the job was planned: its result would be of neither."""
+    if job.kind == "merge":
+        return
+    if job.kind == "train":
+        rows = {f"tasks.{job.settings['task']}.train": job.settings["data"]["rows"]}
+    else:
+        rows = {f"tasks.{task}.test": settings["rows"] for task, settings in job.settings["tasks"].items()}
+    for path, digest in rows.items():
+        _, task, part = path.split(".")
+        if sha256(getattr(run.tasks[task], part)) != digest:
+            raise JobError(f"{path}: the file has changed since the run began; give the same command again")
+    if model_content(run.model.path) != job.settings["model"]["content"]:
+        raise JobError("model.path: the model has changed since the run began; give the same command again")
 
 
 # --- fingerprints ----------------------------------------------------------------------------------------------------

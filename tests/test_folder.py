@@ -1,5 +1,6 @@
 """A job's folder: absent or complete, whatever happens while it is made."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -55,9 +56,30 @@ def test_a_published_folder_is_finished_and_holds_what_was_written(tmp_path: Pat
         "settings": {"task": "math"},
         **RESULT,
         "files": {"deep/file": 5},
+        "sha256": {"deep/file": hashlib.sha256(b"12345").hexdigest()},
     }
     assert {path.name for path in tmp_path.iterdir()} == {"train-math"}
     assert {path.name for path in place.iterdir()} == {"job.json", "deep"}
+
+
+def test_a_changed_byte_in_a_finished_folder_is_noticed(tmp_path: Path) -> None:
+    (folder.open(tmp_path, job()) / "file").write_text("12345")
+    place = folder.publish(tmp_path, job(), RESULT)
+    (place / "file").write_text("12845")
+    with pytest.raises(JobError, match=rf"^{place}/file: has changed since .*; delete {place} to do the job again$"):
+        folder.finished(tmp_path, job())
+
+
+def test_what_a_killed_publisher_left_is_cleaned_up(tmp_path: Path) -> None:
+    folder.open(tmp_path, job())
+    place = folder.publish(tmp_path, job(), RESULT)
+    going_on = folder.open(tmp_path, job(name="train-code"))
+    for left in (place / "checkpoints", tmp_path / ".replaced-train-math", going_on / "checkpoints"):
+        left.mkdir()
+    folder.clean(tmp_path, scratch=["checkpoints"])
+    assert {path.name for path in tmp_path.iterdir()} == {"train-math", ".partial-train-code"}
+    assert {path.name for path in place.iterdir()} == {"job.json"}
+    assert (going_on / "checkpoints").is_dir()  # from which the training goes on
 
 
 def test_scratch_is_not_kept(tmp_path: Path) -> None:

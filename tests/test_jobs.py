@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lori_dist import config
-from lori_dist.errors import ConfigError
+from lori_dist.errors import ConfigError, JobError
 from lori_dist.jobs import (
     Job,
+    check_inputs,
     dependents,
     evaluate_job,
     fingerprint,
@@ -129,6 +130,29 @@ def test_a_fingerprint_follows_all_its_parts(upstream: list[str]) -> None:
 )
 def test_what_changes_the_result_changes_the_fingerprint(inputs: Path, change: dict[str, Any]) -> None:
     assert train_job(described(**change), "math").fingerprint != train_job(described(), "math").fingerprint
+
+
+def test_inputs_that_change_while_a_job_runs_are_noticed(inputs: Path) -> None:
+    run = described()
+    trained = train_job(run, "math")
+    planned = [trained, train_job(run, "code"), evaluate_job(run, "base", None), merge_job(run, "all", trained_by(run))]
+    for job in planned:
+        check_inputs(run, job)
+    (inputs / "math-train.jsonl").write_text("changed")
+    with pytest.raises(JobError, match=r"^tasks\.math\.train: the file has changed since the run began; give the same"):
+        check_inputs(run, trained)
+    for job in planned[1:]:
+        check_inputs(run, job)
+    (inputs / "code-test.jsonl").write_text("changed")
+    with pytest.raises(JobError, match=r"^tasks\.code\.test: the file has changed"):
+        check_inputs(run, planned[2])
+    (inputs / "model" / "config.json").write_text("{}")
+    with pytest.raises(JobError, match=r"^model\.path: the model has changed"):
+        check_inputs(run, planned[1])
+
+
+def trained_by(run: config.Run) -> dict[str, Job]:
+    return {task: train_job(run, task) for task in run.tasks}
 
 
 def test_a_method_of_one_s_own_counts_with_its_source(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,16 +8,16 @@ from typing import Any
 import torch.distributed as dist
 
 from lori_dist import folder, plugin
-from lori_dist.cluster.ray import CHECKPOINTS, with_absolute_paths
-from lori_dist.cluster.summary import path
+from lori_dist.cluster.ray import CHECKPOINTS, new_attempt, with_absolute_paths
+from lori_dist.cluster.summary import ADAPTER, path
 from lori_dist.config import Run
 from lori_dist.errors import ConfigError, JobError, LoriError
 from lori_dist.folder import Attempt
-from lori_dist.jobs import Job
+from lori_dist.jobs import Job, check_inputs
 from lori_dist.training.train import Record, train
 from lori_dist.training.world import World
 
-Begun = tuple[Job, Attempt | None]  # without an attempt, the job is finished
+Begun = tuple[Job, Attempt | None, dict[str, str]]  # without an attempt, the job is finished; digests of its needs
 
 
 def train_task(run: Run, task: str, world: World, *, progress: Callable[[Record], None]) -> Path:
@@ -27,7 +27,7 @@ def train_task(run: Run, task: str, world: World, *, progress: Callable[[Record]
     if another process has taken the job over; else what `training.train` raises.
     """
     run = with_absolute_paths(run)
-    job, attempt = _agreed(run, task, world)
+    job, attempt, inputs = _agreed(run, task, world)
     if attempt is None:
         return path(run, job)
     start = time.monotonic()
@@ -41,8 +41,10 @@ def train_task(run: Run, task: str, world: World, *, progress: Callable[[Record]
         progress=progress,
     )
     if world.rank == 0:
-        record = {"seconds": round(time.monotonic() - start, 3), "attempts": attempt.number, "result": result}
+        seconds = round(time.monotonic() - start, 3)
+        record = {"seconds": seconds, "attempts": attempt.number, "inputs": inputs, "result": result}
         attempt.check()
+        check_inputs(run, job)
         folder.publish(run.folder, job, record, scratch=[CHECKPOINTS])
     return path(run, job)
 
@@ -68,8 +70,11 @@ def _begin(run: Run, task: str) -> Begun:
     if job is None:
         raise ConfigError(f"multitask: the plan of {run.multitask.name} has no job for {task} alone; use `lori run`")
     if folder.finished(run.folder, job) is not None:
-        return job, None
+        return job, None, {}
+    inputs = {}
     for need in job.needs:
-        if folder.finished(run.folder, jobs[need]) is None:
+        found = folder.finished(run.folder, jobs[need])
+        if found is None:
             raise JobError(f"{job.name}: needs {need}, which is not finished; train that one first")
-    return job, folder.attempt(folder.open(run.folder, job))
+        inputs[need] = found["sha256"].get(ADAPTER, "")
+    return job, new_attempt(folder.open(run.folder, job)), inputs

@@ -12,6 +12,7 @@ import os
 import queue
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import threading
@@ -29,12 +30,12 @@ from lori_dist.cluster.summary import ADAPTER, summarize
 from lori_dist.config import Run
 from lori_dist.errors import ConfigError, JobError
 from lori_dist.folder import Attempt
-from lori_dist.jobs import Job, dependents, order, ready
+from lori_dist.jobs import Job, check_inputs, dependents, order, ready
 
 # Ray is imported by functions, after the environment it reads while it is imported has been set.
 
 SUMMARY, RESULT, FAILURE = "summary.json", "result.json", "failure-"
-METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
+METRICS, CHECKPOINTS, RAY = "metrics.jsonl", "checkpoints", ".ray"
 
 TOKEN = secrets.token_hex(32)
 """Lets nobody else on this machine into the cluster that we start. Ray reads it once in a process."""
@@ -43,6 +44,9 @@ OBJECT_STORE_BYTES = 100 * 2**20
 """Adapters and rows go through files; Ray carries configurations."""
 
 DIED = "the process died: it was killed, or its machine ran out of memory or was lost"
+
+WITHOUT_A_WORD = frozenset({"RayActorError", "WorkerHealthCheckFailedError", "WorkerHealthCheckTimeoutError"})
+"""What Ray says of a process that is gone."""
 
 POLL_SECONDS = 1.0
 BACKOFF_SECONDS = 10.0
@@ -83,7 +87,10 @@ def execute(run: Run, *, progress: Callable[[Progress], None] | None = None) -> 
     method = plugin.find("multitask", run.multitask.name, "plan", "multitask")
     jobs = order(method.load()(run, **method.bind(run.multitask.options, "multitask")))
     with folder.lock(run.folder):
+        folder.clean(run.folder, scratch=[CHECKPOINTS])
+        shutil.rmtree(run.folder / RAY, ignore_errors=True)  # of a driver that was killed
         board = _Board(run=run, jobs=jobs, progress=progress or (lambda event: None))
+        board.write()
         if board.unfinished():
             with _cluster(run) as nodes:
                 schedule.check_room(board.unfinished(), run.cluster, nodes)
@@ -122,15 +129,22 @@ class _Board:
     progress: Callable[[Progress], None]
     states: dict[str, dict[str, Any]] = field(default_factory=dict)
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    made: dict[str, str] = field(default_factory=dict)
+    """Finished job -> digest of its adapter, or nothing where it made none."""
     started: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.states = {job.name: {"state": "waiting"} for job in self.jobs}
         for job in self.jobs:
             record = folder.finished(self.run.folder, job)
-            if record is not None:
+            if record is not None and record["inputs"] == self.inputs(job):
                 self.results[job.name] = record["result"]
+                self.made[job.name] = record["sha256"].get(ADAPTER, "")
                 self._change(job, "finished", cached=True, seconds=record["seconds"])
+
+    def inputs(self, job: Job) -> dict[str, str | None]:
+        """What the job reads of others: it is done again where those were, and became something else."""
+        return {need: self.made.get(need) for need in job.needs}
 
     def named(self, state: str) -> list[Job]:
         return [job for job in self.jobs if self.states[job.name]["state"] == state]
@@ -151,8 +165,15 @@ class _Board:
 
     def finish(self, job: Job, record: Mapping[str, Any]) -> None:
         self.results[job.name] = record["result"]
+        self.made[job.name] = record["sha256"].get(ADAPTER, "")
         self._change(job, "finished", seconds=record["seconds"], attempts=record["attempts"])
         self.write()
+
+    def interrupt(self) -> None:
+        for job in self.named("running"):
+            self._change(job, "waiting")
+        with contextlib.suppress(OSError):  # a full disk must not hide what went wrong before
+            self.write()
 
     def fail(self, job: Job, error: str) -> None:
         self._change(job, "failed", seconds=self.seconds(job), error=error)
@@ -213,7 +234,7 @@ def _work(board: _Board, nodes: Sequence[Resources]) -> None:
 
     def watch(job: Job) -> None:
         try:
-            ended.put((job, _do(board.run, job, stopping)))
+            ended.put((job, _do(board.run, job, board.inputs(job), stopping)))
         except JobError as error:
             ended.put((job, str(error)))
         except BaseException as error:
@@ -242,20 +263,19 @@ def _work(board: _Board, nodes: Sequence[Resources]) -> None:
         if board.named("running"):
             log.warning("%s: stopped; the same command continues from here", board.run.name)
             _disconnect()  # which ends what the watchers wait for
+            board.interrupt()
         for watcher in watchers:
             watcher.join(timeout=STOP_SECONDS)
 
 
-def _do(run: Run, job: Job, stopping: threading.Event) -> dict[str, Any]:
-    """One job with all its attempts. Returns what its job.json holds besides the job itself."""
+def _do(run: Run, job: Job, inputs: Mapping[str, Any], stopping: threading.Event) -> dict[str, Any]:
+    """One job with all its attempts. Returns what its job.json holds. inputs: digests of what it reads of others."""
     start = time.monotonic()
     partial = folder.open(run.folder, job)
     number = 0
     while True:
         number += 1
-        attempt = folder.attempt(partial)
-        for left in (partial / RESULT, *partial.glob(f"{FAILURE}*")):
-            left.unlink(missing_ok=True)
+        attempt = new_attempt(partial)
         assignment = _Assignment(tree=config.dump(run), job=job, attempt=attempt)
         try:
             (_gang if job.kind == "train" else _task)(run, assignment)
@@ -270,9 +290,21 @@ def _do(run: Run, job: Job, stopping: threading.Event) -> dict[str, Any]:
             log.warning("%s: %s; %s", job.name, failure.message, again)
             stopping.wait(BACKOFF_SECONDS)
     attempt.check()
-    record = {"seconds": round(time.monotonic() - start, 3), "attempts": attempt.number, "result": result}
+    check_inputs(run, job)
+    seconds = round(time.monotonic() - start, 3)
+    record = {"seconds": seconds, "attempts": attempt.number, "inputs": dict(inputs), "result": result}
     folder.publish(run.folder, job, record, scratch=[CHECKPOINTS])
-    return record
+    published = folder.finished(run.folder, job)
+    assert published is not None
+    return published
+
+
+def new_attempt(partial: Path) -> Attempt:
+    """A new attempt in a folder that `folder.open` gave, without what earlier ones have left for a driver."""
+    attempt = folder.attempt(partial)
+    for left in (partial / RESULT, *partial.glob(f"{FAILURE}*")):
+        left.unlink(missing_ok=True)
+    return attempt
 
 
 def _result(assignment: "_Assignment") -> dict[str, Any]:
@@ -328,6 +360,7 @@ def _cluster(run: Run) -> Iterator[list[Resources]]:
         own: dict[str, Any] = {"include_dashboard": True, "object_store_memory": OBJECT_STORE_BYTES} if local else {}
         try:
             ray.init(address=run.cluster.address, log_to_driver=False, logging_level=logging.ERROR, **own)
+            _stop_on_sigterm()
         except (ConnectionError, ray.exceptions.RayError) as error:
             raise JobError(
                 f"cluster.address: no Ray cluster answers at {run.cluster.address!r} ({error}); start one with "
@@ -341,6 +374,12 @@ def _cluster(run: Run) -> Iterator[list[Resources]]:
             ]
         finally:
             _disconnect()
+
+
+def _stop_on_sigterm() -> None:
+    """As on Ctrl-C: batch systems end jobs so, and Ray's own handler aborts with a dump of its stack."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _check_address(address: str) -> None:
@@ -428,7 +467,7 @@ def _gang(run: Run, assignment: "_Assignment") -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     _, part = schedule.processes(assignment.job, run.cluster)
-    storage = run.folder / ".ray"
+    storage = run.folder / RAY
     # A name of its own: one that was used before would bring back what Ray remembers of then.
     name = f"{assignment.job.name}-{assignment.attempt.token}"
     trainer = TorchTrainer(
@@ -472,13 +511,15 @@ def _failure(assignment: "_Assignment", error: Exception) -> Failure:
             reported.append(schedule.failure_of(record))
         file.unlink()
     ranks = {failure.rank for failure in reported}
-    lost = [
-        Failure(
-            rank=rank, time=0.0, types=(), message="the process died; it was killed, or the machine ran out of memory"
-        )
-        for rank in sorted(getattr(error, "worker_failures", {}))
-        if rank not in ranks
-    ]
+    lost = []
+    for rank, seen in sorted(getattr(error, "worker_failures", {}).items()):
+        failure = schedule.failure_of(schedule.record_of(seen, rank, time.time()))
+        if rank in ranks:
+            continue
+        if WITHOUT_A_WORD.isdisjoint(failure.types):  # its own report could not be written
+            reported.append(failure)
+        else:
+            lost.append(Failure(rank=rank, time=0.0, types=(), message=DIED))
     other = schedule.failure_of(schedule.record_of(error, None, 0.0))
     return schedule.cause(reported, lost) or other
 
