@@ -360,26 +360,33 @@ def _cluster(run: Run) -> Iterator[list[Resources]]:
         own: dict[str, Any] = {"include_dashboard": True, "object_store_memory": OBJECT_STORE_BYTES} if local else {}
         try:
             ray.init(address=run.cluster.address, log_to_driver=False, logging_level=logging.ERROR, **own)
-            _stop_on_sigterm()
         except (ConnectionError, ray.exceptions.RayError) as error:
             raise JobError(
                 f"cluster.address: no Ray cluster answers at {run.cluster.address!r} ({error}); start one with "
                 "`ray start --head`, or use `local`; RAY_AUTH_MODE and the token must be the same here and there"
             ) from error
         try:
-            yield [
-                Resources(cpus=node["Resources"].get("CPU", 0.0), gpus=node["Resources"].get("GPU", 0.0))
-                for node in ray.nodes()
-                if node["Alive"]
-            ]
+            with _stopped_by_sigterm():
+                yield [
+                    Resources(cpus=node["Resources"].get("CPU", 0.0), gpus=node["Resources"].get("GPU", 0.0))
+                    for node in ray.nodes()
+                    if node["Alive"]
+                ]
         finally:
             _disconnect()
 
 
-def _stop_on_sigterm() -> None:
-    """As on Ctrl-C: batch systems end jobs so, and Ray's own handler aborts with a dump of its stack."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+@contextlib.contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """As by Ctrl-C: batch systems end jobs so, and Ray's own handler aborts with a dump of its stack."""
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: one set by C code
 
 
 def _check_address(address: str) -> None:
