@@ -141,13 +141,13 @@ def check_inputs(run: config.Run, job: Job) -> None:
     if job.kind == "merge":
         return
     if job.kind == "train":
-        rows = {f"tasks.{job.settings['task']}.train": job.settings["data"]["rows"]}
+        part, planned = "train", {job.settings["task"]: job.settings["data"]}
     else:
-        rows = {f"tasks.{task}.test": settings["rows"] for task, settings in job.settings["tasks"].items()}
-    for path, digest in rows.items():
-        _, task, part = path.split(".")
-        if sha256(getattr(run.tasks[task], part)) != digest:
-            raise JobError(f"{path}: the file has changed since the run began; give the same command again")
+        part, planned = "test", job.settings["tasks"]
+    for task, data in planned.items():
+        if sha256(getattr(run.tasks[task], part)) != data["rows"]:
+            where = f"tasks.{task}.{part}"
+            raise JobError(f"{where}: the file has changed since the run began; give the same command again")
     if model_content(run.model.path) != job.settings["model"]["content"]:
         raise JobError("model.path: the model has changed since the run began; give the same command again")
 

@@ -80,7 +80,7 @@ def fold(model: nn.Module) -> None:
     layers = _attached(model)
     _refuse_unfoldable(model, layers)
     for layer in layers.values():
-        if not layer.folded:
+        if layer.folded is None:
             layer.folded = tuple(_values(delta) for delta in layer.deltas)
             _add(layer, 1.0)
 
