@@ -123,16 +123,16 @@ def extract(
 ) -> Adapter:
     """The adapter that a model being trained holds.
 
-    name: of the task. values: module path -> (kept,) replaces the parameters, for engines that shard them.
-    base: identity of the base model.
+    name: of the task. values: module path -> (kept,) on the CPU replaces the parameters, for engines that shard them;
+    they are not copied. base: identity of the base model.
     Raises AdapterError for a model whose adapter was attached ready-made.
     """
     layers, spec = _attached(model), getattr(model, ATTACHED)
     if isinstance(spec, Adapter):
         raise AdapterError("model: holds an adapter that was trained before; save that one itself, or attach a Spec")
-    values = trainable(model) if values is None else values
+    values = {path: _cpu(parameter) for path, parameter in trainable(model).items()} if values is None else values
     entries = {
-        path: Entries(index=_cpu(layer.deltas[0].index), values=_cpu(values[path]))
+        path: Entries(index=_index(layer.deltas[0]), values=values[path])
         for path, layer in layers.items()
         if layer.deltas[0].kept
     }
@@ -149,8 +149,13 @@ def extract(
     return Adapter(shapes=shapes, blocks=(block,), targets=spec.targets, base=dict(base or {}))
 
 
-def _cpu(tensor: Tensor | None) -> Any:
-    return None if tensor is None else tensor.detach().to("cpu", copy=True)
+def _cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _index(delta: Delta) -> Tensor | None:
+    """Not a copy where it need not be: positions never change."""
+    return None if delta.index is None else delta.index.cpu()
 
 
 def _attached(model: nn.Module) -> dict[str, AdaptedLinear]:

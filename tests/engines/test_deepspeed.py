@@ -10,11 +10,11 @@ from lori_dist.errors import ConfigError
 from lori_dist.training.world import World, from_environment
 from tests.distributed import run_distributed
 from tests.engines.oracle import TRAIN, adapt, run
-from tests.models import tiny_llama
+from tests.models import on_meta, tiny_llama
 
 
 def engine(stage: Any, world: World) -> Any:
-    return build(adapt(tiny_llama()), TRAIN, world, state=None, stage=stage)
+    return build(*on_meta(adapt(tiny_llama())), TRAIN, world, state=None, stage=stage)
 
 
 def undocumented_names() -> list[bool]:

@@ -9,13 +9,13 @@ from lori_dist.engines.fsdp import build
 from lori_dist.training.world import from_environment
 from tests.distributed import run_distributed
 from tests.engines.oracle import TRAIN, adapt
-from tests.models import tiny_gpt2, tiny_llama
+from tests.models import on_meta, tiny_gpt2, tiny_llama
 
 
 def describe(kind: str) -> tuple[list[str], bool, bool]:
     world = from_environment()
     model = {"llama": tiny_llama, "tied": lambda: tiny_llama(tied=True), "gpt2": tiny_gpt2}[kind]()
-    engine: Any = build(adapt(model), TRAIN, world, state=None)
+    engine: Any = build(*on_meta(adapt(model)), TRAIN, world, state=None)
     groups = [path for path, module in engine.model.named_modules() if isinstance(module, FSDPModule)]
     sharded = all(isinstance(p, DTensor) and p.placements == (Shard(0),) for p in engine.model.parameters())
     tied = engine.model.get_input_embeddings().weight is engine.model.get_output_embeddings().weight
@@ -43,7 +43,7 @@ class Unknown(nn.Module):
 
 
 def shard_unknown() -> None:
-    build(adapt_one(Unknown()), TRAIN, from_environment(), state=None)
+    build(*on_meta(adapt_one(Unknown())), TRAIN, from_environment(), state=None)
 
 
 def adapt_one(model: nn.Module) -> nn.Module:

@@ -18,6 +18,7 @@ from lori_dist.config import Run
 from lori_dist.errors import JobError
 from lori_dist.jobs import task_seed
 from lori_dist.masks.magnitude import mask
+from lori_dist.tensors import metadata
 from lori_dist.training import checkpoint, data
 from lori_dist.training.loss import loss_sum, num_targets
 from lori_dist.training.model import identity, load_model, load_tokenizer
@@ -358,13 +359,17 @@ def test_a_damaged_calibration_is_done_again(run: Run, tmp_path: Path) -> None:
 
 def test_results_of_another_configuration_are_refused(run: Run, tmp_path: Path) -> None:
     run_distributed(train_rank, run, tmp_path / "job", world_size=1)
-    with pytest.raises(Failed, match=r"calibrated.safetensors: holds phase calibrate of fingerprint f1; wanted"):
+    with pytest.raises(Failed, match=r"calibrated.safetensors: is a checkpoint of something else: fingerp"):
         run_distributed(train_rank, run, tmp_path / "job", "f2", world_size=1)
 
 
 def test_the_calibration_can_be_read_as_a_state(run: Run, tmp_path: Path) -> None:
     run_distributed(train_rank, run, tmp_path / "job", world_size=1)
-    state = checkpoint.read(tmp_path / "job" / "calibrated.safetensors", "calibrate", fingerprint=FINGERPRINT)
+    path = tmp_path / "job" / "calibrated.safetensors"
+    origin = json.loads(metadata(path)["lori"])["origin"]
+    assert origin["fingerprint"] == FINGERPRINT
+    assert origin["schedule"] == {"name": "cosine", "warmup_steps": 2, "num_steps": CALIBRATION_STEPS, "lr": 5e-4}
+    state = checkpoint.read(path, "calibrate", origin=origin)
     wanted = plain_phase(run, None, CALIBRATION_STEPS, run.train.lr / 10)
     assert list(state.values) == list(wanted)
     assert state.step == CALIBRATION_STEPS
