@@ -39,6 +39,8 @@ LIBRARIES = {
     "evaluation": {"torch", "numpy", "transformers", "accelerate"},
     "cluster/ray.py": {"torch", "numpy", "ray"},
     "benchmarks/layer.py": {"torch", "numpy", "transformers", "peft"},
+    "benchmarks/_methods.py": {"torch", "numpy", "transformers", "peft"},
+    "benchmarks/train.py": {"torch", "safetensors", "numpy", "transformers"},
     "cluster": {"torch", "numpy"},
     "integrations": {"torch", "safetensors", "numpy", "transformers", "accelerate"},
     "benchmarks": {"torch", "numpy", "transformers"},
