@@ -25,6 +25,7 @@ LIBRARIES = {
     "plugin.py": {"pydantic"},
     "errors.py": set(),
     "adapter/projection_cuda.py": {"torch", "triton"},
+    "adapter/product_cuda.py": {"torch", "triton"},
     "adapter": {"torch", "safetensors", "numpy"},
     "masks": {"torch", "safetensors", "numpy"},
     "merges": {"torch", "safetensors", "numpy"},
