@@ -215,6 +215,7 @@ def _adapted_model(job: Job, masks: Mapping[str, Tensor] | None) -> PreTrainedMo
         seed=task_seed(job.run, job.task),
         targets=adapter.targets,
         dtype=getattr(torch, adapter.dtype),
+        projection=adapter.projection,
     )
     attach(model, spec, masks=masks)
     checksums = json.dumps(projection_checksums(model))
