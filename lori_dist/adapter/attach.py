@@ -110,8 +110,11 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def projection_checksums(model: nn.Module) -> dict[str, str]:
-    """Module path -> checksum of the A in memory, of a model with one trained update per target."""
-    return {path: checksum(layer.deltas[0].projection) for path, layer in adapted(model).items()}
+    """Module path -> checksum of the A in memory, of a model with one trained update per target.
+
+    Where A is recomputed, it is made for this, a module at a time.
+    """
+    return {path: checksum(layer.deltas[0].a()) for path, layer in adapted(model).items()}
 
 
 def extract(
@@ -195,6 +198,7 @@ def _delta(path: str, base: nn.Module, spec: Spec, masks: Mapping[str, Tensor] |
         dtype=spec.dtype,
         index=index,
         device=_device(base),
+        cached=spec.projection == "cached",
     )
 
 
@@ -237,9 +241,10 @@ def _trained(path: str, base: nn.Module, block: Block) -> Delta:
         index=entries.index,
         device=_device(base),
     )
-    if not delta.projection.is_meta and checksum(delta.projection) != block.checksums[path]:
+    made = checksum(delta.a())
+    if made != block.checksums[path]:
         raise AdapterError(
-            f"{path}: A made from seed {block.seed} has checksum {checksum(delta.projection)}, the adapter was trained "
+            f"{path}: A made from seed {block.seed} has checksum {made}, the adapter was trained "
             f"with {block.checksums[path]}; the file is damaged or comes from another generator"
         )
     assert delta.values is not None

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lori_dist.adapter.projection import projection
+from lori_dist.adapter import product
+from lori_dist.adapter.projection import Recipe
 
 
 class _Update(torch.autograd.Function):
@@ -22,15 +23,16 @@ class _Update(torch.autograd.Function):
         x: Tensor,  # (..., in_features)
         y: Tensor,  # (..., out_features); its dtype is the one computed in
         values: Tensor,  # (kept,)
-        a: Tensor,  # (rank, in_features)
+        a: Tensor | None,  # (rank, in_features); None: made from the recipe in each product
+        recipe: Recipe,
         index: Tensor | None,  # (kept,) int32; None: all entries of B are kept
         scale: float,
     ) -> Tensor:
         flat_y = y.reshape(-1, y.shape[-1])
-        reduced = x.reshape(-1, x.shape[-1]).to(y.dtype) @ a.to(y.dtype).t()  # (tokens, rank)
-        b = _dense(values, index, y.shape[-1], a.shape[0], y.dtype)
+        reduced = _down(x.reshape(-1, x.shape[-1]).to(y.dtype), a, recipe)  # (tokens, rank)
+        b = _dense(values, index, y.shape[-1], recipe.rank, y.dtype)
         ctx.save_for_backward(reduced, values, a, index)
-        ctx.scale, ctx.x_dtype = scale, x.dtype
+        ctx.recipe, ctx.scale, ctx.x_dtype = recipe, scale, x.dtype
         return torch.addmm(flat_y, reduced, b.t(), alpha=scale).view(y.shape)
 
     @staticmethod
@@ -45,10 +47,18 @@ class _Update(torch.autograd.Function):
             picked = grad_b if index is None else grad_b.index_select(0, index)
             grad_values = picked.to(values.dtype).mul_(ctx.scale)
         if needs_x:
-            b = _dense(values, index, flat.shape[-1], a.shape[0], flat.dtype)
-            grad_x = ((flat @ b).mul_(ctx.scale) @ a.to(flat.dtype)).to(ctx.x_dtype)
-            grad_x = grad_x.view(*grad.shape[:-1], a.shape[1])
-        return grad_x, grad if needs_y else None, grad_values, None, None, None
+            b = _dense(values, index, flat.shape[-1], ctx.recipe.rank, flat.dtype)
+            grad_x = _up((flat @ b).mul_(ctx.scale), a, ctx.recipe).to(ctx.x_dtype)
+            grad_x = grad_x.view(*grad.shape[:-1], ctx.recipe.in_features)
+        return grad_x, grad if needs_y else None, grad_values, None, None, None, None
+
+
+def _down(x: Tensor, a: Tensor | None, recipe: Recipe) -> Tensor:
+    return product.down(x, recipe) if a is None else x @ a.to(x.dtype).t()
+
+
+def _up(u: Tensor, a: Tensor | None, recipe: Recipe) -> Tensor:
+    return product.up(u, recipe) if a is None else u @ a.to(u.dtype)
 
 
 def _dense(values: Tensor, index: Tensor | None, out_features: int, rank: int, dtype: torch.dtype) -> Tensor:
@@ -64,10 +74,11 @@ class Delta(nn.Module):
 
     The only parameter is `values`, the kept entries of B; a Delta that keeps none has no parameter, because engines
     cannot shard empty ones. A and the index are non-persistent buffers, so they are in no checkpoint and on every rank.
+    With cached=False there is no A: it is made anew in each product.
     """
 
     values: nn.Parameter | None  # (kept,), fp32
-    projection: Tensor  # (rank, in_features)
+    projection: Tensor | None  # (rank, in_features); None unless cached
     index: Tensor | None  # (kept,) int32, ascending positions in the flat (out_features, rank); None: all
 
     def __init__(
@@ -82,12 +93,13 @@ class Delta(nn.Module):
         dtype: torch.dtype,
         index: Tensor | None,
         device: torch.device,
+        cached: bool = True,
     ) -> None:
         super().__init__()
-        self.module, self.seed, self.rank, self.scale = module, seed, rank, scale
+        self.recipe = Recipe(seed=seed, module=module, rank=rank, in_features=in_features, dtype=dtype)
+        self.rank, self.scale = rank, scale
         self.in_features, self.out_features = in_features, out_features
-        a = projection(seed, module, rank, in_features, dtype=dtype, device=device)
-        self.register_buffer("projection", a, persistent=False)
+        self.register_buffer("projection", self.recipe.make(device=device) if cached else None, persistent=False)
         if index is not None:  # which nothing could make again, so it stays real even on the meta device
             index = index.to(index.device if device.type == "meta" else device, torch.int32)
         self.register_buffer("index", index, persistent=False)
@@ -99,17 +111,28 @@ class Delta(nn.Module):
         if self.values is None:
             return y
         apply = cast(Callable[..., Tensor], _Update.apply)
-        return apply(x, y, self.values, self.projection, self.index, self.scale)
+        return apply(x, y, self.values, self.projection, self.recipe, self.index, self.scale)
+
+    def a(self) -> Tensor:
+        """A, (rank, in_features), on the layer's device: the cached one, or one made for the caller."""
+        return self.recipe.make(device=self._device) if self.projection is None else self.projection
 
     def weight(self, values: Tensor | None) -> Tensor:
         """The update of the base's weight, (out_features, in_features), fp32, for these values of the kept entries."""
         if values is None:
-            return torch.zeros(self.out_features, self.in_features, device=self.projection.device)
-        b = _dense(values.detach().to(self.projection.device), self.index, self.out_features, self.rank, torch.float32)
-        return (b @ self.projection.float()).mul_(self.scale)
+            return torch.zeros(self.out_features, self.in_features, device=self._device)
+        b = _dense(values.detach().to(self._device), self.index, self.out_features, self.rank, torch.float32)
+        return (b @ self.a().float()).mul_(self.scale)
+
+    @property
+    def _device(self) -> torch.device:
+        held = (self.projection, self.values, self.index)  # a layer without values has an index
+        return next(tensor.device for tensor in held if tensor is not None)
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, kept={self.kept} of {self.out_features * self.rank}, seed={self.seed}"
+        kept = f"{self.kept} of {self.out_features * self.rank}"
+        projection = "recomputed" if self.projection is None else "cached"
+        return f"rank={self.rank}, kept={kept}, seed={self.recipe.seed}, projection={projection}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Delta":
         """Follows the model to another device, but never to another A, index or less exact values.
@@ -121,9 +144,7 @@ class Delta(nn.Module):
             result = fn(tensor)
             if tensor is self.projection:
                 if tensor.is_meta and not result.is_meta:
-                    return projection(
-                        self.seed, self.module, self.rank, self.in_features, dtype=tensor.dtype, device=result.device
-                    )
+                    return self.recipe.make(device=result.device)
                 return tensor.to(result.device)
             if tensor is self.index:
                 return tensor if result.is_meta else tensor.to(result.device)

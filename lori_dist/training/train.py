@@ -261,6 +261,7 @@ def _adapted_model(job: Job, masks: Mapping[str, Tensor] | None) -> tuple[PreTra
         seed=task_seed(job.run, job.task),
         targets=adapter.targets,
         dtype=getattr(torch, adapter.dtype),
+        projection=adapter.projection,
     )
     attach(model, spec, masks=masks)
     if job.run.train.activation_checkpointing:

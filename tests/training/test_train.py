@@ -250,6 +250,14 @@ def test_activation_checkpointing_changes_no_number(run: Run, tmp_path: Path) ->
     assert torch.equal(values(found), values(wanted))
 
 
+def test_a_recomputed_projection_changes_no_number(run: Run, tmp_path: Path) -> None:
+    other = replace(run, adapter=replace(run.adapter, projection="recomputed"))
+    [(cached, expected)] = run_distributed(train_rank, run, tmp_path / "cached", world_size=1)
+    [(recomputed, records)] = run_distributed(train_rank, other, tmp_path / "recomputed", world_size=1)
+    assert [record["loss"] for record in records] == pytest.approx([record["loss"] for record in expected], rel=1e-5)
+    assert recomputed["kept"] == cached["kept"]
+
+
 def test_a_base_in_half_precision_trains(run: Run, tmp_path: Path) -> None:
     halved = replace(run, model=replace(run.model, dtype="bfloat16"), adapter=replace(run.adapter, dtype="bfloat16"))
     (summary, records), _ = run_distributed(train_rank, halved, tmp_path / "job", world_size=2)
