@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lori_dist import config, plugin
 from lori_dist.adapter import file
-from lori_dist.adapter.adapter import Spec
+from lori_dist.adapter.adapter import Adapter, Spec
 from lori_dist.adapter.attach import attach, extract, projection_checksums
 from lori_dist.config import Run
 from lori_dist.errors import JobError
@@ -114,12 +114,11 @@ def train(
     masks = _masks(job, calibration[0]) if calibration else None
     gc.collect()  # models and engines refer to themselves, and two bases may not fit
     model, engine = _fit(job, last, masks)
-    values = gather(engine, "values", world)
+    adapter = write_adapter(folder / ADAPTER, model, engine, job)
+    engine.close()
 
-    def save() -> dict[str, Any]:
-        still_mine()
-        adapter = extract(model, name=task, values=values, base=identity(run.model))
-        file.save(adapter, folder / ADAPTER)
+    def summary() -> dict[str, Any]:
+        assert adapter is not None
         return {
             "kept": adapter.kept,
             "total": adapter.total,
@@ -129,9 +128,21 @@ def train(
             "seconds": time.monotonic() - start,
         }
 
-    summary = from_first(world, save)
-    engine.close()
-    return summary
+    return from_first(world, summary)
+
+
+def write_adapter(path: Path, model: nn.Module, engine: Engine, job: Job) -> Adapter | None:
+    """Writes what was trained to a file, and returns it on rank 0, which alone has it. Every rank calls this.
+
+    Only values are gathered, and rank 0 holds them once.
+    """
+    values = gather(engine, "values", job.world)
+    if job.world.rank > 0:
+        return None
+    job.still_mine()
+    adapter = extract(model, name=job.task, values=values, base=identity(job.run.model))
+    file.save(adapter, path)
+    return adapter
 
 
 def phases(train: config.Train, density: float, num_rows: int) -> list[Phase]:
