@@ -32,8 +32,8 @@ Quantity = Literal["values", "exp_avg", "exp_avg_sq"]
 """What training changes: the kept entries, and Adam's first and second moment of each."""
 QUANTITIES: tuple[Quantity, ...] = ("values", "exp_avg", "exp_avg_sq")
 
-PIECE = 2**20
-"""Entries that are sent at once when something is gathered: 4 MB."""
+PIECE = 2**19
+"""Entries that are sent at once when something is gathered: 2 MB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,12 +178,13 @@ def gather(engine: Engine, quantity: Quantity, world: World) -> dict[str, Tensor
             sizes[holding.path] = max(sizes[holding.path], holding.start + holding.numel)
         full = torch.empty(sum(sizes.values()))
         gathered = dict(zip(sizes, full.split(list(sizes.values())), strict=True))
+    buffer = torch.empty(min(PIECE, sum(holding.numel for holding in holdings)), device=world.device)
     for run in _runs(holdings):
-        sender = run[0].rank
-        mine = (
-            [parts[one.path].data[one.offset : one.offset + one.numel] for one in run] if sender == world.rank else []
-        )
-        sent = torch.cat(mine) if mine else torch.empty(sum(one.numel for one in run), device=world.device)
+        sender, sent = run[0].rank, buffer[: sum(one.numel for one in run)]
+        if sender == world.rank:
+            torch.cat(
+                [parts[one.path].data[one.offset : one.offset + one.numel].to(sent.device) for one in run], out=sent
+            )
         if sender:  # to all, as the libraries have no lasting connection between two ranks; these are small pieces
             dist.broadcast(sent, src=sender)
         if world.rank == 0:

@@ -33,12 +33,12 @@ def save(name: str, options: dict[str, Any], path: Path) -> tuple[int, int]:
         vocab_size=64,
         hidden_size=512,
         intermediate_size=1024,
-        num_hidden_layers=4,
+        num_hidden_layers=8,
         num_attention_heads=8,
         num_key_value_heads=4,
     )
     model: Any = LlamaForCausalLM(settings)
-    attach(model, Spec(rank=1024, alpha=8.0, seed=0))
+    attach(model, Spec(rank=512, alpha=8.0, seed=0))
     build = plugin.find("engines", name, "build", "train.engine").load()
     model, weights = on_meta(model)
     engine = build(model, weights, config.Train(steps=1), world, state=None, **options)
