@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from lori_dist.errors import JobError
-from lori_dist.training.world import World, first_host, from_environment, rendezvous
+from lori_dist.training.rendezvous import first_host, rendezvous
+from lori_dist.training.world import World, from_environment
 from tests.distributed import run_distributed
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node01", "MASTER_PORT": "29500"}
