@@ -9,7 +9,7 @@ from lori_dist.errors import JobError
 def rendezvous(environment: Mapping[str, str]) -> dict[str, str] | None:
     """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as a launcher gives them, or None without a launcher.
 
-    Raises JobError if some of them are missing.
+    Raises JobError if some of them are missing, or if the launcher has not started what it was asked for.
     """
     if "RANK" in environment or "WORLD_SIZE" in environment:
         wanted = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -29,6 +29,11 @@ def rendezvous(environment: Mapping[str, str]) -> dict[str, str] | None:
     # A batch script or an salloc shell has SLURM_NTASKS as well; only in a step are there that many processes.
     if "SLURM_PROCID" in environment and ("SLURM_STEP_ID" in environment or "SLURM_STEP_NUM_TASKS" in environment):
         return _slurm(environment)
+    if "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment:  # set for two processes, of one started
+        raise JobError(
+            "environment: accelerate launch --cpu starts one process, whatever --num_processes says; use --multi_gpu "
+            "instead, also without GPUs, or unset MASTER_ADDR for a single process"
+        )
     return None
 
 
