@@ -141,7 +141,7 @@ class Member:
                 os._exit(1)
 
     def _follow(self, first: "Ended", here: str = "") -> None:
-        """Says for which rank this one ends, and stays until the launcher has seen the end of that one, which is first."""
+        """Says for which rank this one ends, and stays until the launcher has seen that end, which it then reports."""
         if not self._leaving.acquire(blocking=False):  # the other thread is at it, and exits
             time.sleep(2 * HOLD_S)
         elif first.said is None:  # at once, as the launcher may leave no time, and not name the rank

@@ -4,6 +4,7 @@ Every rank holds a connection to rank 0, which closes with its process, however 
 only the next one, which may be many minutes away while a model is loaded, and those of NCCL only after a timeout.
 """
 
+import ipaddress
 import logging
 import os
 import secrets
@@ -51,16 +52,19 @@ def watch(world: World, ended: Callable[[Ended], None]) -> "Peers | None":
 
 
 def _connect(peers: "Peers", world: World) -> bool:
+    names: list[Any] = [None] * world.size
+    dist.all_gather_object(names, socket.gethostname())
+    host = "127.0.0.1" if len(set(names)) == 1 else os.environ["MASTER_ADDR"]
     offer: list[Any] = [None]
     try:
         if world.rank == 0:
-            offer[0] = peers.listen(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+            offer[0] = peers.listen(host)
     finally:
         dist.broadcast_object_list(offer, device=world.device)
     if world.rank == 0:
         peers.await_connections(world.size - 1)
     elif offer[0] is not None:
-        peers.connect(*offer[0])
+        peers.connect(host, *offer[0])
     return offer[0] is not None
 
 
@@ -85,16 +89,22 @@ class Peers:
             self.first = self.first or Ended(rank=self.rank, said=None)
         self._send("done")
 
-    def listen(self, host: str, port: int) -> tuple[str, int, str]:
-        """Returns the address and the password with which the others connect. host, port: where the ranks met."""
-        own, family = _own_address(host, port)
+    def listen(self, host: str) -> tuple[str, int, str]:
+        """Returns the address, if it matters, the port and the password with which the others connect.
+
+        host: this machine, as the others call it; a loopback address only if all are on it.
+        """
+        own, family = _own_address(host)
+        if own != host and ipaddress.ip_address(own).is_loopback:
+            own = ""  # any: machines may have such an address for their own name, which others know by another one
         listener = socket.create_server((own, 0), family=family, backlog=1024)
         password = secrets.token_hex(16)
         _start(self._accept, listener, password)
         return own, listener.getsockname()[1], password
 
-    def connect(self, host: str, port: int, password: str) -> None:
-        connection = socket.create_connection((host, port), timeout=CONNECT_S)
+    def connect(self, host: str, own: str, port: int, password: str) -> None:
+        """own: the address that rank 0 has found for itself."""
+        connection = socket.create_connection((own or host, port), timeout=CONNECT_S)
         connection.sendall(f"{password} {self.rank}\n".encode())
         self._add(0, connection)
         _start(self._follow, 0, connection.makefile("r"))
@@ -162,9 +172,9 @@ class Peers:
                 continue
 
 
-def _own_address(host: str, port: int) -> tuple[str, socket.AddressFamily]:
-    """Which of this machine's addresses is seen by those that look for a host."""
-    places = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+def _own_address(host: str) -> tuple[str, socket.AddressFamily]:
+    """Which of this machine's addresses those see that look for a host."""
+    places = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)
     for number, (family, kind, _, _, place) in enumerate(places):
         with socket.socket(family, kind) as probe:
             try:
