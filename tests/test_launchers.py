@@ -294,7 +294,7 @@ def test_a_mistake_in_the_configuration_is_told_once(launcher: Launcher, folder:
 
 def test_a_rank_that_fails_before_the_others_have_found_it_is_not_waited_for(folder: Path, tmp_path: Path) -> None:
     ([*command, _],), _ = torchrun()
-    script = 'test "$RANK" = 1 && exec python -m lori_dist train nowhere.yaml --task math; exec python -m lori_dist "$@"'
+    script = 'test "$RANK" = 1 && exec lori train nowhere.yaml --task math; exec lori "$@"'
     launched = launch([[*command, "--no-python", "sh", "-c", script]], [], folder, tmp_path / "log")
     assert all(launched.codes)
     assert "\nrank 1: nowhere.yaml: cannot be read" in f"\n{launched.output}"
