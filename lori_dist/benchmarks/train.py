@@ -61,7 +61,7 @@ class Setting:
 
 def run(
     *,
-    engines: str = ",".join(ENGINES),
+    engines: str = "ddp,fsdp,fsdp_replicated,zero1,zero2,zero3",
     ranks: int = 2,
     rank: int = 32,
     layers: int = 12,
