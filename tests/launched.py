@@ -22,7 +22,7 @@ REFUSAL = "step 2: the loss is what it should not be; lower the learning rate"
 
 
 def mask(b: Mapping[str, Tensor], *, density: float, mark: str = "mask") -> dict[str, Tensor]:
-    """That of magnitude. mark: a file that is made by each rank, with its number and that of all behind the name."""
+    """That of magnitude. mark: a file that is made, with the number of the rank and that of all behind its name."""
     Path(f"{mark}-{dist.get_rank()}-of-{dist.get_world_size()}").touch()
     return magnitude.mask(b, density=density)
 

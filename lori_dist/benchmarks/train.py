@@ -76,7 +76,7 @@ def run(
     """Rows for a table, and ratios[engine][method] to PEFT's LoRA, times with the quartiles of their spread.
 
     engines: names separated by commas. ranks: processes; on CUDA at most one per device. rank: of the adapters.
-    layers, hidden: of a Llama with random weights, 48 million parameters at the defaults. rows, length: of a rank's batch.
+    layers, hidden: of a Llama with random weights, 48 million at the defaults. rows, length: of a rank's batch.
     steps: timed, in turns, after two that are not. dtype: of the base, by default bfloat16 on CUDA, else float32.
 
     A row's figures are of rank 0. optimizer_bytes: Adam's moments held. gradient_bytes and adapter_gathered_bytes: of
