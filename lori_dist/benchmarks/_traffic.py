@@ -23,7 +23,7 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "c10d":
             name = function.overloadpacket.__name__
-            size = max((_bytes(leaf) for leaf in tree_leaves(args) if isinstance(leaf, Tensor)), default=0)
+            size = max((_bytes_of_all(arg) for arg in args), default=0)  # what is sent, or the larger that is made
             assert name in REDUCING + GATHERING + ("barrier",), f"{name} is a collective that is not counted"
             self.reduced += size if name in REDUCING else 0
             self.gathered += size if name in GATHERING else 0
@@ -79,6 +79,10 @@ def saved_bytes(model: nn.Module, is_adapted: Callable[[nn.Module], bool]) -> It
         yield saved
     for handle in handles:
         handle.remove()
+
+
+def _bytes_of_all(tree: Any) -> int:
+    return sum(_bytes(leaf) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 def _address(tensor: Any) -> int:

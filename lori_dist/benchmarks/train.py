@@ -70,14 +70,14 @@ def run(
     hidden: int = 512,
     rows: int = 8,
     length: int = 128,
-    steps: int = 7,
+    steps: int = 5,
     dtype: str = "",
 ) -> dict[str, Any]:
     """Rows for a table, and ratios[engine][method] to PEFT's LoRA, times with the quartiles of their spread.
 
     engines: names separated by commas. ranks: processes; on CUDA at most one per device. rank: of the adapters.
     layers, hidden: of a Llama with random weights, 48 million at the defaults. rows, length: of a rank's batch.
-    steps: timed, in turns, after two that are not. dtype: of the base, by default bfloat16 on CUDA, else float32.
+    steps: timed, in turns, after one that is not. dtype: of the base, by default bfloat16 on CUDA, else float32.
 
     A row's figures are of rank 0. optimizer_bytes: Adam's moments held. gradient_bytes and adapter_gathered_bytes: of
     the adapter, in the collectives of one step; base_reduced_bytes and base_gathered_bytes: of all else, which is what
@@ -253,7 +253,7 @@ def _together(setting: Setting, world: World) -> dict[str, Any]:
     engines = {method: _build(setting, method, world)[1] for method in METHODS}
     with FlopCounterMode(display=False) as counter:
         _step(engines[FLOOR], batch, world)
-    for engine in (*engines.values(), *engines.values()):
+    for engine in engines.values():
         _step(engine, batch, world)
     seconds: dict[str, list[float]] = {method: [] for method in METHODS}
     for _ in range(setting.steps):
@@ -280,10 +280,9 @@ def _alone(setting: Setting, world: World, method: str, started: float) -> dict[
     model, engine = _build(setting, method, world)
     _step(engine, batch, world)
     first_step_seconds = time.time() - started
-    _step(engine, batch, world)
-    peak = _memory(world, reset=False) - before
-    with Traffic() as traffic:
+    with Traffic() as traffic:  # of the second, as engines settle in the first
         engine.step([batch], num_targets=batch.labels.numel(), lr=1e-4)
+    peak = _memory(world, reset=False) - before
     with saved_bytes(engine.model, is_adapted) as saved:
         engine.step([batch], num_targets=batch.labels.numel(), lr=1e-4)
     start = time.perf_counter()

@@ -254,3 +254,21 @@ def test_a_writer_killed_in_the_act_leaves_the_one_before(num_bytes: int, tmp_pa
     with pytest.raises(pytest.fail.Exception, match="SIGKILL"):
         run_distributed(die_while_writing, tmp_path, num_bytes, world_size=1)
     assert_is(newest(tmp_path), 5)
+
+
+class Sized(Holder):
+    """Holds as many entries as an adapter of the quickstart's size: 8192 over 28 modules."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(5, world)
+        names = [f"model.layers.{layer}.mlp.projection_{number}" for layer in range(4) for number in range(7)]
+        sizes = [292] * 27 + [8192 - 27 * 292]
+        part = {name: torch.ones(size) for name, size in zip(names, sizes, strict=True)}
+        self.state = State(step=5, values=part, exp_avg=part, exp_avg_sq=part)
+
+
+def test_a_small_adapter_s_checkpoint_is_little_more_than_its_numbers(tmp_path: Path) -> None:
+    world = from_environment()
+    origin = {"settings": {f"setting_{number}": "0123456789" * 5 for number in range(40)}}
+    path = checkpoint.save(tmp_path, PHASE, Sized(world), world, origin=origin, keep=1)
+    assert path.stat().st_size < 1.1 * 3 * 4 * 8192
