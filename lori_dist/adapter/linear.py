@@ -76,17 +76,22 @@ class Delta(nn.Module):
         module: str,
         in_features: int,
         out_features: int,
-        seed: int,
+        seed: int | None,
         rank: int,
         scale: float,
         dtype: torch.dtype,
         index: Tensor | None,
         device: torch.device,
+        explicit: Tensor | None = None,  # A, where no seed makes it
     ) -> None:
         super().__init__()
         self.module, self.seed, self.rank, self.scale = module, seed, rank, scale
         self.in_features, self.out_features = in_features, out_features
-        a = projection(seed, module, rank, in_features, dtype=dtype, device=device)
+        if seed is None:
+            assert explicit is not None
+            a = explicit.to(device, copy=True)
+        else:
+            a = projection(seed, module, rank, in_features, dtype=dtype, device=device)
         self.register_buffer("projection", a, persistent=False)
         if index is not None:  # which nothing could make again, so it stays real even on the meta device
             index = index.to(index.device if device.type == "meta" else device, torch.int32)
@@ -109,7 +114,8 @@ class Delta(nn.Module):
         return (b @ self.projection.float()).mul_(self.scale)
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, kept={self.kept} of {self.out_features * self.rank}, seed={self.seed}"
+        seed = "none, A is stored" if self.seed is None else self.seed
+        return f"rank={self.rank}, kept={self.kept} of {self.out_features * self.rank}, seed={seed}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Delta":
         """Follows the model to another device, but never to another A, index or less exact values.
@@ -120,6 +126,8 @@ class Delta(nn.Module):
         def moved(tensor: Tensor) -> Tensor:
             result = fn(tensor)
             if tensor is self.projection:
+                if self.seed is None:  # as the index: nothing could make it again
+                    return tensor if result.is_meta else tensor.to(result.device)
                 if tensor.is_meta and not result.is_meta:
                     return projection(
                         self.seed, self.module, self.rank, self.in_features, dtype=tensor.dtype, device=result.device

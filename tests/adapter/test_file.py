@@ -710,7 +710,8 @@ def test_what_is_no_safetensors_is_refused(path: Path, content: bytes) -> None:
     ("keys", "value", "match"),
     [
         (["format"], "pt", "format is not 'lori_dist.adapter'"),
-        (["version"], 2, "version is 2, this program reads 1; update lori_dist"),
+        (["version"], 3, "version is 3, this program reads 1 and 2; update lori_dist"),
+        (["version"], 2, "module q: rank is missing"),
         (["version"], True, "version is True"),
         (["version"], "1", "version is '1'"),
         (["version"], 10**400, "version is an integer of 1329 bits"),
@@ -825,7 +826,7 @@ def test_every_field_is_required(path: Path, keys: list[Any]) -> None:
         ('"base":{}', '"base":' + "[" * 100_000, "no valid JSON"),
         ('"base":{}', '"base":{"a":' + "[" * 5000 + "]" * 5000 + "}", "no valid JSON"),
         ('"base":{}', '"base":{"a":"' + "x" * 2**24 + '"}', "at most 16777216 are read"),
-        ('"version":1', '"version":2,"new":NaN', "no valid JSON"),
+        ('"version":1', '"version":3,"new":NaN', "no valid JSON"),
         ('"format"', "format", "no valid JSON"),
         ("{", "[{", "no valid JSON"),
     ],
