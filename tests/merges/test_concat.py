@@ -1,11 +1,15 @@
 """Concat: exact, with nothing but the weights changed."""
 
+import functools
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lori_dist.merges.concat import merge
+from lori_dist import merges
 from tests.merges.made import SHAPES, WEIGHTS, adapter, adapters, block, delta
+
+merge = functools.partial(merges.merge, method="concat")
 
 
 @given(st.data(), st.integers(1, 4))

@@ -1,5 +1,6 @@
 """What holds for every merge, found as the configuration finds it."""
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from lori_dist import plugin
+from lori_dist import merges, plugin
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.errors import AdapterError, ConfigError
 from tests.merges.made import SHAPES, adapter, block, delta
@@ -16,23 +17,31 @@ Merge = Callable[..., Adapter]
 
 
 @pytest.fixture(params=plugin.names("merges"))
-def merge(request: pytest.FixtureRequest) -> Merge:
-    return plugin.find("merges", request.param, "merge", "merge.method").load()
+def method(request: pytest.FixtureRequest) -> plugin.Method:
+    return plugin.find("merges", request.param, "merge", "merge.method")
+
+
+@pytest.fixture
+def merge(method: plugin.Method) -> Merge:
+    neutral = {"density": 1.0} if "density" in method.options else {}
+    return functools.partial(merges.merge, method=method.name, options=neutral)
 
 
 @pytest.fixture(params=["one A each", "one A for all"])
 def three(request: pytest.FixtureRequest) -> list[Adapter]:
-    seeds = (0, 1, 2) if request.param == "one A each" else (5, 5, 5)
-    return [adapter(block(f"task{place}", seed=seed, draw=place)) for place, seed in enumerate(seeds)]
+    if request.param == "one A each":
+        return [adapter(block(f"task{place}", seed=place, draw=place)) for place in range(3)]
+    return [adapter(block(f"task{place}", seed=5, rank=3, draw=place)) for place in range(3)]
 
 
 def same(one: Adapter, other: Adapter) -> bool:
     return all(torch.allclose(delta(one, module), delta(other, module), rtol=0, atol=1e-12) for module in SHAPES)
 
 
-def test_the_signature_is_the_one_documented(merge: Merge) -> None:
+def test_the_signature_is_the_one_documented(method: plugin.Method) -> None:
+    merge = method.load()
     first, *others = inspect.signature(merge).parameters.values()
-    assert first.name == "adapters"
+    assert first.name == "updates"
     assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in others)
     assert [parameter.name for parameter in others if parameter.default is inspect.Parameter.empty] == ["weights"]
     assert merge.__doc__ is not None and merge.__doc__.strip()
@@ -60,7 +69,7 @@ def every_value(adapter: Adapter) -> list[torch.Tensor]:
 def test_one_adapter_at_weight_one_comes_back(merge: Merge, three: list[Adapter]) -> None:
     merged = merge(three[:1], weights=[1.0])
     assert same(merged, three[0])
-    assert (merged.shapes, merged.targets, merged.kept) == (three[0].shapes, three[0].targets, three[0].kept)
+    assert (merged.shapes, merged.targets) == (three[0].shapes, three[0].targets)
 
 
 def test_the_order_of_tasks_does_not_matter(merge: Merge, three: list[Adapter]) -> None:

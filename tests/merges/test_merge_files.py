@@ -92,8 +92,8 @@ def test_a_merge_of_the_users_own_takes_its_options(
     (tmp_path / "mymerges").mkdir()
     (tmp_path / "mymerges" / "scaled.py").write_text(
         "from lori_dist.merges import concat\n"
-        "def merge(adapters, *, weights, factor: float = 1.0):\n"
-        "    return concat.merge(adapters, weights=[factor * weight for weight in weights])\n"
+        "def merge(updates, *, weights, factor: float = 1.0):\n"
+        "    return concat.merge(updates, weights=[factor * weight for weight in weights])\n"
     )
     out = tmp_path / "merged.safetensors"
     merge_files(paths, out, method="mymerges.scaled", options={"factor": 3}, weights=[1, 1, 1])
