@@ -31,6 +31,7 @@ ANNOTATIONS = {
     "str": str,
     "list": list,
     "tuple": tuple,
+    "dict": dict,
     "Annotated": Annotated,
 }
 _RANGE = re.compile(r"([\[(])(\S+), (\S+)([\])])\Z")

@@ -18,7 +18,7 @@ from lori_dist.adapter.adapter import Adapter
 from lori_dist.adapter.update import Part, Update, blocks, split
 from lori_dist.merges._inputs import check
 
-__all__ = ["Part", "Update", "merge", "merge_files"]
+__all__ = ["Part", "Update", "drop", "merge", "merge_files", "reweight"]
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,16 @@ def merge(
     merged = _join(adapters, shapes, parts)
     _warn_of_ranks(merged)
     return merged
+
+
+def drop(merged: Adapter, *names: str) -> Adapter:
+    """The concat merge without the tasks `names`, as it would have been without them. Nothing is computed again."""
+    return merge([merged], method="concat", weights=[1.0], options={"drop": names})
+
+
+def reweight(merged: Adapter, weights: Mapping[str, float]) -> Adapter:
+    """The concat merge with other weights for some of its tasks. Nothing is computed again."""
+    return merge([merged], method="concat", weights=[1.0], options={"reweight": dict(weights)})
 
 
 def merge_files(

@@ -103,7 +103,7 @@ def vote(matrices: Sequence[Tensor], *, elect: Elect = "total", divide: Sequence
     elected = torch.where(total(ballots) >= 0, 1.0, -1.0).to(matrices[0].dtype)
     result, count = torch.zeros_like(matrices[0]), torch.zeros_like(matrices[0])
     for x, share in zip(matrices, divide or [1.0] * len(matrices), strict=True):
-        agrees = x.sign() == elected
+        agrees = (x.sign() == elected).to(x.dtype)
         result += x * agrees
         count += agrees * share
     return result / torch.where(count == 0, 1.0, count)

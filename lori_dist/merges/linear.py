@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lori_dist.adapter.adapter import Entries
 from lori_dist.adapter.update import Part, Update
 from lori_dist.merges import concat
 from lori_dist.merges._forms import groups, on_projection
@@ -30,16 +31,18 @@ def _sum(parts: Sequence[Part]) -> Part:
     """One part with the sum of the updates of parts that share A."""
     if len(parts) == 1:
         return parts[0]
+    name = "+".join(part.name for part in parts)
+    keeping = [part for part in parts if part.entries is not None]
+    if len(keeping) == 1 and keeping[0].weight == 1.0 and all(part.alpha == keeping[0].alpha for part in parts):
+        return dataclasses.replace(keeping[0], name=name)  # nothing to add up, as where a new task adapts other modules
     out_features, rank = parts[0].shape[0], parts[0].rank
     b = torch.zeros(out_features, rank, dtype=torch.float64)
     support = torch.zeros(out_features * rank, dtype=torch.bool)
-    for part in parts:
-        if part.entries is not None:
-            b += part.scaled_b()
-            support[_places(part.entries.index)] = True
-    name = "+".join(part.name for part in parts)
+    for part in keeping:
+        b += part.scaled_b()
+        support[_places(part.entries)] = True
     return on_projection(parts, b, name, support=support.view(out_features, rank))
 
 
-def _places(index: Tensor | None) -> Tensor | slice:
-    return slice(None) if index is None else index.long()
+def _places(entries: Entries | None) -> Tensor | slice:
+    return slice(None) if entries is None or entries.index is None else entries.index.long()

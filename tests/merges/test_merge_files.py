@@ -65,8 +65,8 @@ def test_mistakes_are_named_and_leave_no_file(paths: list[Path], tmp_path: Path)
         ConfigError, match=r"merge\.method: there is nothing called 'linaer' .* Did you mean 'linear'\?"
     ):
         merge_files(paths, out, method="linaer")
-    with pytest.raises(ConfigError, match=r"merge\.method\.density: concat has no such option; it takes none"):
-        merge_files(paths, out, method="concat", options={"density": 0.5})
+    with pytest.raises(ConfigError, match=r"merge\.method\.density: linear has no such option; it takes none"):
+        merge_files(paths, out, method="linear", options={"density": 0.5})
     with pytest.raises(ConfigError, match=r"merge\.weights: 2 given for 3 adapters \(nlu, math, code\)"):
         merge_files(paths, out, method="concat", weights=[1, 2])
     with pytest.raises(AdapterError, match="no adapters were given"):
