@@ -95,7 +95,12 @@ def in_row_space(updates: Sequence[Update], left: Tensor, right: Tensor) -> Part
         return computed(updates, left, right)
     a = parts[0].a()
     b = left @ torch.linalg.solve(a @ a.t(), a @ right.t()).t()
-    return on_projection(parts, b, joined_name(updates))
+    return dense_on_projection(parts, b, joined_name(updates))
+
+
+def dense_on_projection(parts: Sequence[Part], b: Tensor, name: str) -> Part:
+    """As `on_projection`, for a b that a product made: its zeros are few, and are kept with the rest."""
+    return on_projection(parts, b, name, support=torch.ones_like(b, dtype=torch.bool) if bool(b.any()) else None)
 
 
 def scaled_b(update: Update, parts: Sequence[Part]) -> Tensor:

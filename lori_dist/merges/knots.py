@@ -10,7 +10,7 @@ from lori_dist.adapter.update import Part, Update
 from lori_dist.errors import AdapterError
 from lori_dist.merges._entries import Draw, combination
 from lori_dist.merges._factors import factors, noise, singular, without_noise
-from lori_dist.merges._forms import computed, in_row_space, joined_name, on_projection, scaled_b, shared
+from lori_dist.merges._forms import computed, dense_on_projection, in_row_space, joined_name, scaled_b, shared
 
 
 def merge(
@@ -55,7 +55,7 @@ def merge(
         matrices = [scaled_b(update, one) for update in updates]
         u, cut = _basis(matrices, tolerance)
         merged = combine([without_noise(u.t() @ x, cut) for x in matrices])
-        return [on_projection(one, u @ merged, joined_name(updates))]
+        return [dense_on_projection(one, u @ merged, joined_name(updates))]
     pairs = [factors(update) for update in updates]
     # A_t^T = Q_t R_t, so D_t = (B_t R_t^T) Q_t^T, and Q_t changes no singular value or left direction.
     u, cut = _basis([b @ torch.linalg.qr(a.t()).R.t() for b, a in pairs], tolerance)
