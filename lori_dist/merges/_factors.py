@@ -30,6 +30,22 @@ def singular(x: Tensor) -> Singular:
     return _tidy(u, s, vh, max(x.shape))
 
 
+def leading(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """left, (rows, rank), and right, (rank, columns), whose product is the best approximation of x at that rank.
+
+    Directions that x does not have are left out. One of the two has the singular directions, from the eigenvectors of
+    the smaller product of x with itself: a fraction of the time of an SVD, and as exact, as the other is x times them.
+    """
+    if x.shape[0] < x.shape[1]:
+        left, right = leading(x.t(), rank)
+        return right.t(), left.t()
+    v = torch.linalg.eigh(x.t() @ x).eigenvectors[:, x.shape[1] - rank :].flip(1)
+    left = x @ v
+    norms = left.norm(dim=0)
+    kept = norms > norms.max() * max(x.shape) * torch.finfo(x.dtype).eps if norms.numel() else norms > 0
+    return left[:, kept], v[:, kept].t()
+
+
 def singular_of_product(left: Tensor, right: Tensor) -> Singular:
     """The singular directions of left @ right, from the small product of their triangular factors.
 

@@ -49,7 +49,7 @@ def on_projection(parts: Sequence[Part], b: Tensor, name: str, *, support: Tenso
         alpha=alpha,
         dtype=first.dtype,
         entries=_entries(b * (first.rank / alpha), support, values_dtype(parts)),
-        checksum=first.checksum,
+        checksum=_known(parts).checksum,
         stored=first.stored,
     )
 
@@ -93,7 +93,7 @@ def in_row_space(updates: Sequence[Update], left: Tensor, right: Tensor) -> Part
     parts = shared(updates)
     if parts is None:
         return computed(updates, left, right)
-    a = parts[0].a()
+    a = _known(parts).a()
     b = left @ torch.linalg.solve(a @ a.t(), a @ right.t()).t()
     return dense_on_projection(parts, b, joined_name(updates))
 
@@ -125,10 +125,15 @@ def values_dtype(parts: Iterable[Part]) -> torch.dtype:
     return dtype
 
 
+def _known(parts: Sequence[Part]) -> Part:
+    """The first whose checksum of A is known: adapters of other modules have none for this one."""
+    return next((part for part in parts if part.checksum is not None), parts[0])
+
+
 def _refuse_two_checksums(parts: Sequence[Part]) -> None:
-    first = parts[0]
+    first = _known(parts)
     for part in parts:
-        if None not in (part.checksum, first.checksum) and part.checksum != first.checksum:
+        if part.checksum not in (None, first.checksum):
             raise AdapterError(
                 f"{part.module}: A of {part.name} has checksum {part.checksum}, another of the same seed {part.seed} "
                 f"has {first.checksum}; one of the adapters is damaged, write it again"

@@ -1,15 +1,16 @@
 """Where a method that works entry by entry finds its matrices: B on a shared A, or the updates themselves."""
 
+import logging
 from collections.abc import Sequence
 from typing import Literal
-
-from torch import Tensor
 
 from lori_dist.adapter.update import Part, Update
 from lori_dist.errors import AdapterError, ConfigError
 from lori_dist.merges._entries import Combine
-from lori_dist.merges._factors import singular
+from lori_dist.merges._factors import leading
 from lori_dist.merges._forms import computed, groups, joined_name, on_projection, scaled_b, shared
+
+log = logging.getLogger(__name__)
 
 Space = Literal["auto", "b", "dense"]
 
@@ -61,6 +62,8 @@ def _on_projection(updates: Sequence[Update], parts: Sequence[Part], combine: Co
 
 
 def _dense(updates: Sequence[Update], combine: Combine, rank: int) -> Part:
-    merged: Tensor = combine([update.delta() for update in updates])
-    u, s, vh = singular(merged)
-    return computed(updates, (u * s)[:, :rank], vh[:rank])
+    merged = combine([update.delta() for update in updates])
+    left, right = leading(merged, rank)
+    held = float(((left.t() @ left) * (right @ right.t())).sum() / merged.square().sum()) if right.numel() else 1.0
+    log.debug("%s: rank %d holds %.2f%% of the squared norm", updates[0].module, right.shape[0], 100 * held)
+    return computed(updates, left, right)

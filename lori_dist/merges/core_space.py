@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lori_dist.adapter.update import Part, Update
+from lori_dist.errors import ConfigError
 from lori_dist.merges._directions import kept_per_task, orthogonalized
 from lori_dist.merges._entries import Draw, combination, trim
 from lori_dist.merges._factors import factors, noise, singular, without_noise
@@ -33,10 +34,12 @@ def merge(
     entries of M_t, what stays: the largest, or random ones for `dare` and `dare_ties`, whose masks follow from `seed`,
     module and adapter's name. elect: as of `ties`. keep: as of `tsv`. equalize: sets all singular values of M to their
     mean, which changes even a single task.
-    Raises ConfigError for more directions of `tsv` than there is room for.
+    Raises ConfigError for more directions than there is room for, and for `keep` without `tsv`.
     Source: Panariello et al., "Accurate and efficient low-rank model merging in Core Space" (arXiv 2509.17786),
     section 4; apanariello4/core-space-merging.
     """
+    if keep is not None and inner != "tsv":
+        raise ConfigError(f"merge.method.keep: {keep} was given, and only inner=tsv keeps directions; leave it out")
     u, v = _bases(updates)
     cores = [_core(update, u, v) for update in updates]
     cut = noise(torch.stack(cores))

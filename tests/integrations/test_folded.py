@@ -36,10 +36,11 @@ def test_the_logits_are_those_of_base_and_adapter(
     assert (logits(model) - logits(make())).abs().max() > 1e-2
 
 
-def test_several_blocks_are_folded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["concat", "svd", "ties"])
+def test_merges_are_folded(tmp_path: Path, method: str) -> None:
     base = save(tiny_llama(), tmp_path / "base")
     parts = [trained(tiny_llama(), f"task{seed}", seed=seed) for seed in range(2)]
-    adapter = merge(parts, method="concat", weights=[0.5, -0.5])
+    adapter = merge(parts, method=method, weights=[0.5, -0.5])
     model = folded(adapter, base, tmp_path / "out")
     torch.testing.assert_close(logits(model), adapted_logits(tiny_llama(), adapter), rtol=0, atol=1e-5)
 

@@ -54,6 +54,8 @@ def test_merges_give_the_same_logits(tmp_path: Path, name: str, shared: bool) ->
     other = trained(make(), "two", seed=1 if shared else 2, rank=4 if shared else 3, targets=targets[1], base=base)
     compare(make, merge([one, other], method="concat", weights=[0.7, -0.4]), tmp_path / "concat")
     compare(make, merge([one, other], method="linear", weights=[0.7, -0.4]), tmp_path / "linear")
+    compare(make, merge([one, other], method="svd", weights=[0.7, -0.4]), tmp_path / "svd")
+    compare(make, merge([one, other], method="ties", weights=[0.7, -0.4]), tmp_path / "ties")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

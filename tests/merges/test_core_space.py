@@ -7,6 +7,7 @@ import torch
 
 from lori_dist import merges
 from lori_dist.adapter.update import split
+from lori_dist.errors import ConfigError
 from lori_dist.merges.core_space import _bases, _core
 from tests.merges.made import SHAPES, adapter, block, delta
 
@@ -23,6 +24,11 @@ def test_nothing_is_lost_before_the_merge(shared: bool) -> None:
         for task, update in zip(tasks, updates, strict=True):
             back = u @ _core(update, u, v) @ v.t()
             assert torch.allclose(back, delta(task, module), rtol=0, atol=1e-12)
+
+
+def test_directions_are_kept_by_tsv_alone() -> None:
+    with pytest.raises(ConfigError, match=r"^merge\.method\.keep: 1 was given, and only inner=tsv keeps directions"):
+        merge([adapter(block("a"))], weights=[1.0], options={"keep": 1})
 
 
 def test_equalized_singular_values_are_their_mean() -> None:
