@@ -114,7 +114,7 @@ def label(adapter: Adapter) -> str:
 def _part(block: Block, module: str, shape: tuple[int, int]) -> Part:
     rank = block.rank_of(module)
     # Ranks differ between the modules of a block without a seed, and alpha with them: the weight says it for all.
-    is_stored = block.seed is None
+    is_stored, entries = block.seed is None, block.entries.get(module)
     return Part(
         name=block.name,
         module=module,
@@ -124,7 +124,7 @@ def _part(block: Block, module: str, shape: tuple[int, int]) -> Part:
         alpha=float(rank) if is_stored else block.alpha,
         weight=block.scale if is_stored else block.weight,
         dtype=block.dtype,
-        entries=block.entries.get(module),
+        entries=None if entries is None or not entries.values.numel() else entries,
         checksum=block.checksums.get(module),
         stored=block.projections.get(module),
     )

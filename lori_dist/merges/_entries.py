@@ -4,7 +4,7 @@ Matrices are float64 and of one shape; they are the tasks' s_t B_t on one A, the
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Combine = Callable[[Sequence[Tensor]], Tensor]
-"""One matrix per task -> the merged matrix."""
+Combine = Callable[[Iterable[Tensor]], Tensor]
+"""One matrix per task -> the merged one. They are taken one after the other, so that each can be made when needed."""
 
 Inner = Literal["task_arithmetic", "ties", "dare", "dare_ties"]
 Elect = Literal["total", "frequency"]
@@ -48,7 +48,7 @@ def combination(
         "dare_ties": partial(vote, elect=elect),
     }
 
-    def combine(matrices: Sequence[Tensor]) -> Tensor:
+    def combine(matrices: Iterable[Tensor]) -> Tensor:
         named = zip(matrices, names, weights, strict=True)
         return join[inner]([sparsify[inner](x, name) * weight for x, name, weight in named])
 

@@ -62,7 +62,7 @@ def _on_projection(updates: Sequence[Update], parts: Sequence[Part], combine: Co
 
 
 def _dense(updates: Sequence[Update], combine: Combine, rank: int) -> Part:
-    merged = combine([update.delta() for update in updates])
+    merged = combine(update.delta() for update in updates)
     left, right = leading(merged, rank)
     held = float(((left.t() @ left) * (right @ right.t())).sum() / merged.square().sum()) if right.numel() else 1.0
     log.debug("%s: rank %d holds %.2f%% of the squared norm", updates[0].module, right.shape[0], 100 * held)

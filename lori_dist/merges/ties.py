@@ -1,6 +1,6 @@
 """Trim, elect a sign, and average the entries that have it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
 
 from torch import Tensor
@@ -35,7 +35,7 @@ def merge(
     PEFT elects on unweighted ones.
     """
 
-    def combine(matrices: Sequence[Tensor]) -> Tensor:
+    def combine(matrices: Iterable[Tensor]) -> Tensor:
         weighted = [trim(x, density) * weight for x, weight in zip(matrices, weights, strict=True)]
         shares = [abs(weight) for weight in weights] if divide == "weight" else None
         return vote(weighted, elect=elect, divide=shares) * scale
