@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -162,10 +162,19 @@ def bench(arguments: argparse.Namespace) -> None:
     from lori_dist.benchmarks import machine
 
     measured = suite.load()(**options)
-    ratios = [(name, str(ratio)) for name, ratio in measured["ratios"].items()]
+    ratios = [(name, str(ratio)) for name, ratio in _flat(measured["ratios"])]
     print(describe.records(measured["rows"]), describe.table(("ratio", ""), ratios), sep="\n\n")
     if arguments.out is not None:
         _write_json(arguments.out, {"suite": arguments.suite, "options": options, "machine": machine(), **measured})
+
+
+def _flat(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The leaves of nested mappings, with their keys in a row."""
+    for key, item in tree.items():
+        if isinstance(item, Mapping):
+            yield from ((f"{key}, {name}", leaf) for name, leaf in _flat(item))
+        else:
+            yield key, item
 
 
 # --- what they are given and leave -----------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ Kind = Literal["train", "merge", "evaluate"]
 FORMAT = 1
 """Part of every fingerprint: another number does everything anew."""
 
-PLACEMENT = ("engine", "micro_batch_size", "activation_checkpointing", "checkpoint_every", "keep")
-"""Settings of training that change its result by rounding at most."""
+PLACEMENT = ("engine", "micro_batch_size", "activation_checkpointing", "checkpoint_every", "keep", "projection")
+"""Settings of training and of the adapter that change the result by rounding at most."""
 
 WEIGHTS = (".safetensors", ".bin")
 TEXTS = (".json", ".txt", ".model", ".jinja")
@@ -71,7 +71,9 @@ def train_job(run: config.Run, task: str, after: Sequence[Job] = ()) -> Job:
         seed=task_seed(run, task),
         model=_model(run.model),
         data={"rows": sha256(rows["train"]), "template": rows["template"]},
-        adapter={key: value for key, value in tree["adapter"].items() if key not in ("seed", "share_projection")},
+        adapter={
+            key: value for key, value in tree["adapter"].items() if key not in ("seed", "share_projection", *PLACEMENT)
+        },
         train={key: value for key, value in tree["train"].items() if key not in PLACEMENT},
         **_code("adapter.mask", run.adapter.mask.name),
     )

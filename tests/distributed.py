@@ -136,6 +136,11 @@ def _collect(ranks: Sequence[_Rank], start: float, timeout: float) -> list[Any]:
         if not ready:
             _fail_hung(waiting, timeout)
         messages = {rank.rank: _receive(rank) for rank in waiting if rank.messages in ready}
+        if any(message and message.failure for message in messages.values()):
+            # One that was killed may be heard of after those that miss it.
+            late = [rank for rank in waiting if rank.rank not in messages]
+            ready = wait([rank.messages for rank in late], timeout=1.0)
+            messages.update({rank.rank: _receive(rank) for rank in late if rank.messages in ready})
         _check(ranks, messages)
         results.update({rank: message.result for rank, message in messages.items() if message and message.result})
     return [pickle.loads(results[rank.rank]) for rank in ranks]

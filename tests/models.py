@@ -1,7 +1,12 @@
 """Tiny models with random weights for the tests: equal in every process, whatever ran before."""
 
+from typing import Any
+
 import torch
+from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from lori_dist.training.weights import base_parameters, persistent_buffers
 
 
 def tiny_llama(*, layers: int = 2, tied: bool = False, vocabulary: int = 64) -> LlamaForCausalLM:
@@ -31,3 +36,26 @@ def tiny_gpt2() -> GPT2LMHeadModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return GPT2LMHeadModel(config).eval()
+
+
+class InMemory:
+    """`Weights` of a model that is there."""
+
+    def __init__(self, model: nn.Module) -> None:
+        tensors = {**base_parameters(model), **persistent_buffers(model)}
+        self.tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+    def read(self, name: str, into: Tensor, start: int) -> None:
+        into.copy_(self.tensors[name].view(-1)[start : start + into.numel()])
+
+
+def on_meta(model: Any) -> tuple[Any, InMemory]:
+    """A model whose base is as it is before its weights are loaded, and its weights."""
+    weights = InMemory(model)
+    meta: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                meta.setdefault(parameter, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
+                module._parameters[name] = meta[parameter]
+    return model, weights

@@ -175,6 +175,7 @@ def test_a_method_of_one_s_own_counts_with_its_source(inputs: Path, monkeypatch:
         {"train": {"steps": 4, "engine": "fsdp"}},
         {"train": {"steps": 4, "micro_batch_size": 1, "activation_checkpointing": True}},
         {"train": {"steps": 4, "checkpoint_every": 1, "keep": 5}},
+        {"adapter": {"projection": "recomputed"}},
         {"cluster": {"workers": 4, "retries": 3}},
         {"output": "elsewhere"},
         {"name": "other"},

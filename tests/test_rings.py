@@ -16,7 +16,7 @@ PACKAGE = Path(lori_dist.__file__).parent
 # A part is a file or a folder of the package; the libraries are what it may import besides the standard library, and a
 # file's own line goes before its folder's.
 RINGS = (
-    {"__init__.py", "adapter", "masks", "merges", "plugin.py", "errors.py"},
+    {"__init__.py", "adapter", "masks", "merges", "tensors.py", "plugin.py", "errors.py"},
     {"config.py", "jobs.py", "folder.py", "multitask"},
     {"training", "engines", "evaluation"},
     {"cluster", "integrations", "benchmarks", "describe.py", "progress.py", "__main__.py"},
@@ -24,7 +24,9 @@ RINGS = (
 LIBRARIES = {
     "plugin.py": {"pydantic"},
     "errors.py": set(),
+    "tensors.py": {"torch"},
     "adapter/projection_cuda.py": {"torch", "triton"},
+    "adapter/product_cuda.py": {"torch", "triton"},
     "adapter": {"torch", "safetensors", "numpy"},
     "masks": {"torch", "safetensors", "numpy"},
     "merges": {"torch", "safetensors", "numpy"},
@@ -38,6 +40,8 @@ LIBRARIES = {
     "evaluation": {"torch", "numpy", "transformers", "accelerate"},
     "cluster/ray.py": {"torch", "numpy", "ray"},
     "benchmarks/layer.py": {"torch", "numpy", "transformers", "peft"},
+    "benchmarks/_methods.py": {"torch", "numpy", "transformers", "peft"},
+    "benchmarks/train.py": {"torch", "safetensors", "numpy", "transformers"},
     "cluster": {"torch", "numpy"},
     "integrations": {"torch", "safetensors", "numpy", "transformers", "accelerate"},
     "benchmarks": {"torch", "numpy", "transformers"},
@@ -98,7 +102,7 @@ def violations(package: Path) -> list[str]:
 
 
 def modules_of(package: Path, number: int) -> list[str]:
-    """Dotted names of a ring's modules. Kernels are left out: their library is there only with a GPU."""
+    """Dotted names of a ring's modules. Kernels are left out: Triton need not be there."""
     files = [path.relative_to(package.parent).with_suffix("") for path in sorted(package.rglob("*.py"))]
     dotted = [".".join(file.parts).removesuffix(".__init__") for file in files if not file.name.endswith("_cuda")]
     return [name for name in dotted if name == "lori_dist" or ring(part_of(package, name)) == number]

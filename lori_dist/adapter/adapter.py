@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class Spec:
     """Module names, patterns, or `all-linear`."""
     dtype: torch.dtype = torch.float32
     """Of A: formed in fp32 and cast once, so casting the model never changes what was trained."""
+    projection: Literal["cached", "recomputed"] = "cached"
+    """Whether A is made once and kept, or is made anew in each product and takes no memory. Equal up to rounding."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -34,6 +36,8 @@ class Spec:
             raise AdapterError(f"alpha: {self.alpha} was given; wanted a finite number above 0")
         if not self.targets or (not isinstance(self.targets, str) and not all(self.targets)):
             raise AdapterError(f"targets: {self.targets!r} was given; name at least one layer, or give 'all-linear'")
+        if self.projection not in ("cached", "recomputed"):
+            raise AdapterError(f"projection: {self.projection!r} was given; wanted 'cached' or 'recomputed'")
 
     @property
     def scale(self) -> float:

@@ -110,8 +110,11 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def projection_checksums(model: nn.Module) -> dict[str, str]:
-    """Module path -> checksum of the A in memory, of a model with one trained update per target."""
-    return {path: checksum(layer.deltas[0].projection) for path, layer in adapted(model).items()}
+    """Module path -> checksum of the A in memory, of a model with one trained update per target.
+
+    Where A is recomputed, it is made for this, a module at a time.
+    """
+    return {path: checksum(layer.deltas[0].a()) for path, layer in adapted(model).items()}
 
 
 def extract(
@@ -123,16 +126,16 @@ def extract(
 ) -> Adapter:
     """The adapter that a model being trained holds.
 
-    name: of the task. values: module path -> (kept,) replaces the parameters, for engines that shard them.
-    base: identity of the base model.
+    name: of the task. values: module path -> (kept,) on the CPU replaces the parameters, for engines that shard them;
+    they are not copied. base: identity of the base model.
     Raises AdapterError for a model whose adapter was attached ready-made.
     """
     layers, spec = _attached(model), getattr(model, ATTACHED)
     if isinstance(spec, Adapter):
         raise AdapterError("model: holds an adapter that was trained before; save that one itself, or attach a Spec")
-    values = trainable(model) if values is None else values
+    values = {path: _cpu(parameter) for path, parameter in trainable(model).items()} if values is None else values
     entries = {
-        path: Entries(index=_cpu(layer.deltas[0].index), values=_cpu(values[path]))
+        path: Entries(index=_index(layer.deltas[0]), values=values[path])
         for path, layer in layers.items()
         if layer.deltas[0].kept
     }
@@ -149,8 +152,13 @@ def extract(
     return Adapter(shapes=shapes, blocks=(block,), targets=spec.targets, base=dict(base or {}))
 
 
-def _cpu(tensor: Tensor | None) -> Any:
-    return None if tensor is None else tensor.detach().to("cpu", copy=True)
+def _cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _index(delta: Delta) -> Tensor | None:
+    """Not a copy where it need not be: positions never change."""
+    return None if delta.index is None else delta.index.cpu()
 
 
 def _attached(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -190,6 +198,7 @@ def _delta(path: str, base: nn.Module, spec: Spec, masks: Mapping[str, Tensor] |
         dtype=spec.dtype,
         index=index,
         device=_device(base),
+        cached=spec.projection == "cached",
     )
 
 
@@ -231,12 +240,13 @@ def _trained(path: str, base: nn.Module, block: Block) -> Delta:
         dtype=block.dtype,
         index=entries.index,
         device=_device(base),
-        explicit=block.projections.get(path),
+        stored=block.projections.get(path),
     )
-    if not delta.projection.is_meta and checksum(delta.projection) != block.checksums[path]:
-        made = "its A" if block.seed is None else f"A made from seed {block.seed}"
+    made = checksum(delta.a())
+    if made != block.checksums[path]:
+        what = "its A" if block.seed is None else f"A made from seed {block.seed}"
         raise AdapterError(
-            f"{path}: {made} has checksum {checksum(delta.projection)}, the adapter was trained "
+            f"{path}: {what} has checksum {made}, the adapter was trained "
             f"with {block.checksums[path]}; the file is damaged or comes from another generator"
         )
     assert delta.values is not None

@@ -1,22 +1,19 @@
 """The adapter file: kept entries, their masks and one JSON header, in a safetensors file. The README specifies it."""
 
-import errno
 import hashlib
 import json
 import math
 import os
 import re
-import secrets
 import stat
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -24,6 +21,7 @@ from torch import Tensor, nn
 from lori_dist.adapter.adapter import Adapter, Block, Entries
 from lori_dist.adapter.projection import DTYPES, GENERATOR
 from lori_dist.errors import AdapterError
+from lori_dist.tensors import write
 
 FORMAT = "lori_dist.adapter"
 VERSIONS = (1, 2)
@@ -63,7 +61,9 @@ def save(adapter: Adapter, path: str | os.PathLike[str], *, dtype: torch.dtype =
         header = _describe(adapter, dtype)
         _check_header(header)
         tensors = _encode(adapter, dtype, header["modules"])
-        _write(path, safetensors.torch.save(tensors, metadata={_METADATA: _serialize(header)}))
+        names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # the wider first, so all are aligned
+        layout = {name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in names}
+        write(path, layout, (tensors[name] for name in names), {_METADATA: _serialize(header)})
 
 
 def load(path: str | os.PathLike[str]) -> Adapter:
@@ -113,28 +113,6 @@ def _naming(path: Path, verb: str) -> Iterator[None]:
         raise AdapterError(f"{path}: {error}") from error
     except OSError as error:
         raise AdapterError(f"{path}: it cannot be {verb}: {error.strerror or error}; check the path") from error
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with open(temporary, "xb") as file:  # safetensors would make it unreadable for the group
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # or the name may be lost with the power
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot, and need not
-            raise
-    finally:
-        os.close(folder)
 
 
 @contextmanager
@@ -451,7 +429,7 @@ def _encode_entries(about: str, entries: Entries, num_entries: int, dtype: torch
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.ndim != 1 or tensor.is_meta:
             found = f"a {type(tensor).__name__} of shape {tuple(tensor.shape)} on {tensor.device}"
             raise AdapterError(f"{about}: {what} is {found}; give a plain tensor of one dimension that has data")
-    values = entries.values.detach().to("cpu", dtype, copy=True).contiguous()  # safetensors refuses shared memory
+    values = entries.values.detach().to("cpu", dtype).contiguous()
     if not bool(torch.isfinite(values).all()):
         raise AdapterError(f"{about} has values that are not finite as {dtype}; write it as float32, or train it again")
     mask = torch.empty(0, dtype=torch.uint8, device="cpu")

@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -67,9 +68,47 @@ def projection(
     if a.numel() and not a.is_meta:
         runs = a.view(1, -1) if shape[1] == in_features else a  # whole rows follow each other: a single run
         first = row_range.start * in_features + column_range.start
-        scale = float(np.float32(1 / (math.sqrt(in_features) * 2**_FRACTION_BITS)))
-        fill(runs, _key(seed, module), first, in_features, scale)
+        fill(runs, _key(seed, module), first, in_features, _scale(in_features))
     return a.to(device)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """What A is made from, and all that has to be kept of it. Raises AdapterError as `projection` does."""
+
+    seed: int
+    module: str
+    rank: int
+    in_features: int
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        _check(self.seed, self.module, self.rank, self.in_features, self.dtype, None)
+
+    @property
+    def key(self) -> int:
+        """Of the generator: two 64-bit words, the low one first."""
+        return _key(self.seed, self.module)
+
+    @property
+    def scale(self) -> float:
+        """What the generator's integers are multiplied with."""
+        return _scale(self.in_features)
+
+    def make(
+        self, *, rows: slice | None = None, columns: slice | None = None, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """A, (rank, in_features), or a slice of it."""
+        return projection(
+            self.seed,
+            self.module,
+            self.rank,
+            self.in_features,
+            rows=rows,
+            columns=columns,
+            dtype=self.dtype,
+            device=device,
+        )
 
 
 def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -116,6 +155,10 @@ def _empty(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> 
 def _key(seed: int, module: str) -> int:
     text = b"\0".join((_DOMAIN, b"%d" % seed, module.encode()))
     return int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "little")
+
+
+def _scale(in_features: int) -> float:
+    return float(np.float32(1 / (math.sqrt(in_features) * 2**_FRACTION_BITS)))
 
 
 def _join(words: tuple[int, ...]) -> int:

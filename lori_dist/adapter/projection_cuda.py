@@ -16,14 +16,18 @@ def fill(runs: Tensor, key: int, first: int, stride: int, scale: float) -> None:
     """Run i of `runs`, (num_runs, width), gets the entries from first + i * stride on."""
     num_runs, width = runs.shape
     num_tiles = triton.cdiv(width + 7, 8 * _BLOCKS)  # of one run, which may start inside of a block of 8 entries
-    low, high = (_signed(key >> shift & 0xFFFFFFFFFFFFFFFF) for shift in (0, 64))
+    low, high = words(key)
     with torch.cuda.device(runs.get_device()):
         _fill[(num_runs * num_tiles,)](runs, low, high, first, stride, width, num_tiles, scale, BLOCKS=_BLOCKS)
 
 
-def _signed(word: int) -> int:
-    # Triton types an integer by its value; as signed ones they all widen to the same 64 bits.
-    return word - 2**64 if word >= 2**63 else word
+def words(key: int) -> tuple[int, int]:
+    """The two words of a key as a kernel takes them, low one first.
+
+    Signed: Triton types an integer by its value, and signed ones all widen to the same 64 bits.
+    """
+    low, high = (key >> shift & 0xFFFFFFFFFFFFFFFF for shift in (0, 64))
+    return low - (low >> 63 << 64), high - (high >> 63 << 64)
 
 
 # Not specialized, since these differ from module to module and each combination would be compiled anew.
@@ -32,7 +36,31 @@ def _fill(out, low, high, first, stride, width, num_tiles, scale, BLOCKS: tl.con
     program = tl.program_id(0)
     run = tl.cast(program // num_tiles, tl.int64)
     start = first + run * stride
-    block = start // 8 + program % num_tiles * BLOCKS + tl.arange(0, BLOCKS)
+    first_block = start // 8 + program % num_tiles * BLOCKS
+    values = entries(first_block + tl.arange(0, BLOCKS), low, high, scale)
+    column = first_block * 8 + tl.arange(0, 8 * BLOCKS) - start
+    tl.store(out + run * width + column, values.to(out.dtype.element_ty), mask=(column >= 0) & (column < width))
+
+
+@triton.jit
+def entries(block, low, high, scale):  # type: ignore[no-untyped-def]
+    """The entries of whole blocks in their order, fp32: (..., 8 n) for the numbers of n blocks, (..., n)."""
+    c0, c1, c2, c3 = _philox(block, low, high)
+    both = tl.interleave(tl.interleave(c0, c2), tl.interleave(c1, c3))
+    return _value(tl.interleave(both.to(tl.uint32), (both >> 32).to(tl.uint32)), scale)
+
+
+@triton.jit
+def entry(position, low, high, scale):  # type: ignore[no-untyped-def]
+    """The entry at each position, fp32. A block for each of them: eight times the work of `entries`."""
+    c0, c1, c2, c3 = _philox(position // 8, low, high)
+    lane = position // 2 % 4
+    word = tl.where(lane < 2, tl.where(lane == 0, c0, c1), tl.where(lane == 2, c2, c3))
+    return _value((word >> (position % 2 * 32).to(tl.uint64)).to(tl.uint32), scale)
+
+
+@triton.jit
+def _philox(block, low, high):  # type: ignore[no-untyped-def]
     c0 = block.to(tl.uint64)
     c1 = tl.zeros_like(c0)
     c2 = tl.zeros_like(c0)
@@ -50,8 +78,9 @@ def _fill(out, low, high, first, stride, width, num_tiles, scale, BLOCKS: tl.con
         c3 = low_0
         k0 += _WEYL_0
         k1 += _WEYL_1
-    words = tl.interleave(tl.interleave(c0, c2), tl.interleave(c1, c3))
-    halves = tl.interleave(words.to(tl.uint32), (words >> 32).to(tl.uint32))
-    values = (halves.to(tl.int32, bitcast=True) >> 8).to(tl.float32) * scale
-    column = (start // 8 + program % num_tiles * BLOCKS) * 8 + tl.arange(0, 8 * BLOCKS) - start
-    tl.store(out + run * width + column, values.to(out.dtype.element_ty), mask=(column >= 0) & (column < width))
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _value(half, scale):  # type: ignore[no-untyped-def]
+    return (half.to(tl.int32, bitcast=True) >> 8).to(tl.float32) * scale

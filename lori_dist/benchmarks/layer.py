@@ -3,7 +3,7 @@
 import importlib.util
 import statistics
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ class Model(nn.Module):
 def run() -> dict[str, Any]:
     """Rows for a table; the ratios of medians to PEFT's LoRA, the worst over all shapes of a device.
 
+    resident_bytes: what a layer holds besides the base's weight.
+
     Raises ConfigError where PEFT is not installed.
     """
     if importlib.util.find_spec("peft") is None:
@@ -50,7 +52,7 @@ def run() -> dict[str, Any]:
             row[f"{figure}_over_peft"] for row in rows if row["name"] == name and row["device"] == device
         )
         for device in dict.fromkeys(row["device"] for row in rows)
-        for name in ("lori_dense", "lori_sparse")
+        for name in ("lori_dense", "lori_sparse", "lori_sparse_recomputed")
         for figure in ("ms", "saved_bytes")
     }
     return {"rows": rows, "ratios": ratios}
@@ -81,6 +83,7 @@ def _measure(tokens: int, in_features: int, out_features: int, device: str, dtyp
             "out_features": out_features,
             "ms": round(medians[name], 3),
             "saved_bytes": saved[name],
+            "resident_bytes": _resident_bytes(models[name]) - _resident_bytes(models["bare"]),
             "ms_over_peft": round(medians[name] / medians["peft_lora"], 3),
             "saved_bytes_over_peft": round(saved[name] / saved["peft_lora"], 3),
         }
@@ -104,6 +107,11 @@ def _saved_bytes(model: nn.Module, x: Tensor) -> int:
     return sum(saved.values())
 
 
+def _resident_bytes(model: nn.Module) -> int:
+    """Bytes of parameters and buffers."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+
+
 def _bare(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False)
 
@@ -116,13 +124,23 @@ def _peft_lora(model: nn.Module) -> nn.Module:
     return get_peft_model(model, config)
 
 
-def _lori(density: float) -> Callable[[nn.Module], nn.Module]:
+def _lori(density: float, projection: Literal["cached", "recomputed"] = "cached") -> Callable[[nn.Module], nn.Module]:
     def make(model: nn.Module) -> nn.Module:
         weight = next(model.parameters())
         generator = torch.Generator().manual_seed(0)
         mask = torch.rand(weight.shape[0], RANK, generator=generator) < density
-        spec = Spec(rank=RANK, alpha=2.0 * RANK, seed=0, targets=("projection",), dtype=weight.dtype)
-        attach(model, spec, masks={"projection": mask})
+        attach(
+            model,
+            Spec(
+                rank=RANK,
+                alpha=2.0 * RANK,
+                seed=0,
+                targets=("projection",),
+                dtype=weight.dtype,
+                projection=projection,
+            ),
+            masks={"projection": mask},
+        )
         return model
 
     return make
@@ -133,4 +151,5 @@ MAKERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "peft_lora": _peft_lora,
     "lori_dense": _lori(1.0),
     "lori_sparse": _lori(DENSITY),
+    "lori_sparse_recomputed": _lori(DENSITY, "recomputed"),
 }

@@ -1,41 +1,43 @@
 """torch's DistributedDataParallel: the base and the values on every rank, gradients averaged."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lori_dist.adapter.attach import trainable
 from lori_dist.config import Train
 from lori_dist.training.data import Batch
 from lori_dist.training.engine import (
+    Part,
+    Quantity,
     State,
     StepResult,
     adamw,
     clip,
-    on_cpu,
-    restore_moments,
-    restore_values,
+    finish,
+    restore,
     set_learning_rate,
-    total,
+    start_moments,
+    trained,
 )
 from lori_dist.training.loss import loss_sum
+from lori_dist.training.weights import Weights, fill, materialize, whole
 from lori_dist.training.world import World
 
 
-def build(model: nn.Module, train: Train, world: World, *, state: State | None) -> "Replicated":
+def build(model: nn.Module, weights: Weights, train: Train, world: World, *, state: State | None) -> "Replicated":
     """Every rank holds the whole base: for models that fit on one device with room to spare."""
-    return Replicated(model, train, world, state)
+    return Replicated(model, weights, train, world, state)
 
 
 class Replicated:
     """An `Engine`."""
 
-    def __init__(self, model: nn.Module, train: Train, world: World, state: State | None) -> None:
-        restore_values(trainable(model), state)
-        model.to(world.device)
-        self.parameters = trainable(model)
+    def __init__(self, model: nn.Module, weights: Weights, train: Train, world: World, state: State | None) -> None:
+        materialize(model, world.device)
+        fill(model, weights, whole)
+        self.parameters = trained(model)
         self.model = DistributedDataParallel(
             model,
             device_ids=[world.device] if world.device.type == "cuda" else None,
@@ -45,9 +47,10 @@ class Replicated:
         )
         self.model.broadcast_buffers = False  # and A would be sent in every forward pass
         self.optimizer = adamw(self.parameters.values(), train)
-        restore_moments(self.optimizer, self.parameters, state, lambda full, parameter: full)
         self.world, self.max_norm = world, train.clip
         self.num_steps = state.step if state else 0
+        start_moments(self.optimizer, self.parameters.values(), self.num_steps)
+        restore(self, state)
 
     def step(self, micro_batches: Sequence[Batch], *, num_targets: int, lr: float) -> StepResult:
         set_learning_rate(self.optimizer, lr)
@@ -61,16 +64,11 @@ class Replicated:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.num_steps += 1
-        return StepResult(loss=total(losses), grad_norm=norm.item())
+        return finish(losses, norm)
 
-    def state(self) -> State:
-        optimizer = self.optimizer.state
-        return State(
-            step=self.num_steps,
-            values={path: on_cpu(p) for path, p in self.parameters.items()},
-            exp_avg={path: on_cpu(optimizer[p]["exp_avg"]) for path, p in self.parameters.items()},
-            exp_avg_sq={path: on_cpu(optimizer[p]["exp_avg_sq"]) for path, p in self.parameters.items()},
-        )
+    def parts(self, quantity: Quantity) -> Mapping[str, Part]:
+        state = self.optimizer.state
+        return {path: whole(p if quantity == "values" else state[p][quantity]) for path, p in self.parameters.items()}
 
     def close(self) -> None:
         """Nothing is left that would outlive it."""

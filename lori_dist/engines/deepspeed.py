@@ -1,43 +1,43 @@
 """DeepSpeed ZeRO: moments (stage 1), gradients (2) and base and values (3) sharded over all ranks.
 
-The portable state needs names that DeepSpeed does not document, which a test holds on to:
-`single_partition_of_fp32_groups` and `_lazy_init_hp_params_optimizer_state` (stages 1 and 2),
-`fp32_partitioned_groups_flat` (stage 3).
+The portable state and loading without a whole base need names that DeepSpeed does not document, which a test holds on
+to: `single_partition_of_fp32_groups`, `_lazy_init_hp_params_optimizer_state` and a parameter's `_hp_mapping` (stages 1
+and 2), `fp32_partitioned_groups_flat`, and `_convert_to_deepspeed_param` and a parameter's `ds_tensor` (stage 3).
 """
 
+import functools
 import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 if not torch.cuda.is_available():  # DeepSpeed looks for itself when it is imported, and warns if it finds none
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_optimizer_state,
-    safe_set_local_optimizer_state,
-)
+from deepspeed.utils import groups, safe_get_local_fp32_param, safe_get_local_optimizer_state
 
-from lori_dist.adapter.attach import trainable
 from lori_dist.config import Train
+from lori_dist.errors import ConfigError
 from lori_dist.training.data import Batch
 from lori_dist.training.engine import (
+    Part,
+    Quantity,
     State,
     StepResult,
     adamw,
-    on_cpu,
-    restore_values,
+    finish,
+    restore,
     set_learning_rate,
-    total,
-    zero_moments,
+    start_moments,
+    trained,
 )
 from lori_dist.training.loss import loss_sum
+from lori_dist.training.weights import Weights, fill, materialize, on, whole
 from lori_dist.training.world import World
 
 BUCKET = 25_000_000
@@ -45,33 +45,66 @@ BUCKET = 25_000_000
 
 
 def build(
-    model: nn.Module, train: Train, world: World, *, state: State | None, stage: Literal[1, 2, 3] = 2
+    model: nn.Module,
+    weights: Weights,
+    train: Train,
+    world: World,
+    *,
+    state: State | None,
+    stage: Literal[1, 2, 3] = 2,
+    hpz: int = 1,
+    offload: bool = False,
 ) -> "Partitioned":
-    """Stages 1 and 2 keep the whole base on every rank, stage 3 gathers each layer when it runs."""
-    return Partitioned(model, train, world, state, stage)
+    """Stages 1 and 2 keep the whole base on every rank, stage 3 gathers each layer when it runs.
+
+    hpz: at stage 3, as many neighbouring ranks, those of a node, keep a second copy of the base among them, so that
+    the backward pass gathers inside the node (ZeRO++ hpZ, arXiv 2306.10209). offload: at stage 3, the base's shards
+    wait in host memory.
+    Raises ConfigError for hpz that does not divide the ranks, and for hpz or offload at another stage.
+    """
+    _check(world, stage, hpz, offload)
+    return Partitioned(model, weights, train, world, state, stage, hpz, offload)
+
+
+def _check(world: World, stage: int, hpz: int, offload: bool) -> None:
+    if hpz < 1 or world.size % hpz:
+        raise ConfigError(f"train.engine.hpz: {hpz} was given for {world.size} ranks; give a number that divides them")
+    for name, given in (("hpz", hpz if hpz > 1 else None), ("offload", offload or None)):
+        if given is not None and stage < 3:
+            raise ConfigError(
+                f"train.engine.{name}: {given} was given at stage {stage}, where the base is not sharded; "
+                "give stage 3, or leave it out"
+            )
 
 
 class Partitioned:
     """An `Engine`."""
 
-    def __init__(self, model: nn.Module, train: Train, world: World, state: State | None, stage: int) -> None:
-        _quiet()
-        # Its way of saying which device, asked for also where there is no launcher.
-        os.environ["LOCAL_RANK"] = str(world.local_rank if world.device.index is None else world.device.index)
-        if world.device.type == "cpu":
-            # Gloo does all there is to do; this would compile for a minute, or wait for ever for a killed compiler.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        restore_values(trainable(model), state)  # before DeepSpeed copies them
-        self.parameters = trainable(model)
-        self.optimizer = adamw(self.parameters.values(), train)
-        config = _config(train, stage, sum(parameter.numel() for parameter in self.parameters.values()))
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Weights,
+        train: Train,
+        world: World,
+        state: State | None,
+        stage: int,
+        hpz: int,
+        offload: bool,
+    ) -> None:
+        _prepare(world)
+        config = _config(train, stage, hpz, offload, sum(p.numel() for p in model.parameters() if p.requires_grad))
         if stage == 3:
-            _partition(model, config, world)
+            _partition(model, weights, config, world)
+        else:
+            materialize(model, world.device)
+            fill(model, weights, whole)
+        self.parameters: dict[str, Any] = trained(model)
+        self.optimizer = adamw(self.parameters.values(), train)
         self.model: Any
         self.model, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=config)
         self.world, self.stage = world, stage
         self.num_steps = state.step if state else 0
-        self._restore_moments(state)
+        self._restore(state)
 
     def step(self, micro_batches: Sequence[Batch], *, num_targets: int, lr: float) -> StepResult:
         set_learning_rate(self.optimizer, lr)
@@ -84,18 +117,18 @@ class Partitioned:
             losses.append(loss.detach())
         self.model.step()
         self.num_steps += 1
-        return StepResult(loss=total(losses), grad_norm=float(self.model.get_global_grad_norm()))
+        return finish(losses, torch.as_tensor(self.model.get_global_grad_norm()))
 
-    def state(self) -> State:
-        def moment(name: str) -> dict[str, Tensor]:
-            return {path: on_cpu(safe_get_full_optimizer_state(p, name)) for path, p in self.parameters.items()}
+    def parts(self, quantity: Quantity) -> Mapping[str, Part]:
+        part = self._part_of_three if self.stage == 3 else _part_of_one_and_two
+        return {path: part(parameter, quantity) for path, parameter in self.parameters.items()}
 
-        return State(
-            step=self.num_steps,
-            values={path: on_cpu(safe_get_full_fp32_param(p)) for path, p in self.parameters.items()},
-            exp_avg=moment("exp_avg"),
-            exp_avg_sq=moment("exp_avg_sq"),
+    def _part_of_three(self, parameter: Any, quantity: Quantity) -> Part:
+        is_value = quantity == "values"
+        padded = (
+            safe_get_local_fp32_param(parameter) if is_value else safe_get_local_optimizer_state(parameter, quantity)
         )
+        return _share(padded, parameter)
 
     def close(self) -> None:
         self.model.destroy()
@@ -103,66 +136,120 @@ class Partitioned:
             # DeepSpeed keeps the modules in lists and caches of its own, for ever.
             for parameter in self.model.parameters():
                 parameter.ds_tensor.data = torch.empty(0)
-            _replace_buffers(self.model, lambda buffer: torch.empty(0))
+                parameter.ds_secondary_tensor = None
+            for module in self.model.modules():
+                for name, _ in list(module.named_buffers(recurse=False)):
+                    setattr(module, name, torch.empty(0))
             self.optimizer.state.clear()
 
-    def _restore_moments(self, state: State | None) -> None:
+    @torch.no_grad()
+    def _restore(self, state: State | None) -> None:
         zero = self.model.optimizer
-        flat = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
-        for partition in flat:
-            self.optimizer.state[partition] = zero_moments(partition, self.num_steps)
+        partitions = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        start_moments(self.optimizer, partitions, self.num_steps)
         if self.stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
-        if state is None:
-            return
-        for name, part in (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
+        restore(self, state)
+        if state is not None:  # the copies that compute, beside those that are updated
             for path, parameter in self.parameters.items():
-                full = part[path].to(self.world.device)
-                if self.stage == 3:  # the setter of full tensors fails where the ranks' shares differ
-                    safe_set_local_optimizer_state(parameter, self._share(full), name)
-                else:
-                    safe_set_full_optimizer_state(parameter, full, name)
-
-    def _share(self, full: Tensor) -> Tensor:
-        """This rank's part of a tensor, padded to the size that all ranks have."""
-        size = -(-full.numel() // self.world.size)
-        padded = torch.zeros(size * self.world.size, dtype=full.dtype, device=full.device)
-        padded[: full.numel()] = full
-        return padded[size * self.world.rank : size * (self.world.rank + 1)]
+                part = _share(parameter.ds_tensor, parameter) if self.stage == 3 else whole(parameter)
+                part.data.copy_(state.values[path].view(-1)[part.start : part.start + part.data.numel()])
+                parameter.ds_secondary_tensor = None  # made anew from the first, as after every step
 
 
-def _config(train: Train, stage: int, num_values: int) -> dict[str, Any]:
+def _part_of_one_and_two(parameter: Any, quantity: Quantity) -> Part:
+    """A rank's partition is cut anywhere: it may have some of a parameter, or nothing."""
+    held = parameter._hp_mapping
+    if held is None:
+        return Part(start=0, data=torch.empty(0, device=parameter.device))
+    data = held.get_hp_fragment(None if quantity == "values" else quantity)
+    return Part(start=held.lp_fragment_address.start, data=data.detach())
+
+
+def _share(padded: Tensor, parameter: Any, rank: int | None = None) -> Part:
+    """A rank's part at stage 3, without what makes all parts equally large. rank: by default this one."""
+    start = (parameter.ds_zero_partition_rank if rank is None else rank) * padded.numel()
+    start = min(start, parameter.ds_numel)
+    return Part(start=start, data=padded.detach().view(-1)[: min(padded.numel(), parameter.ds_numel - start)])
+
+
+def _config(train: Train, stage: int, hpz: int, offload: bool, num_values: int) -> dict[str, Any]:
     """No bf16 section: it would cast the fp32 values too."""
     bucket = min(BUCKET, num_values + num_values % 2)  # odd ones are refused
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        # At the default, values and norms would be gathered one by one after each step, not with the base.
+        "stage3_param_persistence_threshold": 0,
+        "memory_efficient_linear": False,  # see _FrozenLinear
+        "zero_hpz_partition_size": hpz,
+    }
+    if offload:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": 1,  # losses are not divided; see set_gradient_accumulation_boundary
         "gradient_clipping": train.clip or 0.0,
         "steps_per_print": 2**31,
-        "zero_optimization": {
-            "stage": stage,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-            # At the default, values and norms would be gathered one by one after each step, not with the base.
-            "stage3_param_persistence_threshold": 0,
-        },
+        "zero_optimization": zero,
     }
 
 
-def _partition(model: nn.Module, config: dict[str, Any], world: World) -> None:
-    """Takes a model to the device parameter by parameter; `initialize` would take all of it there first."""
-    deepspeed.zero.Init(module=model, config_dict_or_path=config)
-    _replace_buffers(model, lambda buffer: buffer.to(world.device))
+# --- stage 3 ---------------------------------------------------------------------------------------------------------
 
 
-def _replace_buffers(model: nn.Module, replacement: Callable[[Tensor], Tensor]) -> None:
+def _partition(model: nn.Module, weights: Weights, config: dict[str, Any], world: World) -> None:
+    """Shards a model tensor by tensor, before any weight is read: no rank ever holds more than one of them whole."""
+    has_second = config["zero_optimization"]["zero_hpz_partition_size"] > 1
+    # Its groups are the process's: a second model in it must be told of those of the first.
+    group = groups._get_zero_param_intra_parallel_group() if has_second else None
+    init = deepspeed.zero.Init(config_dict_or_path=config, zero_param_parallel_group=group)
+
+    def make(parameter: nn.Parameter) -> nn.Parameter:
+        made: Any = on(world.device, parameter)
+        init._convert_to_deepspeed_param(made)
+        made.partition()
+        return made
+
+    materialize(model, world.device, make)
+    fill(model, weights, lambda parameter: _share(parameter.ds_tensor, parameter))
+    if has_second:
+        fill(model, weights, lambda parameter: _share(parameter.ds_secondary_tensor, parameter, init.rank_in_group))
     for module in model.modules():
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, replacement(buffer))
+        if type(module) is nn.Linear and not module.weight.requires_grad:
+            module.forward = functools.partial(_linear, module)  # type: ignore[method-assign]
 
 
-def _quiet() -> None:
-    """Without this, each rank hears of every part that is set up and of every collective that torch has renamed."""
+def _linear(module: nn.Linear, x: Tensor) -> Tensor:
+    return _FrozenLinear.apply(x, module.weight, module.bias)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """A linear layer that saves its parameter instead of the gathered weight, and not its input.
+
+    torch's own would keep every gathered weight until the backward pass; DeepSpeed's, which it puts in the place of
+    torch's for the whole process, saves the input too, as if the weight were trained.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad @ ctx.weight, None, None  # which DeepSpeed has gathered again
+
+
+def _prepare(world: World) -> None:
+    # Its way of saying which device, asked for also where there is no launcher.
+    os.environ["LOCAL_RANK"] = str(world.local_rank if world.device.index is None else world.device.index)
+    if world.device.type == "cpu":
+        # Gloo does all there is to do; this would compile for a minute, or wait for ever for a killed compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Without this, each rank hears of every part that is set up and of every collective that torch has renamed.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     renamed = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
     warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)

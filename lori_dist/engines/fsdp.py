@@ -1,48 +1,97 @@
-"""torch's FSDP2, `fully_shard`: base, values, gradients and moments sharded over all ranks."""
+"""torch's FSDP2, `fully_shard`: values, gradients and moments sharded over the ranks, and the base too if asked for."""
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
-from lori_dist.adapter.attach import trainable
 from lori_dist.config import Train
-from lori_dist.errors import JobError
+from lori_dist.errors import ConfigError, JobError
 from lori_dist.training.data import Batch
 from lori_dist.training.engine import (
+    Part,
+    Quantity,
     State,
     StepResult,
     adamw,
-    clip,
-    on_cpu,
-    restore_moments,
-    restore_values,
+    finish,
+    restore,
     set_learning_rate,
-    total,
+    start_moments,
+    trained,
 )
 from lori_dist.training.loss import loss_sum
+from lori_dist.training.weights import Weights, fill, materialize, on, whole
 from lori_dist.training.world import World
 
 
-def build(model: nn.Module, train: Train, world: World, *, state: State | None) -> "FullySharded":
-    """Each transformer block is gathered when it runs: for models that do not fit on one device."""
-    return FullySharded(model, train, world, state)
+def build(
+    model: nn.Module,
+    weights: Weights,
+    train: Train,
+    world: World,
+    *,
+    state: State | None,
+    base: Literal["sharded", "replicated"] = "sharded",
+    replicas: int = 1,
+    offload: bool = False,
+) -> "FullySharded":
+    """Each transformer block is gathered when it runs: for models that do not fit on one device.
+
+    base: `replicated` keeps the whole base on every rank, and shards only what is trained. replicas: of the base, each
+    sharded over its part of the ranks (HSDP); with one per node, gathering stays inside the nodes. offload: shards
+    wait in host memory, and are taken to the device block by block.
+    Raises ConfigError for replicas that do not divide the ranks, and for replicas or offload of a replicated base.
+    """
+    _check(world, base, replicas, offload)
+    return FullySharded(model, weights, train, world, state, base == "sharded", replicas, offload)
+
+
+def _check(world: World, base: str, replicas: int, offload: bool) -> None:
+    if replicas < 1 or world.size % replicas:
+        raise ConfigError(
+            f"train.engine.replicas: {replicas} was given for {world.size} ranks; give a number that divides them"
+        )
+    if base == "replicated" and (replicas > 1 or offload):
+        found = f"replicas is {replicas}" if replicas > 1 else "offload is true"
+        raise ConfigError(
+            f"train.engine: base is replicated and {found}, which is for a sharded base; leave one of them out"
+        )
 
 
 class FullySharded:
     """An `Engine`."""
 
-    def __init__(self, model: nn.Module, train: Train, world: World, state: State | None) -> None:
-        restore_values(trainable(model), state)
-        self.model: Any = _shard(model, world)  # an nn.Module and an FSDPModule
-        self.parameters = {path: _sharded(parameter) for path, parameter in trainable(model).items()}
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Weights,
+        train: Train,
+        world: World,
+        state: State | None,
+        shards_base: bool,
+        replicas: int,
+        offload: bool,
+    ) -> None:
+        self.mesh = init_device_mesh(
+            world.device.type, (replicas, world.size // replicas), mesh_dim_names=("replica", "shard")
+        )
+        self.model: Any = _shard(model, self.mesh, shards_base, offload)  # an nn.Module and an FSDPModule
+        place = torch.device("cpu") if offload else world.device
+        materialize(model, world.device, lambda parameter: on(place, parameter))
+        fill(model, weights, _part)
+        self.parameters: dict[str, Any] = trained(model)  # DTensors
         self.optimizer = adamw(self.parameters.values(), train)
-        restore_moments(self.optimizer, self.parameters, state, _share)
         self.world, self.max_norm = world, train.clip
         self.num_steps = state.step if state else 0
+        start_moments(self.optimizer, self.parameters.values(), self.num_steps)
+        restore(self, state)
 
     def step(self, micro_batches: Sequence[Batch], *, num_targets: int, lr: float) -> StepResult:
         set_learning_rate(self.optimizer, lr)
@@ -52,33 +101,41 @@ class FullySharded:
             loss = loss_sum(self.model, batch.to(self.world.device)) / num_targets
             (loss * self.world.size).backward()  # gradients become means over the ranks, the loss is a sum
             losses.append(loss.detach())
-        norm = clip(self.parameters.values(), self.max_norm)
-        assert isinstance(norm, DTensor)
+        norm = self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.num_steps += 1
-        return StepResult(loss=total(losses), grad_norm=norm.full_tensor().item())
+        return finish(losses, norm)
 
-    def state(self) -> State:
-        optimizer = self.optimizer.state
-        return State(
-            step=self.num_steps,
-            values={path: _gathered(p) for path, p in self.parameters.items()},
-            exp_avg={path: _gathered(optimizer[p]["exp_avg"]) for path, p in self.parameters.items()},
-            exp_avg_sq={path: _gathered(optimizer[p]["exp_avg_sq"]) for path, p in self.parameters.items()},
-        )
+    def parts(self, quantity: Quantity) -> Mapping[str, Part]:
+        state = self.optimizer.state
+        return {path: _part(p if quantity == "values" else state[p][quantity]) for path, p in self.parameters.items()}
+
+    def _clip(self) -> Tensor:
+        """As `clip_grad_norm_`, which makes a DTensor's way of each operation, and cannot where they are offloaded."""
+        grads = [parameter.grad.to_local() for parameter in self.parameters.values()]
+        squared = torch.nn.utils.get_total_norm(grads).to(self.world.device).square()
+        dist.all_reduce(squared, group=self.mesh.get_group("shard"))
+        norm = squared.sqrt()
+        if self.max_norm is not None:
+            factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(grads, factor.to(grads[0].device))
+        return norm
 
     def close(self) -> None:
         """Nothing is left that would outlive it."""
 
 
-def _shard(model: nn.Module, world: World) -> FSDPModule:
+def _shard(model: nn.Module, mesh: DeviceMesh, shards_base: bool, offload: bool) -> FSDPModule:
     """Blocks first, the rest with the root: embeddings and head, tied or not, are then in one group."""
-    mesh = init_device_mesh(world.device.type, (world.size,))
+    policy = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
+    ignored = None if shards_base else {parameter for parameter in model.parameters() if not parameter.requires_grad}
+    if mesh.shape[0] == 1:
+        mesh = mesh["shard"]
     for block in _blocks(model):
-        fully_shard(block, mesh=mesh)
-    model.to(world.device)  # what no group manages: buffers outside of blocks
-    return fully_shard(model, mesh=mesh)
+        # Values alone are so small that they may stay gathered between forward and backward.
+        fully_shard(block, mesh=mesh, ignored_params=ignored, offload_policy=policy, reshard_after_forward=shards_base)
+    return fully_shard(model, mesh=mesh, ignored_params=ignored, offload_policy=policy)
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
@@ -93,16 +150,12 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return blocks[::-1]
 
 
-def _sharded(parameter: nn.Parameter) -> DTensor:
-    assert isinstance(parameter, DTensor)
-    return parameter
-
-
-def _share(full: Tensor, parameter: Tensor) -> DTensor:
-    assert isinstance(parameter, DTensor)
-    # Every rank has the full tensor, so nothing is sent.
-    return distribute_tensor(full.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-
-def _gathered(tensor: DTensor) -> Tensor:
-    return on_cpu(tensor.full_tensor())
+def _part(tensor: Tensor) -> Part:
+    """Rows of a tensor: each rank but the last has as many as divide them evenly, rounded up."""
+    if not isinstance(tensor, DTensor):
+        return whole(tensor)
+    mesh = tensor.device_mesh
+    rank, size = mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
+    rows = -(-tensor.shape[0] // size)
+    first = min(rank * rows, tensor.shape[0])
+    return Part(start=first * math.prod(tensor.shape[1:]), data=tensor.to_local().detach().view(-1))

@@ -1,56 +1,75 @@
 """Files a job resumes from: the portable state and nothing else. Any engine on any number of ranks can read them.
 
-A file is `<phase>-<step>.safetensors` with tensors `<quantity>/<module path>`. Its metadata has one key, `lori`, with a
-JSON object: format, phase, step, modules (their paths, in the model's order), fingerprint (of what determines the
-result) and digest (over all the rest).
+A file is `<phase>-<step>.safetensors` with flat tensors `values`, `exp_avg` and `exp_avg_sq`, the modules' kept entries
+one after the other, and `digest`, 16 bytes over all the rest. Its metadata has one key, `lori`, with a JSON object:
+format, phase, step, modules (path -> entries, in the model's order) and origin (of what it is a state). Which rows a
+step takes and what random generators give follow from the origin's seed and the step.
 """
 
 import hashlib
 import json
 import logging
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lori_dist.errors import JobError
-from lori_dist.training.engine import State
+from lori_dist.tensors import Stored, metadata, stored, write
+from lori_dist.training.engine import QUANTITIES, Engine, Quantity, State, gather
+from lori_dist.training.world import World
 
-FORMAT = "lori-checkpoint-1"
+FORMAT = "lori-checkpoint-2"
 KEY = "lori"
-QUANTITIES = ("values", "exp_avg", "exp_avg_sq")
+DIGEST_BYTES = 16
+LISTED = 5
+"""Differences that an error shows."""
+
+Origin = Mapping[str, Any]
+"""All that a state belongs to, as plain JSON: another one is refused, naming what differs."""
 
 log = logging.getLogger(__name__)
 
 
-def save(folder: Path, phase: str, state: State, *, fingerprint: str, keep: int) -> Path:
-    """Writes a checkpoint and deletes all but the newest `keep` of its phase. One process calls this.
+def save(
+    folder: Path,
+    phase: str,
+    engine: Engine,
+    world: World,
+    *,
+    origin: Origin,
+    keep: int,
+    still_mine: Callable[[], None] = lambda: None,
+) -> Path:
+    """Writes a checkpoint and deletes all but the newest `keep` of its phase. Every rank calls this; rank 0 writes.
 
-    The file appears by a rename: a kill at any time leaves the previous checkpoints as they were.
+    Rank 0 holds one quantity at a time. The file appears by a rename: a kill at any byte leaves the previous
+    checkpoints as they were. still_mine: called on rank 0 before anything is written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{phase}-{state.step:08d}.safetensors"
-    write(path, phase, state, fingerprint=fingerprint)
-    for old in _files(folder, phase)[keep:]:
-        old.unlink()
+    path = folder / f"{phase}-{engine.num_steps:08d}.safetensors"
+    if world.rank == 0:
+        still_mine()
+        folder.mkdir(parents=True, exist_ok=True)
+    write_state(path, phase, engine, world, origin=origin)
+    if world.rank == 0:
+        cut_off = folder.glob(f".{phase}-*.partial")  # by a kill
+        for old in (*_files(folder, phase)[keep:], *cut_off):
+            old.unlink()
     return path
 
 
-def newest(folder: Path, phase: str, fingerprint: str) -> State | None:
+def newest(folder: Path, phase: str, origin: Origin) -> State | None:
     """The newest checkpoint of a phase, or None if there is none.
 
     A damaged file is passed over with a warning that names it, and the one before it is taken. Raises JobError for a
-    checkpoint of another fingerprint: it belongs to another configuration.
+    checkpoint of another origin, saying what differs.
     """
     for path in _files(folder, phase):
         try:
-            return read(path, phase, fingerprint=fingerprint)
+            return read(path, phase, origin=origin)
         except Damaged as error:
             log.warning("%s; continuing from the checkpoint before it, if there is one", error)
     return None
@@ -62,39 +81,60 @@ def delete(folder: Path, phase: str) -> None:
         path.unlink()
 
 
-def write(path: Path, phase: str, state: State, *, fingerprint: str) -> None:
-    """Writes one state to a file of any name, by a rename."""
-    tensors = {f"{quantity}/{module}": t for quantity in QUANTITIES for module, t in getattr(state, quantity).items()}
-    header = {
-        "format": FORMAT,
-        "phase": phase,
-        "step": state.step,
-        "modules": list(state.values),  # safetensors has an order of its own, and ties in masks go by this one
-        "fingerprint": fingerprint,
-    }
-    partial = path.with_name(f".{path.name}.partial")
-    # One key, as safetensors writes several in any order, and the same state is to give the same bytes.
-    metadata = {KEY: json.dumps({**header, "digest": _digest(header, tensors)})}
-    content = safetensors.torch.save(tensors, metadata=metadata)
-    with partial.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
-    _flush_folder(path.parent)
+def write_state(
+    path: Path,
+    phase: str,
+    engine: Engine,
+    world: World,
+    *,
+    origin: Origin,
+    quantities: Sequence[Quantity] = QUANTITIES,
+) -> None:
+    """Writes an engine's state, or some quantities of it, to a file of any name. Every rank calls this."""
+    first, *others = quantities
+    values = gather(engine, first, world)
+    if world.rank > 0:
+        for quantity in others:
+            gather(engine, quantity, world)
+        return
+    modules = {module: tensor.numel() for module, tensor in values.items()}
+    header = {"format": FORMAT, "phase": phase, "step": engine.num_steps, "modules": modules, "origin": dict(origin)}
+    num_entries = sum(modules.values())
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    layout = {quantity: (torch.float32, (num_entries,)) for quantity in quantities}
+    layout["digest"] = (torch.uint8, (DIGEST_BYTES,))
+    digest = hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=DIGEST_BYTES)
+
+    def pieces() -> Iterator[Tensor]:
+        held = values
+        for quantity in quantities:
+            if quantity != first:
+                held.clear()
+                held = gather(engine, quantity, world)
+            for tensor in held.values():
+                digest.update(tensor.numpy().data)
+                yield tensor
+        yield torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+
+    write(path, layout, pieces(), {KEY: json.dumps(header)})
 
 
-def read(path: Path, phase: str, *, fingerprint: str) -> State:
-    """The state in a file. Raises JobError if it is damaged, or belongs to another phase or fingerprint."""
-    tensors, header = _load(path)
-    if header["phase"] != phase or header["fingerprint"] != fingerprint:
+def read(path: Path, phase: str, *, origin: Origin) -> State:
+    """The state in a file; quantities it lacks are empty.
+
+    Raises JobError if it is of another phase or origin, and Damaged, which is one, if it is not what was written.
+    """
+    header, tensors = _load(path)
+    if header["phase"] != phase or header["origin"] != json.loads(json.dumps(origin)):
         raise JobError(
-            f"{path}: holds phase {header['phase']} of fingerprint {header['fingerprint']}; wanted {phase} of "
-            f"{fingerprint}; the configuration or its inputs have changed, so delete {path.parent} or use another "
-            "output folder"
+            f"{path}: is a checkpoint of something else: {_differences(header, phase, origin)}; delete {path.parent}, "
+            "or use another output folder"
         )
+    sizes = list(header["modules"].values())
     parts = {
-        quantity: {module: tensors[name] for module in header["modules"] if (name := f"{quantity}/{module}") in tensors}
+        quantity: dict(zip(header["modules"], tensors[quantity].split(sizes), strict=True))
+        if quantity in tensors
+        else {}
         for quantity in QUANTITIES
     }
     return State(step=header["step"], **parts)
@@ -104,28 +144,51 @@ class Damaged(JobError):
     """What a file says about itself is not so."""
 
 
-def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _differences(header: Mapping[str, Any], phase: str, origin: Origin) -> str:
+    """Each setting that is another one, by its path."""
+    there = _leaves({"phase": header["phase"], **header["origin"]})
+    here = _leaves({"phase": phase, **json.loads(json.dumps(origin))})
+    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    names.sort(key=lambda name: name == "fingerprint")  # it follows from the others
+    shown = [f"{name} is {there.get(name)!r} there and {here.get(name)!r} here" for name in names[:LISTED]]
+    return ", ".join(shown) + (f", and {len(names) - LISTED} more" if len(names) > LISTED else "")
+
+
+def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(tree, Mapping):
+        return {path: tree}
+    return {
+        name: leaf
+        for key, item in tree.items()
+        for name, leaf in _leaves(item, f"{path}.{key}" if path else str(key)).items()
+    }
+
+
+def _load(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})[KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        found = stored(path)
+        header = json.loads(metadata(path)[KEY])
+        tensors = {name: _read(where) for name, where in found.items()}
+        digest = hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=DIGEST_BYTES)
+        for quantity in QUANTITIES:
+            if quantity in tensors:
+                digest.update(tensors[quantity].numpy().data)
+        written = bytes(tensors["digest"].numpy())
+        version, num_entries = header["format"], sum(header["modules"].values())
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"{path}: cannot be read as a checkpoint ({error}); it is damaged") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
+    if version != FORMAT:
         raise Damaged(f"{path}: is not of format {FORMAT}; it is damaged or was written by another version")
-    digest = header.pop("digest", "")
-    if digest != _digest(header, tensors):
+    is_whole = all(tensor.shape == (num_entries,) for name, tensor in tensors.items() if name in QUANTITIES)
+    if written != digest.digest() or not is_whole:
         raise Damaged(f"{path}: its content does not match its digest; it is damaged")
-    return tensors, header
+    return header, tensors
 
 
-def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    found = hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=16)
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        found.update(json.dumps((name, str(tensor.dtype), list(tensor.shape))).encode())
-        found.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+def _read(where: Stored) -> Tensor:
+    tensor = torch.empty(where.shape, dtype=where.dtype)
+    where.read(tensor)
+    return tensor
 
 
 def _files(folder: Path, phase: str) -> list[Path]:
@@ -133,12 +196,3 @@ def _files(folder: Path, phase: str) -> list[Path]:
     pattern = re.compile(rf"{re.escape(phase)}-\d{{8,}}\.safetensors")
     found = [path for path in folder.glob("*.safetensors") if pattern.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.stem.rpartition("-")[2]), reverse=True)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Puts a rename where a power cut leaves it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,20 +1,39 @@
 """What trains a model: one small protocol, and what all of its implementations share.
 
-An engine is `build(model, train, world, *, state, ...)` in a file of engines/. The keyword-only parameters that have a
-default are its options.
+An engine is `build(model, weights, train, world, *, state, ...)` in a file of engines/. The keyword-only parameters
+that have a default are its options.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lori_dist.adapter.attach import adapted, trainable
 from lori_dist.config import Train
 from lori_dist.training.data import Batch
+from lori_dist.training.world import World
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """What this rank holds of a tensor: entries that follow each other, row by row."""
+
+    start: int
+    """Flat position of the first."""
+    data: Tensor  # (entries,), the memory itself
+
+
+Quantity = Literal["values", "exp_avg", "exp_avg_sq"]
+"""What training changes: the kept entries, and Adam's first and second moment of each."""
+QUANTITIES: tuple[Quantity, ...] = ("values", "exp_avg", "exp_avg_sq")
+
+PIECE = 2**19
+"""Entries that are sent at once when something is gathered: 2 MB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,11 +64,16 @@ class StepResult:
 
 
 class Engine(Protocol):
-    """A model being trained. All methods are collectives: every rank calls them in the same order."""
+    """A model being trained. `step` is a collective: every rank calls it as often."""
 
     @property
     def model(self) -> nn.Module:
         """What computes: the library's own wrapper."""
+        ...
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps done, those before a resumption included."""
         ...
 
     def step(self, micro_batches: Sequence[Batch], *, num_targets: int, lr: float) -> StepResult:
@@ -59,8 +83,12 @@ class Engine(Protocol):
         """
         ...
 
-    def state(self) -> State:
-        """The portable state, in full on every rank."""
+    def parts(self, quantity: Quantity) -> Mapping[str, Part]:
+        """What this rank holds of a quantity, by module path, in the model's order: the memory itself, fp32.
+
+        Every rank has a key for every module that keeps entries, if only with an empty part. Several ranks may hold
+        the same entries, which are then equal.
+        """
         ...
 
     def close(self) -> None:
@@ -68,12 +96,14 @@ class Engine(Protocol):
         ...
 
 
-def restore_values(parameters: Mapping[str, nn.Parameter], state: State | None) -> None:
-    """Puts the values of a state into a model that no engine has yet."""
-    if state is not None:
-        with torch.no_grad():
-            for path, parameter in parameters.items():
-                parameter.copy_(state.values[path])
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Module path -> the kept entries of an adapted model; of another one, name -> parameter that needs a gradient."""
+    if adapted(model):
+        return trainable(model)
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+# --- optimizer -------------------------------------------------------------------------------------------------------
 
 
 def adamw(parameters: Iterable[Tensor], train: Train) -> torch.optim.AdamW:
@@ -83,35 +113,19 @@ def adamw(parameters: Iterable[Tensor], train: Train) -> torch.optim.AdamW:
     )
 
 
+def start_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], num_steps: int) -> None:
+    """Gives every parameter the moments AdamW keeps, at zero, before the first step: so they can always be read."""
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(num_steps), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-def zero_moments(like: Tensor, num_steps: int) -> dict[str, Tensor]:
-    """What AdamW keeps for a parameter. Made before the first step, so that it can always be read."""
-    return {
-        "step": torch.tensor(float(num_steps), device=like.device),
-        "exp_avg": torch.zeros_like(like),
-        "exp_avg_sq": torch.zeros_like(like),
-    }
-
-
-def restore_moments(
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, Tensor],
-    state: State | None,
-    share: Callable[[Tensor, Tensor], Tensor],
-) -> None:
-    """Puts the moments of a state, or zeros, into an optimizer.
-
-    share: of a full tensor, what belongs to a parameter as this rank holds it.
-    """
-    for path, parameter in parameters.items():
-        kept = optimizer.state[parameter] = zero_moments(parameter, state.step if state else 0)
-        if state is not None:
-            kept["exp_avg"].copy_(share(state.exp_avg[path], parameter))
-            kept["exp_avg_sq"].copy_(share(state.exp_avg_sq[path], parameter))
 
 
 def clip(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
@@ -119,13 +133,103 @@ def clip(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
     return torch.nn.utils.clip_grad_norm_(list(parameters), math.inf if max_norm is None else max_norm)
 
 
-def total(losses: Sequence[Tensor]) -> float:
-    """The sum over micro-batches and ranks."""
+def finish(losses: Sequence[Tensor], norm: Tensor) -> StepResult:
+    """A step's result, from the losses of this rank's micro-batches and the norm: one collective, one copy to the host.
+
+    norm: 0-dim, equal on all ranks.
+    """
     loss = torch.stack(list(losses)).sum()
     dist.all_reduce(loss)
-    return loss.item()
+    found, grad_norm = torch.stack([loss, norm.to(loss.device, loss.dtype)]).tolist()
+    return StepResult(loss=found, grad_norm=grad_norm)
 
 
-def on_cpu(tensor: Tensor) -> Tensor:
-    """A copy that later steps leave alone."""
-    return tensor.detach().to("cpu", torch.float32, copy=True)
+# --- state -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def restore(engine: Engine, state: State | None, quantities: Sequence[Quantity] = QUANTITIES) -> None:
+    """Puts what this rank holds of a state into an engine. Nothing is sent."""
+    if state is not None:
+        for quantity in quantities:
+            full = getattr(state, quantity)
+            for path, part in engine.parts(quantity).items():
+                part.data.copy_(full[path].view(-1)[part.start : part.start + part.data.numel()])
+
+
+def collect(engine: Engine, world: World) -> State:
+    """The portable state, in full on rank 0 and empty on the others. A collective."""
+    quantities = {quantity: gather(engine, quantity, world) for quantity in QUANTITIES}
+    return State(step=engine.num_steps, **quantities)
+
+
+@torch.no_grad()
+def gather(engine: Engine, quantity: Quantity, world: World) -> dict[str, Tensor]:
+    """A quantity in full, flat, on the CPU of rank 0; nothing on the others. A collective.
+
+    Nothing of the base is sent, and besides the result no rank needs memory for more than PIECE entries.
+    """
+    parts = engine.parts(quantity)
+    holdings = _holdings(parts, world)
+    gathered: dict[str, Tensor] = {}
+    if world.rank == 0:
+        sizes = dict.fromkeys(parts, 0)
+        for holding in holdings:
+            sizes[holding.path] = max(sizes[holding.path], holding.start + holding.numel)
+        full = torch.empty(sum(sizes.values()))
+        gathered = dict(zip(sizes, full.split(list(sizes.values())), strict=True))
+    buffer = torch.empty(min(PIECE, sum(holding.numel for holding in holdings)), device=world.device)
+    for run in _runs(holdings):
+        sender, sent = run[0].rank, buffer[: sum(one.numel for one in run)]
+        if sender == world.rank:
+            torch.cat(
+                [parts[one.path].data[one.offset : one.offset + one.numel].to(sent.device) for one in run], out=sent
+            )
+        if sender:  # to all, as the libraries have no lasting connection between two ranks; these are small pieces
+            dist.broadcast(sent, src=sender)
+        if world.rank == 0:
+            for one, piece in zip(run, sent.split([one.numel for one in run]), strict=True):
+                gathered[one.path][one.start : one.start + one.numel].copy_(piece)
+    return gathered
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Holding:
+    """Entries of one tensor that one rank holds: numel of them, from `offset` on in its part."""
+
+    rank: int
+    path: str
+    start: int
+    offset: int
+    numel: int
+
+
+def _holdings(parts: Mapping[str, Part], world: World) -> list[_Holding]:
+    """Who sends what, rank by rank: of ranks that hold the same, the first."""
+    everyone: list[list[tuple[int, int]]] = [[] for _ in range(world.size)]
+    dist.all_gather_object(everyone, [(part.start, part.data.numel()) for part in parts.values()])
+    seen: set[tuple[str, int]] = set()
+    holdings = []
+    for rank, places in enumerate(everyone):
+        for path, (start, numel) in zip(parts, places, strict=True):
+            if numel and (path, start) not in seen:
+                seen.add((path, start))
+                holdings += [
+                    _Holding(
+                        rank=rank, path=path, start=start + offset, offset=offset, numel=min(PIECE, numel - offset)
+                    )
+                    for offset in range(0, numel, PIECE)
+                ]
+    return holdings
+
+
+def _runs(holdings: Sequence[_Holding]) -> Iterator[list[_Holding]]:
+    """What is sent at once: from one rank, at most PIECE entries."""
+    run: list[_Holding] = []
+    for holding in holdings:
+        if run and (holding.rank != run[0].rank or sum(one.numel for one in run) + holding.numel > PIECE):
+            yield run
+            run = []
+        run.append(holding)
+    if run:
+        yield run

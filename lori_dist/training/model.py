@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from lori_dist import config
 from lori_dist.errors import ConfigError
+from lori_dist.tensors import stored
 from lori_dist.training.data import Example
 
 SINGLE = "model.safetensors"
@@ -29,7 +30,7 @@ def load_model(model: config.Model) -> PreTrainedModel:
 
     Raises ConfigError if it cannot be loaded, or if its files lack a weight, which would then be random.
     """
-    with _loading(model), _without_bars():
+    with loading(model), _without_bars():
         loaded, report = AutoModelForCausalLM.from_pretrained(
             model.path,
             dtype=getattr(torch, model.dtype),
@@ -50,7 +51,7 @@ def load_model(model: config.Model) -> PreTrainedModel:
 
 def load_tokenizer(model: config.Model) -> PreTrainedTokenizerBase:
     """The base's own tokenizer. Raises ConfigError if there is none."""
-    with _loading(model, "the tokenizer of "):
+    with loading(model, "the tokenizer of "):
         tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(model.path))
         # Without its files, a tokenizer of some models (GPT-2, Qwen) comes up empty and turns every text into nothing.
         names = ["tokenizer.json", *tokenizer.vocab_files_names.values()]
@@ -89,10 +90,10 @@ def identity(model: config.Model) -> dict[str, str]:
     shapes. weights: a hash of samples of every weight file, so cheap at any size; models that differ by a whole
     training differ in it, a change of single bytes may not show.
     """
-    with _loading(model):
+    with loading(model):
         settings = json.loads(_file(model, "config.json").read_text(encoding="utf-8"))
-        files = _weight_files(model)
-        shapes = sorted(item for file in files for item in _shapes(file))
+        files = weight_files(model)
+        shapes = sorted((name, list(where.shape)) for file in files for name, where in stored(file).items())
         weights = hashlib.blake2b(digest_size=8)
         for file in files:
             _sample(file, weights)
@@ -104,7 +105,7 @@ def identity(model: config.Model) -> dict[str, str]:
     }
 
 
-def _weight_files(model: config.Model) -> list[Path]:
+def weight_files(model: config.Model) -> list[Path]:
     """All weight files, shards in the order of their first tensor in the index."""
     index = _found(model, INDEX)
     if index is None:
@@ -126,15 +127,6 @@ def _file(model: config.Model, name: str) -> Path:
     return path
 
 
-def _shapes(file: Path) -> list[tuple[str, list[int]]]:
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if not 2 <= length <= file.stat().st_size - 8:
-            raise ValueError(f"{file.name} is no safetensors file, or is cut off")
-        header = json.loads(stream.read(length))
-    return [(name, entry["shape"]) for name, entry in header.items() if name != "__metadata__"]
-
-
 def _sample(file: Path, digest: hashlib.blake2b) -> None:
     size = file.stat().st_size
     digest.update(size.to_bytes(8, "little"))
@@ -146,7 +138,7 @@ def _sample(file: Path, digest: hashlib.blake2b) -> None:
 
 
 @contextlib.contextmanager
-def _loading(model: config.Model, part: str = "") -> Iterator[None]:
+def loading(model: config.Model, part: str = "") -> Iterator[None]:
     """What goes wrong below is about the folder or name that the user gave; the libraries raise nearly any class."""
     try:
         yield

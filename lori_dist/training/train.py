@@ -8,13 +8,13 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lori_dist import config, plugin
@@ -23,13 +23,14 @@ from lori_dist.adapter.adapter import Adapter, Spec
 from lori_dist.adapter.attach import attach, extract, projection_checksums
 from lori_dist.config import Run
 from lori_dist.errors import JobError
-from lori_dist.jobs import task_seed
+from lori_dist.jobs import task_seed, train_job
 from lori_dist.training import checkpoint, data
 from lori_dist.training.data import Example
-from lori_dist.training.engine import Engine, State
-from lori_dist.training.model import check, identity, load_model, load_tokenizer
+from lori_dist.training.engine import Engine, gather
+from lori_dist.training.model import check, identity, load_tokenizer
 from lori_dist.training.schedule import learning_rate
-from lori_dist.training.world import World
+from lori_dist.training.weights import Weights, skeleton
+from lori_dist.training.world import World, agree, from_first
 
 ADAPTER = "adapter.safetensors"
 CALIBRATED = "calibrated.safetensors"
@@ -67,6 +68,8 @@ class Job:
     progress: Callable[[Record], None]
     examples: Sequence[Example]
     pad_id: int
+    origin: Mapping[str, Any]
+    """What the result follows from."""
 
 
 def train(
@@ -105,16 +108,18 @@ def train(
         progress=progress,
         examples=data.encode(rows, tokenizer, run.train.max_length, where=f"tasks.{task}.train"),
         pad_id=data.pad_id(tokenizer),
+        origin={"fingerprint": fingerprint, **train_job(run, task).settings},
     )
     *calibration, last = phases(run.train, run.adapter.density, len(job.examples))
     masks = _masks(job, calibration[0]) if calibration else None
     gc.collect()  # models and engines refer to themselves, and two bases may not fit
-    _, adapter = _fit(job, last, masks)
-    summary: list[dict[str, Any]] = [{}]
-    if world.rank == 0:
-        still_mine()
-        file.save(replace(adapter, base=identity(run.model)), folder / ADAPTER)
-        summary[0] = {
+    model, engine = _fit(job, last, masks)
+    adapter = write_adapter(folder / ADAPTER, model, engine, job)
+    engine.close()
+
+    def summary() -> dict[str, Any]:
+        assert adapter is not None
+        return {
             "kept": adapter.kept,
             "total": adapter.total,
             "bytes": (folder / ADAPTER).stat().st_size,
@@ -122,8 +127,22 @@ def train(
             "loss": _records(folder)[-1]["loss"],
             "seconds": time.monotonic() - start,
         }
-    dist.broadcast_object_list(summary, device=world.device)
-    return summary[0]
+
+    return from_first(world, summary)
+
+
+def write_adapter(path: Path, model: nn.Module, engine: Engine, job: Job) -> Adapter | None:
+    """Writes what was trained to a file, and returns it on rank 0, which alone has it. Every rank calls this.
+
+    Only values are gathered, and rank 0 holds them once.
+    """
+    values = gather(engine, "values", job.world)
+    if job.world.rank > 0:
+        return None
+    job.still_mine()
+    adapter = extract(model, name=job.task, values=values, base=identity(job.run.model))
+    file.save(adapter, path)
+    return adapter
 
 
 def phases(train: config.Train, density: float, num_rows: int) -> list[Phase]:
@@ -150,46 +169,64 @@ def phases(train: config.Train, density: float, num_rows: int) -> list[Phase]:
 def _masks(job: Job, phase: Phase) -> dict[str, Tensor]:
     """Which entries are kept, the same on all ranks, from a calibration done now or by an earlier attempt."""
     path = job.folder / CALIBRATED
-    state = _calibrated(job, path)
-    found = str(state is not None)
-    _agree(job.world, found, f"finding of {path}", "give an output folder that all ranks share")
-    if state is None:
-        state, _ = _fit(job, phase, None)
-        if job.world.rank == 0:
-            job.still_mine()
-            # Only B is needed from here on, and the moments are two thirds of the bytes.
-            values = State(step=state.step, values=state.values, exp_avg={}, exp_avg_sq={})
-            checkpoint.write(path, CALIBRATE, values, fingerprint=job.fingerprint)
-            checkpoint.delete(job.folder / CHECKPOINTS, CALIBRATE)
-    b = {module: values.view(-1, job.run.adapter.rank) for module, values in state.values.items()}
+    agree(job.world, str(path.exists()), f"finding of {path}", "give an output folder that all ranks share")
+    if not from_first(job.world, lambda: _is_calibrated(job, phase, path)):
+        _calibrate(job, phase, path)
     chosen = job.run.adapter.mask
     method = plugin.find("masks", chosen.name, "mask", "adapter.mask")
     options = method.bind(chosen.options, "adapter.mask")
-    masks: dict[str, Tensor] = method.load()(b, density=job.run.adapter.density, **options)
-    return masks
+
+    def choose() -> dict[str, tuple[torch.Size, bytes]]:
+        state = checkpoint.read(path, CALIBRATE, origin=_origin(job, phase))
+        dense = {module: values.view(-1, job.run.adapter.rank) for module, values in state.values.items()}
+        masks = method.load()(dense, density=job.run.adapter.density, **options)
+        return {module: (mask.shape, np.packbits(mask.numpy()).tobytes()) for module, mask in masks.items()}
+
+    # On one rank: nobody else needs B, and what is sent are bits.
+    return {module: _unpacked(*packed) for module, packed in from_first(job.world, choose).items()}
 
 
-def _calibrated(job: Job, path: Path) -> State | None:
-    """What an earlier attempt left. A damaged file costs the calibration, nothing else."""
+def _unpacked(shape: torch.Size, packed: bytes) -> Tensor:
+    bits = np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=shape.numel())
+    return torch.from_numpy(bits).bool().view(shape)
+
+
+def _is_calibrated(job: Job, phase: Phase, path: Path) -> bool:
+    """Whether an earlier attempt did it. A damaged file costs the calibration, nothing else."""
     if not path.exists():
-        return None
+        return False
     try:
-        return checkpoint.read(path, CALIBRATE, fingerprint=job.fingerprint)
+        checkpoint.read(path, CALIBRATE, origin=_origin(job, phase))
     except checkpoint.Damaged as error:
         log.warning("%s; calibrating again", error)
-        return None
+        return False
+    return True
 
 
-def _fit(job: Job, phase: Phase, masks: Mapping[str, Tensor] | None) -> tuple[State, Adapter]:
-    """Trains the entries that masks keep, from zero or from the newest checkpoint."""
-    model = _adapted_model(job, masks)
-    found = checkpoint.newest(job.folder / CHECKPOINTS, phase.name, job.fingerprint)
+def _calibrate(job: Job, phase: Phase, path: Path) -> None:
+    _, engine = _fit(job, phase, None)
+    if job.world.rank == 0:
+        job.still_mine()
+    # Only B is needed from here on, and the moments are two thirds of the bytes.
+    checkpoint.write_state(path, CALIBRATE, engine, job.world, origin=_origin(job, phase), quantities=("values",))
+    engine.close()
+    if job.world.rank == 0:
+        checkpoint.delete(job.folder / CHECKPOINTS, CALIBRATE)
+
+
+def _fit(job: Job, phase: Phase, masks: Mapping[str, Tensor] | None) -> tuple[PreTrainedModel, Engine]:
+    """Trains the entries that masks keep, from zero or from the newest checkpoint. Returns what holds them."""
+    model, weights = _adapted_model(job, masks)
+    origin = {**_origin(job, phase), "mask": _digest(masks)}
+    found = checkpoint.newest(job.folder / CHECKPOINTS, phase.name, origin)
     first = found.step if found else 0
-    _agree(job.world, str(first), f"newest checkpoint in {job.folder}", "give an output folder that all ranks share")
+    agree(job.world, str(first), f"newest checkpoint in {job.folder}", "give an output folder that all ranks share")
     chosen = job.run.train.engine
     method = plugin.find("engines", chosen.name, "build", "train.engine")
     options = method.bind(chosen.options, "train.engine")
-    engine: Engine = method.load()(model, job.run.train, job.world, state=found, **options)
+    engine: Engine = method.load()(model, weights, job.run.train, job.world, state=found, **options)
+    checksums = json.dumps(projection_checksums(model))
+    agree(job.world, checksums, "projection A", "install the same version of the program on all machines")
     if job.world.rank == 0:
         _rewind(job, phase, first)
     for step in range(first, phase.num_steps):
@@ -197,17 +234,37 @@ def _fit(job: Job, phase: Phase, masks: Mapping[str, Tensor] | None) -> tuple[St
         if job.world.rank == 0:
             _write(job, record)
         if _is_due(job, phase, step + 1):
-            _save(job, phase, engine.state())
-    state = engine.state()
-    adapter = extract(model, name=job.task, values=state.values)
-    engine.close()
-    return state, adapter
+            keep, folder = job.run.train.keep, job.folder / CHECKPOINTS
+            checkpoint.save(folder, phase.name, engine, job.world, origin=origin, keep=keep, still_mine=job.still_mine)
+    return model, engine
 
 
-def _adapted_model(job: Job, masks: Mapping[str, Tensor] | None) -> PreTrainedModel:
-    """The base as its files hold it, with values at zero. Raises JobError unless all ranks made the same A."""
+def _origin(job: Job, phase: Phase) -> dict[str, Any]:
+    train = job.run.train
+    schedule = {
+        "name": train.schedule,
+        "num_steps": phase.num_steps,
+        "warmup_steps": train.warmup_steps,
+        "lr": phase.lr,
+    }
+    return {**job.origin, "schedule": schedule, "generator_seed": train.seed}
+
+
+def _digest(masks: Mapping[str, Tensor] | None) -> str | None:
+    """Tells one choice of kept entries from another."""
+    if masks is None:
+        return None
+    digest = hashlib.blake2b(digest_size=8)
+    for module, mask in masks.items():
+        digest.update(module.encode())
+        digest.update(mask.numpy().data)
+    return digest.hexdigest()
+
+
+def _adapted_model(job: Job, masks: Mapping[str, Tensor] | None) -> tuple[PreTrainedModel, Weights]:
+    """The base without its weights, with an adapter whose values are zero; and the weights."""
     adapter = job.run.adapter
-    model = load_model(job.run.model)
+    model, weights = skeleton(job.run.model)
     check(job.examples, model)
     spec = Spec(
         rank=adapter.rank,
@@ -215,13 +272,12 @@ def _adapted_model(job: Job, masks: Mapping[str, Tensor] | None) -> PreTrainedMo
         seed=task_seed(job.run, job.task),
         targets=adapter.targets,
         dtype=getattr(torch, adapter.dtype),
+        projection=adapter.projection,
     )
     attach(model, spec, masks=masks)
-    checksums = json.dumps(projection_checksums(model))
-    _agree(job.world, checksums, "projection A", "install the same version of the program on all machines")
     if job.run.train.activation_checkpointing:
         checkpoint_activations(model)
-    return model
+    return model, weights
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
@@ -241,6 +297,8 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 def _step(job: Job, phase: Phase, engine: Engine, step: int) -> Record:
     start = time.monotonic()
     train, world = job.run.train, job.world
+    # Whatever draws random numbers draws the same ones in a training that was resumed.
+    torch.manual_seed(_draw_seed(train.seed, phase.name, step, world.rank))
     rows = data.rows_of_step(
         step, num_rows=len(job.examples), batch_size=train.batch_size, seed=train.seed, epochs=phase.epochs
     )
@@ -268,28 +326,14 @@ def _step(job: Job, phase: Phase, engine: Engine, step: int) -> Record:
     }
 
 
+def _draw_seed(seed: int, phase: str, step: int, rank: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{phase}/{step}/{rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
 def _is_due(job: Job, phase: Phase, num_done: int) -> bool:
     every = job.run.train.checkpoint_every
     return every is not None and num_done % every == 0 and num_done < phase.num_steps
-
-
-def _save(job: Job, phase: Phase, state: State) -> None:
-    if job.world.rank == 0:
-        job.still_mine()
-        checkpoint.save(
-            job.folder / CHECKPOINTS, phase.name, state, fingerprint=job.fingerprint, keep=job.run.train.keep
-        )
-
-
-def _agree(world: World, found: str, what: str, remedy: str) -> None:
-    """Raises JobError, on all ranks, naming those that found something else than rank 0."""
-    digest = int.from_bytes(hashlib.blake2b(found.encode(), digest_size=8).digest(), "little", signed=True)
-    own = torch.tensor([digest], device=world.device)
-    all_digests = [torch.empty_like(own) for _ in range(world.size)]
-    dist.all_gather(all_digests, own)
-    others = [str(rank) for rank, other in enumerate(all_digests) if other.item() != all_digests[0].item()]
-    if others:
-        raise JobError(f"rank {', '.join(others)}: its {what} differs from that of rank 0; {remedy}")
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------

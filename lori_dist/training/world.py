@@ -1,15 +1,19 @@
 """The processes that train together, and this one among them."""
 
+import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from lori_dist.errors import JobError
+from lori_dist.errors import JobError, LoriError
+
+T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=5)
 """How long a rank waits for the others: longer than any step, shorter than anyone's patience."""
@@ -43,6 +47,31 @@ def from_environment() -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank, device=device)
+
+
+def from_first(world: World, make: Callable[[], T]) -> T:
+    """What `make` gives on rank 0, which alone calls it, on all ranks. A LoriError it raises is raised on all."""
+    made: list[Any] = [None]
+    if world.rank == 0:
+        try:
+            made[0] = make()
+        except LoriError as error:
+            made[0] = error
+    dist.broadcast_object_list(made, device=world.device)
+    if isinstance(made[0], LoriError):
+        raise made[0]
+    return cast(T, made[0])
+
+
+def agree(world: World, found: str, what: str, remedy: str) -> None:
+    """Raises JobError, on all ranks, naming those that found something else than rank 0."""
+    digest = int.from_bytes(hashlib.blake2b(found.encode(), digest_size=8).digest(), "little", signed=True)
+    own = torch.tensor([digest], device=world.device)
+    all_digests = [torch.empty_like(own) for _ in range(world.size)]
+    dist.all_gather(all_digests, own)
+    others = [str(rank) for rank, other in enumerate(all_digests) if other.item() != all_digests[0].item()]
+    if others:
+        raise JobError(f"rank {', '.join(others)}: its {what} differs from that of rank 0; {remedy}")
 
 
 def _make_group() -> None:

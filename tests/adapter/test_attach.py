@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from lori_dist import Adapter, AdapterError, Spec, adapted, attach, detach, extract, fold, trainable, unfold
+from lori_dist.adapter.attach import projection_checksums
 from lori_dist.adapter.projection import checksum, projection
 from lori_dist.merges import merge
 from tests.models import tiny_gpt2, tiny_llama
@@ -236,7 +237,8 @@ def test_an_adapter_that_came_ready_made_is_not_extracted() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"rank": 0}, {"alpha": 0.0}, {"alpha": float("nan")}, {"targets": ()}, {"targets": ("",)}]
+    "wrong",
+    [{"rank": 0}, {"alpha": 0.0}, {"alpha": float("nan")}, {"targets": ()}, {"targets": ("",)}, {"projection": "lost"}],
 )
 def test_a_spec_that_can_be_no_adapter_is_refused(wrong: dict[str, Any]) -> None:
     (name,) = wrong
@@ -310,6 +312,28 @@ def test_an_adapter_of_another_shape_is_refused() -> None:
     shapes = {path: (rows + 1, columns) for path, (rows, columns) in adapter.shapes.items()}
     with pytest.raises(AdapterError, match=r"trained on a weight of shape \(41, 36\), this model's is \(40, 36\)"):
         attach(tiny_llama(), _replaced(adapter, shapes=shapes))
+
+
+def test_a_recomputed_a_folds_and_extracts_as_a_cached_one() -> None:
+    cached, recomputed = tiny_llama(), tiny_llama()
+    kept = masks(cached)
+    attach(cached, SPEC, masks=kept)
+    attach(recomputed, dataclasses.replace(SPEC, projection="recomputed"), masks=kept)
+    for model in (cached, recomputed):
+        randomise(model)
+    assert not any("projection" in name for name, _ in recomputed.named_buffers())
+    assert projection_checksums(recomputed) == projection_checksums(cached)
+    assert torch.allclose(logits(recomputed), logits(cached), atol=1e-6)
+    one, other = (extract(model, name="task") for model in (cached, recomputed))
+    assert one.blocks[0].checksums == other.blocks[0].checksums
+    assert all(torch.equal(one.delta(path), other.delta(path)) for path in one.shapes)
+    with_adapter = logits(recomputed)
+    fold(recomputed)
+    assert torch.allclose(logits(recomputed), with_adapter, atol=1e-5)
+    unfold(recomputed)
+    detach(recomputed)
+    attach(recomputed, other)
+    assert torch.allclose(logits(recomputed), with_adapter, atol=1e-5)
 
 
 def test_an_adapter_whose_a_comes_out_different_is_refused() -> None:

@@ -14,15 +14,25 @@ from lori_dist.adapter.adapter import Spec
 from lori_dist.adapter.linear import AdaptedLinear, Delta
 from lori_dist.adapter.projection import projection
 
+MODES = ("cached", "recomputed")
+modes = pytest.mark.parametrize("mode", MODES)
+
 
 def layer(
-    *, in_features: int = 7, out_features: int = 5, rank: int = 3, density: float = 0.4, bias: bool = True
+    *,
+    in_features: int = 7,
+    out_features: int = 5,
+    rank: int = 3,
+    density: float = 0.4,
+    bias: bool = True,
+    mode: str = "cached",
 ) -> AdaptedLinear:
     """A linear layer with random kept entries."""
     generator = torch.Generator().manual_seed(in_features * 100 + out_features)
     model = nn.Sequential(nn.Linear(in_features, out_features, bias=bias))
     mask = torch.rand(out_features, rank, generator=generator) < density
-    adapted = attach(model, Spec(rank=rank, alpha=2.0 * rank, seed=3), masks={"0": mask})["0"]
+    spec = Spec(rank=rank, alpha=2.0 * rank, seed=3, projection=mode)
+    adapted = attach(model, spec, masks={"0": mask})["0"]
     values = adapted.deltas[0].values
     if values is not None:
         values.data.normal_(generator=generator)
@@ -66,9 +76,10 @@ def test_output_and_gradients_are_those_of_the_dense_formula(
         assert torch.allclose(delta.values.grad, kept, atol=1e-5)
 
 
+@modes
 @pytest.mark.parametrize("density", [0.3, 1.0])
-def test_gradcheck_in_float64(density: float) -> None:
-    adapted = layer(density=density).double()
+def test_gradcheck_in_float64(density: float, mode: str) -> None:
+    adapted = layer(density=density, mode=mode).double()
     x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
     values = adapted.deltas[0].values.detach().clone().requires_grad_()
 
@@ -78,13 +89,16 @@ def test_gradcheck_in_float64(density: float) -> None:
     assert torch.autograd.gradcheck(forward, (x, values))
 
 
-def test_saves_the_reduced_input_and_neither_x_nor_a_dense_b() -> None:
-    adapted = layer(in_features=400, out_features=300, rank=4, density=0.1)
+@modes
+def test_saves_the_reduced_input_and_neither_x_nor_a_dense_b(mode: str) -> None:
+    adapted = layer(in_features=400, out_features=300, rank=4, density=0.1, mode=mode)
     saved: list[Tensor] = []
     x = torch.randn(10, 400, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         adapted(x)
-    constants = {adapted.base.weight.data_ptr(), adapted.deltas[0].projection.data_ptr()}
+    constants = {
+        tensor.data_ptr() for tensor in (adapted.base.weight, adapted.deltas[0].projection) if tensor is not None
+    }
     shapes = [tuple(tensor.shape) for tensor in saved if tensor.data_ptr() not in constants]
     kept = adapted.deltas[0].kept
     assert sorted(shapes) == sorted([(10, 4), (kept,), (kept,)])
@@ -98,8 +112,9 @@ def test_a_second_derivative_is_refused() -> None:
         grad.sum().backward()
 
 
-def test_activation_checkpointing_changes_no_gradient() -> None:
-    adapted = layer()
+@modes
+def test_activation_checkpointing_changes_no_gradient(mode: str) -> None:
+    adapted = layer(mode=mode)
     x = torch.randn(4, 7, requires_grad=True)
     adapted(x).pow(2).sum().backward()
     expected, expected_x = adapted.deltas[0].values.grad.clone(), x.grad.clone()
@@ -158,8 +173,9 @@ def test_a_model_built_on_meta_gets_its_a_and_index_when_it_becomes_real() -> No
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of dynamo and inductor, about themselves
-def test_compiles_without_graph_breaks() -> None:
-    adapted = layer(in_features=16, out_features=12)
+@modes
+def test_compiles_without_graph_breaks(mode: str) -> None:
+    adapted = layer(in_features=16, out_features=12, mode=mode)
     x = torch.randn(4, 16, requires_grad=True)
     expected = adapted(x)
     expected.pow(2).sum().backward()
@@ -171,6 +187,44 @@ def test_compiles_without_graph_breaks() -> None:
     assert torch.allclose(y, expected, atol=1e-6)
     assert torch.allclose(x.grad, grads[0], atol=1e-5)
     assert torch.allclose(adapted.deltas[0].values.grad, grads[1], atol=1e-4)
+
+
+def test_a_recomputed_a_takes_no_memory_and_gives_the_same_to_rounding() -> None:
+    cached, recomputed = (layer(in_features=300, out_features=200, rank=8, mode=mode) for mode in MODES)
+    recomputed.load_state_dict(cached.state_dict())
+    results = []
+    for adapted in (cached, recomputed):
+        x = torch.linspace(-1, 1, 1500).view(5, 300).requires_grad_()
+        y = adapted(x)
+        y.pow(2).sum().backward()
+        results.append((y, x.grad, adapted.deltas[0].values.grad))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+    delta = recomputed.deltas[0]
+    assert [name for name, _ in delta.named_buffers()] == ["index"]
+    assert torch.equal(delta.a(), cached.deltas[0].projection)
+    assert torch.equal(delta.weight(delta.values), cached.deltas[0].weight(delta.values))
+
+
+def test_a_recomputed_a_stays_the_same_whatever_the_model_is_cast_to() -> None:
+    adapted = layer(mode="recomputed")
+    x = torch.randn(6, 7)
+    exact = adapted(x)
+    y = adapted.to(torch.bfloat16)(x.bfloat16())
+    y.float().pow(2).sum().backward()
+    assert (y.dtype, adapted.deltas[0].values.grad.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.allclose(y.float(), exact, atol=0.1, rtol=0.05)
+    assert torch.equal(adapted.deltas[0].a(), projection(3, "0", 3, 7))
+
+
+def test_a_recomputed_model_built_on_meta_becomes_real() -> None:
+    model = nn.Sequential(nn.Linear(7, 5, device="meta"))
+    attach(model, Spec(rank=3, alpha=6.0, seed=3, projection="recomputed"))
+    assert model(torch.empty(2, 7, device="meta")).shape == (2, 5)
+    assert model[0].deltas[0].a().is_meta
+    model.to_empty(device="cpu")
+    assert torch.equal(model[0].deltas[0].a(), projection(3, "0", 3, 7))
+    assert torch.equal(model[0].deltas[0].values, torch.zeros(15))
 
 
 def test_a_layer_that_keeps_nothing_has_no_parameter_and_is_the_base() -> None:
@@ -186,8 +240,9 @@ def test_only_the_values_are_in_the_state_dict() -> None:
     assert set(layer().state_dict()) == {"base.weight", "base.bias", "deltas.0.values"}
 
 
-def test_a_copy_is_a_layer_of_its_own() -> None:
-    adapted = layer()
+@modes
+def test_a_copy_is_a_layer_of_its_own(mode: str) -> None:
+    adapted = layer(mode=mode)
     other = copy.deepcopy(adapted)
     x = torch.randn(2, 7)
     assert torch.equal(adapted(x), other(x))
@@ -196,8 +251,9 @@ def test_a_copy_is_a_layer_of_its_own() -> None:
 
 
 @pytest.mark.gpu
-def test_cuda_gives_the_cpu_result() -> None:
-    adapted = layer(in_features=512, out_features=384, rank=8, density=0.1)
+@modes
+def test_cuda_gives_the_cpu_result(mode: str) -> None:
+    adapted = layer(in_features=512, out_features=384, rank=8, density=0.1, mode=mode)
     x = torch.randn(64, 512)
     expected = adapted(x)
     expected.pow(2).sum().backward()

@@ -1,5 +1,4 @@
 import hashlib
-import importlib.util
 import math
 import os
 import random
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from lori_dist.adapter.projection import DTYPES, GENERATOR, checksum, philox, projection
 from lori_dist.errors import AdapterError
+from tests.interpreter import repair_bfloat16, run_interpreted
 
 SEED, MODULE = 2024, "model.layers.0.self_attn.q_proj"
 MASK = 2**64 - 1
@@ -293,8 +293,8 @@ KERNEL_CASES = (
 def check_interpreted_kernel() -> None:
     from lori_dist.adapter import projection_cuda
 
-    # Without bfloat16: the interpreter truncates it, where the hardware rounds.
-    for dtype in (torch.float32, torch.float16, torch.float64):
+    repair_bfloat16()
+    for dtype in DTYPES:
         for rank, in_features, rows, columns in KERNEL_CASES:
             expected = projection(SEED, MODULE, rank, in_features, rows=rows, columns=columns, dtype=dtype)
             a = torch.empty_like(expected)
@@ -304,10 +304,8 @@ def check_interpreted_kernel() -> None:
             assert torch.equal(a, expected), (dtype, rank, in_features, rows, columns)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_the_interpreted_kernel_makes_the_same_bits() -> None:
-    code = "from tests.adapter.test_projection import check_interpreted_kernel as check; check()"
-    run_python(code, TRITON_INTERPRET="1")
+    run_interpreted(check_interpreted_kernel)
 
 
 @pytest.mark.gpu

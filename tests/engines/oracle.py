@@ -14,7 +14,7 @@ from lori_dist.adapter.attach import attach, match, trainable
 from lori_dist.adapter.linear import features
 from lori_dist.config import Train
 from lori_dist.training.data import Batch, Example, collate, micro_batches
-from lori_dist.training.engine import Engine, State, StepResult
+from lori_dist.training.engine import Engine, State, StepResult, collect
 from lori_dist.training.world import World
 
 SPEC = Spec(rank=4, alpha=8.0, seed=9)
@@ -65,7 +65,7 @@ class Course:
     results: tuple[StepResult, ...]
     """Of each step."""
     state: State
-    """At the end."""
+    """At the end; of an engine's course, on rank 0 alone."""
 
 
 def one_process(model: nn.Module, num_steps: int, *, clip: float | None = TRAIN.clip) -> Course:
@@ -96,7 +96,7 @@ def run(engine: Engine, world: World, steps: Sequence[int]) -> Course:
         batches = [collate([rows[row] for row in piece], PAD) for piece in pieces]
         num_targets = sum(len(rows[row].response_ids) for row in BATCHES[step])
         results.append(engine.step(batches, num_targets=num_targets, lr=RATES[step]))
-    return Course(results=tuple(results), state=engine.state())
+    return Course(results=tuple(results), state=collect(engine, world))
 
 
 def difference(state: State, reference: State) -> float:

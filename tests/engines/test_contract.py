@@ -11,21 +11,20 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lori_dist import plugin
 from lori_dist.config import Train
-from lori_dist.training.engine import Engine, State
+from lori_dist.training.engine import QUANTITIES, Engine, Part, State, collect
 from lori_dist.training.train import checkpoint_activations
-from lori_dist.training.world import World, from_environment
+from lori_dist.training.world import World, from_environment, from_first
 from tests.distributed import run_distributed
 from tests.engines.oracle import TRAIN, Course, adapt, difference, one_process, run
-from tests.models import tiny_gpt2, tiny_llama
+from tests.models import on_meta, tiny_gpt2, tiny_llama
 
 TOLERANCE = 5e-6
-WORLD_SIZES = (1, 2, 4)
 HALF = 3
 """Steps after which a training is resumed."""
 
@@ -38,15 +37,35 @@ class Asked:
     options: Mapping[str, Any]
     shards_base: bool
     shards_moments: bool
+    replicas: int = 1
+    """Copies of what is sharded."""
+    world_sizes: tuple[int, ...] = (1, 2, 4)
+
+
+def fsdp(**options: Any) -> Asked:
+    shards_base = options.get("base") != "replicated"
+    return Asked(name="fsdp", options=options, shards_base=shards_base, shards_moments=True)
+
+
+def deepspeed(stage: int, **options: Any) -> Asked:
+    return Asked(name="deepspeed", options={"stage": stage, **options}, shards_base=stage == 3, shards_moments=True)
 
 
 ENGINES = {
     "ddp": Asked(name="ddp", options={}, shards_base=False, shards_moments=False),
-    "fsdp": Asked(name="fsdp", options={}, shards_base=True, shards_moments=True),
-    "deepspeed-1": Asked(name="deepspeed", options={"stage": 1}, shards_base=False, shards_moments=True),
-    "deepspeed-2": Asked(name="deepspeed", options={"stage": 2}, shards_base=False, shards_moments=True),
-    "deepspeed-3": Asked(name="deepspeed", options={"stage": 3}, shards_base=True, shards_moments=True),
+    "fsdp": fsdp(),
+    "fsdp, base replicated": fsdp(base="replicated"),
+    "fsdp, hybrid": replace(fsdp(replicas=2), replicas=2, world_sizes=(2, 4)),
+    "fsdp, offloaded": replace(fsdp(offload=True), world_sizes=(2,)),
+    "deepspeed-1": deepspeed(1),
+    "deepspeed-2": deepspeed(2),
+    "deepspeed-3": deepspeed(3),
+    "deepspeed-3, hpz": replace(deepspeed(3, hpz=2), world_sizes=(2, 4)),
+    "deepspeed-3, offloaded": replace(deepspeed(3, offload=True), world_sizes=(2,)),
 }
+
+
+CASES = [(name, size) for size in (1, 2, 4) for name, asked in ENGINES.items() if size in asked.world_sizes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +113,8 @@ class Outcome:
     """Share of the base that is on this rank."""
     moments_held: float
     """Share of Adam's moments that is on this rank."""
+    held: dict[str, dict[str, Part]]
+    """Of llama at the end, by quantity."""
     start: State
     """Of llama, before the first step."""
     middle: State
@@ -117,14 +138,16 @@ def train_all(asked: Asked, halfway: State) -> Outcome:
     engine = _build(asked, LLAMA, world)
     num_base = sum(p.numel() for p in tiny_llama().parameters())
     num_values = sum(values.numel() for values in halfway.values.values())
-    start = engine.state()
+    start = collect(engine, world)
     first = run(engine, world, range(HALF))
     rest = run(engine, world, range(HALF, LLAMA.num_steps))
     courses = {"llama": Course(results=first.results + rest.results, state=rest.state)}
     base_held, moments_held = _held(engine)
-    resumed = run(_build(asked, LLAMA, world, first.state), world, range(HALF, LLAMA.num_steps))
+    held = {quantity: {path: _copy(part) for path, part in engine.parts(quantity).items()} for quantity in QUANTITIES}
+    middle = from_first(world, lambda: first.state)
+    resumed = run(_build(asked, LLAMA, world, middle), world, range(HALF, LLAMA.num_steps))
     porting = _build(asked, LLAMA, world, halfway)
-    loaded = porting.state()
+    loaded = collect(porting, world)
     ported = run(porting, world, range(HALF, LLAMA.num_steps))
     for name, variant in VARIANTS.items():
         if variant is not LLAMA:
@@ -134,6 +157,7 @@ def train_all(asked: Asked, halfway: State) -> Outcome:
         engine=_kind(engine),
         base_held=base_held / num_base,
         moments_held=moments_held / num_values,
+        held=held,
         start=start,
         middle=first.state,
         courses=courses,
@@ -148,7 +172,8 @@ def train_all(asked: Asked, halfway: State) -> Outcome:
 
 def _build(asked: Asked, variant: Variant, world: World, state: State | None = None) -> Engine:
     build = plugin.find("engines", asked.name, "build", "train.engine").load()
-    engine: Engine = build(variant.build(), variant.train, world, state=state, **asked.options)
+    model, weights = on_meta(variant.build())
+    engine: Engine = build(model, weights, variant.train, world, state=state, **asked.options)
     return engine
 
 
@@ -158,11 +183,20 @@ def _kind(engine: Engine) -> str:
         return "ddp"
     if isinstance(model, FSDPModule):
         assert isinstance(model, nn.Module)
-        sharded = all(isinstance(parameter, DTensor) for parameter in model.parameters())
-        return "fsdp" if sharded else "fsdp, in part"
+        sharded = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
+        if {id(parameter) for parameter in sharded} == {id(p) for p in model.parameters() if p.requires_grad}:
+            return "fsdp, base replicated"
+        if len(sharded) < len(list(model.parameters())):
+            return "fsdp, in part"
+        if any(parameter.device_mesh.ndim == 2 for parameter in sharded):
+            return "fsdp, hybrid"
+        group = model._get_fsdp_state()._fsdp_param_group
+        return "fsdp, offloaded" if isinstance(group.offload_policy, CPUOffloadPolicy) else "fsdp"
     if isinstance(model, DeepSpeedEngine):
         if isinstance(model.optimizer, DeepSpeedZeroOptimizer_Stage3):
-            return "deepspeed-3"
+            if any(parameter.ds_secondary_tensor is not None for parameter in model.parameters()):
+                return "deepspeed-3, hpz"
+            return "deepspeed-3, offloaded" if model.optimizer.offload_param else "deepspeed-3"
         if isinstance(model.optimizer, DeepSpeedZeroOptimizer):
             return "deepspeed-2" if model.optimizer.partition_gradients else "deepspeed-1"
     return type(model).__name__
@@ -173,6 +207,10 @@ def _held(engine: Any) -> tuple[int, int]:
     base = [parameter for parameter in engine.model.parameters() if not parameter.requires_grad]
     moments = [kept["exp_avg"] for kept in engine.optimizer.state.values()]
     return sum(map(_num_local, base)), sum(map(_num_local, moments))
+
+
+def _copy(part: Part) -> Part:
+    return Part(start=part.start, data=part.data.cpu().clone())
 
 
 def _num_local(tensor: Any) -> int:
@@ -194,7 +232,7 @@ def halfway() -> State:
     return LLAMA.reference(HALF).state
 
 
-@pytest.fixture(scope="module", params=[(name, size) for size in WORLD_SIZES for name in ENGINES], ids=str)
+@pytest.fixture(scope="module", params=CASES, ids=str)
 def case(request: pytest.FixtureRequest, halfway: State) -> tuple[str, int, list[Outcome]]:
     """One gang of ranks does all that the tests below look at."""
     name, world_size = request.param
@@ -215,9 +253,11 @@ def test_the_engine_is_the_one_asked_for(case: Case) -> None:
 
 def test_each_rank_holds_its_share(case: Case) -> None:
     name, world_size, outcomes = case
+    asked = ENGINES[name]
+    share = asked.replicas / world_size
     for outcome in outcomes:
-        assert outcome.base_held == pytest.approx(1 / world_size if ENGINES[name].shards_base else 1, abs=0.05)
-        assert outcome.moments_held == pytest.approx(1 / world_size if ENGINES[name].shards_moments else 1, abs=0.06)
+        assert outcome.base_held == pytest.approx(share if asked.shards_base else 1, abs=0.05)
+        assert outcome.moments_held == pytest.approx(share if asked.shards_moments else 1, abs=0.06)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -240,12 +280,31 @@ def test_losses_and_norms_are_those_of_the_global_batch(
             assert found.grad_norm == pytest.approx(wanted.grad_norm, rel=TOLERANCE)
 
 
-def test_all_ranks_have_the_same_state(case: Case) -> None:
+def test_all_ranks_see_the_same_losses_and_norms(case: Case) -> None:
     first, *others = case[2]
     for other in others:
-        assert other.courses["llama"].results == first.courses["llama"].results
-        for state, same in ((other.courses["llama"].state, first.courses["llama"].state), (other.start, first.start)):
-            assert_equal(state, same)
+        for variant in VARIANTS:
+            assert other.courses[variant].results == first.courses[variant].results
+
+
+def test_the_state_is_what_the_ranks_hold(case: Case) -> None:
+    _, _, outcomes = case
+    state = outcomes[0].courses["llama"].state
+    for quantity in QUANTITIES:
+        for path, full in getattr(state, quantity).items():
+            seen = torch.zeros(full.numel(), dtype=torch.bool)
+            for outcome in outcomes:
+                part = outcome.held[quantity][path]
+                end = part.start + part.data.numel()
+                assert torch.equal(part.data, full[part.start : end])
+                seen[part.start : end] = True
+            assert seen.all()
+
+
+def test_only_the_first_rank_gathers(case: Case) -> None:
+    for outcome in case[2][1:]:
+        for state in (outcome.courses["llama"].state, outcome.start, outcome.loaded):
+            assert not state.values and not state.exp_avg and not state.exp_avg_sq
 
 
 def test_training_starts_from_zero(case: Case) -> None:
@@ -264,8 +323,7 @@ def test_a_resumed_training_is_the_same_bit_for_bit(case: Case) -> None:
 
 
 def test_a_state_goes_in_and_out_unchanged(case: Case, halfway: State) -> None:
-    for outcome in case[2]:
-        assert_equal(outcome.loaded, halfway)
+    assert_equal(case[2][0].loaded, halfway)
 
 
 def test_a_training_goes_on_from_another_engine_s_state(
@@ -280,7 +338,8 @@ def test_values_stay_fp32_on_a_base_in_half_precision(case: Case) -> None:
     for outcome in case[2]:
         assert outcome.base_dtypes == {torch.bfloat16}
         assert outcome.value_dtypes == {torch.float32}
-        assert all(values.dtype == torch.float32 and values.any() for values in outcome.halved.state.values.values())
+    halved = case[2][0].halved.state.values
+    assert all(values.dtype == torch.float32 and values.any() for values in halved.values())
 
 
 def test_half_precision_follows_full_precision(case: Case, references: dict[str, Course]) -> None:
@@ -309,7 +368,7 @@ def live_bytes(asked: Asked) -> tuple[int, int]:
     return training, count() - before
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", [name for name, asked in ENGINES.items() if 1 in asked.world_sizes])
 def test_a_closed_engine_leaves_no_model_behind(name: str) -> None:
     [(training, after)] = run_distributed(live_bytes, ENGINES[name], world_size=1)
     assert training > 4 * sum(parameter.numel() for parameter in tiny_llama().parameters()) * 0.9

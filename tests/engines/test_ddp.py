@@ -6,7 +6,7 @@ from lori_dist.engines.ddp import build
 from lori_dist.training.world import from_environment
 from tests.distributed import run_distributed
 from tests.engines.oracle import TRAIN, adapt, run
-from tests.models import tiny_llama
+from tests.models import on_meta, tiny_llama
 
 
 def train_with_own_projection() -> float:
@@ -15,7 +15,7 @@ def train_with_own_projection() -> float:
     model: Any = adapt(tiny_llama())
     a = model.model.layers[0].mlp.up_proj.deltas[0].projection
     a.fill_(world.rank)
-    engine = build(model, TRAIN, world, state=None)
+    engine = build(*on_meta(model), TRAIN, world, state=None)
     run(engine, world, range(2))
     return float(a.mean())
 
@@ -26,7 +26,7 @@ def test_nothing_but_gradients_is_sent() -> None:
 
 def size_of_gradients() -> tuple[int, int]:
     world = from_environment()
-    engine = build(adapt(tiny_llama()), TRAIN, world, state=None)
+    engine = build(*on_meta(adapt(tiny_llama())), TRAIN, world, state=None)
     held = sum(p.numel() for p in engine.model.parameters() if p.requires_grad)
     return held, sum(len(kept) for kept in engine.optimizer.state.values())
 

@@ -3,6 +3,7 @@ from typing import Any
 
 import deepspeed
 import pytest
+import torch
 
 from lori_dist import plugin
 from lori_dist.engines.deepspeed import build
@@ -10,11 +11,11 @@ from lori_dist.errors import ConfigError
 from lori_dist.training.world import World, from_environment
 from tests.distributed import run_distributed
 from tests.engines.oracle import TRAIN, adapt, run
-from tests.models import tiny_llama
+from tests.models import on_meta, tiny_llama
 
 
-def engine(stage: Any, world: World) -> Any:
-    return build(adapt(tiny_llama()), TRAIN, world, state=None, stage=stage)
+def engine(stage: Any, world: World, **options: Any) -> Any:
+    return build(*on_meta(adapt(tiny_llama())), TRAIN, world, state=None, stage=stage, **options)
 
 
 def undocumented_names() -> list[bool]:
@@ -24,12 +25,12 @@ def undocumented_names() -> list[bool]:
         zero = engine(stage, world).model.optimizer
         wanted = ("single_partition_of_fp32_groups", "_lazy_init_hp_params_optimizer_state")
         found += [hasattr(zero, name) for name in (wanted if stage < 3 else ("fp32_partitioned_groups_flat",))]
-    return found
+    return [*found, hasattr(deepspeed.zero.Init, "_convert_to_deepspeed_param")]
 
 
 def test_the_undocumented_names_are_there() -> None:
     assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__
-    assert run_distributed(undocumented_names, world_size=1) == [[True] * 5]
+    assert run_distributed(undocumented_names, world_size=1) == [[True] * 6]
 
 
 def one_step(stage: int) -> None:
@@ -69,3 +70,37 @@ def test_stages_are_checked_with_the_configuration() -> None:
     assert method.bind({"stage": 3}, "train.engine") == {"stage": 3}
     with pytest.raises(ConfigError, match=r"train\.engine\.stage: 4 was given"):
         method.bind({"stage": 4}, "train.engine")
+
+
+def build_with(options: dict[str, Any]) -> None:
+    engine(options.pop("stage"), from_environment(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"stage": 3, "hpz": 2},
+            r"ConfigError: train\.engine\.hpz: 2 was given for 1 ranks; give a number",
+        ),
+        (
+            {"stage": 2, "offload": True},
+            r"train\.engine\.offload: True was given at stage 2, where the base",
+        ),
+    ],
+    ids=str,
+)
+def test_placements_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(pytest.fail.Exception, match=message):
+        run_distributed(build_with, options, world_size=1)
+
+
+def linear_after(stage: int) -> bool:
+    before = torch.nn.functional.linear
+    world = from_environment()
+    run(engine(stage, world), world, range(1))
+    return torch.nn.functional.linear is before
+
+
+def test_the_process_keeps_its_own_linear() -> None:
+    assert run_distributed(linear_after, 3, world_size=1) == [True]

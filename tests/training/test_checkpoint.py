@@ -2,19 +2,24 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
+from torch import nn
 
 from lori_dist.errors import JobError
 from lori_dist.training import checkpoint
-from lori_dist.training.engine import State
+from lori_dist.training.data import Batch
+from lori_dist.training.engine import Part, Quantity, State, StepResult
+from lori_dist.training.world import World, from_environment
 from tests.distributed import run_distributed
 
-PHASE, FINGERPRINT = "train", "f1"
+PHASE = "train"
+ORIGIN = {"fingerprint": "f1", "adapter": {"rank": 4, "alpha": 8.0}, "model": {"content": {"config.json": "aa"}}}
 
 
 def state(step: int) -> State:
@@ -27,12 +32,44 @@ def state(step: int) -> State:
     return State(step=step, values=part(), exp_avg=part(), exp_avg_sq=part())
 
 
-def save(folder: Path, *steps: int, keep: int = 10) -> list[Path]:
-    return [checkpoint.save(folder, PHASE, state(step), fingerprint=FINGERPRINT, keep=keep) for step in steps]
+class Holder:
+    """An engine that holds a state, sharded as FSDP does it."""
+
+    model = nn.Module()
+
+    def __init__(self, step: int, world: World) -> None:
+        self.state, self.num_steps, self.world = state(step), step, world
+
+    def step(self, micro_batches: object, *, num_targets: int, lr: float) -> StepResult:
+        raise NotImplementedError(Batch)
+
+    def parts(self, quantity: Quantity) -> Mapping[str, Part]:
+        return {path: self._share(full) for path, full in getattr(self.state, quantity).items()}
+
+    def _share(self, full: torch.Tensor) -> Part:
+        size = -(-full.numel() // self.world.size)
+        start = min(size * self.world.rank, full.numel())
+        return Part(start=start, data=full[start : start + size])
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def group() -> Iterator[None]:
+    """What `save` is a collective of: this process alone."""
+    from_environment()
+    yield
+    dist.destroy_process_group()
+
+
+def save(folder: Path, *steps: int, keep: int = 10, phase: str = PHASE) -> list[Path]:
+    world = from_environment()
+    return [checkpoint.save(folder, phase, Holder(step, world), world, origin=ORIGIN, keep=keep) for step in steps]
 
 
 def newest(folder: Path) -> State | None:
-    return checkpoint.newest(folder, PHASE, FINGERPRINT)
+    return checkpoint.newest(folder, PHASE, ORIGIN)
 
 
 def assert_is(found: State | None, step: int) -> None:
@@ -55,37 +92,35 @@ def test_the_newest_comes_back_as_it_was_in_its_order(tmp_path: Path) -> None:
 
 def test_phases_do_not_mix(tmp_path: Path) -> None:
     save(tmp_path, 5)
-    checkpoint.save(tmp_path, "calibrate", state(7), fingerprint=FINGERPRINT, keep=1)
+    save(tmp_path, 7, keep=1, phase="calibrate")
     assert_is(newest(tmp_path), 5)
-    assert_is(checkpoint.newest(tmp_path, "calibrate", FINGERPRINT), 7)
+    assert_is(checkpoint.newest(tmp_path, "calibrate", ORIGIN), 7)
     checkpoint.delete(tmp_path, "calibrate")
-    assert checkpoint.newest(tmp_path, "calibrate", FINGERPRINT) is None
+    assert checkpoint.newest(tmp_path, "calibrate", ORIGIN) is None
     assert_is(newest(tmp_path), 5)
 
 
 def test_only_so_many_are_kept(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, "calibrate", state(1), fingerprint=FINGERPRINT, keep=2)
+    save(tmp_path, 1, keep=2, phase="calibrate")
     paths = save(tmp_path, 10, 20, 30, 40, keep=2)
     assert [path.exists() for path in paths] == [False, False, True, True]
-    assert checkpoint.newest(tmp_path, "calibrate", FINGERPRINT) is not None
+    assert checkpoint.newest(tmp_path, "calibrate", ORIGIN) is not None
 
 
 def test_a_file_says_what_it_is(tmp_path: Path) -> None:
     [path] = save(tmp_path, 5)
     with safe_open(path, framework="pt") as file:
         [(key, text)] = file.metadata().items()
-        names = set(file.keys())
-    header = json.loads(text)
+        shapes = {name: list(file.get_tensor(name).shape) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     assert key == "lori"
-    assert header.pop("digest")
-    assert header == {
-        "format": "lori-checkpoint-1",
+    assert json.loads(text) == {
+        "format": "lori-checkpoint-2",
         "phase": "train",
         "step": 5,
-        "modules": ["b.x", "a", "b.c"],
-        "fingerprint": "f1",
+        "modules": {"b.x": 7, "a": 1, "b.c": 50},
+        "origin": ORIGIN,
     }
-    assert names == {f"{part}/{path}" for part in ("values", "exp_avg", "exp_avg_sq") for path in ("b.x", "a", "b.c")}
+    assert shapes == {"values": [58], "exp_avg": [58], "exp_avg_sq": [58], "digest": [16]}
 
 
 def test_the_same_state_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -95,13 +130,52 @@ def test_the_same_state_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_it_holds_nothing_but_three_numbers_an_entry(tmp_path: Path) -> None:
     [path] = save(tmp_path, 5)
-    assert path.stat().st_size < 3 * 4 * 58 + 2000
+    assert path.stat().st_size < 3 * 4 * 58 + 700
 
 
-def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
+OTHERS = {
+    "run": ({"fingerprint": "f2"}, "fingerprint is 'f1' there and 'f2' here"),
+    "adapter": ({"adapter": {"rank": 8, "alpha": 8.0}}, "adapter.rank is 4 there and 8 here"),
+    "base": ({"model": {"content": {"config.json": "bb"}}}, "model.content.config.json is 'aa' there and 'bb' here"),
+    "mask": ({"mask": "cc"}, "mask is None there and 'cc' here"),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_checkpoint_of_something_else_is_refused_with_what_differs(other: str, tmp_path: Path) -> None:
+    changes, reason = OTHERS[other]
     save(tmp_path, 5)
-    with pytest.raises(JobError, match="of fingerprint f1; wanted train of f2; the configuration or its inputs have"):
-        checkpoint.newest(tmp_path, PHASE, "f2")
+    with pytest.raises(JobError) as caught:
+        checkpoint.newest(tmp_path, PHASE, {**ORIGIN, **changes})
+    assert f"train-00000005.safetensors: is a checkpoint of something else: {reason}; delete" in str(caught.value)
+
+
+def test_another_phase_is_something_else(tmp_path: Path) -> None:
+    [path] = save(tmp_path, 5)
+    with pytest.raises(JobError, match="phase is 'train' there and 'calibrate' here"):
+        checkpoint.read(path, "calibrate", origin=ORIGIN)
+
+
+def save_sharded(folder: Path) -> None:
+    world = from_environment()
+    checkpoint.save(folder, PHASE, Holder(5, world), world, origin=ORIGIN, keep=1)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_shards_make_the_same_file(world_size: int, tmp_path: Path) -> None:
+    [wanted] = save(tmp_path / "here", 5)
+    run_distributed(save_sharded, tmp_path / "there", world_size=world_size)
+    [found] = (tmp_path / "there").iterdir()
+    assert found.read_bytes() == wanted.read_bytes()
+
+
+def test_some_quantities_can_be_written_alone(tmp_path: Path) -> None:
+    world = from_environment()
+    path = tmp_path / "calibrated.safetensors"
+    checkpoint.write_state(path, PHASE, Holder(5, world), world, origin=ORIGIN, quantities=("values",))
+    found = checkpoint.read(path, PHASE, origin=ORIGIN)
+    assert not found.exp_avg and not found.exp_avg_sq
+    assert all(torch.equal(tensor, state(5).values[path]) for path, tensor in found.values.items())
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
@@ -148,26 +222,35 @@ def test_a_file_asked_for_by_name_must_be_whole(tmp_path: Path) -> None:
     [path] = save(tmp_path, 5)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(JobError, match="is damaged"):
-        checkpoint.read(path, PHASE, fingerprint=FINGERPRINT)
+        checkpoint.read(path, PHASE, origin=ORIGIN)
 
 
 def test_what_a_killed_writer_left_is_no_checkpoint(tmp_path: Path) -> None:
     [path] = save(tmp_path, 5)
-    (tmp_path / ".train-00000010.safetensors.partial").write_bytes(path.read_bytes()[:100])
+    (tmp_path / ".train-00000010.safetensors.ab12.partial").write_bytes(path.read_bytes()[:100])
     assert_is(newest(tmp_path), 5)
     save(tmp_path, 10)
     assert_is(newest(tmp_path), 10)
-    assert not (tmp_path / ".train-00000010.safetensors.partial").exists()
+    assert not list(tmp_path.glob("*.partial")) + list(tmp_path.glob(".*.partial"))
 
 
-def die_while_writing(folder: Path) -> None:
-    """Ends where the bytes are in the file, but not yet known to be on disk."""
-    os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+def die_while_writing(folder: Path, num_bytes: int) -> None:
+    """Killed when so many bytes, in a file or in all of them, have reached the disk; -1: all, but before the rename."""
+    real = os.fsync
+
+    def end(descriptor: int) -> None:
+        real(descriptor)
+        if num_bytes >= 0:
+            os.truncate(descriptor, num_bytes)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    os.fsync = end  # type: ignore[assignment]
     save(folder, 10)
 
 
-def test_a_writer_killed_in_the_act_leaves_the_one_before(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_bytes", [0, 1, 8, 100, 1000, -1])
+def test_a_writer_killed_in_the_act_leaves_the_one_before(num_bytes: int, tmp_path: Path) -> None:
     save(tmp_path, 5)
     with pytest.raises(pytest.fail.Exception, match="SIGKILL"):
-        run_distributed(die_while_writing, tmp_path, world_size=1)
+        run_distributed(die_while_writing, tmp_path, num_bytes, world_size=1)
     assert_is(newest(tmp_path), 5)

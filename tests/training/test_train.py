@@ -18,6 +18,7 @@ from lori_dist.config import Run
 from lori_dist.errors import JobError
 from lori_dist.jobs import task_seed
 from lori_dist.masks.magnitude import mask
+from lori_dist.tensors import metadata
 from lori_dist.training import checkpoint, data
 from lori_dist.training.loss import loss_sum, num_targets
 from lori_dist.training.model import identity, load_model, load_tokenizer
@@ -249,6 +250,14 @@ def test_activation_checkpointing_changes_no_number(run: Run, tmp_path: Path) ->
     assert torch.equal(values(found), values(wanted))
 
 
+def test_a_recomputed_projection_changes_no_number(run: Run, tmp_path: Path) -> None:
+    other = replace(run, adapter=replace(run.adapter, projection="recomputed"))
+    [(cached, expected)] = run_distributed(train_rank, run, tmp_path / "cached", world_size=1)
+    [(recomputed, records)] = run_distributed(train_rank, other, tmp_path / "recomputed", world_size=1)
+    assert [record["loss"] for record in records] == pytest.approx([record["loss"] for record in expected], rel=1e-5)
+    assert recomputed["kept"] == cached["kept"]
+
+
 def test_a_base_in_half_precision_trains(run: Run, tmp_path: Path) -> None:
     halved = replace(run, model=replace(run.model, dtype="bfloat16"), adapter=replace(run.adapter, dtype="bfloat16"))
     (summary, records), _ = run_distributed(train_rank, halved, tmp_path / "job", world_size=2)
@@ -336,6 +345,65 @@ def test_another_engine_on_other_ranks_goes_on(
     assert float((found - wanted).norm() / wanted.norm()) < 5e-6
 
 
+CHAIN = (
+    (engine("deepspeed", stage=3), 4, 3),
+    (engine("fsdp"), 2, 5),
+    (engine("ddp"), 1, 7),
+    (engine("fsdp", base="replicated"), 4, None),
+)
+"""Engine, number of ranks, and the step of the second phase after which one of them is killed."""
+
+
+def test_a_training_moves_over_engines_and_numbers_of_ranks(run: Run, tmp_path: Path) -> None:
+    run_distributed(train_rank, run, tmp_path / "whole", world_size=1)
+    for choice, world_size, last in CHAIN:
+        moved = changed(run, engine=choice)
+        if last is None:
+            [(_, records), *_] = run_distributed(train_rank, moved, tmp_path / "moved", world_size=world_size)
+            assert steps(records, "train") == [7]
+            continue
+        with pytest.raises(Failed, match="SIGKILL"):
+            run_distributed(train_and_die, moved, tmp_path / "moved", "train", last, world_size=world_size)
+    found, wanted = (values(file.load(tmp_path / name / "adapter.safetensors")) for name in ("moved", "whole"))
+    assert float((found - wanted).norm() / wanted.norm()) < 5e-6
+
+
+def draw_rank(run: Run, folder: Path) -> list[tuple[str, int, float]]:
+    """What a random generator gives after each step, on the first rank."""
+    drawn: list[tuple[str, int, float]] = []
+
+    def draw(record: Record) -> None:
+        drawn.append((record["phase"], record["step"], torch.rand(1).item()))
+
+    train(run, "count", from_environment(), folder, fingerprint=FINGERPRINT, progress=draw)
+    return drawn
+
+
+def test_a_resumed_training_draws_the_same_random_numbers(run: Run, tmp_path: Path) -> None:
+    whole, _ = run_distributed(draw_rank, run, tmp_path / "whole", world_size=2)
+    with pytest.raises(Failed, match="SIGKILL"):
+        run_distributed(train_and_die, run, tmp_path / "killed", "train", 3, world_size=2)
+    rest, _ = run_distributed(draw_rank, run, tmp_path / "killed", world_size=2)
+    assert rest == [item for item in whole if item[0] == "train" and item[1] > 2]
+    assert len({number for _, _, number in whole}) == len(whole)
+
+
+def test_another_base_is_refused_by_name(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(Failed, match="SIGKILL"):
+        run_distributed(train_and_die, run, tmp_path / "job", "train", 5, world_size=1)
+    other = replace(run, model=replace(run.model, path=str(save(tiny_llama(tied=True), tmp_path / "other"))))
+    with pytest.raises(Failed, match=r"is a checkpoint of something else: model\.content\.\S+ is '\w+' there"):
+        run_distributed(train_rank, other, tmp_path / "job", world_size=1)
+
+
+def test_another_adapter_is_refused_by_name(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(Failed, match="SIGKILL"):
+        run_distributed(train_and_die, run, tmp_path / "job", "train", 5, world_size=1)
+    other = replace(run, adapter=replace(run.adapter, alpha=16.0))
+    with pytest.raises(Failed, match=r"is a checkpoint of something else: adapter\.alpha is 8\.0 there and 16\.0 here"):
+        run_distributed(train_rank, other, tmp_path / "job", world_size=1)
+
+
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(run: Run, tmp_path: Path) -> None:
     run_distributed(train_rank, run, tmp_path / "job", world_size=1)
     wanted = (tmp_path / "job" / "adapter.safetensors").read_bytes()
@@ -358,13 +426,17 @@ def test_a_damaged_calibration_is_done_again(run: Run, tmp_path: Path) -> None:
 
 def test_results_of_another_configuration_are_refused(run: Run, tmp_path: Path) -> None:
     run_distributed(train_rank, run, tmp_path / "job", world_size=1)
-    with pytest.raises(Failed, match=r"calibrated.safetensors: holds phase calibrate of fingerprint f1; wanted"):
+    with pytest.raises(Failed, match=r"calibrated.safetensors: is a checkpoint of something else: fingerp"):
         run_distributed(train_rank, run, tmp_path / "job", "f2", world_size=1)
 
 
 def test_the_calibration_can_be_read_as_a_state(run: Run, tmp_path: Path) -> None:
     run_distributed(train_rank, run, tmp_path / "job", world_size=1)
-    state = checkpoint.read(tmp_path / "job" / "calibrated.safetensors", "calibrate", fingerprint=FINGERPRINT)
+    path = tmp_path / "job" / "calibrated.safetensors"
+    origin = json.loads(metadata(path)["lori"])["origin"]
+    assert origin["fingerprint"] == FINGERPRINT
+    assert origin["schedule"] == {"name": "cosine", "warmup_steps": 2, "num_steps": CALIBRATION_STEPS, "lr": 5e-4}
+    state = checkpoint.read(path, "calibrate", origin=origin)
     wanted = plain_phase(run, None, CALIBRATION_STEPS, run.train.lr / 10)
     assert list(state.values) == list(wanted)
     assert state.step == CALIBRATION_STEPS

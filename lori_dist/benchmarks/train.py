@@ -1,0 +1,329 @@
+"""Training with LoRI beside PEFT's LoRA: the same base, rank, targets, batch and engine."""
+
+import importlib.util
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lori_dist import config, plugin
+from lori_dist.adapter import file
+from lori_dist.adapter.attach import adapted, extract
+from lori_dist.benchmarks._methods import METHODS, is_adapted
+from lori_dist.benchmarks._traffic import Traffic, saved_bytes
+from lori_dist.errors import ConfigError
+from lori_dist.training import checkpoint
+from lori_dist.training.data import Batch
+from lori_dist.training.engine import Engine, gather, trained
+from lori_dist.training.world import World, from_environment
+
+ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddp": ("ddp", {}),
+    "fsdp": ("fsdp", {}),
+    "fsdp_replicated": ("fsdp", {"base": "replicated"}),
+    "zero1": ("deepspeed", {"stage": 1}),
+    "zero2": ("deepspeed", {"stage": 2}),
+    "zero3": ("deepspeed", {"stage": 3}),
+}
+COUNTED = ("optimizer_bytes", "gradient_bytes", "adapter_file_bytes", "saved_activation_bytes")
+"""Of which there is a ratio, beside that of the times."""
+VOCABULARY = 8192
+AGAINST, FLOOR = "peft_lora", "floor"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What every gang of ranks is told."""
+
+    folder: Path
+    """With the base in `base`, and room for results."""
+    engine: str
+    rank: int
+    rows: int
+    length: int
+    steps: int
+    dtype: str
+
+
+def run(
+    *,
+    engines: str = ",".join(ENGINES),
+    ranks: int = 2,
+    rank: int = 32,
+    layers: int = 12,
+    hidden: int = 512,
+    rows: int = 8,
+    length: int = 128,
+    steps: int = 7,
+    dtype: str = "",
+) -> dict[str, Any]:
+    """Rows for a table, and ratios[engine][method] to PEFT's LoRA, times with the quartiles of their spread.
+
+    engines: names separated by commas. ranks: processes; on CUDA at most one per device. rank: of the adapters.
+    layers, hidden: of a Llama with random weights, 42 million at the defaults. rows, length: of a rank's batch.
+    steps: timed, in turns, after two that are not. dtype: of the base, by default bfloat16 on CUDA, else float32.
+
+    A row's figures are of rank 0. optimizer_bytes: Adam's moments held. gradient_bytes and adapter_gathered_bytes: of
+    the adapter, in the collectives of one step; base_reduced_bytes and base_gathered_bytes: of all else, which is what
+    the same engine sends without an adapter. Each counts the whole tensor that is reduced or made.
+    saved_activation_bytes: kept for the backward pass by the adapted layers; model_activation_bytes: by the whole
+    model. peak_memory_bytes: above what the process had before the model. first_step_seconds: from the start of the
+    process to the end of the first step.
+    Raises ConfigError for an engine that is not known, and where PEFT is not installed.
+    """
+    chosen = engines.split(",")
+    _check(chosen)
+    on_cuda = torch.cuda.is_available()
+    num_ranks = min(ranks, torch.cuda.device_count()) if on_cuda else ranks
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        _make_base(folder / "base", layers, hidden, length)
+        rows_of_table: list[dict[str, Any]] = []
+        ratios: dict[str, Any] = {}
+        for engine in chosen:
+            setting = Setting(
+                folder=folder,
+                engine=engine,
+                rank=rank,
+                rows=rows,
+                length=length,
+                steps=steps,
+                dtype=dtype or ("bfloat16" if on_cuda else "float32"),
+            )
+            alone = {method: _gang(_alone, setting, num_ranks, method, time.time()) for method in METHODS}
+            together = _gang(_together, setting, num_ranks)
+            made = [_row(engine, method, alone, together["seconds"], num_ranks * rows * length) for method in METHODS]
+            rows_of_table += made
+            ratios[engine] = _ratios({row["method"]: row for row in made}, together)
+    return {"rows": rows_of_table, "ratios": ratios}
+
+
+def _check(engines: Sequence[str]) -> None:
+    for engine in engines:
+        if engine not in ENGINES:
+            near = plugin.nearest(engine, ENGINES)
+            raise ConfigError(f"bench train: engines: there is no {engine!r}; there are {', '.join(ENGINES)}.{near}")
+    if importlib.util.find_spec("peft") is None:
+        raise ConfigError(
+            "bench train: PEFT is not installed, and its LoRA is what is measured against; "
+            "pip install 'lori_dist[peft]'"
+        )
+
+
+def _make_base(folder: Path, layers: int, hidden: int, length: int) -> None:
+    settings = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=max(length, 512),
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(settings).save_pretrained(folder)
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def _row(
+    engine: str, method: str, alone: Mapping[str, dict[str, Any]], seconds: Mapping[str, list[float]], tokens: int
+) -> dict[str, Any]:
+    counted, without = alone[method], alone[FLOOR]
+    times = seconds[method]
+    low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    has_adapter = method != FLOOR
+    return {
+        "engine": engine,
+        "method": method,
+        "trainable": counted["trainable"],
+        "optimizer_bytes": counted["optimizer_bytes"],
+        "gradient_bytes": counted["reduced"] - without["reduced"] if has_adapter else 0,
+        "adapter_gathered_bytes": counted["gathered"] - without["gathered"] if has_adapter else 0,
+        "base_reduced_bytes": without["reduced"],
+        "base_gathered_bytes": without["gathered"],
+        "collectives": counted["collectives"],
+        "saved_activation_bytes": counted["layer_bytes"],
+        "model_activation_bytes": counted["model_bytes"],
+        "step_seconds": round(median, 4),
+        "step_seconds_quartiles": [round(low, 4), round(high, 4)],
+        "tokens_per_second": round(tokens / median),
+        "peak_memory_bytes": counted["peak_memory_bytes"],
+        "first_step_seconds": round(counted["first_step_seconds"], 2),
+        "adapter_file_bytes": counted["adapter_file_bytes"],
+        "checkpoint_bytes": counted["checkpoint_bytes"],
+        "checkpoint_seconds": round(counted["checkpoint_seconds"], 4),
+    }
+
+
+def _ratios(rows: Mapping[str, Mapping[str, Any]], together: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what is counted, quotients; of times, the median of the quotients of steps taken in the same turn."""
+    found = {}
+    for method in ("lori_d", "lori_s"):
+        counted = {name: round(rows[method][name] / rows[AGAINST][name], 4) for name in COUNTED}
+        share = together["flops"][method] / together["flops"][FLOOR] - 1
+        found[method] = {
+            **counted,
+            **_paired("step_seconds", together["seconds"], method, AGAINST),
+            **_paired("step_seconds_over_floor", together["seconds"], method, FLOOR),
+            "adapter_share_of_flops": round(share, 4),
+            "wanted_over_floor": round(1 + 1.5 * share, 4),
+        }
+    return found
+
+
+def _paired(name: str, seconds: Mapping[str, list[float]], method: str, over: str) -> dict[str, Any]:
+    quotients = [one / other for one, other in zip(seconds[method], seconds[over], strict=True)]
+    low, median, high = statistics.quantiles(quotients, n=4) if len(quotients) > 1 else quotients * 3
+    return {name: round(median, 4), f"{name}_quartiles": [round(low, 4), round(high, 4)]}
+
+
+# --- gangs -----------------------------------------------------------------------------------------------------------
+
+
+def _gang(function: Any, setting: Setting, num_ranks: int, *args: Any) -> dict[str, Any]:
+    """What a function of a rank gives on rank 0 of new processes."""
+    result = setting.folder / "result.json"
+    store = setting.folder / f"store-{time.monotonic_ns()}"
+    torch.multiprocessing.spawn(  # type: ignore[attr-defined]
+        _rank, args=(function, setting, num_ranks, store, result, args), nprocs=num_ranks
+    )
+    found: dict[str, Any] = json.loads(result.read_text())
+    return found
+
+
+def _rank(
+    number: int, function: Any, setting: Setting, num_ranks: int, store: Path, result: Path, args: tuple[Any, ...]
+) -> None:
+    on_cuda = torch.cuda.is_available()
+    os.environ["LOCAL_RANK"] = str(number)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
+    backend = "nccl" if on_cuda else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=number, world_size=num_ranks)
+    found = function(setting, from_environment(), *args)
+    if number == 0:
+        result.write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _build(setting: Setting, method: str, world: World) -> tuple[nn.Module, Engine]:
+    name, options = ENGINES[setting.engine]
+    model, weights = METHODS[method](setting.folder / "base", setting.rank, setting.dtype)
+    build = plugin.find("engines", name, "build", "engine").load()
+    train = config.Train(steps=setting.steps, micro_batch_size=setting.rows)
+    return model, build(model, weights, train, world, state=None, **options)
+
+
+def _batch(setting: Setting, world: World) -> Batch:
+    generator = torch.Generator().manual_seed(world.rank)
+    ids = torch.randint(VOCABULARY, (setting.rows, setting.length), generator=generator)
+    return Batch(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
+
+
+def _step(engine: Engine, batch: Batch, world: World) -> float:
+    """Seconds that one step takes, on a machine where all ranks have arrived."""
+    dist.barrier()
+    start = time.perf_counter()
+    engine.step([batch], num_targets=world.size * batch.labels[:, 1:].numel(), lr=1e-4)
+    return time.perf_counter() - start
+
+
+def _together(setting: Setting, world: World) -> dict[str, Any]:
+    """Seconds of every method's steps, taken in turns, and what one forward and backward pass computes."""
+    batch = _batch(setting, world)
+    engines = {method: _build(setting, method, world)[1] for method in METHODS}
+    flops = {}
+    for method, engine in engines.items():
+        with FlopCounterMode(display=False) as counter:
+            _step(engine, batch, world)
+        flops[method] = counter.get_total_flops()
+        _step(engine, batch, world)
+    seconds: dict[str, list[float]] = {method: [] for method in METHODS}
+    for _ in range(setting.steps):
+        for method, engine in engines.items():
+            seconds[method].append(_step(engine, batch, world))
+    return {"seconds": seconds, "flops": flops}
+
+
+def _alone(setting: Setting, world: World, method: str, started: float) -> dict[str, Any]:
+    """All that is counted, and what would be another method's if it were in the same process.
+
+    started: when the processes were, by the clock on the wall.
+    """
+    batch = _batch(setting, world)
+    before = _memory(world, reset=True)
+    model, engine = _build(setting, method, world)
+    _step(engine, batch, world)
+    first_step_seconds = time.time() - started
+    _step(engine, batch, world)
+    peak = _memory(world, reset=False) - before
+    with Traffic() as traffic:
+        engine.step([batch], num_targets=batch.labels.numel(), lr=1e-4)
+    with saved_bytes(engine.model, is_adapted) as saved:
+        engine.step([batch], num_targets=batch.labels.numel(), lr=1e-4)
+    start = time.perf_counter()
+    path = checkpoint.save(setting.folder / "checkpoints", method, engine, world, origin={}, keep=1)
+    checkpoint_seconds = time.perf_counter() - start
+    adapter = _save(setting.folder / "adapter.safetensors", method, model, engine, world)
+    return {
+        # At ZeRO's stage 3, parameters are empty between steps.
+        "trainable": sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained(model).values()),
+        "optimizer_bytes": _optimizer_bytes(engine),
+        "reduced": traffic.reduced,
+        "gathered": traffic.gathered,
+        "collectives": traffic.num_calls,
+        "layer_bytes": saved.layer_bytes,
+        "model_bytes": saved.model_bytes,
+        "peak_memory_bytes": peak,
+        "first_step_seconds": first_step_seconds,
+        "adapter_file_bytes": adapter,
+        "checkpoint_bytes": path.stat().st_size if world.rank == 0 else 0,
+        "checkpoint_seconds": checkpoint_seconds,
+    }
+
+
+def _save(path: Path, method: str, model: nn.Module, engine: Engine, world: World) -> int:
+    """Bytes of the adapter's file in bf16: of LoRI as this package writes it, of LoRA its A and B, as PEFT does."""
+    values = gather(engine, "values", world)
+    if world.rank > 0 or method == FLOOR:
+        return 0
+    if adapted(model):
+        file.save(extract(model, name=method, values=values), path, dtype=torch.bfloat16)
+    else:
+        safetensors.torch.save_file({name: value.bfloat16() for name, value in values.items()}, path)
+    return path.stat().st_size
+
+
+def _optimizer_bytes(engine: Any) -> int:
+    """Of Adam's moments on this rank."""
+    held = [kept[name] for kept in engine.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    local = [moment.to_local() if isinstance(moment, DTensor) else moment for moment in held]
+    return sum(moment.numel() * moment.element_size() for moment in local)
+
+
+def _memory(world: World, *, reset: bool) -> int:
+    """The most bytes in use: of the device, on CPU of the whole process. reset: only what is in use now."""
+    if world.device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))

@@ -1,0 +1,178 @@
+"""Tensors in safetensors files, read and written piece by piece: what is on disk is never in memory as a whole.
+
+The safetensors library reads whole tensors, or slices of them through memory that counts as the process's own, and
+writes what is in memory complete. A model of 140 GB shared by 16 processes needs neither.
+"""
+
+import errno
+import json
+import math
+import os
+import secrets
+import struct
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""As the format names them."""
+
+PIECE_BYTES = 16 * 2**20
+"""Read at once where a tensor cannot be read to where it belongs: another device, another dtype."""
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_HEADER = 100 * 2**20  # as the library has it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stored:
+    """Where a tensor lies."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    """Of its first byte in the file."""
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def read(self, into: Tensor, start: int = 0) -> None:
+        """Fills a contiguous tensor with the stored entries from the flat position `start` on, in its own dtype.
+
+        Nothing else is held in memory where device and dtype are those of a CPU tensor and of the file; elsewhere at
+        most PIECE_BYTES. Raises OSError if the file ends before.
+        """
+        flat = into.detach().view(-1)
+        assert start + flat.numel() <= self.numel
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.offset + start * self.dtype.itemsize)
+            if flat.device.type == "cpu" and flat.dtype == self.dtype:
+                _fill(file, flat)
+                return
+            size = min(flat.numel(), PIECE_BYTES // self.dtype.itemsize)
+            piece = torch.empty(size, dtype=self.dtype, pin_memory=flat.device.type == "cuda")
+            for first in range(0, flat.numel(), max(size, 1)):
+                part = piece[: min(size, flat.numel() - first)]
+                _fill(file, part)
+                flat[first : first + part.numel()].copy_(part)
+
+
+def stored(path: Path) -> dict[str, Stored]:
+    """Tensor name -> where it lies in a file. Reads the header alone. Raises ValueError if it is none of the format."""
+    header, start = _read_header(path)
+    size = path.stat().st_size
+    found = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype = DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise ValueError(f"{path.name}: {name} is of dtype {entry['dtype']}, which is not supported")
+        begin, end = entry["data_offsets"]
+        where = Stored(path=path, dtype=dtype, shape=tuple(entry["shape"]), offset=start + begin)
+        if begin < 0 or end - begin != where.numel * dtype.itemsize or start + end > size:
+            raise ValueError(f"{path.name} is cut off, or its header is wrong about {name}")
+        found[name] = where
+    return found
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """What a file says besides its tensors. Raises ValueError if it is none of the format."""
+    found: dict[str, str] = _read_header(path)[0].get("__metadata__", {})
+    return found
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header, and where the tensors begin."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(path.stat().st_size - 8, _MAX_HEADER):
+            raise ValueError(f"{path.name} is no safetensors file, or is cut off")
+        header = json.loads(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError(f"{path.name} is no safetensors file: its header is no object")
+    return header, 8 + length
+
+
+def write(
+    path: Path,
+    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    pieces: Iterable[Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes a file of the tensors of `layout`, one after the other, from pieces of any size that come in that order.
+
+    Only one piece need be in memory at a time. The file appears by a rename when all of it is on disk: a kill at any
+    byte leaves what was there before. Raises OSError if it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with partial.open("xb") as file:
+            file.write(_header(layout, metadata))
+            for piece in pieces:
+                file.write(_bytes(piece))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    flush_folder(path.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Puts a rename where a power cut leaves it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot, and need not
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _header(layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (dtype, shape) in layout.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    return struct.pack("<Q", len(text)) + text
+
+
+def _fill(file: Any, flat: Tensor) -> None:
+    view = _bytes(flat)
+    while len(view):
+        count = file.readinto(view)
+        if not count:
+            raise OSError(f"{file.name} ends too early; it has changed or is cut off")
+        view = view[count:]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """A contiguous CPU tensor's own memory."""
+    return tensor.detach().view(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,224 @@
+"""The frozen base: first its structure, without memory; then its weights, read to where each rank keeps its share."""
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from lori_dist import config
+from lori_dist.adapter.attach import adapted
+from lori_dist.adapter.linear import Delta
+from lori_dist.errors import ConfigError
+from lori_dist.tensors import Stored, stored
+from lori_dist.training.engine import Part
+from lori_dist.training.model import loading, weight_files
+
+
+class Weights(Protocol):
+    """Where a base's weights come from."""
+
+    def read(self, name: str, into: Tensor, start: int) -> None:
+        """Fills a flat tensor with entries of a parameter or buffer, row by row, from the flat position `start` on."""
+        ...
+
+
+# --- from files ------------------------------------------------------------------------------------------------------
+
+
+def skeleton(model: config.Model) -> tuple[PreTrainedModel, Weights]:
+    """The base in evaluation mode, its parameters on the meta device, its buffers real; and its weights.
+
+    Raises ConfigError if it cannot be loaded, if its files lack a weight, or have one of another shape.
+    """
+    dtype = getattr(torch, model.dtype)
+    with loading(model):
+        settings = AutoConfig.from_pretrained(model.path)
+        if getattr(settings, "quantization_config", None) is not None:
+            raise ConfigError(f"model.path: {model.path!r} is quantised, which is not supported; give the base itself")
+        with init_empty_weights(include_buffers=False):
+            made = cast(PreTrainedModel, AutoModelForCausalLM.from_config(settings, dtype=dtype))
+        made.tie_weights()
+        _keep_exact(made, dtype)
+        weights = _Files(made, {name: where for file in weight_files(model) for name, where in stored(file).items()})
+    weights.check(model.path)
+    return made.eval(), weights
+
+
+def _keep_exact(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Parameters that a model keeps in fp32 whatever its dtype, as loading it has them."""
+    kept = [rf"(^|\.){name}(\.|$)" for name in model._get_dtype_plan(dtype)]
+    for path, parameter in list(model.named_parameters()):
+        if any(re.search(pattern, path) for pattern in kept):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, nn.Parameter(parameter.float(), requires_grad=False))
+
+
+class _Files:
+    """`Weights` that lie in safetensors files, under the names that files have, as transformers translates them."""
+
+    def __init__(self, model: PreTrainedModel, found: Mapping[str, Stored]) -> None:
+        self.model = model
+        self.direct: dict[str, Stored] = {}
+        self.converted: dict[str, _Conversion] = {}
+        shapes = model.state_dict()
+        transforms = get_model_conversion_mapping(model)
+        renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+        converters = [one for one in transforms if isinstance(one, WeightConverter)]
+        by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
+        conversions: dict[str, _Conversion] = {}
+        for source in sorted(found, key=_natural):
+            name, pattern = rename_source_key(source, renamings, converters, model.base_model_prefix, shapes)
+            if name not in shapes and source in shapes:
+                name, pattern = source, None
+            if pattern is not None:
+                made = conversions.setdefault(name, _Conversion(converter=by_pattern[pattern], name=name))
+                made.sources.append((source, pattern, found[source]))
+            elif name in shapes:
+                self.direct[name] = found[source]
+        for conversion in conversions.values():
+            self.converted.update(dict.fromkeys(conversion.make(model, "meta"), conversion))
+        self._share_tied(model)
+
+    def _share_tied(self, model: PreTrainedModel) -> None:
+        """Files hold a tied weight once, under whichever of its names."""
+        names: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        for same in names.values():
+            where = next((self.direct[name] for name in same if name in self.direct), None)
+            if where is not None:
+                self.direct.update((name, self.direct.get(name, where)) for name in same)
+
+    def check(self, path: str) -> None:
+        """Raises ConfigError unless every weight is there, in its shape."""
+        wanted = {**dict(self.model.named_parameters()), **persistent_buffers(self.model)}
+        lacking = sorted(
+            name
+            for name, tensor in wanted.items()
+            if name not in self.converted
+            and (name not in self.direct or self.direct[name].shape != tuple(tensor.shape))
+        )
+        if lacking:
+            shown = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+            raise ConfigError(
+                f"model.path: the weights in {path!r} lack {len(lacking)} tensors of the shape config.json asks for "
+                f"({shown}); give a folder whose weights and config.json belong together"
+            )
+
+    def read(self, name: str, into: Tensor, start: int) -> None:
+        if name in self.direct:
+            self.direct[name].read(into, start)
+        else:
+            full = self.converted[name].make(self.model, "cpu")[name]
+            into.copy_(full.reshape(-1)[start : start + into.numel()])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Conversion:
+    """A weight that files hold in pieces or in another order, as the experts of some mixtures."""
+
+    converter: WeightConverter
+    name: str
+    sources: list[tuple[str, str, Stored]] = field(default_factory=list)
+
+    def make(self, model: PreTrainedModel, device: str) -> dict[str, Tensor]:
+        """The model's tensors that these become; on the meta device, their names and shapes alone."""
+        converter = copy.deepcopy(self.converter)
+        for source, pattern, where in self.sources:
+            tensor = torch.empty(where.shape, dtype=where.dtype, device=device)
+            if not tensor.is_meta:
+                where.read(tensor)
+            converter.add_tensor(self.name, source, pattern, cast(Any, tensor))
+        made = converter.convert(self.name, model=model, config=model.config)
+        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """Expert 10 comes after expert 9."""
+    return [(piece.isdecimal(), int(piece) if piece.isdecimal() else 0, piece) for piece in name.split(".")]
+
+
+# --- to where they belong --------------------------------------------------------------------------------------------
+
+
+def materialize(
+    model: nn.Module, device: torch.device, make: Callable[[nn.Parameter], nn.Parameter] | None = None
+) -> None:
+    """Gives a model's meta tensors memory on a device, and takes its real tensors there.
+
+    A is made from its seed and B is zero; parameters of the base hold anything until `fill`. make: the parameter to
+    put in the place of another, for engines that keep theirs elsewhere.
+    """
+    make = make or (lambda parameter: on(device, parameter))
+    made: dict[nn.Parameter, nn.Parameter] = {}  # torch's own `to_empty` would untie what is tied
+    for module in model.modules():
+        if isinstance(module, Delta):
+            is_meta = any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+            module.to_empty(device=device) if is_meta else module.to(device)
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in made:
+                made[parameter] = make(parameter)
+            module._parameters[name] = made[parameter]
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = _there(buffer, device)
+
+
+def on(device: torch.device, parameter: nn.Parameter) -> nn.Parameter:
+    """A parameter's like on a device, with its content if it has any."""
+    return nn.Parameter(_there(parameter, device), requires_grad=parameter.requires_grad)
+
+
+def _there(tensor: Tensor, device: torch.device) -> Tensor:
+    return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
+
+
+@torch.no_grad()
+def fill(model: nn.Module, weights: Weights, part: Callable[[Any], Part]) -> None:
+    """Reads this rank's share of every parameter of the base, and all of its persistent buffers.
+
+    part: the share of a parameter.
+    """
+    for name, parameter in base_parameters(model).items():
+        share = part(parameter)
+        weights.read(name, share.data, share.start)
+    for name, buffer in persistent_buffers(model).items():
+        weights.read(name, buffer.view(-1), 0)
+
+
+def whole(parameter: Tensor) -> Part:
+    """All of it."""
+    return Part(start=0, data=parameter.detach().view(-1))
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name, as it was before an adapter was attached -> parameter that is not trained."""
+    inside = {f"{path}.base." for path in adapted(model)}
+
+    def name_before(name: str) -> str:
+        prefix = next((prefix for prefix in _prefixes(name) if prefix in inside), None)
+        return name if prefix is None else name.replace(prefix, prefix.removesuffix("base."), 1)
+
+    return {name_before(name): p for name, p in model.named_parameters() if not p.requires_grad}
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    pieces = name.split(".")
+    return (".".join(pieces[:depth]) + "." for depth in range(1, len(pieces)))
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> buffer that is part of a model's weights."""
+    return {
+        f"{path}.{name}" if path else name: buffer
+        for path, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
