@@ -11,11 +11,14 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Everything heavy is imported by the verb that needs it: --help and a mistake in a configuration answer at once.
 from lori_dist import config, describe, plugin
 from lori_dist.errors import ConfigError, LoriError
+
+if TYPE_CHECKING:
+    from lori_dist.training.world import World
 
 Verb = Callable[[argparse.Namespace], None]
 
@@ -30,24 +33,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         chosen.verb(chosen)
         sys.stdout.flush()
-    except LoriError as error:
-        where = "" if world_rank == "0" else f"rank {world_rank}: "
-        print(f"{where}{''.join(traceback.format_exception(error)) if chosen.verbose else error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
     except BrokenPipeError:  # as in `lori show FILE | head`; what is still to be written goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:  # a folder that cannot be written, a full disk
-        log.debug("", exc_info=error)
-        print(
-            f"{error.filename or type(error).__name__}: {error.strerror or error}; check it and try again",
-            file=sys.stderr,
-        )
-        return 1
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 130
+    except (Exception, KeyboardInterrupt) as error:
+        told = _told(error, chosen.verbose)
+        if told is None:
+            raise
+        message, code = told
+        print(message if world_rank == "0" else f"rank {world_rank}: {message}", file=sys.stderr)
+        return code
     return 0
+
+
+def _told(error: BaseException, verbose: bool) -> tuple[str, int] | None:
+    """The message and the exit code, or None for what nobody raised on purpose."""
+    if isinstance(error, LoriError):
+        message = "".join(traceback.format_exception(error)).rstrip() if verbose else str(error)
+        return message, 2 if isinstance(error, ConfigError) else 1
+    if isinstance(error, OSError):  # a folder that cannot be written, a full disk
+        log.debug("", exc_info=error)
+        return f"{error.filename or type(error).__name__}: {error.strerror or error}; check it and try again", 1
+    return ("Interrupted.", 130) if isinstance(error, KeyboardInterrupt) else None
 
 
 # --- verbs -----------------------------------------------------------------------------------------------------------
@@ -72,6 +79,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def train(arguments: argparse.Namespace) -> None:
+    from lori_dist.cluster import gang
+
+    with gang.member(functools.partial(_told, verbose=arguments.verbose)) as watch:
+        path, is_first = _train(arguments, watch)
+    if is_first:
+        print(path)
+
+
+def _train(arguments: argparse.Namespace, watch: "Callable[[World], None]") -> tuple[Path, bool]:
+    """Returns the adapter's file, and whether this is rank 0."""
     described = config.load(arguments.config, arguments.settings)
     if arguments.task not in described.tasks:
         known, near = ", ".join(described.tasks), plugin.nearest(arguments.task, described.tasks)
@@ -83,11 +100,11 @@ def train(arguments: argparse.Namespace) -> None:
     from lori_dist.training.world import from_environment
 
     world = from_environment()
+    watch(world)
     with progress.of_training() as show_progress:
         path = train_task(described, arguments.task, world, progress=show_progress)
     dist.destroy_process_group()
-    if world.rank == 0:
-        print(path)
+    return path, world.rank == 0
 
 
 def merge(arguments: argparse.Namespace) -> None:

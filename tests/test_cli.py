@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -63,8 +62,8 @@ def random_adapter(name: str, seed: int, base: Path) -> Adapter:
     return extract(model, name=name, base=identity(Model(path=str(base))))
 
 
-def lori(*words: object, cwd: Path, launcher: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
-    command = [*(launcher or [sys.executable]), "-m", "lori_dist", *map(str, words)]
+def lori(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lori_dist", *map(str, words)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -345,46 +344,6 @@ def test_evaluate_without_adapters_takes_what_the_run_has_finished(
     assert main(["evaluate", "run.yaml", "evaluate.metrics=[loss]", f"output={tmp_path}"]) == 0
     printed = capsys.readouterr()
     assert [line.split()[0] for line in printed.out.splitlines()] == ["loss", "base", "second"]
-
-
-LAUNCHERS = {
-    "torchrun": ("torchrun", "--nproc-per-node", "2"),
-    "deepspeed": ("deepspeed", "--num_accelerators", "2", "--module"),
-    "accelerate": ("accelerate", "launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
-}
-
-
-@pytest.mark.parametrize(
-    ("launcher", "engine"),
-    [("torchrun", "ddp"), ("torchrun", "fsdp"), ("deepspeed", "{name: deepspeed, stage: 3}"), ("accelerate", "fsdp")],
-)
-def test_launched_ranks_train_together(launcher: str, engine: str, folder: Path, tmp_path: Path) -> None:
-    def trained(place: str, command: Sequence[str], *more: str) -> Adapter:
-        words = ("run.yaml", "--task", "first", f"output={tmp_path / place}", *more)
-        result = subprocess.run(
-            [*command, "lori_dist", "train", *words],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        path = tmp_path / place / "demo" / "train-first" / "adapter.safetensors"
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.count(f"{path}\n") == 1
-        return load_adapter(path)
-
-    program, *options = LAUNCHERS[launcher]
-    module = [] if "--module" in options else ["-m"]
-    port = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"] if launcher == "torchrun" else []
-    command = [str(Path(sys.executable).with_name(program)), *port, *options, *module]
-    together, alone = trained("together", command, f"train.engine={engine}"), trained("alone", [sys.executable, "-m"])
-    for name, entries in alone.blocks[0].entries.items():
-        other = together.blocks[0].entries[name]
-        assert entries.index is not None
-        assert other.index is not None
-        assert torch.equal(other.index, entries.index)
-        assert torch.dist(other.values, entries.values) <= 5e-6 * entries.values.norm()
 
 
 @pytest.mark.ray

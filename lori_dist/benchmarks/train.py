@@ -6,6 +6,7 @@ import os
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lori_dist import config, plugin
 from lori_dist.adapter import file
 from lori_dist.adapter.attach import adapted, extract
+from lori_dist.adapter.linear import features
 from lori_dist.benchmarks._methods import METHODS, is_adapted
 from lori_dist.benchmarks._traffic import Traffic, saved_bytes
 from lori_dist.errors import ConfigError
@@ -61,10 +63,10 @@ class Setting:
 
 def run(
     *,
-    engines: str = ",".join(ENGINES),
+    engines: str = "ddp,fsdp,fsdp_replicated,zero1,zero2,zero3",
     ranks: int = 2,
     rank: int = 32,
-    layers: int = 12,
+    layers: int = 14,
     hidden: int = 512,
     rows: int = 8,
     length: int = 128,
@@ -74,7 +76,7 @@ def run(
     """Rows for a table, and ratios[engine][method] to PEFT's LoRA, times with the quartiles of their spread.
 
     engines: names separated by commas. ranks: processes; on CUDA at most one per device. rank: of the adapters.
-    layers, hidden: of a Llama with random weights, 42 million at the defaults. rows, length: of a rank's batch.
+    layers, hidden: of a Llama with random weights, 48 million parameters at the defaults. rows, length: of a rank's batch.
     steps: timed, in turns, after two that are not. dtype: of the base, by default bfloat16 on CUDA, else float32.
 
     A row's figures are of rank 0. optimizer_bytes: Adam's moments held. gradient_bytes and adapter_gathered_bytes: of
@@ -176,7 +178,7 @@ def _ratios(rows: Mapping[str, Mapping[str, Any]], together: Mapping[str, Any]) 
     found = {}
     for method in ("lori_d", "lori_s"):
         counted = {name: round(rows[method][name] / rows[AGAINST][name], 4) for name in COUNTED}
-        share = together["flops"][method] / together["flops"][FLOOR] - 1
+        share = together["adapter_flops"] / together["floor_flops"]
         found[method] = {
             **counted,
             **_paired("step_seconds", together["seconds"], method, AGAINST),
@@ -210,6 +212,7 @@ def _gang(function: Any, setting: Setting, num_ranks: int, *args: Any) -> dict[s
 def _rank(
     number: int, function: Any, setting: Setting, num_ranks: int, store: Path, result: Path, args: tuple[Any, ...]
 ) -> None:
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # of PEFT
     on_cuda = torch.cuda.is_available()
     os.environ["LOCAL_RANK"] = str(number)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
@@ -245,20 +248,26 @@ def _step(engine: Engine, batch: Batch, world: World) -> float:
 
 
 def _together(setting: Setting, world: World) -> dict[str, Any]:
-    """Seconds of every method's steps, taken in turns, and what one forward and backward pass computes."""
+    """Seconds of every method's steps, taken in turns, and what a forward and a backward pass compute."""
     batch = _batch(setting, world)
     engines = {method: _build(setting, method, world)[1] for method in METHODS}
-    flops = {}
-    for method, engine in engines.items():
-        with FlopCounterMode(display=False) as counter:
-            _step(engine, batch, world)
-        flops[method] = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        _step(engines[FLOOR], batch, world)
+    for engine in (*engines.values(), *engines.values()):
         _step(engine, batch, world)
     seconds: dict[str, list[float]] = {method: [] for method in METHODS}
     for _ in range(setting.steps):
         for method, engine in engines.items():
             seconds[method].append(_step(engine, batch, world))
-    return {"seconds": seconds, "flops": flops}
+    return {"seconds": seconds, "floor_flops": counter.get_total_flops(), "adapter_flops": _adapter_flops(setting)}
+
+
+def _adapter_flops(setting: Setting) -> int:
+    """Of LoRI's products in one forward and backward pass of a rank: A x and B (A x), their transposes, and B's."""
+    model, _ = METHODS["lori_d"](setting.folder / "base", setting.rank, setting.dtype)
+    sizes = [features(layer.base) for layer in adapted(model).values()]
+    each = sum(2 * (inputs + outputs) + outputs for outputs, inputs in sizes)
+    return 2 * setting.rows * setting.length * setting.rank * each
 
 
 def _alone(setting: Setting, world: World, method: str, started: float) -> dict[str, Any]:

@@ -3,19 +3,16 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch.distributed as dist
 
 from lori_dist import folder, plugin
 from lori_dist.cluster.ray import CHECKPOINTS, new_attempt, with_absolute_paths
 from lori_dist.cluster.summary import ADAPTER, path
 from lori_dist.config import Run
-from lori_dist.errors import ConfigError, JobError, LoriError
+from lori_dist.errors import ConfigError, JobError
 from lori_dist.folder import Attempt
 from lori_dist.jobs import Job, check_inputs
 from lori_dist.training.train import Record, train
-from lori_dist.training.world import World
+from lori_dist.training.world import World, from_first
 
 Begun = tuple[Job, Attempt | None, dict[str, str]]  # without an attempt, the job is finished; digests of its needs
 
@@ -27,7 +24,7 @@ def train_task(run: Run, task: str, world: World, *, progress: Callable[[Record]
     if another process has taken the job over; else what `training.train` raises.
     """
     run = with_absolute_paths(run)
-    job, attempt, inputs = _agreed(run, task, world)
+    job, attempt, inputs = from_first(world, lambda: _begin(run, task))
     if attempt is None:
         return path(run, job)
     start = time.monotonic()
@@ -47,20 +44,6 @@ def train_task(run: Run, task: str, world: World, *, progress: Callable[[Record]
         check_inputs(run, job)
         folder.publish(run.folder, job, record, scratch=[CHECKPOINTS])
     return path(run, job)
-
-
-def _agreed(run: Run, task: str, world: World) -> Begun:
-    """The job and the attempt at it that rank 0 has begun. What went wrong there is raised on all ranks."""
-    begun: list[Any] = [None]
-    if world.rank == 0:
-        try:
-            begun[0] = _begin(run, task)
-        except LoriError as error:
-            begun[0] = error
-    dist.broadcast_object_list(begun, device=world.device)
-    if isinstance(begun[0], LoriError):
-        raise begun[0]
-    return begun[0]
 
 
 def _begin(run: Run, task: str) -> Begun:

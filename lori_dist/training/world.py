@@ -2,8 +2,7 @@
 
 import hashlib
 import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from lori_dist.errors import JobError, LoriError
+from lori_dist.training.rendezvous import rendezvous
 
 T = TypeVar("T")
 
@@ -83,61 +83,15 @@ def _make_group() -> None:
     os.environ.update(launcher)  # libraries look there as well, and srun leaves them unset
     if backend == "nccl":
         torch.cuda.set_device(_cuda(int(launcher["LOCAL_RANK"])))
-    dist.init_process_group(backend, init_method="env://", timeout=TIMEOUT)
-
-
-def rendezvous(environment: Mapping[str, str]) -> dict[str, str] | None:
-    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as a launcher gives them, or None without a launcher.
-
-    Raises JobError if some of them are missing.
-    """
-    if "RANK" in environment or "WORLD_SIZE" in environment:
-        wanted = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        missing = [name for name in wanted if name not in environment]
-        if missing:
-            raise JobError(
-                f"environment: RANK or WORLD_SIZE is set, {', '.join(missing)} not; start with torchrun, deepspeed, "
-                "accelerate launch or srun, or unset RANK and WORLD_SIZE for a single process"
-            )
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
-            if not environment[name].isdecimal():
-                raise JobError(f"environment: {name} is {environment[name]!r}, wanted a number; start with a launcher")
-        rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-        if rank >= size:
-            raise JobError(f"environment: RANK is {rank}, WORLD_SIZE {size}; ranks count from 0, so give smaller ones")
-        return {name: environment[name] for name in wanted}
-    # A batch script or an salloc shell has SLURM_NTASKS as well; only in a step are there that many processes.
-    if "SLURM_PROCID" in environment and ("SLURM_STEP_ID" in environment or "SLURM_STEP_NUM_TASKS" in environment):
-        return _slurm(environment)
-    return None
-
-
-def _slurm(environment: Mapping[str, str]) -> dict[str, str]:
-    def get(*names: str) -> str:
-        value = next((environment[name] for name in names if name in environment), None)
-        if value is None:
-            raise JobError(f"environment: SLURM_PROCID is set, {' and '.join(names)} not; start the ranks with srun")
-        return value
-
-    job, step = int(get("SLURM_JOB_ID", "SLURM_JOBID")), int(environment.get("SLURM_STEP_ID", "0"))
-    return {
-        "RANK": get("SLURM_PROCID"),
-        "WORLD_SIZE": get("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"),
-        "LOCAL_RANK": get("SLURM_LOCALID"),
-        # Rank 0 is on the step's first host. SLURM_LAUNCH_NODE_IPADDR is where srun was typed: maybe a login node.
-        "MASTER_ADDR": environment.get("MASTER_ADDR")
-        or first_host(get("SLURM_STEP_NODELIST", "SLURM_LAUNCH_NODE_IPADDR")),
-        # Below the ports systems hand out by themselves, and its own for each step of a job.
-        "MASTER_PORT": environment.get("MASTER_PORT") or str(15000 + (job + step) % 15000),
-    }
-
-
-def first_host(nodes: str) -> str:
-    """The first host of a Slurm node list: `node[07-12,15],gpu1` begins with node07."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
-    if first is None:
-        raise JobError(f"environment: {nodes!r} is no list of nodes; set MASTER_ADDR to the host of rank 0")
-    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])
+    try:
+        dist.init_process_group(backend, init_method="env://", timeout=TIMEOUT)
+    except dist.DistError as error:  # no free port, or not all came
+        place = f"{launcher['MASTER_ADDR']}:{launcher['MASTER_PORT']}"
+        found = str(error).strip().partition("\n")[0]
+        raise JobError(
+            f"environment: the ranks did not find each other at {place} ({found}); start all {launcher['WORLD_SIZE']} "
+            f"of them within {TIMEOUT.seconds // 60} minutes, with a MASTER_PORT that is free on rank 0's machine"
+        ) from error
 
 
 def _cuda(local_rank: int) -> torch.device:

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 from lori_dist import attach
 from lori_dist.adapter.adapter import Spec
-from lori_dist.adapter.linear import AdaptedLinear, Delta
+from lori_dist.adapter.linear import AdaptedLinear, Delta, is_plain
 from lori_dist.adapter.projection import projection
 
 MODES = ("cached", "recomputed")
@@ -102,6 +103,44 @@ def test_saves_the_reduced_input_and_neither_x_nor_a_dense_b(mode: str) -> None:
     shapes = [tuple(tensor.shape) for tensor in saved if tensor.data_ptr() not in constants]
     kept = adapted.deltas[0].kept
     assert sorted(shapes) == sorted([(10, 4), (kept,), (kept,)])
+
+
+def hooked(adapted: AdaptedLinear) -> AdaptedLinear:
+    """The same layer, whose base has to be called, as someone else wants to see what it gives."""
+    adapted.base.register_forward_hook(lambda module, args, output: None)
+    return adapted
+
+
+@modes
+@pytest.mark.parametrize("density", [0.3, 1.0])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_base_that_is_called_gives_the_same(density: float, mode: str, autocast: bool, transposed: bool) -> None:
+    inlined = layer(density=density, mode=mode)
+    if transposed:
+        conv = Conv1D(5, 7)
+        conv.weight.data.copy_(inlined.base.weight.t())
+        conv.bias.data.copy_(inlined.base.bias)
+        inlined.base = conv.requires_grad_(False)
+    called = hooked(copy.deepcopy(inlined))
+    assert is_plain(inlined.base) and not is_plain(called.base)
+    results = []
+    for adapted in (inlined, called):
+        x = torch.linspace(-1, 1, 3 * 4 * 7).view(3, 4, 7).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            y = adapted(x)
+        y.float().pow(2).sum().backward()
+        results.append((y, x.grad, adapted.deltas[0].values.grad))
+    for found, wanted in zip(*results, strict=True):
+        assert found.dtype == wanted.dtype
+        torch.testing.assert_close(found, wanted, **({"rtol": 0.02, "atol": 0.02} if autocast else {}))
+
+
+def test_a_base_that_is_trained_gets_its_gradient() -> None:
+    adapted = layer()
+    adapted.base.weight.requires_grad_()
+    adapted(torch.ones(2, 7)).sum().backward()
+    assert torch.equal(adapted.base.weight.grad, torch.full((5, 7), 2.0))
 
 
 def test_a_second_derivative_is_refused() -> None:

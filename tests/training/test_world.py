@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from lori_dist.errors import JobError
-from lori_dist.training.world import World, first_host, from_environment, rendezvous
+from lori_dist.training.rendezvous import first_host, rendezvous
+from lori_dist.training.world import World, from_environment
 from tests.distributed import run_distributed
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node01", "MASTER_PORT": "29500"}
@@ -41,6 +42,11 @@ def test_a_launcher_s_variables_go_before_slurm_s() -> None:
 def test_what_a_launcher_left_out_is_named() -> None:
     with pytest.raises(JobError, match="LOCAL_RANK, MASTER_PORT not; start with torchrun"):
         rendezvous({name: value for name, value in TORCHRUN.items() if name not in ("LOCAL_RANK", "MASTER_PORT")})
+
+
+def test_accelerate_s_only_process_of_several_is_refused() -> None:
+    with pytest.raises(JobError, match=r"--cpu starts one process.* use --multi_gpu"):
+        rendezvous({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})
 
 
 @pytest.mark.parametrize(
@@ -145,6 +151,22 @@ def test_ranks_of_srun_find_each_other(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     found = run_distributed(enter_by_slurm, port, str(tmp_path / "store"), world_size=2, process_group=False)
     assert sorted(found, key=lambda item: item[0].rank) == [(world(rank, 2), world(rank, 2), 1) for rank in range(2)]
+
+
+def miss(port: int) -> str:
+    os.environ.update(TORCHRUN | {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
+    with pytest.raises(JobError) as raised:
+        from_environment()
+    return str(raised.value)
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.create_server(("localhost", 0)) as taken:
+        port = taken.getsockname()[1]
+        [message] = run_distributed(miss, port, world_size=1, process_group=False)
+    assert f"did not find each other at localhost:{port} (" in message
+    assert "EADDRINUSE" in message
+    assert "with a MASTER_PORT that is free on rank 0's machine" in message
 
 
 def test_torchrun_starts_a_world(tmp_path: Path) -> None:

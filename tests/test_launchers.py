@@ -1,0 +1,300 @@
+"""`lori train` under every launcher, by the commands of the README: two ranks train together, and when one dies nobody
+hangs and the cause is told."""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from lori_dist import Adapter, load_adapter
+from tests.launched import MESSAGE, REFUSAL
+from tests.models import tiny_llama
+from tests.tokenizers import save
+
+YAML = """
+name: demo
+output: runs
+model: {path: model}
+tasks:
+  math: {train: rows.jsonl, test: rows.jsonl}
+adapter: {rank: 2, alpha: 4, density: 0.25, targets: [q_proj, down_proj]}
+train: {steps: 2, batch_size: 5, micro_batch_size: 2, max_length: 32, calibrate: {steps: 3}}
+merges: {}
+"""
+README = (Path(__file__).parents[1] / "README.md").read_text()
+PDSH = """#!/usr/bin/env python
+# What pdsh does for `deepspeed --hostfile`, with this machine for every host: it runs a command line once per host.
+import subprocess, sys
+assert sys.argv[1:5] == ["-S", "-f", "1024", "-w"], sys.argv
+hosts, command = sys.argv[5].split(","), " ".join(sys.argv[6:])
+shells = [subprocess.Popen(["sh", "-c", command.replace("%n", str(node))]) for node in range(len(hosts))]
+sys.exit(max(abs(shell.wait()) for shell in shells))
+"""
+LIMIT_S = 30.0
+"""From a rank's death to the end of the job."""
+TIMEOUT_S = 150.0
+"""For a launch, on a machine that others use as well."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, rows, a configuration of them, a file of two hosts, and a stand-in for pdsh."""
+    made = tmp_path_factory.mktemp("launchers")
+    save(tiny_llama(), made / "model")
+    rows = [{"prompt": f"go {word} {number}", "response": word} for number in range(3) for word in ("left", "right")]
+    (made / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (made / "mine.yaml").write_text(YAML)
+    (made / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+    (made / "bin").mkdir()
+    (made / "bin" / "pdsh").write_text(PDSH)
+    (made / "bin" / "pdsh").chmod(0o755)
+    return made
+
+
+# --- the launchers ---------------------------------------------------------------------------------------------------
+
+
+Launcher = Callable[[], tuple[list[list[str]], list[str]]]
+"""Gives the command of each host, up to `lori_dist train` and on ports that are free, and what it overrides."""
+
+
+def torchrun() -> tuple[list[list[str]], list[str]]:
+    command, overrides = readme("torchrun ")
+    return [command], overrides
+
+
+def deepspeed() -> tuple[list[list[str]], list[str]]:
+    (program, *options), overrides = readme("deepspeed --num_gpus ")
+    return [[program, "--master_port", free_port(), *options]], overrides
+
+
+def deepspeed_hostfile() -> tuple[list[list[str]], list[str]]:
+    (program, *options), overrides = readme("deepspeed --hostfile hosts --module ")
+    meet = ["--no_ssh_check", "--master_addr", "127.0.0.1", "--master_port", free_port()]  # else it asks ssh for both
+    return [[program, *meet, *options]], overrides
+
+
+def deepspeed_per_host() -> tuple[list[list[str]], list[str]]:
+    command, overrides = readme("deepspeed --hostfile hosts --no_ssh ")
+    place = {"HOST": "127.0.0.1", "29500": free_port()}
+    return [[(place | {"0": str(node)}).get(word, word) for word in command] for node in range(2)], overrides
+
+
+def accelerate() -> tuple[list[list[str]], list[str]]:
+    (program, verb, *options), overrides = readme("accelerate launch ")
+    return [[program, verb, "--main_process_port", free_port(), *options]], overrides
+
+
+def readme(start: str) -> tuple[list[str], list[str]]:
+    """Of the command that starts so: what starts `lori_dist train`, and what is overridden in the configuration."""
+    [line] = [line for line in README.splitlines() if line.startswith(start)]
+    command, words = line.split(" lori_dist train mine.yaml --task math")
+    return shlex.split(command), shlex.split(words, comments=True)
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launched:
+    """What became of the commands of one launch."""
+
+    codes: list[int]
+    output: str
+    """Of all of them, stdout and stderr, in the order in which it was written."""
+    end: float
+    """When the last of them ended, as files have it."""
+
+
+def launch(commands: Sequence[Sequence[str]], words: Sequence[str], folder: Path, log: Path) -> Launched:
+    """Runs `lori train` by the commands, one per host. Fails if they do not end, or leave a process behind."""
+    bin, source = Path(sys.executable).parent, Path(__file__).parents[1]
+    path = os.pathsep.join([str(folder / "bin"), str(bin), os.environ["PATH"]])
+    python_path = os.pathsep.join(filter(None, [str(source), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PATH": path, "PYTHONPATH": python_path}
+    words = ["lori_dist", "train", "mine.yaml", "--task", "math", f"output={log.parent}", *words]
+    started = []
+    try:
+        with log.open("ab") as stream:
+            for program, *options in commands:
+                command = [str(bin / program), *options, *words]
+                started.append(
+                    subprocess.Popen(command, cwd=folder, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+                )
+        end = time.monotonic() + TIMEOUT_S
+        codes = [process.wait(max(0.0, end - time.monotonic())) for process in started]
+        launched = Launched(codes=codes, output=log.read_text(), end=time.time())
+        assert left_behind(log.parent) == {}, launched.output
+        return launched
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"it hangs; its output is\n{log.read_text()}")
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+        for number in left_behind(log.parent):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+
+
+def left_behind(place: Path) -> dict[int, str]:
+    """Processes whose command line names a folder: number -> command line."""
+
+    def named() -> Iterator[tuple[int, str]]:
+        for file in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                text = file.read_text().replace("\0", " ")
+                if str(place) in text:
+                    yield int(file.parent.name), text
+
+    return dict(named())
+
+
+# --- together --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
+    """What one process trains."""
+    place = tmp_path_factory.mktemp("alone")
+    launched = launch([["python", "-m"]], [], folder, place / "log")
+    assert launched.codes == [0], launched.output
+    return load_adapter(place / "demo" / "train-math" / "adapter.safetensors")
+
+
+@pytest.mark.parametrize("launcher", [torchrun, deepspeed, deepspeed_hostfile, deepspeed_per_host, accelerate])
+def test_launched_ranks_train_together(launcher: Launcher, alone: Adapter, folder: Path, tmp_path: Path) -> None:
+    commands, overrides = launcher()
+    mask = f"adapter.mask={{name: tests.launched, mark: {tmp_path / 'mask'}}}"
+    launched = launch(commands, [*overrides, mask], folder, tmp_path / "log")
+    assert launched.codes == [0] * len(commands), launched.output
+    path = tmp_path / "demo" / "train-math" / "adapter.safetensors"
+    assert launched.output.count(f"{path}\n") == 1
+    assert sorted(file.name for file in tmp_path.glob("mask-*")) == ["mask-0-of-2", "mask-1-of-2"]
+    together = load_adapter(path)
+    for name, entries in alone.blocks[0].entries.items():
+        other = together.blocks[0].entries[name]
+        assert entries.index is not None
+        assert other.index is not None
+        assert torch.equal(other.index, entries.index)
+        assert torch.dist(other.values, entries.values) <= 5e-6 * entries.values.norm()
+
+
+# --- when a rank dies ------------------------------------------------------------------------------------------------
+
+
+def fail(launcher: Launcher, options: str, folder: Path, place: Path) -> str:
+    """Returns the output of a launch whose engine has a fault, all of whose commands end in time, and with an error."""
+    mark, (commands, _) = place / "mark", launcher()
+    engine = f"train.engine={{name: tests.launched, mark: {mark}, {options}}}"
+    launched = launch(commands, [engine], folder, place / "log")
+    assert mark.exists(), launched.output
+    assert all(launched.codes), launched.output
+    seconds = launched.end - mark.stat().st_mtime
+    print(f"{launcher.__name__}, {options}: ended after {seconds:.1f} s\n{launched.output}")
+    assert seconds < LIMIT_S
+    return launched.output
+
+
+@pytest.mark.parametrize(
+    ("launcher", "rank"),
+    [
+        (torchrun, 1),
+        (deepspeed, 0),
+        (deepspeed_per_host, 1),
+        pytest.param(deepspeed_per_host, 0, marks=pytest.mark.slow),
+        pytest.param(deepspeed_hostfile, 1, marks=pytest.mark.slow),
+        (accelerate, 0),
+    ],
+)
+def test_the_first_traceback_is_that_of_the_rank_that_failed(
+    launcher: Launcher, rank: int, folder: Path, tmp_path: Path
+) -> None:
+    output = fail(launcher, f"fault: raise, rank: {rank}", folder, tmp_path)
+    before, _, traceback = output.partition("Traceback (most recent call last):")
+    assert before.endswith(f"rank {rank} of 2 failed:\n")
+    assert f"RuntimeError: {MESSAGE}\n" in traceback
+    assert "tests/launched.py" in traceback
+    assert output.count(MESSAGE) == 1
+    if launcher in (deepspeed_per_host, deepspeed_hostfile):  # where no launcher ends the other rank
+        assert f"rank {1 - rank}: ends, as rank {rank} has failed; its message stands above.\n" in output
+
+
+@pytest.mark.parametrize(
+    ("launcher", "rank"),
+    [
+        (torchrun, 0),
+        (deepspeed, 1),
+        (deepspeed_per_host, 0),
+        pytest.param(deepspeed_per_host, 1, marks=pytest.mark.slow),
+        pytest.param(deepspeed_hostfile, 0, marks=pytest.mark.slow),
+        (accelerate, 1),
+    ],
+)
+def test_a_killed_rank_is_named(launcher: Launcher, rank: int, folder: Path, tmp_path: Path) -> None:
+    output = fail(launcher, f"fault: kill, rank: {rank}", folder, tmp_path)
+    note = f"rank {1 - rank}: ends, as rank {rank} has ended without a word: it was killed (out of memory, kill -9) or"
+    if launcher in (torchrun, accelerate):  # they may end the other rank before it has noticed
+        assert re.search(rf"rank +: {rank} \(local_rank: {rank}\)\n +exitcode +: -9 ", output)
+    elif launcher is deepspeed:
+        assert note in output or "exits with return code = -9" in output
+    else:
+        assert note in output
+    assert "lori_dist/__main__.py" not in output  # no traceback of ours
+
+
+@pytest.mark.parametrize("fault", ["raise", "kill"])
+def test_the_others_need_not_communicate_to_notice(fault: str, folder: Path, tmp_path: Path) -> None:
+    output = fail(deepspeed_per_host, f"fault: {fault}, busy: 600.0", folder, tmp_path)
+    assert "rank 0: ends, as rank 1 has" in output
+
+
+def test_what_only_one_rank_refuses_is_told_by_it(folder: Path, tmp_path: Path) -> None:
+    output = fail(torchrun, "fault: refuse", folder, tmp_path)
+    assert output.count(REFUSAL) == 1
+    assert f"rank 1: {REFUSAL}\n" in output
+
+
+@pytest.mark.parametrize("launcher", [torchrun, deepspeed_per_host])
+def test_what_all_ranks_refuse_is_told_once_by_the_first(launcher: Launcher, folder: Path, tmp_path: Path) -> None:
+    output = fail(launcher, "fault: refuse_all", folder, tmp_path)
+    assert output.count(REFUSAL) == 1
+    assert f"rank 1: {REFUSAL}" not in output
+
+
+def test_what_ranks_refuse_for_different_reasons_is_told_by_each(folder: Path, tmp_path: Path) -> None:
+    output = fail(torchrun, "fault: refuse_each", folder, tmp_path)
+    assert [f"rank {rank}, {REFUSAL}" in output for rank in range(2)] == [True, True]
+    assert output.count(REFUSAL) == 2
+
+
+@pytest.mark.parametrize("launcher", [torchrun, deepspeed])
+def test_a_mistake_in_the_configuration_is_told_once(launcher: Launcher, folder: Path, tmp_path: Path) -> None:
+    commands, _ = launcher()
+    launched = launch(commands, ["train.lr=fast"], folder, tmp_path / "log")
+    assert all(launched.codes)
+    assert len(re.findall(r"^(rank 1: )?train\.lr: ", launched.output, re.MULTILINE)) == 1
+    assert "lori_dist/__main__.py" not in launched.output
+
+
+def test_a_rank_that_fails_before_the_others_have_found_it_is_not_waited_for(folder: Path, tmp_path: Path) -> None:
+    ([*command, _],), _ = torchrun()
+    script = 'test "$RANK" = 1 && exec lori train nowhere.yaml --task math; exec lori "$@"'
+    launched = launch([[*command, "--no-python", "sh", "-c", script]], [], folder, tmp_path / "log")
+    assert all(launched.codes)
+    assert "\nrank 1: nowhere.yaml: cannot be read" in f"\n{launched.output}"
