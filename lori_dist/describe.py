@@ -41,16 +41,19 @@ def adapter_file(path: Path) -> str:
     """
     from lori_dist.adapter import file
 
-    header, adapter = file.header(path), file.load(path)
+    header, adapter, sizes = file.header(path), file.load(path), file.block_bytes(path)
     counts = size(adapter.kept, adapter.total)
     lines = [f"{path}: {counts}, {path.stat().st_size:,} bytes"]
+    forms = [_form(adapter, number) for number in range(len(sizes))]
+    lines += [f"  form: {', '.join(_counted(forms, sizes))}"]
     lines += [f"  {key}: {_said(value)}" for key, value in header.items() if key not in ("blocks", "modules")]
-    blocks = table(BLOCK_TITLES, [_block(adapter, number) for number in range(len(adapter.blocks))])
+    rows = [(*_block(adapter, number), f"{sizes[number]:,}", form) for number, form in enumerate(forms)]
+    blocks = table(BLOCK_TITLES, rows)
     return "\n".join([*lines, "", blocks, "", "Density of B in percent:", table(*_densities(adapter))])
 
 
 def size(kept: int, total: int) -> str:
-    return f"keeps {kept:,} of {total:,} entries of B ({100 * kept / total:.2f}%)"
+    return f"keeps {kept:,} of {total:,} entries of B ({100 * kept / max(1, total):.2f}%)"
 
 
 def _said(value: Any) -> str:
@@ -64,14 +67,30 @@ def _printable(text: str) -> str:
     return text if text.isprintable() else ascii(text)
 
 
-BLOCK_TITLES = ("block", "seed", "rank", "alpha", "weight", "dtype of A", "kept", "of", "density")
+BLOCK_TITLES = ("block", "seed", "rank", "alpha", "weight", "dtype of A", "kept", "of", "density", "bytes", "form")
+
+
+def _form(adapter: "Adapter", number: int) -> str:
+    """How the update of a block is written down, which is what decides its bytes."""
+    block = adapter.blocks[number]
+    if block.seed is None:
+        return "A and B stored"
+    is_dense = bool(block.entries) and all(entries.index is None for entries in block.entries.values())
+    return "dense B on a seed" if is_dense else "sparse B on a seed"
+
+
+def _counted(forms: Sequence[str], sizes: Sequence[int]) -> Iterator[str]:
+    for form in dict.fromkeys(forms):
+        chosen = [size for other, size in zip(forms, sizes, strict=True) if other == form]
+        yield f"{len(chosen)} x {form} ({sum(chosen):,} bytes)"
 
 
 def _block(adapter: "Adapter", number: int) -> tuple[str, ...]:
     block = adapter.blocks[number]
     kept = sum(entries.values.numel() for entries in block.entries.values())
-    total = sum(out_features * block.rank for out_features, _ in adapter.shapes.values())
-    settings = (str(block.seed), str(block.rank), f"{block.alpha:g}", f"{block.weight:g}")
+    total = max(1, sum(out * block.rank_of(module) for module, (out, _) in adapter.shapes.items()))
+    seed = "-" if block.seed is None else str(block.seed)
+    settings = (seed, str(block.rank), f"{block.alpha:g}", f"{block.weight:g}")
     dtype = str(block.dtype).removeprefix("torch.")
     return (_printable(block.name), *settings, dtype, f"{kept:,}", f"{total:,}", f"{100 * kept / total:.2f}%")
 
@@ -84,7 +103,7 @@ def _densities(adapter: "Adapter") -> tuple[tuple[str, ...], list[tuple[str, ...
         place = (_layer(module), module.rpartition(".")[2])
         entries = [block.entries[module] for block in adapter.blocks if module in block.entries]
         kept[place] = kept.get(place, 0) + sum(item.values.numel() for item in entries)
-        total[place] = total.get(place, 0) + sum(out_features * block.rank for block in adapter.blocks)
+        total[place] = total.get(place, 0) + sum(out_features * block.rank_of(module) for block in adapter.blocks)
     layers, projections = (
         list(dict.fromkeys(layer for layer, _ in total)),
         list(dict.fromkeys(name for _, name in total)),
@@ -93,7 +112,9 @@ def _densities(adapter: "Adapter") -> tuple[tuple[str, ...], list[tuple[str, ...
     def percent(places: Iterable[tuple[str, str]]) -> str:
         there = [place for place in places if place in total]
         return (
-            f"{100 * sum(kept[place] for place in there) / sum(total[place] for place in there):.2f}" if there else ""
+            f"{100 * sum(kept[place] for place in there) / max(1, sum(total[place] for place in there)):.2f}"
+            if there
+            else ""
         )
 
     def row(title: str, layers: Sequence[str]) -> tuple[str, ...]:

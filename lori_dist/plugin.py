@@ -1,7 +1,8 @@
 """Methods found by their file name: the folder is the registry.
 
 A method is one function in one file of a plural folder (`masks/magnitude.py` holds `mask`), or of a module of the
-user's own, named `package.module`. Its keyword-only parameters that have a default are its options.
+user's own, named `package.module`. Its keyword-only parameters that have a default are its options. The annotation says
+what they may be; a number's range stands in it as mathematicians write it: `Annotated[float, "(0, 1]"]`.
 
 Signatures are read from the source, without running it: checking a configuration must not import torch.
 """
@@ -11,17 +12,29 @@ import difflib
 import importlib
 import importlib.machinery
 import importlib.util
+import re
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from lori_dist.errors import ConfigError
 
 PACKAGE = Path(__file__).parent
-ANNOTATIONS = {"Literal": Literal, "bool": bool, "int": int, "float": float, "str": str, "list": list, "tuple": tuple}
+ANNOTATIONS = {
+    "Literal": Literal,
+    "bool": bool,
+    "int": int,
+    "float": float,
+    "str": str,
+    "list": list,
+    "tuple": tuple,
+    "dict": dict,
+    "Annotated": Annotated,
+}
+_RANGE = re.compile(r"([\[(])(\S+), (\S+)([\])])\Z")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,9 +79,36 @@ class Method:
                 continue
             if isinstance(value, bool) and not isinstance(bound[key], bool):
                 problems.append(f"{path}.{key}: {value!r} was given; wanted a number (YAML reads yes and on as true)")
+            problems += [
+                f"{path}.{key}: {value!r} was given; it must be in {wanted}"
+                for wanted in _ranges(self.options[key].annotation)
+                if isinstance(bound[key], int | float) and not _within(bound[key], wanted)
+            ]
         if problems:
             raise ConfigError("\n".join(problems))
         return bound
+
+
+def _ranges(annotation: Any) -> Iterator[str]:
+    """The ranges that stand anywhere in an annotation."""
+    yield from (text for text in getattr(annotation, "__metadata__", ()) if isinstance(text, str))
+    for inner in typing.get_args(annotation):
+        yield from _ranges(inner)
+
+
+def _within(value: float, wanted: str) -> bool:
+    left, low, high, right = _parse_range(wanted)
+    above = value >= low if left == "[" else value > low
+    below = value <= high if right == "]" else value < high
+    return above and below
+
+
+def _parse_range(text: str) -> tuple[str, float, float, str]:
+    """Raises ValueError if it is none."""
+    found = _RANGE.match(text)
+    if found is None:
+        raise ValueError(f"{text!r} is no range")
+    return found[1], float(found[2]), float(found[3]), found[4]
 
 
 def names(folder: str) -> tuple[str, ...]:
@@ -149,13 +189,20 @@ def _options(function: ast.FunctionDef, path: str) -> dict[str, Option]:
 
 def _option(argument: ast.arg, default: ast.expr, what: str) -> Option:
     try:
-        return Option(annotation=_annotation(argument.annotation), default=ast.literal_eval(default))
-    except ValueError as error:
-        found = ast.unparse(default)
-        raise ConfigError(f"{what} has the default {found}; write a literal, as the source is not run") from error
+        annotation = _annotation(argument.annotation)
     except (NameError, SyntaxError, TypeError, AttributeError) as error:
         found = ast.unparse(argument.annotation or default)
         raise ConfigError(f"{what} is annotated {found}; only {', '.join(ANNOTATIONS)} can be checked") from error
+    try:
+        for text in _ranges(annotation):
+            _parse_range(text)
+    except ValueError as error:
+        raise ConfigError(f"{what}: {error}; write it as in '(0, 1]'") from error
+    try:
+        return Option(annotation=annotation, default=ast.literal_eval(default))
+    except ValueError as error:
+        found = ast.unparse(default)
+        raise ConfigError(f"{what} has the default {found}; write a literal, as the source is not run") from error
 
 
 def _annotation(node: ast.expr | None) -> Any:

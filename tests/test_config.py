@@ -255,13 +255,13 @@ def test_an_unknown_key_is_found_in_every_section() -> None:
 
 
 def test_an_unknown_option_is_found_in_every_method() -> None:
-    wrong = tree(adapter={"mask": {"name": "random", "sed": 1}}, merges={"all": {"method": {"name": "concat", "x": 1}}})
+    wrong = tree(adapter={"mask": {"name": "random", "sed": 1}}, merges={"all": {"method": {"name": "linear", "x": 1}}})
     found = problems(wrong, "train.engine={name: deepspeed, stge: 3}", "multitask={name: independent, zzz: 1}")
     wanted = [
         r"adapter\.mask\.sed: random has no such option; it takes seed\. Did you mean 'seed'\?",
         r"train\.engine\.stge: deepspeed has no such option; it takes .*stage.*\. Did you mean 'stage'\?",
         r"multitask\.zzz: independent has no such option; it takes .*\.",
-        r"merges\.all\.method\.x: concat has no such option; it takes none\.",
+        r"merges\.all\.method\.x: linear has no such option; it takes none\.",
     ]
     assert [bool(re.fullmatch(*pair)) for pair in zip(wanted, found, strict=True)] == [True] * 4
 

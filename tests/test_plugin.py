@@ -130,3 +130,59 @@ def test_a_module_that_is_not_there_is_refused(module: Any, name: str) -> None:
         ConfigError, match=r"adapter\.mask: no Python module '.*' can be found; check the name and PYTHONPATH"
     ):
         plugin.find("masks", name, "mask", "adapter.mask")
+
+
+def test_a_range_stands_in_the_annotation(module: Any) -> None:
+    method = module(
+        """
+def mask(
+    b, *, density, share: Annotated[float, "(0, 1]"] = 1.0, rank: Annotated[int, "[1, inf)"] | None = None,
+    weights: dict[str, float] = {}
+): ..."""
+    )
+    good = {"share": 1, "rank": 3, "weights": {"a": 2}}
+    assert method.bind(good, "m") == {"share": 1.0, "rank": 3, "weights": {"a": 2.0}}
+    assert method.bind({"share": 1e-9, "rank": None}, "m") == {"share": 1e-9, "rank": None}
+    for value in (0, 1.01, -1, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match=rf"^m\.share: {value} was given; it must be in \(0, 1\]$"):
+            method.bind({"share": value}, "m")
+    with pytest.raises(ConfigError) as caught:
+        method.bind({"rank": 0, "share": 2, "weights": {"a": "x"}}, "m")
+    first, second, third = str(caught.value).split("\n")
+    assert first == "m.rank: 0 was given; it must be in [1, inf)"
+    assert second == "m.share: 2 was given; it must be in (0, 1]"
+    assert third.startswith("m.weights: {'a': 'x'} was given; ")
+
+
+@pytest.mark.parametrize("text", ["0 to 1", "(0,1)", "(0, x]", "0, 1"])
+def test_what_is_no_range_is_refused(module: Any, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"option x of `mask`: .*write it as in"):
+        module(f"def mask(b, *, density, x: Annotated[float, {text!r}] = 1.0): ...")
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("magnitude", {"density": 0}),
+        ("magnitude", {"rank": 0}),
+        ("ties", {"density": 1.5}),
+        ("ties", {"elect": "most"}),
+        ("dare", {"density": -0.1}),
+        ("dare", {"seed": -1}),
+        ("dare_ties", {"density": 0.0}),
+        ("svd", {"rank": 0}),
+        ("tsv", {"keep": 0}),
+        ("knots", {"inner": "tsv"}),
+        ("knots", {"tolerance": -1.0}),
+        ("core_space", {"inner": "knots"}),
+        ("core_space", {"keep": 0}),
+        ("pico", {"density": 2}),
+        ("pico", {"inner": "svd"}),
+        ("task_arithmetic", {"scale": "much"}),
+        ("task_arithmetic", {"negate": "math"}),
+    ],
+)
+def test_options_of_merges_are_refused_before_work(method: str, options: dict[str, Any]) -> None:
+    found = plugin.find("merges", method, "merge", "merges.all.method")
+    with pytest.raises(ConfigError, match=rf"^merges\.all\.method\.{next(iter(options))}: .* was given; "):
+        found.bind(options, "merges.all.method")

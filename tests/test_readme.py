@@ -8,8 +8,10 @@ import pytest
 import yaml
 from transformers import Trainer, TrainingArguments
 
-from lori_dist import config, load_adapter
+from lori_dist import config, load_adapter, plugin
 from lori_dist.__main__ import main
+from lori_dist.merges import merge
+from tests.merges.made import adapter, block
 from tests.models import tiny_llama
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -58,7 +60,7 @@ def leaves(tree: Any, path: str = "") -> list[str]:
 def test_the_script_of_one_s_own_trains_with_the_trainer_of_transformers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (script,) = blocks("python")
+    (script,) = [text for text in blocks("python") if "attach(" in text]
     monkeypatch.chdir(tmp_path)
     rows = [{"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}] * 8
     arguments = TrainingArguments(
@@ -69,9 +71,27 @@ def test_the_script_of_one_s_own_trains_with_the_trainer_of_transformers(
         Trainer(model=model, args=arguments, train_dataset=rows).train()
 
     exec(script, {"model": tiny_llama(), "train": train})
-    adapter = load_adapter("adapter.safetensors")
-    assert adapter.kept == round(0.1 * adapter.total)
-    assert all(entries.values.any() for entries in adapter.blocks[0].entries.values())
+    trained = load_adapter("adapter.safetensors")
+    assert trained.kept == round(0.1 * trained.total)
+    assert all(entries.values.any() for entries in trained.blocks[0].entries.values())
+
+
+def test_the_merge_of_one_s_own_merges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (method,) = [text for text in blocks("python") if "def merge(" in text]
+    (tmp_path / "mypackage").mkdir()
+    (tmp_path / "mypackage" / "faded.py").write_text(method)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = {"name": "mypackage.faded", "factor": 0.5}
+    assert yaml.safe_load(method.partition("`")[2].partition("`")[0]) == {"merges": {"all": {"method": options}}}
+    tasks = [adapter(block("one")), adapter(block("two", seed=1))]
+    merged = merge(tasks, method=options.pop("name"), options=options, weights=[1.0, -2.0])  # type: ignore[arg-type]
+    assert [part.weight for part in merged.blocks] == [0.5, -1.0]
+
+
+def test_every_merge_is_in_the_table() -> None:
+    table = README.partition("\n## Merges\n")[2].partition("\n## ")[0]
+    for name in plugin.names("merges"):
+        assert re.search(rf"^\|[^|]*`{name}`[^|]*\|", table, re.MULTILINE), name
 
 
 @pytest.mark.parametrize(

@@ -65,8 +65,10 @@ class Block:
 
     name: str
     """The task it was trained on."""
-    seed: int
+    seed: int | None
+    """A is generated from it. None: A was computed, as by an SVD, and is in `projections`."""
     rank: int
+    """Rows of A. Where they differ between the modules of a block without a seed: the most that one has."""
     alpha: float
     dtype: torch.dtype = torch.float32
     """Of A."""
@@ -75,15 +77,25 @@ class Block:
     entries: Mapping[str, Entries]
     """Module path -> kept entries. A module that keeps none is absent."""
     checksums: Mapping[str, str]
-    """Module path -> checksum of A, for every module of the adapter."""
+    """Module path -> checksum of A, for every module of the adapter; without a seed, for those that keep entries."""
+    projections: Mapping[str, Tensor] = field(default_factory=dict)
+    """Of a block without a seed: module path -> A, (at most rank, in_features), for every module that keeps entries."""
 
     @property
     def scale(self) -> float:
         return self.weight * self.alpha / self.rank
 
     def projection(self, module: str, in_features: int, *, device: torch.device | str = "cpu") -> Tensor:
-        """A of one module, (rank, in_features)."""
+        """A of one module, (rank_of(module), in_features)."""
+        if self.seed is None:
+            return self.projections[module].to(device)
         return projection(self.seed, module, self.rank, in_features, dtype=self.dtype, device=device)
+
+    def rank_of(self, module: str) -> int:
+        """Rows of A, and columns of B, for one module; 0 where a block without a seed has no A."""
+        if self.seed is not None:
+            return self.rank
+        return self.projections[module].shape[0] if module in self.projections else 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +118,11 @@ class Adapter:
     @property
     def total(self) -> int:
         """Entries of B over all modules and blocks."""
-        return sum(out_features * block.rank for block in self.blocks for out_features, _ in self.shapes.values())
+        return sum(
+            out_features * block.rank_of(module)
+            for block in self.blocks
+            for module, (out_features, _) in self.shapes.items()
+        )
 
     def delta(self, module: str) -> Tensor:
         """The update of one module's weight, (out_features, in_features), fp32: the sum over blocks of scale * B A."""
@@ -114,6 +130,6 @@ class Adapter:
         update = torch.zeros(out_features, in_features)
         for block in self.blocks:
             if module in block.entries:
-                b = block.entries[module].dense(out_features, block.rank).float()
+                b = block.entries[module].dense(out_features, block.rank_of(module)).float()
                 update.addmm_(b, block.projection(module, in_features).float(), alpha=block.scale)
         return update

@@ -235,16 +235,18 @@ def _trained(path: str, base: nn.Module, block: Block) -> Delta:
         in_features=in_features,
         out_features=out_features,
         seed=block.seed,
-        rank=block.rank,
+        rank=block.rank_of(path),
         scale=block.scale,
         dtype=block.dtype,
         index=entries.index,
         device=_device(base),
+        stored=block.projections.get(path),
     )
     made = checksum(delta.a())
     if made != block.checksums[path]:
+        what = "its A" if block.seed is None else f"A made from seed {block.seed}"
         raise AdapterError(
-            f"{path}: A made from seed {block.seed} has checksum {made}, the adapter was trained "
+            f"{path}: {what} has checksum {made}, the adapter was trained "
             f"with {block.checksums[path]}; the file is damaged or comes from another generator"
         )
     assert delta.values is not None

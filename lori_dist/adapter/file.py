@@ -24,7 +24,8 @@ from lori_dist.errors import AdapterError
 from lori_dist.tensors import write
 
 FORMAT = "lori_dist.adapter"
-VERSION = 1
+VERSIONS = (1, 2)
+"""Read. Version 2 is written only where a block has no seed, so that all other files stay as they were."""
 DISTRIBUTION = "uniform"
 """Of the entries of A. Together with the generator it says what A is."""
 
@@ -39,7 +40,10 @@ _MAX_HEADER = 1 << 24  # characters; parsed, JSON can take thirty times its size
 
 _FIELDS = ("format", "version", "generator", "distribution", "values_dtype", "targets", "base", "blocks", "modules")
 _BLOCK_FIELDS = ("name", "seed", "rank", "alpha", "weight", "dtype")
-_MODULE_FIELDS = ("shape", "kept", "projection", "digest")
+_MODULE_FIELDS = {
+    1: ("shape", "kept", "projection", "digest"),
+    2: ("shape", "rank", "kept", "projection", "digest"),
+}
 
 _STRATEGIES = (zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE, zlib.Z_DEFAULT_STRATEGY)  # scattered, whole rows, whole columns
 _SAMPLE = 1 << 14  # bytes; matching costs 20 ms for 115 kB of a random mask, where it gains nothing
@@ -57,7 +61,7 @@ def save(adapter: Adapter, path: str | os.PathLike[str], *, dtype: torch.dtype =
         header = _describe(adapter, dtype)
         _check_header(header)
         tensors = _encode(adapter, dtype, header["modules"])
-        names = sorted(tensors, key=lambda name: (name.endswith(".mask"), name))  # as the library orders them
+        names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # the wider first, so all are aligned
         layout = {name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in names}
         write(path, layout, (tensors[name] for name in names), {_METADATA: _serialize(header)})
 
@@ -89,6 +93,16 @@ def header(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     with _naming(path, "read"), _opened(path) as file:
         return _read_header(file)
+
+
+def block_bytes(path: str | os.PathLike[str]) -> tuple[int, ...]:
+    """What the tensors of each block take in the file: values, masks and stored A. Raises AdapterError as `header`."""
+    path = Path(path)
+    with _naming(path, "read"), _opened(path) as file:
+        sizes = [0] * len(_read_header(file)["blocks"])
+        for name in file.keys():  # noqa: SIM118  (a safetensors file is no mapping)
+            sizes[int(name.partition(".")[0])] += file.get_tensor(name).nbytes
+        return tuple(sizes)
 
 
 @contextmanager
@@ -186,21 +200,31 @@ def _check_names(header: Mapping[str, Any], found: set[str]) -> None:
         for number, kept in enumerate(module["kept"]):
             if kept:
                 expected.add(f"{number}.{name}.values")
-            if 0 < kept < module["shape"][0] * header["blocks"][number]["rank"]:
+            if 0 < kept < module["shape"][0] * _rank(header, name, number):
                 expected.add(f"{number}.{name}.mask")
+            if kept and header["blocks"][number]["seed"] is None:
+                expected.add(f"{number}.{name}.a")
     if missing := expected - found:
         raise AdapterError(f"tensor {_named(min(missing))} is missing; {_DAMAGED}")
     if superfluous := found - expected:
         raise AdapterError(f"tensor {_named(min(superfluous))} does not follow from the header; {_DAMAGED}")
 
 
+def _rank(header: Mapping[str, Any], module: str, number: int) -> int:
+    """Rows of A of one block in one module."""
+    about = header["modules"][module]
+    rank: int = about["rank"][number] if "rank" in about else header["blocks"][number]["rank"]
+    return rank
+
+
 def _check_header(header: Any) -> None:
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise AdapterError(f"header: format is not {FORMAT!r}; give an adapter file of lori_dist")
     version = header.get("version")
-    if type(version) is not int or version != VERSION:
-        raise AdapterError(f"header: version is {_shown(version)}, this program reads {VERSION}; update lori_dist")
-    _check_fields("header", header, _FIELDS)
+    if type(version) is not int or version not in VERSIONS:
+        known = " and ".join(map(str, VERSIONS))
+        raise AdapterError(f"header: version is {_shown(version)}, this program reads {known}; update lori_dist")
+    _check_fields("header", header, _FIELDS, version)
     for field, known in (("generator", GENERATOR), ("distribution", DISTRIBUTION)):
         if header[field] != known:
             raise AdapterError(
@@ -213,10 +237,10 @@ def _check_header(header: Any) -> None:
     _require(isinstance(blocks, list) and len(blocks) > 0, "header: blocks", blocks, "an array with at least one block")
     _require(isinstance(modules, dict) and len(modules) > 0, "header: modules", modules, "an object with a module")
     for number, block in enumerate(blocks):
-        _check_block(f"header: blocks[{number}]", block)
+        _check_block(f"header: blocks[{number}]", block, version)
     for name, module in modules.items():
         _check_name("header: modules", name)
-        _check_module(f"header: module {_named(name)}", module, blocks)
+        _check_module(f"header: module {_named(name)}", module, blocks, version)
 
 
 def _check_targets(targets: Any) -> None:
@@ -226,10 +250,11 @@ def _check_targets(targets: Any) -> None:
         _check_name("header: targets", name)
 
 
-def _check_block(where: str, block: Any) -> None:
-    _check_fields(where, block, _BLOCK_FIELDS)
+def _check_block(where: str, block: Any, version: int) -> None:
+    _check_fields(where, block, _BLOCK_FIELDS, version)
     _check_name(f"{where}.name", block["name"])
-    _check_integer(f"{where}.seed", block["seed"], 0, 2**64 - 1)
+    if version == 1 or block["seed"] is not None:
+        _check_integer(f"{where}.seed", block["seed"], 0, 2**64 - 1)
     _check_integer(f"{where}.rank", block["rank"], 1, _MAX_ENTRIES)
     for field in ("alpha", "weight"):
         value = block[field]
@@ -238,36 +263,47 @@ def _check_block(where: str, block: Any) -> None:
     _check_choice(f"{where}.dtype", block["dtype"], _PROJECTION_DTYPES)
 
 
-def _check_module(where: str, module: Any, blocks: list[Any]) -> None:
-    _check_fields(where, module, _MODULE_FIELDS)
-    for field in _MODULE_FIELDS:
+def _check_module(where: str, module: Any, blocks: list[Any], version: int) -> None:
+    _check_fields(where, module, _MODULE_FIELDS[version], version)
+    for field in _MODULE_FIELDS[version]:
         length = 2 if field == "shape" else len(blocks)
         fits = isinstance(module[field], list) and len(module[field]) == length
         _require(fits, f"{where}: {field}", module[field], f"an array of {length}")
     for size in module["shape"]:
         _check_integer(f"{where}: shape", size, 1, _MAX_ENTRIES)
-    for block, kept, projection, digest in zip(
-        blocks, module["kept"], module["projection"], module["digest"], strict=True
+    ranks = module["rank"] if version > 1 else [block["rank"] for block in blocks]
+    for block, rank, kept, projection, digest in zip(
+        blocks, ranks, module["kept"], module["projection"], module["digest"], strict=True
     ):
-        if max(module["shape"]) * block["rank"] > _MAX_ENTRIES:
+        is_stored = block["seed"] is None
+        _check_integer(f"{where}: rank", rank, 0 if is_stored else block["rank"], block["rank"])
+        if max(module["shape"]) * rank > _MAX_ENTRIES:
             raise AdapterError(
-                f"{where}: shape {module['shape']} with rank {block['rank']} gives more than {_MAX_ENTRIES} entries; "
+                f"{where}: shape {module['shape']} with rank {rank} gives more than {_MAX_ENTRIES} entries; "
                 "use a smaller rank"
             )
-        _check_integer(f"{where}: kept", kept, 0, module["shape"][0] * block["rank"])
-        for field, value in (("projection", projection), ("digest", digest)):
-            fits = isinstance(value, str) and _HEX.match(value) is not None
-            _require(fits, f"{where}: {field}", value, "16 digits of 0-9a-f")
+        _check_integer(f"{where}: kept", kept, 1 if is_stored and rank else 0, module["shape"][0] * rank)
+        _check_hash(f"{where}: digest", digest)
+        if is_stored and rank == 0:
+            _require(
+                projection is None, f"{where}: projection", projection, "null where a block without a seed has no A"
+            )
+        else:
+            _check_hash(f"{where}: projection", projection)
 
 
-def _check_fields(where: str, value: Any, fields: tuple[str, ...]) -> None:
+def _check_hash(where: str, value: Any) -> None:
+    _require(isinstance(value, str) and _HEX.match(value) is not None, where, value, "16 digits of 0-9a-f")
+
+
+def _check_fields(where: str, value: Any, fields: tuple[str, ...], version: int) -> None:
     _require(isinstance(value, dict), where, value, "an object")
     for field in fields:
         if field not in value:
             raise AdapterError(f"{where}: {field} is missing; {_DAMAGED}")
     for field in value:
         if field not in fields:
-            raise AdapterError(f"{where}: {_named(field)} is not known in version {VERSION}; update lori_dist")
+            raise AdapterError(f"{where}: {_named(field)} is not known in version {version}; update lori_dist")
 
 
 def _check_name(where: str, value: Any) -> None:
@@ -311,10 +347,10 @@ def _describe(adapter: Adapter, dtype: torch.dtype) -> dict[str, Any]:
             raise AdapterError(
                 f"block {_named(block.name)} has {_named(min(unknown))}, which has no shape; add its shape"
             )
-    targets = adapter.targets
+    targets, version = adapter.targets, 2 if any(block.seed is None for block in adapter.blocks) else 1
     return {
         "format": FORMAT,
-        "version": VERSION,
+        "version": version,
         "generator": adapter.generator,
         "distribution": DISTRIBUTION,
         "values_dtype": str(dtype).removeprefix("torch."),
@@ -334,8 +370,13 @@ def _describe(adapter: Adapter, dtype: torch.dtype) -> dict[str, Any]:
         "modules": {
             name: {
                 "shape": list(shape),
+                **(
+                    {"rank": [0 if block.seed is None else block.rank for block in adapter.blocks]}
+                    if version > 1
+                    else {}
+                ),
                 "kept": [0 for _ in adapter.blocks],
-                "projection": [block.checksums.get(name) for block in adapter.blocks],
+                "projection": [None if block.seed is None else block.checksums.get(name) for block in adapter.blocks],
                 "digest": [_digest() for _ in adapter.blocks],
             }
             for name, shape in adapter.shapes.items()
@@ -348,7 +389,13 @@ def _encode(adapter: Adapter, dtype: torch.dtype, modules: dict[str, Any]) -> di
     tensors = {}
     for number, block in enumerate(adapter.blocks):
         for name, entries in block.entries.items():
-            about, num_entries = f"B of {_named(name)} in block {number}", adapter.shapes[name][0] * block.rank
+            about, rank = f"B of {_named(name)} in block {number}", block.rank_of(name)
+            num_entries = adapter.shapes[name][0] * rank
+            if block.seed is None and entries.values.numel():
+                a = _encode_projection(f"A of {_named(name)} in block {number}", block, name, adapter.shapes[name][1])
+                tensors[f"{number}.{name}.a"] = a
+                modules[name]["rank"][number] = rank
+                modules[name]["projection"][number] = _digest(_bytes(a.flatten()))
             values, mask = _encode_entries(about, entries, num_entries, dtype)
             if values.numel():
                 tensors[f"{number}.{name}.values"] = values
@@ -357,6 +404,21 @@ def _encode(adapter: Adapter, dtype: torch.dtype, modules: dict[str, Any]) -> di
             modules[name]["kept"][number] = values.numel()
             modules[name]["digest"][number] = _digest(_bytes(values), _bytes(mask))
     return tensors
+
+
+def _encode_projection(about: str, block: Block, name: str, in_features: int) -> Tensor:
+    """A of a block without a seed, on the CPU."""
+    a = block.projections.get(name)
+    if type(a) is not Tensor or a.dtype != block.dtype or a.ndim != 2 or a.is_meta:
+        found = "missing" if a is None else f"a {type(a).__name__}, {a.dtype} {tuple(a.shape)} on {a.device}"
+        raise AdapterError(f"{about} is {found}; without a seed, give it as a plain {block.dtype} matrix")
+    if not 0 < a.shape[0] <= block.rank or a.shape[1] != in_features:
+        raise AdapterError(
+            f"{about} has the shape {tuple(a.shape)}; wanted at most {block.rank} rows, and {in_features} columns"
+        )
+    if not bool(torch.isfinite(a).all()):
+        raise AdapterError(f"{about} has values that are not finite; merge again")
+    return a.detach().to("cpu", copy=True).contiguous()
 
 
 def _encode_entries(about: str, entries: Entries, num_entries: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -409,21 +471,43 @@ def _deflate(data: bytes, strategy: int) -> bytes:
 def _block(file: Any, header: Mapping[str, Any], number: int) -> Block:
     about = header["blocks"][number]
     dtype = _VALUE_DTYPES[header["values_dtype"]]
+    kept = {name: module for name, module in header["modules"].items() if module["kept"][number]}
     entries = {
-        name: _decode_entries(file, number, name, module, about["rank"], dtype)
-        for name, module in header["modules"].items()
-        if module["kept"][number]
+        name: _decode_entries(file, number, name, module, _rank(header, name, number), dtype)
+        for name, module in kept.items()
     }
+    projection_dtype = _PROJECTION_DTYPES[about["dtype"]]
     return Block(
         name=about["name"],
         seed=about["seed"],
         rank=about["rank"],
         alpha=float(about["alpha"]),
         weight=float(about["weight"]),
-        dtype=_PROJECTION_DTYPES[about["dtype"]],
+        dtype=projection_dtype,
         entries=entries,
-        checksums={name: module["projection"][number] for name, module in header["modules"].items()},
+        checksums={
+            name: module["projection"][number]
+            for name, module in header["modules"].items()
+            if module["projection"][number] is not None
+        },
+        projections={
+            name: _decode_projection(file, number, name, module, projection_dtype)
+            for name, module in kept.items()
+            if about["seed"] is None
+        },
     )
+
+
+def _decode_projection(file: Any, number: int, name: str, module: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
+    about, wanted = f"A of {_named(name)} in block {number}", (module["rank"][number], module["shape"][1])
+    a = _tensor(file, f"{number}.{name}.a", dtype, num_dimensions=2)
+    if tuple(a.shape) != wanted:
+        raise AdapterError(f"{about} has the shape {tuple(a.shape)}, its header has {wanted}; {_DAMAGED}")
+    if _digest(_bytes(a.flatten())) != module["projection"][number]:
+        raise AdapterError(f"{about} is not what its checksum is of; {_DAMAGED}")
+    if not bool(torch.isfinite(a).all()):
+        raise AdapterError(f"{about} has values that are not finite; {_DAMAGED}")
+    return a
 
 
 def _decode_entries(
@@ -445,11 +529,12 @@ def _decode_entries(
     return Entries(index=index, values=values)
 
 
-def _tensor(file: Any, name: str, dtype: torch.dtype) -> Tensor:
+def _tensor(file: Any, name: str, dtype: torch.dtype, *, num_dimensions: int = 1) -> Tensor:
     tensor: Tensor = file.get_tensor(name)
-    if tensor.dtype != dtype or tensor.ndim != 1:
+    if tensor.dtype != dtype or tensor.ndim != num_dimensions:
         found = f"{tensor.dtype} with {tensor.ndim} dimensions"
-        raise AdapterError(f"tensor {_named(name)} is {found}; it must be {dtype} with one; {_DAMAGED}")
+        wanted = "one" if num_dimensions == 1 else "two"
+        raise AdapterError(f"tensor {_named(name)} is {found}; it must be {dtype} with {wanted}; {_DAMAGED}")
     return tensor.clone()  # what safe_open gives is a view of the file, and changes with it
 
 

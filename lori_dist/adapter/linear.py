@@ -160,19 +160,23 @@ class Delta(nn.Module):
         module: str,
         in_features: int,
         out_features: int,
-        seed: int,
+        seed: int | None,
         rank: int,
         scale: float,
         dtype: torch.dtype,
         index: Tensor | None,
         device: torch.device,
         cached: bool = True,
+        stored: Tensor | None = None,  # A, where no seed makes it
     ) -> None:
         super().__init__()
-        self.recipe = Recipe(seed=seed, module=module, rank=rank, in_features=in_features, dtype=dtype)
+        self.is_stored = stored is not None
+        # Of a stored A, the recipe says the shape alone.
+        self.recipe = Recipe(seed=seed or 0, module=module, rank=rank, in_features=in_features, dtype=dtype)
         self.rank, self.scale = rank, scale
         self.in_features, self.out_features = in_features, out_features
-        self.register_buffer("projection", self.recipe.make(device=device) if cached else None, persistent=False)
+        a = self.recipe.make(device=device) if cached and stored is None else None
+        self.register_buffer("projection", a if stored is None else stored.to(device, copy=True), persistent=False)
         if index is not None:  # which nothing could make again, so it stays real even on the meta device
             index = index.to(index.device if device.type == "meta" else device, torch.int32)
         self.register_buffer("index", index, persistent=False)
@@ -211,7 +215,8 @@ class Delta(nn.Module):
     def extra_repr(self) -> str:
         kept = f"{self.kept} of {self.out_features * self.rank}"
         projection = "recomputed" if self.projection is None else "cached"
-        return f"rank={self.rank}, kept={kept}, seed={self.recipe.seed}, projection={projection}"
+        made = "A is stored" if self.is_stored else f"seed={self.recipe.seed}, projection={projection}"
+        return f"rank={self.rank}, kept={kept}, {made}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Delta":
         """Follows the model to another device, but never to another A, index or less exact values.
@@ -222,6 +227,8 @@ class Delta(nn.Module):
         def moved(tensor: Tensor) -> Tensor:
             result = fn(tensor)
             if tensor is self.projection:
+                if self.is_stored:  # as the index: nothing could make it again
+                    return tensor if result.is_meta else tensor.to(result.device)
                 if tensor.is_meta and not result.is_meta:
                     return self.recipe.make(device=result.device)
                 return tensor.to(result.device)

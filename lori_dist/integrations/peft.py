@@ -21,7 +21,8 @@ def export(adapter: Adapter, folder: Path, *, base_model_name: str) -> None:
 
     It holds adapter_config.json and adapter_model.safetensors: A made from its seed, in its own dtype, and B dense in
     fp32, for every module that keeps an entry; to leave out the others changes no output. Several blocks become one
-    LoRA of the sum of their ranks, their scales multiplied into B. base_model_name: path or hub name of the base model,
+    LoRA of the sum of their ranks, their scales multiplied into B; a module where a block has fewer rows of A gets
+    zeros for the rest, as readers expect one rank of all modules. base_model_name: path or hub name of the base model,
     written into the configuration.
     The folder appears complete or not at all. Raises AdapterError if it holds anything already, or for an adapter
     without a kept entry.
@@ -50,12 +51,17 @@ def _factors(adapter: Adapter, module: str) -> tuple[Tensor, Tensor]:
     out_features, in_features = adapter.shapes[module]
     a, b = [], []
     for block in adapter.blocks:
-        a.append(block.projection(module, in_features))
-        if module not in block.entries:
-            b.append(torch.zeros(out_features, block.rank))
-            continue
-        dense = block.entries[module].dense(out_features, block.rank)
-        b.append((dense if _scales_as_it_is(adapter) else dense.double() * block.scale).float())
+        rank = block.rank_of(module)
+        if rank:
+            a.append(block.projection(module, in_features))
+        if rank < block.rank:
+            a.append(torch.zeros(block.rank - rank, in_features, dtype=block.dtype))
+        if module in block.entries:
+            dense = block.entries[module].dense(out_features, rank)
+            b.append((dense if _scales_as_it_is(adapter) else dense.double() * block.scale).float())
+        else:
+            b.append(torch.zeros(out_features, rank))
+        b.append(torch.zeros(out_features, block.rank - rank))
     return torch.cat(a).contiguous(), torch.cat(b, dim=1).contiguous()
 
 

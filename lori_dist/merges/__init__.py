@@ -1,13 +1,66 @@
-"""Merges of adapters, one per file, and merging from file to file."""
+"""Merges of adapters, one per file, and what walks over the modules for all of them.
 
+A method is `merge(updates, *, weights, **options) -> Sequence[Part]`, on one module: `updates` has one Update for each
+adapter, also for those that do not adapt this module, and the result is the merged update as a sum of scale * B A. A
+method sees no other module, so a merge needs the updates of one module at a time and modules can be merged in any order
+or place.
+"""
+
+import functools
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lori_dist import plugin
 from lori_dist.adapter import file
+from lori_dist.adapter.adapter import Adapter
+from lori_dist.adapter.update import Part, Update, blocks, split
+from lori_dist.merges._inputs import check
 
-__all__ = ["merge_files"]
+__all__ = ["Part", "Update", "drop", "merge", "merge_files", "reweight"]
+
+log = logging.getLogger(__name__)
+
+
+def merge(
+    adapters: Sequence[Adapter],
+    *,
+    method: str,
+    options: Mapping[str, Any] | None = None,
+    weights: Sequence[float] | None = None,
+) -> Adapter:
+    """One adapter of several, over the modules of all of them.
+
+    method: a file of this folder, or `package.module`. options: of the method, by name. weights: one per adapter, of
+    any sign; by default equal ones that sum to one.
+    Adapters may differ in rank, alpha, dtype and targets; a module that one does not adapt gets nothing from it.
+    Raises ConfigError for a method, options or weights that do not exist or fit, AdapterError for adapters of different
+    bases, shapes or generators, or that the method cannot merge.
+    """
+    chosen = plugin.find("merges", method, "merge", "merge.method")
+    bound = chosen.bind(options or {}, "merge.method")
+    shares = [1 / len(adapters) for _ in adapters] if weights is None else weights
+    check(adapters, shares)
+    merge_module = functools.partial(chosen.load(), weights=shares, **bound)
+    shapes = {module: shape for adapter in adapters for module, shape in adapter.shapes.items()}
+    parts = {
+        module: merge_module([split(adapter, module, shape) for adapter in adapters])
+        for module, shape in shapes.items()
+    }
+    merged = _join(adapters, shapes, parts)
+    _warn_of_ranks(merged)
+    return merged
+
+
+def drop(merged: Adapter, *names: str) -> Adapter:
+    """The concat merge without the tasks `names`, as it would have been without them. Nothing is computed again."""
+    return merge([merged], method="concat", weights=[1.0], options={"drop": names})
+
+
+def reweight(merged: Adapter, weights: Mapping[str, float]) -> Adapter:
+    """The concat merge with other weights for some of its tasks. Nothing is computed again."""
+    return merge([merged], method="concat", weights=[1.0], options={"reweight": dict(weights)})
 
 
 def merge_files(
@@ -18,19 +71,13 @@ def merge_files(
     options: Mapping[str, Any] | None = None,
     weights: Sequence[float] | None = None,
 ) -> dict[str, Any]:
-    """Merges adapter files into one, which appears at `out` only when it is complete.
+    """Merges adapter files into one, which appears at `out` only when it is complete. Arguments as of `merge`.
 
-    method: a file of this folder, or `package.module`. options: of the method, by name. weights: one per adapter; by
-    default equal ones that sum to one.
     Returns {"path", "kept", "total", "bytes", "rank"} of the merge; rank is the sum over its blocks.
-    Raises ConfigError for a method, options or weights that do not exist or fit, AdapterError for adapters that cannot
-    be read or merged.
+    Raises as `merge`, and AdapterError for adapters that cannot be read.
     """
-    chosen = plugin.find("merges", method, "merge", "merge.method")
-    bound = chosen.bind(options or {}, "merge.method")
-    adapters = [file.load(path) for path in paths]
-    shares = [1 / len(adapters) for _ in adapters] if weights is None else weights
-    merged = chosen.load()(adapters, weights=shares, **bound)
+    plugin.find("merges", method, "merge", "merge.method").bind(options or {}, "merge.method")  # before files are read
+    merged = merge([file.load(path) for path in paths], method=method, options=options, weights=weights)
     file.save(merged, out)
     return {
         "path": str(out),
@@ -39,3 +86,29 @@ def merge_files(
         "bytes": out.stat().st_size,
         "rank": sum(block.rank for block in merged.blocks),
     }
+
+
+def _join(
+    adapters: Sequence[Adapter], shapes: Mapping[str, tuple[int, int]], parts: Mapping[str, Sequence[Part]]
+) -> Adapter:
+    targets = {adapter.targets for adapter in adapters}
+    return Adapter(
+        shapes=shapes,
+        blocks=blocks(parts, shapes),
+        targets=targets.pop() if len(targets) == 1 else tuple(shapes),
+        base=next((adapter.base for adapter in adapters if "weights" in adapter.base), adapters[0].base),
+        generator=adapters[0].generator,
+    )
+
+
+def _warn_of_ranks(merged: Adapter) -> None:
+    ranks = {module: sum(block.rank_of(module) for block in merged.blocks) for module in merged.shapes}
+    wide = [module for module, rank in ranks.items() if rank > min(merged.shapes[module])]
+    if wide and len(merged.blocks) > 1:
+        log.warning(
+            "%s has rank %d after the merge, its weight only %d (%d modules in all); svd says the same at that rank",
+            wide[0],
+            ranks[wide[0]],
+            min(merged.shapes[wide[0]]),
+            len(wide),
+        )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lori_dist import Adapter, AdapterError, Spec, adapted, attach, detach, extract, fold, trainable, unfold
 from lori_dist.adapter.attach import projection_checksums
 from lori_dist.adapter.projection import checksum, projection
+from lori_dist.merges import merge
 from tests.models import tiny_gpt2, tiny_llama
 
 SPEC = Spec(rank=4, alpha=8.0, seed=11)
@@ -361,3 +362,62 @@ def test_the_delta_of_an_adapter_is_what_it_adds_to_the_weight() -> None:
 
 def _replaced(value: Any, **changes: object) -> Any:
     return dataclasses.replace(value, **changes)
+
+
+def merged(model: nn.Module) -> Adapter:
+    """Two tasks, merged to a computed A and B, of a lower rank in the narrow modules."""
+    tasks = []
+    for seed in range(2):
+        attach(model, dataclasses.replace(SPEC, seed=seed))
+        randomise(model)
+        tasks.append(extract(model, name=f"task{seed}"))
+        detach(model)
+    return merge(tasks, method="svd", weights=[0.5, -1.0])
+
+
+@models
+def test_a_stored_a_is_attached_folded_and_detached(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    adapter, before = merged(model), logits(model)
+    assert [block.seed for block in adapter.blocks] == [None]
+    layers = attach(model, adapter)
+    with_adapter = logits(model)
+    assert not torch.allclose(with_adapter, before, atol=1e-2)
+    for path, layer in layers.items():
+        (delta,) = layer.deltas
+        assert torch.equal(delta.projection, adapter.blocks[0].projections[path])
+        assert torch.allclose(delta.weight(delta.values), adapter.delta(path), atol=1e-5)
+    assert not any(".projection" in name for name in model.state_dict())
+    fold(model)
+    assert torch.allclose(logits(model), with_adapter, atol=1e-4)
+    detach(model)
+
+
+def test_a_stored_a_survives_casts_and_a_trip_to_meta() -> None:
+    model = tiny_llama()
+    adapter = merged(model)
+    attach(model, adapter)
+    model.to(torch.bfloat16)
+    model.to("meta")
+    model.to_empty(device="cpu")
+    for path, layer in adapted(model).items():
+        assert torch.equal(layer.deltas[0].projection, adapter.blocks[0].projections[path])
+
+
+def test_attaching_does_not_alias_a_stored_a() -> None:
+    model = tiny_llama()
+    adapter = merged(model)
+    path, layer = next(iter(attach(model, adapter).items()))
+    kept = layer.deltas[0].projection.clone()
+    adapter.blocks[0].projections[path].zero_()
+    assert torch.equal(layer.deltas[0].projection, kept)
+
+
+def test_a_stored_a_with_another_checksum_is_refused() -> None:
+    model = tiny_llama()
+    adapter = merged(model)
+    (block,) = adapter.blocks
+    path = next(iter(adapter.shapes))
+    wrong = dataclasses.replace(block, checksums={**block.checksums, path: "0" * 16})
+    with pytest.raises(AdapterError, match=r"its A has checksum \w{16}, the adapter was trained with 0{16}"):
+        attach(model, dataclasses.replace(adapter, blocks=(wrong,)))

@@ -19,12 +19,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lori_dist.adapter.adapter import Adapter, Block, Entries
-from lori_dist.adapter.file import header, load, save
+from lori_dist.adapter.file import block_bytes, header, load, save
 from lori_dist.adapter.projection import checksum
 from lori_dist.errors import AdapterError
 
 GOLDEN = Path(__file__).parent / "golden" / "adapter.safetensors"
+GOLDEN_STORED = Path(__file__).parent / "golden" / "stored.safetensors"
 CHECKSUM = "0123456789abcdef"
+
+
+ONES = torch.ones(2)
 
 
 def golden() -> Adapter:
@@ -62,6 +66,51 @@ def golden() -> Adapter:
     return Adapter(shapes=shapes, blocks=made, targets=("q_proj", "lm_head"), base={"name": "ünï", "layers": [2, None]})
 
 
+def golden_stored() -> Adapter:
+    """What the golden file of version 2 holds: a block without a seed, of two ranks, beside one with a seed."""
+    shapes = {"q": (2, 3), "k": (1, 4), "v": (2, 2)}
+    a = {"q": torch.tensor([[1.0, -2.0, 0.5], [0.0, -0.0, 3.0]]), "k": torch.tensor([[0.25, 0.5, -1.0, 2.0]])}
+    stored = Block(
+        name="svd",
+        seed=None,
+        rank=2,
+        alpha=2.0,
+        entries={
+            "q": Entries(index=None, values=torch.tensor([1.0, 2.0, 3.0, -4.0])),
+            "k": Entries(index=None, values=torch.tensor([0.5])),
+        },
+        checksums={name: checksum(matrix) for name, matrix in a.items()},
+        projections=a,
+    )
+    seeded = Block(
+        name="math",
+        seed=7,
+        rank=1,
+        alpha=1.0,
+        weight=0.25,
+        entries={"v": Entries(index=torch.tensor([1], dtype=torch.int32), values=torch.tensor([9.0]))},
+        checksums={},
+    )
+    checksums = {name: checksum(seeded.projection(name, size)) for name, (_, size) in shapes.items()}
+    return Adapter(shapes=shapes, blocks=(stored, replace(seeded, checksums=checksums)), targets="all-linear")
+
+
+def small_stored() -> Adapter:
+    """As `small`, with its A stored, and one row of it less."""
+    a = torch.tensor([[1.0, 2.0, -3.0, 0.5]])
+    entries = {"q": Entries(index=torch.tensor([0, 3], dtype=torch.int32), values=torch.tensor([1.0, -4.0]))}
+    block = Block(
+        name="t",
+        seed=None,
+        rank=2,
+        alpha=2.0,
+        entries=entries,
+        checksums={"q": checksum(a)},
+        projections={"q": a},
+    )
+    return Adapter(shapes={"q": (5, 4)}, blocks=(block,), targets="all-linear")
+
+
 def small() -> Adapter:
     index = torch.tensor([0, 2, 3, 9], dtype=torch.int32)
     entries = {"q": Entries(index=index, values=torch.tensor([1.0, 2.0, 3.0, -4.0]))}
@@ -87,7 +136,7 @@ def sparse(shapes: Mapping[str, tuple[int, int]], rank: int, density: float) -> 
 
 
 def bits(tensor: Tensor) -> list[int]:
-    return tensor.view({2: torch.int16, 4: torch.int32}[tensor.itemsize]).tolist()
+    return tensor.flatten().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]).tolist()
 
 
 def plain(adapter: Adapter, dtype: torch.dtype | None = None) -> Any:
@@ -98,12 +147,20 @@ def plain(adapter: Adapter, dtype: torch.dtype | None = None) -> Any:
         for name, (out_features, _) in adapter.shapes.items():
             kept = block.entries.get(name)
             if kept is not None and kept.values.numel():
-                full = kept.values.numel() == out_features * block.rank
+                full = kept.values.numel() == out_features * block.rank_of(name)
                 positions = None if full or kept.index is None else (kept.index.dtype, kept.index.tolist())
                 values = kept.values if dtype is None else kept.values.to(dtype)
                 entries[name] = (positions, values.dtype, bits(values))
         about = (block.name, block.seed, block.rank, repr(block.alpha), repr(block.weight), block.dtype)
-        blocks.append((about, list(entries.items()), [block.checksums[name] for name in adapter.shapes]))
+        stored = [
+            (name, block.projections[name].shape, block.projections[name].dtype, bits(block.projections[name]))
+            for name in entries
+            if name in block.projections
+        ]
+        checksums = [
+            block.checksums[name] if block.seed is not None or name in entries else None for name in adapter.shapes
+        ]
+        blocks.append((about, list(entries.items()), checksums, stored))
     return (list(adapter.shapes.items()), blocks, adapter.targets, adapter.base, adapter.generator)
 
 
@@ -133,7 +190,14 @@ def read(path: Path) -> tuple[dict[str, Any], dict[tuple[int, str], np.ndarray]]
         for number, block in enumerate(about["blocks"]):
             values, mask = tensor(f"{number}.{name}.values"), tensor(f"{number}.{name}.mask")
             assert module["digest"][number] == digest(values, mask)
-            size = module["shape"][0] * block["rank"]
+            rank = module["rank"][number] if about["version"] == 2 else block["rank"]
+            size = module["shape"][0] * rank
+            a = tensor(f"{number}.{name}.a")
+            if block["seed"] is None:
+                width = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}[block["dtype"]]
+                assert len(a) == rank * module["shape"][1] * width
+                assert module["projection"][number] == (digest(a) if rank else None)
+            assert (len(a) > 0) == (block["seed"] is None and module["kept"][number] > 0)
             if mask:
                 packed = zlib.decompress(mask)
                 assert len(packed) == (size + 7) // 8
@@ -147,7 +211,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[tuple[int, str], np.ndarray]]
             assert len(words) == len(kept) == module["kept"][number]
             b = np.zeros(size, "<f4")
             b[kept] = words.view("<f4")
-            dense[number, name] = b.reshape(module["shape"][0], block["rank"])
+            dense[number, name] = b.reshape(module["shape"][0], rank)
     assert not outer
     return about, dense
 
@@ -163,6 +227,27 @@ def small_header() -> dict[str, Any]:
         "base": {},
         "blocks": [{"name": "t", "seed": 1, "rank": 2, "alpha": 2.0, "weight": 1.0, "dtype": "float32"}],
         "modules": {"q": {"shape": [5, 4], "kept": [4], "projection": [CHECKSUM], "digest": [None]}},
+    }
+
+
+def packed(*parts: int) -> Tensor:
+    return torch.tensor(list(zlib.compress(bytes(parts))), dtype=torch.uint8)
+
+
+def small_stored_header() -> dict[str, Any]:
+    about = small_header()
+    about["version"] = 2
+    about["blocks"][0]["seed"] = None
+    projection = checksum(small_stored().blocks[0].projections["q"])
+    about["modules"]["q"] = {"shape": [5, 4], "rank": [1], "kept": [2], "projection": [projection], "digest": [None]}
+    return about
+
+
+def small_stored_tensors() -> dict[str, Tensor]:
+    return {
+        "0.q.values": torch.tensor([1.0, -4.0]),
+        "0.q.mask": packed(0b1001),
+        "0.q.a": small_stored().blocks[0].projections["q"].clone(),
     }
 
 
@@ -232,21 +317,31 @@ def entries(draw: st.DrawFn, num_entries: int) -> Entries | None:
 
 @st.composite
 def adapters(draw: st.DrawFn) -> Adapter:
-    sizes = st.tuples(st.integers(1, 9), st.integers(1, 2**20))
+    sizes = st.tuples(st.integers(1, 9), st.integers(1, 2**12))
     shapes = draw(st.dictionaries(NAMES, sizes, min_size=1, max_size=4))
     blocks = []
     for _ in range(draw(st.integers(1, 3))):
         rank = draw(st.integers(1, 5))
-        made = {name: draw(entries(shape[0] * rank)) for name, shape in shapes.items()}
+        is_stored = draw(st.booleans())
+        dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
+        ranks = {name: draw(st.integers(1, rank)) if is_stored else rank for name in shapes}
+        made = {name: draw(entries(shape[0] * ranks[name])) for name, shape in shapes.items()}
+        projections = {}
+        for name, (_, in_features) in shapes.items():
+            if is_stored and made[name] is not None:
+                projections[name] = torch.full((ranks[name], in_features), draw(st.integers(-3, 3)), dtype=dtype)
         block = Block(
             name=draw(NAMES),
-            seed=draw(st.integers(0, 2**64 - 1)),
+            seed=None if is_stored else draw(st.integers(0, 2**64 - 1)),
             rank=rank,
             alpha=draw(FINITE),
             weight=draw(FINITE),
-            dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])),
+            dtype=dtype,
             entries={name: kept for name, kept in made.items() if kept is not None},
-            checksums={name: digest(name.encode()) for name in shapes},
+            checksums={name: checksum(a) for name, a in projections.items()}
+            if is_stored
+            else {name: digest(name.encode()) for name in shapes},
+            projections=projections,
         )
         blocks.append(block)
     targets = draw(st.just("all-linear") | st.lists(NAMES, min_size=1, max_size=3).map(tuple))
@@ -273,7 +368,7 @@ def test_load_gives_back_what_was_saved(path: Path, adapter: Adapter, dtype: tor
     assert header(path) == {key: value for key, value in about.items() if key != "digest"}
     for number, block in enumerate(loaded.blocks):
         for name, kept in block.entries.items():
-            b = kept.dense(loaded.shapes[name][0], block.rank).float()
+            b = kept.dense(loaded.shapes[name][0], block.rank_of(name)).float()
             assert torch.equal(b, torch.from_numpy(dense[number, name]))
 
 
@@ -443,6 +538,175 @@ def test_all_but_values_and_masks_takes_few_bytes(path: Path) -> None:
     assert path.stat().st_size - payload < 400 * len(shapes)
 
 
+def test_bytes_are_told_by_block(path: Path) -> None:
+    for adapter in (golden(), golden_stored()):
+        save(adapter, path)
+        tensors = safetensors.torch.load_file(path)
+        wanted = [0, 0]
+        for name, tensor in tensors.items():
+            wanted[int(name[0])] += tensor.nbytes
+        assert block_bytes(path) == tuple(wanted)
+
+
+# A that is stored: version 2.
+
+
+def test_only_a_block_without_a_seed_makes_a_file_of_version_2(path: Path) -> None:
+    for adapter, version in ((golden(), 1), (small_stored(), 2), (golden_stored(), 2)):
+        save(adapter, path)
+        assert header(path)["version"] == version
+
+
+def test_golden_file_of_version_2_loads_to_the_same_adapter_for_ever(path: Path) -> None:
+    assert plain(load(GOLDEN_STORED)) == plain(golden_stored())
+    save(golden_stored(), path)
+    assert path.read_bytes() == GOLDEN_STORED.read_bytes()
+    about, dense = read(GOLDEN_STORED)
+    assert [block["seed"] for block in about["blocks"]] == [None, 7]
+    assert [module["rank"] for module in about["modules"].values()] == [[2, 1], [1, 1], [0, 1]]
+    assert [module["kept"] for module in about["modules"].values()] == [[4, 0], [1, 0], [0, 1]]
+    assert dense[0, "q"].tolist() == [[1.0, 2.0], [3.0, -4.0]]
+
+
+def test_a_file_of_version_2_written_from_the_readme_alone_loads(path: Path) -> None:
+    write(path, seal(small_stored_header(), small_stored_tensors()), small_stored_tensors())
+    assert plain(load(path)) == plain(small_stored())
+    save(small_stored(), path)
+    assert plain(load(path)) == plain(small_stored())
+
+
+def test_version_2_may_have_no_stored_a(path: Path) -> None:
+    about = small_header()
+    about["version"] = 2
+    about["modules"]["q"] |= {"rank": [2]}
+    write(path, seal(about, small_tensors()), small_tensors())
+    assert plain(load(path)) == plain(small())
+
+
+def test_a_stored_a_without_entries_is_not_written(path: Path) -> None:
+    adapter = small_stored()
+    empty = Entries(index=torch.empty(0, dtype=torch.int32), values=torch.empty(0))
+    for entries in ({"q": empty}, {}):
+        save(replace(adapter, blocks=(replace(adapter.blocks[0], entries=entries),)), path)
+        assert safetensors.torch.load_file(path) == {}
+        (block,) = load(path).blocks
+        assert (block.seed, block.projections, block.checksums, block.rank_of("q")) == (None, {}, {}, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"projections": {}}, r"A of q in block 0 is missing; without a seed, give it as a plain torch.float32 matrix"),
+        ({"projections": {"q": torch.ones(1, 4).double()}}, r"A of q in block 0 is a Tensor, torch.float64 \(1, 4\)"),
+        ({"projections": {"q": torch.ones(4)}}, r"A of q in block 0 is a Tensor, torch.float32 \(4,\)"),
+        ({"projections": {"q": torch.ones(1, 4, device="meta")}}, "on meta"),
+        ({"projections": {"q": torch.ones(1, 5)}}, r"shape \(1, 5\); wanted at most 2 rows, and 4 columns"),
+        ({"projections": {"q": torch.ones(3, 4)}}, r"shape \(3, 4\); wanted at most 2 rows, and 4 columns"),
+        ({"projections": {"q": torch.ones(0, 4)}}, r"shape \(0, 4\); wanted"),
+        ({"projections": {"q": torch.full((1, 4), torch.nan)}}, "A of q in block 0 has values that are not finite"),
+        (
+            {"projections": {"q": torch.ones(2, 4)}, "entries": {"q": Entries(index=None, values=ONES)}},
+            "2 values for 10",
+        ),
+    ],
+)
+def test_a_stored_a_that_does_not_fit_is_refused(path: Path, change: dict[str, Any], match: str) -> None:
+    adapter = small_stored()
+    with pytest.raises(AdapterError, match=match):
+        save(replace(adapter, blocks=(replace(adapter.blocks[0], **change),)), path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "match"),
+    [
+        (["version"], 1, r"blocks\[0\].seed is None"),
+        (["blocks", 0, "seed"], 1, "module q: rank is 1; it must be an integer from 2 to 2"),
+        (["blocks", 0, "seed"], "none", r"blocks\[0\].seed is 'none'"),
+        (["blocks", 0, "rank"], 2**40, r"blocks\[0\].rank is 1099511627776"),
+        (["modules", "q", "rank"], [3], "module q: rank is 3; it must be an integer from 0 to 2"),
+        (["modules", "q", "rank"], [2], "the mask of B of q in block 0 is shorter than its 10 entries"),
+        (["modules", "q", "rank"], [0], "module q: kept is 2; it must be an integer from 0 to 0"),
+        (["modules", "q", "rank"], [-1], "rank is -1"),
+        (["modules", "q", "rank"], [True], "rank is True"),
+        (["modules", "q", "rank"], [1, 1], "rank is of type list; it must be an array of 1"),
+        (["modules", "q", "rank"], 1, "rank is 1; it must be an array of 1"),
+        (["modules", "q", "kept"], [0], "module q: kept is 0; it must be an integer from 1 to 5"),
+        (["modules", "q", "kept"], [6], "kept is 6; it must be an integer from 1 to 5"),
+        (["modules", "q", "projection"], [None], "projection is None; it must be 16 digits"),
+        (["modules", "q", "projection"], [CHECKSUM], "A of q in block 0 is not what its checksum is of"),
+        (["modules", "q", "shape"], [5, 3], r"A of q in block 0 has the shape \(1, 4\), its header has \(1, 3\)"),
+        (["extra"], {}, "extra is not known in version 2; update lori_dist"),
+    ],
+)
+def test_hostile_headers_of_version_2_are_refused(path: Path, keys: list[Any], value: Any, match: str) -> None:
+    about = small_stored_header()
+    inner: Any = about
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    write(path, seal(about, small_stored_tensors()), small_stored_tensors())
+    with pytest.raises(AdapterError, match=match):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"0.q.a": None}, "tensor 0.q.a is missing"),
+        ({"0.k.a": ONES}, "tensor 0.k.a does not follow from the header"),
+        (
+            {"0.q.a": torch.ones(4)},
+            "tensor 0.q.a is torch.float32 with 1 dimensions; it must be torch.float32 with two",
+        ),
+        ({"0.q.a": torch.ones(1, 4).bfloat16()}, "tensor 0.q.a is torch.bfloat16"),
+        ({"0.q.a": torch.ones(4, 1)}, r"A of q in block 0 has the shape \(4, 1\), its header has \(1, 4\)"),
+        ({"0.q.a": torch.ones(1, 4)}, "A of q in block 0 is not what its checksum is of"),
+    ],
+)
+def test_hostile_tensors_of_version_2_are_refused(path: Path, change: dict[str, Tensor | None], match: str) -> None:
+    tensors = {name: tensor for name, tensor in (small_stored_tensors() | change).items() if tensor is not None}
+    write(path, seal(small_stored_header(), tensors), tensors)
+    with pytest.raises(AdapterError, match=match):
+        load(path)
+
+
+def test_a_stored_a_that_is_not_finite_is_refused(path: Path) -> None:
+    about, a = small_stored_header(), torch.tensor([[1.0, torch.inf, 0.0, 0.0]])
+    about["modules"]["q"]["projection"] = [checksum(a)]
+    tensors = small_stored_tensors() | {"0.q.a": a}
+    write(path, seal(about, tensors), tensors)
+    with pytest.raises(AdapterError, match="A of q in block 0 has values that are not finite"):
+        load(path)
+
+
+def test_every_flipped_bit_of_version_2_is_refused(path: Path) -> None:
+    save(small_stored(), path)
+    data = path.read_bytes()
+    survived = [
+        (position, bit)
+        for position, byte in enumerate(data)
+        for bit in range(8)
+        if load_changed(path, data, position, byte ^ 1 << bit) is not None
+    ]
+    assert survived == []
+
+
+@pytest.mark.parametrize("keys", [[], ["blocks", 0], ["modules", "q"]])
+def test_every_field_of_version_2_is_required(path: Path, keys: list[Any]) -> None:
+    inner: Any = small_stored_header()
+    for key in keys:
+        inner = inner[key]
+    for field in inner:
+        about = small_stored_header()
+        part: Any = about
+        for key in keys:
+            part = part[key]
+        del part[field]
+        write(path, seal(about, small_stored_tensors()), small_stored_tensors())
+        with pytest.raises(AdapterError, match=field):
+            load(path)
+
+
 # Writing is all or nothing.
 
 
@@ -474,9 +738,6 @@ def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="it cannot be written: Is a directory"):
         save(small(), tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-ONES = torch.ones(2)
 
 
 @pytest.mark.parametrize(
@@ -710,7 +971,8 @@ def test_what_is_no_safetensors_is_refused(path: Path, content: bytes) -> None:
     ("keys", "value", "match"),
     [
         (["format"], "pt", "format is not 'lori_dist.adapter'"),
-        (["version"], 2, "version is 2, this program reads 1; update lori_dist"),
+        (["version"], 3, "version is 3, this program reads 1 and 2; update lori_dist"),
+        (["version"], 2, "module q: rank is missing"),
         (["version"], True, "version is True"),
         (["version"], "1", "version is '1'"),
         (["version"], 10**400, "version is an integer of 1329 bits"),
@@ -775,9 +1037,10 @@ def test_hostile_headers_are_refused(path: Path, keys: list[Any], value: Any, ma
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_any_value_in_any_place_is_a_header_or_an_error(path: Path, data: st.DataObject) -> None:
-    about: Any = small_header()
+@given(data=st.data(), is_stored=st.booleans())
+def test_any_value_in_any_place_is_a_header_or_an_error(path: Path, data: st.DataObject, is_stored: bool) -> None:
+    about: Any = small_stored_header() if is_stored else small_header()
+    tensors = small_stored_tensors() if is_stored else small_tensors()
     inner = about
     while True:
         key = data.draw(st.sampled_from(sorted(inner) if isinstance(inner, dict) else range(len(inner))))
@@ -785,7 +1048,7 @@ def test_any_value_in_any_place_is_a_header_or_an_error(path: Path, data: st.Dat
             break
         inner = inner[key]
     inner[key] = data.draw(JSON)
-    write(path, seal(about, small_tensors()), small_tensors())
+    write(path, seal(about, tensors), tensors)
     try:
         loaded = load(path)
     except AdapterError as error:
@@ -825,7 +1088,7 @@ def test_every_field_is_required(path: Path, keys: list[Any]) -> None:
         ('"base":{}', '"base":' + "[" * 100_000, "no valid JSON"),
         ('"base":{}', '"base":{"a":' + "[" * 5000 + "]" * 5000 + "}", "no valid JSON"),
         ('"base":{}', '"base":{"a":"' + "x" * 2**24 + '"}', "at most 16777216 are read"),
-        ('"version":1', '"version":2,"new":NaN', "no valid JSON"),
+        ('"version":1', '"version":3,"new":NaN', "no valid JSON"),
         ('"format"', "format", "no valid JSON"),
         ("{", "[{", "no valid JSON"),
     ],
@@ -850,10 +1113,6 @@ def test_a_header_without_its_digest_is_refused(path: Path) -> None:
         write(path, seal_text(text), small_tensors())
         with pytest.raises(AdapterError):
             load(path)
-
-
-def packed(*parts: int) -> Tensor:
-    return torch.tensor(list(zlib.compress(bytes(parts))), dtype=torch.uint8)
 
 
 def raw(data: bytes) -> Tensor:

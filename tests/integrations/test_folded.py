@@ -12,7 +12,7 @@ from lori_dist import config
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.errors import AdapterError, ConfigError
 from lori_dist.integrations.folded import export_folded
-from lori_dist.merges import concat
+from lori_dist.merges import merge
 from lori_dist.training.model import identity
 from tests.integrations.made import adapted_logits, logits, trained
 from tests.models import tiny_gpt2, tiny_llama
@@ -36,10 +36,11 @@ def test_the_logits_are_those_of_base_and_adapter(
     assert (logits(model) - logits(make())).abs().max() > 1e-2
 
 
-def test_several_blocks_are_folded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["concat", "svd", "ties"])
+def test_merges_are_folded(tmp_path: Path, method: str) -> None:
     base = save(tiny_llama(), tmp_path / "base")
     parts = [trained(tiny_llama(), f"task{seed}", seed=seed) for seed in range(2)]
-    adapter = concat.merge(parts, weights=[0.5, -0.5])
+    adapter = merge(parts, method=method, weights=[0.5, -0.5])
     model = folded(adapter, base, tmp_path / "out")
     torch.testing.assert_close(logits(model), adapted_logits(tiny_llama(), adapter), rtol=0, atol=1e-5)
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.errors import AdapterError
 from lori_dist.integrations.peft import export
-from lori_dist.merges import concat, linear
+from lori_dist.merges import merge
 from tests.integrations.made import adapted_logits, logits, trained
 from tests.models import tiny_gpt2, tiny_llama
 
@@ -52,8 +52,10 @@ def test_merges_give_the_same_logits(tmp_path: Path, name: str, shared: bool) ->
     base = {"model_type": name}
     one = trained(make(), "one", seed=1, rank=4, targets=targets[0], base=base)
     other = trained(make(), "two", seed=1 if shared else 2, rank=4 if shared else 3, targets=targets[1], base=base)
-    compare(make, concat.merge([one, other], weights=[0.7, -0.4]), tmp_path / "concat")
-    compare(make, linear.merge([one, other], weights=[0.7, -0.4]), tmp_path / "linear")
+    compare(make, merge([one, other], method="concat", weights=[0.7, -0.4]), tmp_path / "concat")
+    compare(make, merge([one, other], method="linear", weights=[0.7, -0.4]), tmp_path / "linear")
+    compare(make, merge([one, other], method="svd", weights=[0.7, -0.4]), tmp_path / "svd")
+    compare(make, merge([one, other], method="ties", weights=[0.7, -0.4]), tmp_path / "ties")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -89,7 +91,7 @@ def test_one_block_keeps_its_alpha_and_its_bits(tmp_path: Path) -> None:
 
 
 def test_the_weight_of_a_single_block_counts(tmp_path: Path) -> None:
-    compare(tiny_llama, concat.merge([trained(tiny_llama())], weights=[-0.5]), tmp_path / "out")
+    compare(tiny_llama, merge([trained(tiny_llama())], method="concat", weights=[-0.5]), tmp_path / "out")
 
 
 def test_a_fractional_alpha_is_kept(tmp_path: Path) -> None:
@@ -100,7 +102,7 @@ def test_a_fractional_alpha_is_kept(tmp_path: Path) -> None:
 
 def test_several_blocks_become_one_of_all_ranks(tmp_path: Path) -> None:
     parts = [trained(tiny_llama(), f"task{seed}", seed=seed, rank=seed + 2) for seed in range(3)]
-    export(concat.merge(parts, weights=[1, 1, 1]), tmp_path / "out", base_model_name="tiny")
+    export(merge(parts, method="concat", weights=[1, 1, 1]), tmp_path / "out", base_model_name="tiny")
     written = config(tmp_path / "out")
     assert (written["r"], written["lora_alpha"]) == (9, 9)
 

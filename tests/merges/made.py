@@ -76,7 +76,7 @@ def delta(what: Adapter, module: str) -> Tensor:
     update = torch.zeros(out_features, in_features, dtype=torch.float64)
     for part in what.blocks:
         if module in part.entries:
-            b = part.entries[module].dense(out_features, part.rank).double()
+            b = part.entries[module].dense(out_features, part.rank_of(module)).double()
             update += part.weight * part.alpha / part.rank * b @ part.projection(module, in_features).double()
     return update
 

@@ -1,11 +1,16 @@
 """Concat: exact, with nothing but the weights changed."""
 
+import functools
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lori_dist.merges.concat import merge
+from lori_dist import merges
 from tests.merges.made import SHAPES, WEIGHTS, adapter, adapters, block, delta
+
+merge = functools.partial(merges.merge, method="concat")
 
 
 @given(st.data(), st.integers(1, 4))
@@ -43,6 +48,15 @@ def test_a_merge_can_be_merged_again() -> None:
     flat = merge([one, two, three], weights=[0.25, 0.25, 2.0])
     assert all(torch.allclose(delta(nested, module), delta(flat, module), rtol=0, atol=1e-12) for module in SHAPES)
     assert [part.weight for part in nested.blocks] == [0.25, 0.25, 2.0]
+
+
+def test_a_rank_that_no_weight_has_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    few = [adapter(block(f"task{seed}", seed=seed, rank=1)) for seed in range(3)]
+    merge(few, weights=[1, 1, 1])
+    assert not caplog.records
+    merge([*few, adapter(block("one more", seed=3, rank=1))], weights=[1, 1, 1, 1])
+    (record,) = caplog.records
+    assert record.getMessage().startswith("layers.1.up_proj has rank 4 after the merge, its weight only 3 (1 modules")
 
 
 def test_targets_that_differ_become_the_modules_of_both() -> None:

@@ -1,16 +1,19 @@
 """Linear: exact, at the rank of the tasks where they share A."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lori_dist import merges
 from lori_dist.adapter.adapter import Entries
 from lori_dist.errors import AdapterError
-from lori_dist.merges.linear import merge
 from tests.merges.made import SHAPES, WEIGHTS, adapter, adapters, block, delta
+
+merge = functools.partial(merges.merge, method="linear")
 
 
 @given(st.data(), st.integers(1, 4), st.sampled_from([True, False, None]))

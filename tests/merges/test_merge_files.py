@@ -65,8 +65,8 @@ def test_mistakes_are_named_and_leave_no_file(paths: list[Path], tmp_path: Path)
         ConfigError, match=r"merge\.method: there is nothing called 'linaer' .* Did you mean 'linear'\?"
     ):
         merge_files(paths, out, method="linaer")
-    with pytest.raises(ConfigError, match=r"merge\.method\.density: concat has no such option; it takes none"):
-        merge_files(paths, out, method="concat", options={"density": 0.5})
+    with pytest.raises(ConfigError, match=r"merge\.method\.density: linear has no such option; it takes none"):
+        merge_files(paths, out, method="linear", options={"density": 0.5})
     with pytest.raises(ConfigError, match=r"merge\.weights: 2 given for 3 adapters \(nlu, math, code\)"):
         merge_files(paths, out, method="concat", weights=[1, 2])
     with pytest.raises(AdapterError, match="no adapters were given"):
@@ -92,8 +92,8 @@ def test_a_merge_of_the_users_own_takes_its_options(
     (tmp_path / "mymerges").mkdir()
     (tmp_path / "mymerges" / "scaled.py").write_text(
         "from lori_dist.merges import concat\n"
-        "def merge(adapters, *, weights, factor: float = 1.0):\n"
-        "    return concat.merge(adapters, weights=[factor * weight for weight in weights])\n"
+        "def merge(updates, *, weights, factor: float = 1.0):\n"
+        "    return concat.merge(updates, weights=[factor * weight for weight in weights])\n"
     )
     out = tmp_path / "merged.safetensors"
     merge_files(paths, out, method="mymerges.scaled", options={"factor": 3}, weights=[1, 1, 1])

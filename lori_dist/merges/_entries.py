@@ -1,0 +1,120 @@
+"""Merging matrices entry by entry: sparsifying those of the tasks, then summing them or voting on their signs.
+
+Matrices are float64 and of one shape; they are the tasks' s_t B_t on one A, their updates, or their blocks in a basis.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Combine = Callable[[Iterable[Tensor]], Tensor]
+"""One matrix per task -> the merged one. They are taken one after the other, so that each can be made when needed."""
+
+Inner = Literal["task_arithmetic", "ties", "dare", "dare_ties"]
+Elect = Literal["total", "frequency"]
+
+_DRAW = b"lori_dist.merges.dare.v1"
+_CHUNK = 1 << 20  # words drawn at a time
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draw:
+    """What a random mask follows from, besides the task: not from the order of tasks, modules or processes."""
+
+    seed: int
+    module: str
+
+
+def combination(
+    inner: Inner, *, weights: Sequence[float], names: Sequence[str], density: float, draw: Draw, elect: Elect = "total"
+) -> Combine:
+    """The merge of that name, for matrices of the tasks `names`. At density 1 nothing is dropped."""
+    sparsify: dict[Inner, Callable[[Tensor, str], Tensor]] = {
+        "task_arithmetic": lambda x, name: trim(x, density),
+        "ties": lambda x, name: trim(x, density),
+        "dare": lambda x, name: thin(x, density, draw, name),
+        "dare_ties": lambda x, name: thin(x, density, draw, name),
+    }
+    join: dict[Inner, Callable[[list[Tensor]], Tensor]] = {
+        "task_arithmetic": total,
+        "ties": partial(vote, elect=elect),
+        "dare": total,
+        "dare_ties": partial(vote, elect=elect),
+    }
+
+    def combine(matrices: Iterable[Tensor]) -> Tensor:
+        named = zip(matrices, names, weights, strict=True)
+        return join[inner]([sparsify[inner](x, name) * weight for x, name, weight in named])
+
+    return combine
+
+
+def trim(x: Tensor, density: float) -> Tensor:
+    """x with its largest entries, the rest zero: max(1, round(density * n)) of the n that are not zero.
+
+    Counted over all entries, the density of a sparse x would trim nothing. Halves are rounded to even; ties go to the
+    earlier entry.
+    """
+    magnitudes = x.abs().flatten()
+    num_entries = int(torch.count_nonzero(magnitudes))
+    num_kept = max(1, round(density * num_entries))
+    if num_kept >= num_entries:
+        return x
+    threshold = magnitudes.kthvalue(magnitudes.numel() - num_kept + 1).values
+    kept = magnitudes > threshold
+    ties = (magnitudes == threshold).nonzero().squeeze(1)
+    kept[ties[: num_kept - int(kept.sum())]] = True
+    return x * kept.view_as(x)
+
+
+def thin(x: Tensor, density: float, draw: Draw, name: str) -> Tensor:
+    """x with every entry kept with probability `density` and divided by it, or zero: the expectation is x.
+
+    Whether entry number f is kept follows from (seed, module, name, f) alone: 64-bit word f of the Philox4x64-10 stream
+    whose key is the hash of the first three, compared with density * 2^64.
+    """
+    if density == 1:
+        return x
+    kept = torch.from_numpy(_kept(x.numel(), density, draw, name)).view_as(x)
+    return x * kept / density
+
+
+def total(matrices: Sequence[Tensor]) -> Tensor:
+    """The sum."""
+    result = torch.zeros_like(matrices[0])
+    for x in matrices:
+        result += x
+    return result
+
+
+def vote(matrices: Sequence[Tensor], *, elect: Elect = "total", divide: Sequence[float] | None = None) -> Tensor:
+    """The mean, entry by entry, of those matrices that have the elected sign there; zeros have none.
+
+    elect: the sign of the sum (`total`), or that of most matrices (`frequency`); + where that is a draw. divide: what
+    each matrix counts in the mean's denominator; 1 by default.
+    """
+    ballots = [x.sign() if elect == "frequency" else x for x in matrices]
+    elected = torch.where(total(ballots) >= 0, 1.0, -1.0).to(matrices[0].dtype)
+    result, count = torch.zeros_like(matrices[0]), torch.zeros_like(matrices[0])
+    for x, share in zip(matrices, divide or [1.0] * len(matrices), strict=True):
+        agrees = (x.sign() == elected).to(x.dtype)
+        result += x * agrees
+        count += agrees * share
+    return result / torch.where(count == 0, 1.0, count)
+
+
+def _kept(num_entries: int, density: float, draw: Draw, name: str) -> np.ndarray:
+    text = b"\0".join((_DRAW, b"%d" % draw.seed, draw.module.encode(), name.encode()))
+    key = int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "little")
+    words, limit = np.random.Philox(key=key), np.uint64(int(density * 2**64))
+    kept = np.empty(num_entries, dtype=bool)
+    for start in range(0, num_entries, _CHUNK):
+        piece = kept[start : start + _CHUNK]
+        np.less(words.random_raw(piece.size), limit, out=piece)
+    return kept

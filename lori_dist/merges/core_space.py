@@ -1,0 +1,84 @@
+"""Tasks as small matrices in a basis common to all, merged there."""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor
+
+from lori_dist.adapter.update import Part, Update
+from lori_dist.errors import ConfigError
+from lori_dist.merges._directions import kept_per_task, orthogonalized
+from lori_dist.merges._entries import Draw, combination, trim
+from lori_dist.merges._factors import factors, noise, singular, without_noise
+from lori_dist.merges._forms import in_row_space
+
+
+def merge(
+    updates: Sequence[Update],
+    *,
+    weights: Sequence[float],
+    inner: Literal["task_arithmetic", "ties", "dare", "dare_ties", "tsv"] = "task_arithmetic",
+    density: Annotated[float, "(0, 1]"] = 1.0,
+    seed: Annotated[int, "[0, inf)"] = 0,
+    elect: Literal["total", "frequency"] = "total",
+    keep: Annotated[int, "[1, inf)"] | None = None,
+    equalize: bool = False,
+) -> list[Part]:
+    """The tasks as small matrices in a common basis, merged there (Core Space).
+
+    U_B: the left singular vectors of [B_1 | .. | B_T], V_A: the right ones of [A_1 ; .. ; A_T], both at their numerical
+    rank. M_t = U_B^T s_t B_t A_t V_A loses nothing; the M_t are merged by `inner`, and the result is U_B M V_A^T: a
+    computed A and B, or, where the tasks share A, a dense B on that A. `task_arithmetic` at density 1 is the exact sum.
+    updates: of one module, one per adapter. weights: one per adapter; see `ties`, `dare` and `tsv`. density: of the
+    entries of M_t, what stays: the largest, or random ones for `dare` and `dare_ties`, whose masks follow from `seed`,
+    module and adapter's name. elect: as of `ties`. keep: as of `tsv`. equalize: sets all singular values of M to their
+    mean, which changes even a single task.
+    Raises ConfigError for more directions than there is room for, and for `keep` without `tsv`.
+    Source: Panariello et al., "Accurate and efficient low-rank model merging in Core Space" (arXiv 2509.17786),
+    section 4; apanariello4/core-space-merging.
+    """
+    if keep is not None and inner != "tsv":
+        raise ConfigError(f"merge.method.keep: {keep} was given, and only inner=tsv keeps directions; leave it out")
+    u, v = _bases(updates)
+    cores = [_core(update, u, v) for update in updates]
+    cut = noise(torch.stack(cores))
+    cores = [without_noise(core, cut) for core in cores]
+    if inner == "tsv":
+        merged = _orthogonalized(updates, [trim(core, density) for core in cores], weights, keep)
+    else:
+        names, draw = [update.name for update in updates], Draw(seed=seed, module=updates[0].module)
+        merged = combination(inner, weights=weights, names=names, density=density, draw=draw, elect=elect)(cores)
+    if equalize:
+        left, s, right = singular(merged)
+        merged = left @ right * s.sum() / max(1, s.numel())
+    if u.shape[1] < v.shape[1]:
+        return [in_row_space(updates, u, merged @ v.t())]
+    return [in_row_space(updates, u @ merged, v.t())]
+
+
+def _bases(updates: Sequence[Update]) -> tuple[Tensor, Tensor]:
+    """U_B, (out_features, at most sum r), and V_A, (in_features, at most sum r)."""
+    out_features, in_features = updates[0].shape
+    b, a = torch.zeros(out_features, 0, dtype=torch.float64), torch.zeros(0, in_features, dtype=torch.float64)
+    parts = [part for update in updates for part in update.kept]
+    return (
+        singular(torch.cat([b, *(part.b() for part in parts)], dim=1))[0],
+        singular(torch.cat([a, *(part.a() for part in parts)]))[2].t(),
+    )
+
+
+def _core(update: Update, u: Tensor, v: Tensor) -> Tensor:
+    b, a = factors(update)
+    return (u.t() @ b) @ (a @ v)
+
+
+def _orthogonalized(
+    updates: Sequence[Update], cores: Sequence[Tensor], weights: Sequence[float], keep: int | None
+) -> Tensor:
+    tasks = [number for number, update in enumerate(updates) if update.kept]
+    if not tasks:
+        return cores[0]
+    directions = [singular(cores[number]) for number in tasks]
+    left, right = orthogonalized(directions, kept_per_task(updates, keep), [weights[number] for number in tasks])
+    return left @ right
