@@ -151,7 +151,7 @@ class Train:
     """How each task is trained."""
 
     engine: Chosen = field(default_factory=lambda: Choice(name="ddp"))
-    """`ddp`, `fsdp`, or `{name: deepspeed, stage: 3}`."""
+    """`ddp`, `fsdp`, or `{name: deepspeed, stage: 3}`: where base and values are; `lori show` lists the options."""
     steps: Positive | None = None
     epochs: Rate | None = None
     """Give exactly one of steps and epochs."""

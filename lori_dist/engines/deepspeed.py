@@ -10,7 +10,7 @@ import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ def build(
     *,
     state: State | None,
     stage: Literal[1, 2, 3] = 2,
-    hpz: int = 1,
+    hpz: Annotated[int, "[1, inf)"] = 1,
     offload: bool = False,
 ) -> "Partitioned":
     """Stages 1 and 2 keep the whole base on every rank, stage 3 gathers each layer when it runs.
@@ -67,7 +67,7 @@ def build(
 
 
 def _check(world: World, stage: int, hpz: int, offload: bool) -> None:
-    if hpz < 1 or world.size % hpz:
+    if world.size % hpz:
         raise ConfigError(f"train.engine.hpz: {hpz} was given for {world.size} ranks; give a number that divides them")
     for name, given in (("hpz", hpz if hpz > 1 else None), ("offload", offload or None)):
         if given is not None and stage < 3:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -39,7 +39,7 @@ def build(
     *,
     state: State | None,
     base: Literal["sharded", "replicated"] = "sharded",
-    replicas: int = 1,
+    replicas: Annotated[int, "[1, inf)"] = 1,
     offload: bool = False,
 ) -> "FullySharded":
     """Each transformer block is gathered when it runs: for models that do not fit on one device.
@@ -54,7 +54,7 @@ def build(
 
 
 def _check(world: World, base: str, replicas: int, offload: bool) -> None:
-    if replicas < 1 or world.size % replicas:
+    if world.size % replicas:
         raise ConfigError(
             f"train.engine.replicas: {replicas} was given for {world.size} ranks; give a number that divides them"
         )

@@ -70,6 +70,8 @@ def test_stages_are_checked_with_the_configuration() -> None:
     assert method.bind({"stage": 3}, "train.engine") == {"stage": 3}
     with pytest.raises(ConfigError, match=r"train\.engine\.stage: 4 was given"):
         method.bind({"stage": 4}, "train.engine")
+    with pytest.raises(ConfigError, match=r"train\.engine\.hpz: 0 was given; it must be in \[1, inf\)"):
+        method.bind({"hpz": 0}, "train.engine")
 
 
 def build_with(options: dict[str, Any]) -> None:
