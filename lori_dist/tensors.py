@@ -76,6 +76,19 @@ class Stored:
                 _fill(file, part)
                 flat[first : first + part.numel()].copy_(part)
 
+    def equals(self, other: "Stored") -> bool:
+        """Whether another tensor is the same, compared piece by piece."""
+        if (self.dtype, self.shape) != (other.dtype, other.shape):
+            return False
+        size = min(self.numel, PIECE_BYTES // self.dtype.itemsize)
+        for first in range(0, self.numel, max(size, 1)):
+            pieces = [torch.empty(min(size, self.numel - first), dtype=self.dtype) for _ in range(2)]
+            for where, piece in zip((self, other), pieces, strict=True):
+                where.read(piece, first)
+            if not torch.equal(*pieces):
+                return False
+        return True
+
 
 def stored(path: Path) -> dict[str, Stored]:
     """Tensor name -> where it lies in a file. Reads the header alone. Raises ValueError if it is none of the format."""

@@ -88,14 +88,19 @@ class _Files:
         self._share_tied(model)
 
     def _share_tied(self, model: PreTrainedModel) -> None:
-        """Files hold a tied weight once, under whichever of its names."""
-        names: dict[int, list[str]] = {}
+        """Files hold a tied weight once, under whichever of its names. Two that differ are not tied, whatever the
+        configuration says, as when transformers loads them."""
+        names: dict[nn.Parameter, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(name)
-        for same in names.values():
-            where = next((self.direct[name] for name in same if name in self.direct), None)
-            if where is not None:
-                self.direct.update((name, self.direct.get(name, where)) for name in same)
+            names.setdefault(parameter, []).append(name)
+        for parameter, same in names.items():
+            first, *others = [name for name in same if name in self.direct] or same
+            for name in others:
+                if not self.direct[first].equals(self.direct[name]):
+                    parent, _, leaf = name.rpartition(".")
+                    setattr(model.get_submodule(parent), leaf, nn.Parameter(parameter.clone(), requires_grad=False))
+            if first in self.direct:
+                self.direct.update((name, self.direct[first]) for name in same if name not in self.direct)
 
     def check(self, path: str) -> None:
         """Raises ConfigError unless every weight is there, in its shape."""

@@ -1,0 +1,136 @@
+"""A base that is read to where it belongs is the one that transformers loads."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from lori_dist.adapter.adapter import Spec
+from lori_dist.adapter.attach import attach
+from lori_dist.config import Model
+from lori_dist.errors import ConfigError
+from lori_dist.training.engine import Part
+from lori_dist.training.model import load_model
+from lori_dist.training.weights import base_parameters, fill, materialize, skeleton, whole
+from tests.models import tiny_gpt2, tiny_llama
+
+
+def tiny_mixtral() -> MixtralForCausalLM:
+    """Its files hold the experts one by one, the model holds them in one tensor; expert 10 is not the second."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 12, "num_experts_per_tok": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": tiny_llama,
+    "tied": lambda: tiny_llama(tied=True),
+    "gpt2": tiny_gpt2,
+    "mixtral": tiny_mixtral,
+}
+CPU = torch.device("cpu")
+
+
+def read(model: Model) -> Any:
+    made, weights = skeleton(model)
+    assert all(parameter.is_meta for parameter in made.parameters())
+    materialize(made.requires_grad_(False), CPU)
+    fill(made, weights, whole)
+    return made
+
+
+def assert_same(found: Any, wanted: Any) -> None:
+    for kind in ("named_parameters", "named_buffers"):
+        ours, theirs = dict(getattr(found, kind)()), dict(getattr(wanted, kind)())
+        assert list(ours) == list(theirs)
+        for name, tensor in ours.items():
+            assert tensor.dtype == theirs[name].dtype, name
+            assert torch.equal(tensor, theirs[name]), name
+    assert not found.training
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_it_is_what_transformers_loads(name: str, dtype: Any, stored: torch.dtype, tmp_path: Path) -> None:
+    MODELS[name]().to(stored).save_pretrained(tmp_path, max_shard_size="60KB")
+    model = Model(path=str(tmp_path), dtype=dtype)
+    assert_same(read(model), load_model(model))
+
+
+def test_names_without_the_model_s_prefix_are_found(tmp_path: Path) -> None:
+    tiny_gpt2().transformer.save_pretrained(tmp_path)  # as the files of GPT-2 itself are
+    model = Model(path=str(tmp_path))
+    assert_same(read(model), load_model(model))
+
+
+def test_tied_weights_that_differ_are_not_tied(tmp_path: Path) -> None:
+    untied = tiny_llama()
+    untied.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    model = Model(path=str(tmp_path))
+    made = read(model)
+    assert_same(made, AutoModelForCausalLM.from_pretrained(tmp_path).eval())
+    assert torch.equal(made.lm_head.weight, untied.lm_head.weight)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    made = read(model)
+    assert made.lm_head.weight is made.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_shares_make_the_whole(size: int, tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path, max_shard_size="60KB")
+    made, weights = skeleton(Model(path=str(tmp_path), dtype="bfloat16"))
+    attach(made, Spec(rank=2, alpha=1.0, seed=0))
+    materialize(made, CPU)
+
+    def share(rank: int) -> Callable[[Any], Part]:
+        def part(parameter: Any) -> Part:
+            entries = -(-parameter.numel() // size)
+            start = min(rank * entries, parameter.numel())
+            return Part(start=start, data=parameter.view(-1)[start : start + entries])
+
+        return part
+
+    for rank in range(size):
+        fill(made, weights, share(rank))
+    wanted = load_model(Model(path=str(tmp_path), dtype="bfloat16"))
+    assert {name: tensor.tolist() for name, tensor in base_parameters(made).items()} == {
+        name: tensor.tolist() for name, tensor in wanted.named_parameters()
+    }
+
+
+def test_a_file_that_is_cut_off_is_named(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ConfigError, match=r"model\.path: .*model\.safetensors is cut off"):
+        skeleton(Model(path=str(tmp_path)))
+
+
+def test_a_missing_weight_and_one_of_another_shape_are_named(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    tensors["lm_head.weight"] = torch.zeros(3, 3)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lack 2 tensors .*\(lm_head\.weight, model\.norm\.weight\)"):
+        skeleton(Model(path=str(tmp_path)))
+
+
+def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace("{", '{"quantization_config": {"quant_method": "fp8"},', 1))
+    with pytest.raises(ConfigError, match="is quantised, which is not supported"):
+        skeleton(Model(path=str(tmp_path)))
