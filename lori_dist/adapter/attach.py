@@ -240,7 +240,7 @@ def _trained(path: str, base: nn.Module, block: Block) -> Delta:
         dtype=block.dtype,
         index=entries.index,
         device=_device(base),
-        stored=block.projections.get(path),
+        stored=None if block.seed is not None else block.projection(path, in_features),
     )
     made = checksum(delta.a())
     if made != block.checksums[path]:
