@@ -145,8 +145,9 @@ def blocks(merged: Mapping[str, Sequence[Part]], shapes: Mapping[str, tuple[int,
             while module in groups.setdefault((*key, place), {}):
                 place += 1
             groups[*key, place][module] = part
+    known = {(*part.key, part.module): part.checksum for parts in merged.values() for part in parts if part.checksum}
     taken: set[str] = set()
-    return tuple(_named_apart(_block(list(parts.values()), shapes), taken) for parts in groups.values())
+    return tuple(_named_apart(_block(list(parts.values()), shapes, known), taken) for parts in groups.values())
 
 
 def _block_key(part: Part) -> tuple[object, ...]:
@@ -155,15 +156,19 @@ def _block_key(part: Part) -> tuple[object, ...]:
     return (part.name, None, part.weight, part.dtype)
 
 
-def _block(parts: Sequence[Part], shapes: Mapping[str, tuple[int, int]]) -> Block:
+def _block(
+    parts: Sequence[Part], shapes: Mapping[str, tuple[int, int]], known: Mapping[tuple[object, ...], str]
+) -> Block:
+    """known: the key of an A and a module -> its checksum."""
     first, kept = parts[0], [part for part in parts if part.entries is not None]
     rank = max((part.rank for part in kept), default=1) if first.seed is None else first.rank
     checksums = {part.module: part.checksum for part in parts if part.checksum is not None}
     if first.seed is not None:
         # Also for modules that only other blocks adapt: the file has one checksum for every block and module.
         for module in shapes.keys() - checksums.keys():
-            a = projection(first.seed, module, rank, shapes[module][1], dtype=first.dtype)
-            checksums[module] = checksum(a)
+            checksums[module] = known.get((*first.key, module)) or checksum(
+                projection(first.seed, module, rank, shapes[module][1], dtype=first.dtype)
+            )
     return Block(
         name=first.name,
         seed=first.seed,
