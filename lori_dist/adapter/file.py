@@ -62,6 +62,7 @@ def save(adapter: Adapter, path: str | os.PathLike[str], *, dtype: torch.dtype =
     Raises AdapterError if the adapter is not consistent, if values are not finite in dtype, or if it cannot be written.
     """
     path = Path(path)
+    _verify(adapter, dtype)
     with naming(path, "written"):
         header = _describe(adapter, dtype)
         _check_header(header)
@@ -400,10 +401,21 @@ def _describe(adapter: Adapter, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def _verify(adapter: Adapter, dtype: torch.dtype) -> None:
+    """Checks what will be copied from other files. Raises AdapterError that names the file."""
+    for block in adapter.blocks:
+        for entries in block.entries.values():
+            if isinstance(entries, StoredEntries) and entries.place.dtype == dtype:
+                entries.place.verify()
+        for a in block.projections.values():
+            if isinstance(a, StoredProjection):
+                a.read()
+
+
 def _encode(adapter: Adapter, dtype: torch.dtype, modules: dict[str, Any]) -> dict[str, Tensor | Stored]:
     """The tensors of the file; their counts and digests go into the header's `modules`.
 
-    Those that lie in a file already, as they are to be written, stay there: they are only checked.
+    Those that lie in a file already, as they are to be written, stay there.
     """
     tensors: dict[str, Tensor | Stored] = {}
     for number, block in enumerate(adapter.blocks):
@@ -430,7 +442,6 @@ def _encode_entries(
 ) -> tuple[Tensor | Stored, Tensor | Stored | None, str]:
     """Values, mask and digest."""
     if isinstance(entries, StoredEntries) and (entries.place.dtype, entries.place.num_entries) == (dtype, num_entries):
-        entries.place.verify()
         return entries.place.values, entries.place.mask, entries.place.digest
     values, mask = encode(about, copy.copy(entries), num_entries, dtype)  # a copy: what it reads goes with it
     return values, mask if mask.numel() else None, digest(as_bytes(values), as_bytes(mask))
@@ -440,7 +451,6 @@ def _encode_projection(about: str, block: Block, name: str, in_features: int) ->
     """A of a block without a seed, and its checksum."""
     a = block.projections.get(name)
     if isinstance(a, StoredProjection):
-        encode_projection(about, a.read(), block.rank, in_features, block.dtype)
         return a.where, a.checksum
     encoded = encode_projection(about, cast(Tensor | None, a), block.rank, in_features, block.dtype)
     return encoded, digest(as_bytes(encoded.flatten()))
