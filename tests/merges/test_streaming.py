@@ -165,4 +165,4 @@ def test_memory_holds_a_few_modules_not_all(many: dict[int, list[str]], tmp_path
     assert done.returncode == 0, done.stderr
     all_values = sum(Path(path).stat().st_size for path in many[MODULES])
     assert all_values > 60e6
-    assert int(done.stdout) < 2 * MODULE_BYTES < all_values / 3
+    assert int(done.stdout) < 5 * MODULE_BYTES < all_values / 3
