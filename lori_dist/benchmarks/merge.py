@@ -1,6 +1,7 @@
 """Seconds and memory of merges at the shapes of Llama-3-70B, file to file, against PEFT's `add_weighted_adapter`."""
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -41,6 +42,7 @@ def run(
     tasks: Annotated[int, "[2, inf)"] = 4,
     rank: int = 32,
     density: Annotated[float, "(0, 1)"] = 0.1,
+    threads: Annotated[int, "[1, inf)"] = 1,
     repetitions: Annotated[int, "[1, inf)"] = 3,
 ) -> dict[str, Any]:
     """Rows and ratios of the merges of `tasks` random adapters. On Linux.
@@ -53,7 +55,8 @@ def run(
     tasks); ours also at `layers`. Processes take turns; figures are medians.
     ratios: method -> PEFT's over ours, at peft_layers: `seconds`, and `peak_bytes`; `file_to_file`: PEFT's with what
     reads and writes, which ours always has.
-    layers, hidden, ffn, kv: Llama-3-70B's, kv being the outputs of k_proj and v_proj.
+    layers, hidden, ffn, kv: Llama-3-70B's, kv being the outputs of k_proj and v_proj. threads: torch's, of both; with
+    more than there are idle cores, they wait for each other in every small operation.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -76,7 +79,7 @@ def run(
         found: dict[tuple[str, str, int], list[dict[str, float]]] = {key: [] for key in work}
         for _ in range(repetitions):
             for key, item in work.items():
-                found[key].append(_in_a_process(item))
+                found[key].append(_in_a_process(item, threads))
     rows = {key: _row(*key, figures) for key, figures in found.items()}
     ratios = {
         method: _ratios(rows["ours", method, peft_layers], rows["peft", method, peft_layers]) for method in METHODS
@@ -163,9 +166,13 @@ def _random(
 # --- in a process of its own -----------------------------------------------------------------------------------------
 
 
-def _in_a_process(work: Mapping[str, Any]) -> dict[str, float]:
+def _in_a_process(work: Mapping[str, Any], threads: int) -> dict[str, float]:
     ended = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(work)], stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, "-c", PROGRAM, json.dumps(work)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
     )
     figures: dict[str, float] = json.loads(ended.stdout.splitlines()[-1])
     return figures
@@ -205,7 +212,7 @@ def _peft(work: Mapping[str, Any]) -> dict[str, float]:
             names, weights, "merged", combination_type=METHODS[work["method"]], **options
         )
     )
-    save_seconds = _seconds(lambda: model.save_pretrained(work["out"] + "-peft", selected_adapters=["merged"]))
+    save_seconds = _seconds(lambda: model.save_pretrained(work["out"] + "-peft", selected_adapters=["merged"], save_embedding_layers=False))
     return {"seconds": seconds, "load_seconds": load_seconds, "save_seconds": save_seconds}
 
 
