@@ -212,7 +212,9 @@ def _peft(work: Mapping[str, Any]) -> dict[str, float]:
             names, weights, "merged", combination_type=METHODS[work["method"]], **options
         )
     )
-    save_seconds = _seconds(lambda: model.save_pretrained(work["out"] + "-peft", selected_adapters=["merged"], save_embedding_layers=False))
+    save_seconds = _seconds(
+        lambda: model.save_pretrained(work["out"] + "-peft", selected_adapters=["merged"], save_embedding_layers=False)
+    )
     return {"seconds": seconds, "load_seconds": load_seconds, "save_seconds": save_seconds}
 
 
