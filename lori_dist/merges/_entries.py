@@ -62,14 +62,14 @@ def trim(x: Tensor, density: float) -> Tensor:
     earlier entry.
     """
     magnitudes = x.abs().flatten()
-    num_entries = int(torch.count_nonzero(magnitudes))
-    num_kept = max(1, round(density * num_entries))
-    if num_kept >= num_entries:
+    entries = magnitudes[magnitudes != 0]
+    num_kept = max(1, round(density * entries.numel()))
+    if num_kept >= entries.numel():
         return x
-    threshold = magnitudes.kthvalue(magnitudes.numel() - num_kept + 1).values
-    kept = magnitudes > threshold
-    ties = (magnitudes == threshold).nonzero().squeeze(1)
-    kept[ties[: num_kept - int(kept.sum())]] = True
+    threshold = entries.kthvalue(entries.numel() - num_kept + 1).values
+    kept = magnitudes >= threshold
+    if excess := int(torch.count_nonzero(kept)) - num_kept:
+        kept[(magnitudes == threshold).nonzero().squeeze(1)[-excess:]] = False
     return x * kept.view_as(x)
 
 
