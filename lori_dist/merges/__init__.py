@@ -89,14 +89,15 @@ def merge_files(
     _bound(method, options)  # before files are read
     adapters = [file.opened(path) for path in paths]
     shares = _shares(adapters, weights)
-    ranges = _ranges(list(_shapes(adapters)), num_ranges)
+    shapes = _shapes(adapters)
+    ranges = _ranges(list(shapes), num_ranges)
     with contextlib.ExitStack() as stack:
         asides = [stack.enter_context(tensors.aside(out)) for _ in ranges]
-        merge_range = functools.partial(_merge_range, paths, out, method=method, options=options, weights=shares)
+        merge_range = functools.partial(_merge_range, adapters, out, method=method, options=options, weights=shares)
         parts: dict[str, Sequence[Part]] = {}
         for found in spread(merge_range, zip(ranges, asides, strict=True)):
             parts.update(found)
-        merged = _join(adapters, _shapes(adapters), parts)
+        merged = _join(adapters, shapes, parts)
         file.save(merged, out)
     return {
         "path": str(out),
@@ -108,7 +109,7 @@ def merge_files(
 
 
 def _merge_range(
-    paths: Sequence[Path],
+    adapters: Sequence[Adapter],
     out: Path,
     work: tuple[Sequence[str], Path],
     *,
@@ -116,11 +117,12 @@ def _merge_range(
     options: Mapping[str, Any] | None,
     weights: Sequence[float],
 ) -> dict[str, Sequence[Part]]:
-    """The parts of some modules, their tensors in files. work: modules, and the file for tensors that are new."""
+    """The parts of some modules, their tensors in files.
+
+    adapters: opened, so small to send elsewhere. work: modules, and the file for tensors that are new.
+    """
     modules, aside = work
-    merge_module, spool = _bound(method, options), Spool(path=aside, out=out)
-    adapters = [file.opened(path) for path in paths]
-    shapes = _shapes(adapters)
+    merge_module, spool, shapes = _bound(method, options), Spool(path=aside, out=out), _shapes(adapters)
     found: dict[str, Sequence[Part]] = {}
     for module in modules:
         updates = [split(adapter, module, shapes[module]) for adapter in adapters]
