@@ -102,11 +102,12 @@ def vote(matrices: Sequence[Tensor], *, elect: Elect = "total", divide: Sequence
     ballots = [x.sign() if elect == "frequency" else x for x in matrices]
     elected = torch.where(total(ballots) >= 0, 1.0, -1.0).to(matrices[0].dtype)
     result, count = torch.zeros_like(matrices[0]), torch.zeros_like(matrices[0])
+    agreeing = torch.empty_like(matrices[0])  # its memory is used again: new memory takes longer than the arithmetic
     for x, share in zip(matrices, divide or [1.0] * len(matrices), strict=True):
-        agrees = (x.sign() == elected).to(x.dtype)
-        result += x * agrees
-        count += agrees * share
-    return result / torch.where(count == 0, 1.0, count)
+        torch.mul(x, elected, out=agreeing).clamp_(min=0)  # sizes, so that the sign comes back exactly
+        result += agreeing
+        count.add_(agreeing > 0, alpha=share)
+    return result.mul_(elected).div_(count.masked_fill_(count == 0, 1.0))
 
 
 def _kept(num_entries: int, density: float, draw: Draw, name: str) -> np.ndarray:

@@ -1,7 +1,8 @@
 """The forms a merged update of one module can have: B on one of the tasks' own A, or computed A and B."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,17 +45,23 @@ class Support:
         for part in parts:
             if part.entries is not None:
                 kept[_places(part.entries)] = True
-        self.positions = kept.nonzero().squeeze(1)
+        self.positions = torch.from_numpy(np.flatnonzero(kept.numpy()))  # several times as fast as torch's
         self._order = torch.empty(kept.numel(), dtype=torch.int32)  # flat position -> place among `positions`
         self._order[self.positions] = torch.arange(self.positions.numel(), dtype=torch.int32)
 
-    def scaled_b(self, parts: Iterable[Part]) -> Tensor:
-        """The sum of scale * B over those of the parts that are on this A, at `positions`, float64."""
+    def scaled_b(self, parts: Iterable[Part], prepare: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+        """The sum of scale * B over those of the parts that are on this A, at `positions`, float64.
+
+        prepare: what is done to the sum. It maps zeros to zero, and the order of the others is all it knows of places.
+        """
         total = torch.zeros(self.positions.numel(), dtype=torch.float64)
-        for part in parts:
-            if part.entries is not None and part.key == self._key:
-                total[self._order[_places(part.entries)].long()] += part.entries.values.double() * part.scale
-        return total
+        here = [part for part in parts if part.entries is not None and part.key == self._key]
+        for part in here:
+            assert part.entries is not None
+            values = part.entries.values.double() * part.scale
+            # Of a single one before it is spread out: there are fewer of them.
+            total[self._order[_places(part.entries)].long()] += prepare(values) if len(here) == 1 else values
+        return total if len(here) == 1 else prepare(total)
 
 
 def _places(entries: Entries) -> Tensor | slice:
