@@ -152,7 +152,7 @@ def export(arguments: argparse.Namespace) -> None:
         raise ConfigError("--base: is missing; --format folded writes the base model with the adapter in it")
     from lori_dist.adapter import file
 
-    adapter = file.load(arguments.adapter)
+    adapter = file.opened(arguments.adapter)
     if arguments.format == "folded":
         from lori_dist.integrations.folded import export_folded
 

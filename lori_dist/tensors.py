@@ -10,8 +10,8 @@ import math
 import os
 import secrets
 import struct
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ DTYPES = {
 PIECE_BYTES = 16 * 2**20
 """Read at once where a tensor cannot be read to where it belongs: another device, another dtype."""
 
+_COPY_BYTES = 2**20
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 100 * 2**20  # as the library has it
 
@@ -55,6 +56,17 @@ class Stored:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    def load(self) -> Tensor:
+        """The tensor, on the CPU. Raises OSError as `read`."""
+        # As bytes first: deepspeed.zero.Init silently casts every new floating-point tensor.
+        flat = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu").view(self.dtype)
+        self.read(flat)
+        return flat.view(self.shape)
 
     def read(self, into: Tensor, start: int = 0) -> None:
         """Fills a contiguous tensor with the stored entries from the flat position `start` on, in its own dtype.
@@ -130,28 +142,50 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
 def write(
     path: Path,
     layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    pieces: Iterable[Tensor],
+    pieces: Iterable[Tensor | Stored],
     metadata: Mapping[str, str],
 ) -> None:
     """Writes a file of the tensors of `layout`, one after the other, from pieces of any size that come in that order.
 
-    Only one piece need be in memory at a time. The file appears by a rename when all of it is on disk: a kill at any
-    byte leaves what was there before. Raises OSError if it cannot be written.
+    Only one piece need be in memory at a time, and nothing of those that lie in a file, whose bytes are copied. The
+    file appears by a rename when all of it is on disk: a kill at any byte leaves what was there before. Raises OSError
+    if it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
+    with aside(path) as partial:
         with partial.open("xb") as file:
             file.write(_header(layout, metadata))
             for piece in pieces:
-                file.write(_bytes(piece))
+                if isinstance(piece, Stored):
+                    _copy(piece, file)
+                else:
+                    file.write(_bytes(piece))
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    flush_folder(path.parent)
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """A name beside `path` for a file on the way to it. What is still there at the end of the block is removed."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        yield partial
+    finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise
-    flush_folder(path.parent)
+
+
+def _copy(piece: Stored, file: Any) -> None:
+    with piece.path.open("rb", buffering=0) as source:
+        source.seek(piece.offset)
+        left = piece.nbytes
+        while left:
+            data = source.read(min(left, _COPY_BYTES))
+            if not data:
+                raise OSError(f"{piece.path} ends too early; it has changed or is cut off")
+            file.write(data)
+            left -= len(data)
 
 
 def flush_folder(folder: Path) -> None:

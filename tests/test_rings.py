@@ -40,6 +40,7 @@ LIBRARIES = {
     "evaluation": {"torch", "numpy", "transformers", "accelerate"},
     "cluster/ray.py": {"torch", "numpy", "ray"},
     "benchmarks/layer.py": {"torch", "numpy", "transformers", "peft"},
+    "benchmarks/merge.py": {"torch", "peft"},
     "benchmarks/_methods.py": {"torch", "numpy", "transformers", "peft"},
     "benchmarks/train.py": {"torch", "safetensors", "numpy", "transformers"},
     "cluster": {"torch", "numpy"},

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -51,12 +51,28 @@ class Entries:
     index: Tensor | None  # (kept,), int32, ascending flat positions in (out_features, rank); None: all are kept
     values: Tensor  # (kept,)
 
+    @property
+    def kept(self) -> int:
+        return self.values.numel()
+
+    def __copy__(self) -> "Entries":
+        return self  # as for all that never changes; those in a file have a reason for another one
+
     def dense(self, out_features: int, rank: int) -> Tensor:
         """B, (out_features, rank)."""
         if self.index is None:
             return self.values.view(out_features, rank)
         flat = self.values.new_zeros(out_features * rank)
         return flat.index_copy_(0, self.index.long(), self.values).view(out_features, rank)
+
+
+class Elsewhere(Protocol):
+    """A that lies in a file, and is read when it is asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read(self) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +94,7 @@ class Block:
     """Module path -> kept entries. A module that keeps none is absent."""
     checksums: Mapping[str, str]
     """Module path -> checksum of A, for every module of the adapter; without a seed, for those that keep entries."""
-    projections: Mapping[str, Tensor] = field(default_factory=dict)
+    projections: Mapping[str, Tensor | Elsewhere] = field(default_factory=dict)
     """Of a block without a seed: module path -> A, (at most rank, in_features), for every module that keeps entries."""
 
     @property
@@ -88,7 +104,7 @@ class Block:
     def projection(self, module: str, in_features: int, *, device: torch.device | str = "cpu") -> Tensor:
         """A of one module, (rank_of(module), in_features)."""
         if self.seed is None:
-            return self.projections[module].to(device)
+            return in_memory(self.projections[module]).to(device)
         return projection(self.seed, module, self.rank, in_features, dtype=self.dtype, device=device)
 
     def rank_of(self, module: str) -> int:
@@ -96,6 +112,10 @@ class Block:
         if self.seed is not None:
             return self.rank
         return self.projections[module].shape[0] if module in self.projections else 0
+
+
+def in_memory(a: Tensor | Elsewhere) -> Tensor:
+    return a if isinstance(a, Tensor) else a.read()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +133,7 @@ class Adapter:
 
     @property
     def kept(self) -> int:
-        return sum(entries.values.numel() for block in self.blocks for entries in block.entries.values())
+        return sum(entries.kept for block in self.blocks for entries in block.entries.values())
 
     @property
     def total(self) -> int:

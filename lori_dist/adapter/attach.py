@@ -78,11 +78,21 @@ def detach(model: nn.Module) -> None:
 def fold(model: nn.Module) -> None:
     """Adds the updates to the base's weights, so that the model runs at the base's speed. `unfold` takes them out."""
     layers = _attached(model)
-    _refuse_unfoldable(model, layers)
+    _refuse_unfoldable(model, {path: layer.base for path, layer in layers.items()})
     for layer in layers.values():
         if layer.folded is None:
             layer.folded = tuple(_values(delta) for delta in layer.deltas)
             _add(layer, 1.0)
+
+
+def foldable(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
+    """Module path -> the linear layer that the adapter updates, in the model's order. The model may be on meta.
+
+    Raises AdapterError as `attach` and `fold` for a model that does not fit, or a weight that cannot be changed alone.
+    """
+    bases = _trained_on(model, adapter)
+    _refuse_unfoldable(model, bases)
+    return bases
 
 
 @torch.no_grad()
@@ -203,6 +213,13 @@ def _delta(path: str, base: nn.Module, spec: Spec, masks: Mapping[str, Tensor] |
 
 
 def _from_adapter(model: nn.Module, adapter: Adapter) -> dict[str, AdaptedLinear]:
+    return {
+        path: AdaptedLinear(base, [_trained(path, base, block) for block in adapter.blocks if path in block.entries])
+        for path, base in _trained_on(model, adapter).items()
+    }
+
+
+def _trained_on(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
     linear = _linear(model)
     for path in adapter.shapes:
         if path not in linear:
@@ -218,10 +235,7 @@ def _from_adapter(model: nn.Module, adapter: Adapter) -> dict[str, AdaptedLinear
                 f"{path}: the adapter was trained on a weight of shape {shape}, this model's is "
                 f"{features(bases[path])}; use the base model it was trained on"
             )
-    return {
-        path: AdaptedLinear(base, [_trained(path, base, block) for block in adapter.blocks if path in block.entries])
-        for path, base in bases.items()
-    }
+    return bases
 
 
 @torch.no_grad()
@@ -240,7 +254,7 @@ def _trained(path: str, base: nn.Module, block: Block) -> Delta:
         dtype=block.dtype,
         index=entries.index,
         device=_device(base),
-        stored=block.projections.get(path),
+        stored=None if block.seed is not None else block.projection(path, in_features),
     )
     made = checksum(delta.a())
     if made != block.checksums[path]:
@@ -316,20 +330,20 @@ def _refuse_unadaptable(model: nn.Module, path: str, module: nn.Module) -> None:
         )
 
 
-def _refuse_unfoldable(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> None:
+def _refuse_unfoldable(model: nn.Module, bases: Mapping[str, nn.Module]) -> None:
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
-    for path, layer in layers.items():
-        weight = layer.weight
+    for path, base in bases.items():
+        weight = base.get_parameter("weight")
         if len(owners[id(weight)]) > 1:
             raise AdapterError(
                 f"{path}: its weight is tied to {', '.join(owners[id(weight)])}; folding would change all of them, "
                 "so untie it first or keep the adapter unfolded"
             )
         if hasattr(weight, "placements") or tuple(weight.shape) not in (
-            features(layer.base),
-            features(layer.base)[::-1],
+            features(base),
+            features(base)[::-1],
         ):
             raise AdapterError(f"{path}: its weight is sharded; save the adapter and fold it in one process")
         if not weight.dtype.is_floating_point:

@@ -1,27 +1,37 @@
 """The adapter file: kept entries, their masks and one JSON header, in a safetensors file. The README specifies it."""
 
-import hashlib
+import copy
+import dataclasses
 import json
 import math
 import os
 import re
 import stat
 import sys
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from lori_dist.adapter.adapter import Adapter, Block, Entries
+from lori_dist.adapter.adapter import Adapter, Block, Entries, in_memory
 from lori_dist.adapter.projection import DTYPES, GENERATOR
+from lori_dist.adapter.stored import (
+    DAMAGED,
+    Place,
+    StoredEntries,
+    StoredProjection,
+    as_bytes,
+    digest,
+    encode,
+    encode_projection,
+    naming,
+)
 from lori_dist.errors import AdapterError
-from lori_dist.tensors import write
+from lori_dist.tensors import Stored, stored, write
 
 FORMAT = "lori_dist.adapter"
 VERSIONS = (1, 2)
@@ -30,7 +40,6 @@ DISTRIBUTION = "uniform"
 """Of the entries of A. Together with the generator it says what A is."""
 
 _METADATA = "lori"  # the key of the header in the safetensors metadata
-_DAMAGED = "the file is damaged, write it again"
 _DIGEST_AT_END = re.compile(r',"digest":"([0-9a-f]{16})"\}\Z')
 _HEX = re.compile(r"[0-9a-f]{16}\Z")
 _PROJECTION_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
@@ -45,10 +54,6 @@ _MODULE_FIELDS = {
     2: ("shape", "rank", "kept", "projection", "digest"),
 }
 
-_STRATEGIES = (zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE, zlib.Z_DEFAULT_STRATEGY)  # scattered, whole rows, whole columns
-_SAMPLE = 1 << 14  # bytes; matching costs 20 ms for 115 kB of a random mask, where it gains nothing
-_CHUNK = 1 << 16  # bytes of a mask at a time
-
 
 def save(adapter: Adapter, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> None:
     """Writes one adapter file. It appears whole or not at all, and the same adapter gives the same bytes.
@@ -57,11 +62,13 @@ def save(adapter: Adapter, path: str | os.PathLike[str], *, dtype: torch.dtype =
     Raises AdapterError if the adapter is not consistent, if values are not finite in dtype, or if it cannot be written.
     """
     path = Path(path)
-    with _naming(path, "written"):
+    _verify(adapter, dtype)
+    with naming(path, "written"):
         header = _describe(adapter, dtype)
         _check_header(header)
         tensors = _encode(adapter, dtype, header["modules"])
-        names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # the wider first, so all are aligned
+        # The wider first, so all are aligned.
+        names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
         layout = {name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in names}
         write(path, layout, (tensors[name] for name in names), {_METADATA: _serialize(header)})
 
@@ -71,18 +78,38 @@ def load(path: str | os.PathLike[str]) -> Adapter:
 
     Raises AdapterError that says what is wrong and where, if this is not an undamaged adapter file of a known version.
     """
+    adapter = opened(path)
+    return dataclasses.replace(adapter, blocks=tuple(_read(block) for block in adapter.blocks))
+
+
+def opened(path: str | os.PathLike[str]) -> Adapter:
+    """The adapter of a file as of `load`, but its tensors stay there: they are read, and checked, when asked for.
+
+    So it takes the memory of its header. Raises AdapterError as `header`, and whoever asks for a tensor gets it as of
+    `load`; the file must stay until then.
+    """
     path = Path(path)
-    with _naming(path, "read"), _opened(path) as file:
-        header = _read_header(file)
-        blocks = tuple(_block(file, header, number) for number in range(len(header["blocks"])))
+    with naming(path, "read"):
+        with _opened(path) as file:
+            header = _read_header(file)
+        where = _places(path)
+        for name, place in where.items():
+            _check_tensor(name, place, header)
         targets = header["targets"]
         return Adapter(
             shapes={name: (module["shape"][0], module["shape"][1]) for name, module in header["modules"].items()},
-            blocks=blocks,
+            blocks=tuple(_block(header, number, where) for number in range(len(header["blocks"]))),
             targets=targets if isinstance(targets, str) else tuple(targets),
             base=header["base"],
             generator=header["generator"],
         )
+
+
+def _places(path: Path) -> dict[str, Stored]:
+    try:
+        return stored(path)
+    except ValueError as error:
+        raise AdapterError(f"{error}; {DAMAGED}") from error
 
 
 def header(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -91,28 +118,18 @@ def header(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises AdapterError as `load` does, save for damage to the tensors themselves.
     """
     path = Path(path)
-    with _naming(path, "read"), _opened(path) as file:
+    with naming(path, "read"), _opened(path) as file:
         return _read_header(file)
 
 
 def block_bytes(path: str | os.PathLike[str]) -> tuple[int, ...]:
     """What the tensors of each block take in the file: values, masks and stored A. Raises AdapterError as `header`."""
     path = Path(path)
-    with _naming(path, "read"), _opened(path) as file:
+    with naming(path, "read"), _opened(path) as file:
         sizes = [0] * len(_read_header(file)["blocks"])
         for name in file.keys():  # noqa: SIM118  (a safetensors file is no mapping)
             sizes[int(name.partition(".")[0])] += file.get_tensor(name).nbytes
         return tuple(sizes)
-
-
-@contextmanager
-def _naming(path: Path, verb: str) -> Iterator[None]:
-    try:
-        yield
-    except AdapterError as error:
-        raise AdapterError(f"{path}: {error}") from error
-    except OSError as error:
-        raise AdapterError(f"{path}: it cannot be {verb}: {error.strerror or error}; check the path") from error
 
 
 @contextmanager
@@ -130,7 +147,7 @@ def _opened(path: Path) -> Iterator[Any]:
         if first == b"PK\3\4" or (first[:1] == b"\x80" and first[1:2] in (b"\2", b"\3", b"\4", b"\5")):
             what = "this is a pickle or a zip file, which is never opened; give an adapter.safetensors"
         else:
-            what = f"this is no whole safetensors file ({_named(str(error))}); {_DAMAGED}"
+            what = f"this is no whole safetensors file ({_named(str(error))}); {DAMAGED}"
         raise AdapterError(what) from error
 
 
@@ -140,7 +157,7 @@ def _serialize(header: Mapping[str, Any]) -> str:
         if json.loads(text) != header:
             raise ValueError("reading it gives something else")
         body = text.removesuffix("}")
-        text = f'{body},"digest":"{_digest(body.encode())}"}}'
+        text = f'{body},"digest":"{digest(body.encode())}"}}'
     except (TypeError, ValueError, RecursionError) as error:
         raise AdapterError(f"the header cannot be JSON ({error}); give `base` as plain JSON data") from error
     _check_length(text)
@@ -156,8 +173,8 @@ def _parse(text: str) -> Any:
     """Raises AdapterError for text that was changed, and for all that is JSON to Python but not to others."""
     _check_length(text)
     end = _DIGEST_AT_END.search(text)
-    if end is None or end[1] != _digest(text[: end.start()].encode()):
-        raise AdapterError(f"the header is not what its digest is of; {_DAMAGED}")
+    if end is None or end[1] != digest(text[: end.start()].encode()):
+        raise AdapterError(f"the header is not what its digest is of; {DAMAGED}")
     try:
         header = json.loads(
             text[: end.start()] + "}", object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite
@@ -165,7 +182,7 @@ def _parse(text: str) -> Any:
         json.dumps(header, ensure_ascii=False).encode()  # escapes can make text that cannot be shown or written again
         return header
     except (ValueError, RecursionError) as error:
-        raise AdapterError(f"the header is no valid JSON ({error}); {_DAMAGED}") from error
+        raise AdapterError(f"the header is no valid JSON ({error}); {DAMAGED}") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -205,9 +222,9 @@ def _check_names(header: Mapping[str, Any], found: set[str]) -> None:
             if kept and header["blocks"][number]["seed"] is None:
                 expected.add(f"{number}.{name}.a")
     if missing := expected - found:
-        raise AdapterError(f"tensor {_named(min(missing))} is missing; {_DAMAGED}")
+        raise AdapterError(f"tensor {_named(min(missing))} is missing; {DAMAGED}")
     if superfluous := found - expected:
-        raise AdapterError(f"tensor {_named(min(superfluous))} does not follow from the header; {_DAMAGED}")
+        raise AdapterError(f"tensor {_named(min(superfluous))} does not follow from the header; {DAMAGED}")
 
 
 def _rank(header: Mapping[str, Any], module: str, number: int) -> int:
@@ -272,7 +289,7 @@ def _check_module(where: str, module: Any, blocks: list[Any], version: int) -> N
     for size in module["shape"]:
         _check_integer(f"{where}: shape", size, 1, _MAX_ENTRIES)
     ranks = module["rank"] if version > 1 else [block["rank"] for block in blocks]
-    for block, rank, kept, projection, digest in zip(
+    for block, rank, kept, projection, hashed in zip(
         blocks, ranks, module["kept"], module["projection"], module["digest"], strict=True
     ):
         is_stored = block["seed"] is None
@@ -283,7 +300,7 @@ def _check_module(where: str, module: Any, blocks: list[Any], version: int) -> N
                 "use a smaller rank"
             )
         _check_integer(f"{where}: kept", kept, 1 if is_stored and rank else 0, module["shape"][0] * rank)
-        _check_hash(f"{where}: digest", digest)
+        _check_hash(f"{where}: digest", hashed)
         if is_stored and rank == 0:
             _require(
                 projection is None, f"{where}: projection", projection, "null where a block without a seed has no A"
@@ -300,7 +317,7 @@ def _check_fields(where: str, value: Any, fields: tuple[str, ...], version: int)
     _require(isinstance(value, dict), where, value, "an object")
     for field in fields:
         if field not in value:
-            raise AdapterError(f"{where}: {field} is missing; {_DAMAGED}")
+            raise AdapterError(f"{where}: {field} is missing; {DAMAGED}")
     for field in value:
         if field not in fields:
             raise AdapterError(f"{where}: {_named(field)} is not known in version {version}; update lori_dist")
@@ -377,212 +394,134 @@ def _describe(adapter: Adapter, dtype: torch.dtype) -> dict[str, Any]:
                 ),
                 "kept": [0 for _ in adapter.blocks],
                 "projection": [None if block.seed is None else block.checksums.get(name) for block in adapter.blocks],
-                "digest": [_digest() for _ in adapter.blocks],
+                "digest": [digest() for _ in adapter.blocks],
             }
             for name, shape in adapter.shapes.items()
         },
     }
 
 
-def _encode(adapter: Adapter, dtype: torch.dtype, modules: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of the file; their counts and digests go into the header's `modules`."""
-    tensors = {}
+def _verify(adapter: Adapter, dtype: torch.dtype) -> None:
+    """Checks what will be copied from other files. Raises AdapterError that names the file."""
+    for block in adapter.blocks:
+        for entries in block.entries.values():
+            if isinstance(entries, StoredEntries) and entries.place.dtype == dtype:
+                entries.place.verify()
+        for a in block.projections.values():
+            if isinstance(a, StoredProjection):
+                a.read()
+
+
+def _encode(adapter: Adapter, dtype: torch.dtype, modules: dict[str, Any]) -> dict[str, Tensor | Stored]:
+    """The tensors of the file; their counts and digests go into the header's `modules`.
+
+    Those that lie in a file already, as they are to be written, stay there.
+    """
+    tensors: dict[str, Tensor | Stored] = {}
     for number, block in enumerate(adapter.blocks):
         for name, entries in block.entries.items():
-            about, rank = f"B of {_named(name)} in block {number}", block.rank_of(name)
+            about, rank = f"{_named(name)} in block {number}", block.rank_of(name)
             num_entries = adapter.shapes[name][0] * rank
-            if block.seed is None and entries.values.numel():
-                a = _encode_projection(f"A of {_named(name)} in block {number}", block, name, adapter.shapes[name][1])
+            if block.seed is None and entries.kept:
+                a, checksum = _encode_projection(f"A of {about}", block, name, adapter.shapes[name][1])
                 tensors[f"{number}.{name}.a"] = a
                 modules[name]["rank"][number] = rank
-                modules[name]["projection"][number] = _digest(_bytes(a.flatten()))
-            values, mask = _encode_entries(about, entries, num_entries, dtype)
-            if values.numel():
+                modules[name]["projection"][number] = checksum
+            values, mask, hashed = _encode_entries(f"B of {about}", entries, num_entries, dtype)
+            if values.numel if isinstance(values, Stored) else values.numel():
                 tensors[f"{number}.{name}.values"] = values
-            if mask.numel():
+            if mask is not None:
                 tensors[f"{number}.{name}.mask"] = mask
-            modules[name]["kept"][number] = values.numel()
-            modules[name]["digest"][number] = _digest(_bytes(values), _bytes(mask))
+            modules[name]["kept"][number] = entries.kept
+            modules[name]["digest"][number] = hashed
     return tensors
 
 
-def _encode_projection(about: str, block: Block, name: str, in_features: int) -> Tensor:
-    """A of a block without a seed, on the CPU."""
+def _encode_entries(
+    about: str, entries: Entries, num_entries: int, dtype: torch.dtype
+) -> tuple[Tensor | Stored, Tensor | Stored | None, str]:
+    """Values, mask and digest."""
+    if isinstance(entries, StoredEntries) and (entries.place.dtype, entries.place.num_entries) == (dtype, num_entries):
+        return entries.place.values, entries.place.mask, entries.place.digest
+    values, mask = encode(about, copy.copy(entries), num_entries, dtype)  # a copy: what it reads goes with it
+    return values, mask if mask.numel() else None, digest(as_bytes(values), as_bytes(mask))
+
+
+def _encode_projection(about: str, block: Block, name: str, in_features: int) -> tuple[Tensor | Stored, str]:
+    """A of a block without a seed, and its checksum."""
     a = block.projections.get(name)
-    if type(a) is not Tensor or a.dtype != block.dtype or a.ndim != 2 or a.is_meta:
-        found = "missing" if a is None else f"a {type(a).__name__}, {a.dtype} {tuple(a.shape)} on {a.device}"
-        raise AdapterError(f"{about} is {found}; without a seed, give it as a plain {block.dtype} matrix")
-    if not 0 < a.shape[0] <= block.rank or a.shape[1] != in_features:
-        raise AdapterError(
-            f"{about} has the shape {tuple(a.shape)}; wanted at most {block.rank} rows, and {in_features} columns"
-        )
-    if not bool(torch.isfinite(a).all()):
-        raise AdapterError(f"{about} has values that are not finite; merge again")
-    return a.detach().to("cpu", copy=True).contiguous()
+    if isinstance(a, StoredProjection):
+        return a.where, a.checksum
+    encoded = encode_projection(about, cast(Tensor | None, a), block.rank, in_features, block.dtype)
+    return encoded, digest(as_bytes(encoded.flatten()))
 
 
-def _encode_entries(about: str, entries: Entries, num_entries: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Values and mask, on the CPU. A mask without elements: all entries are kept, or none."""
-    for what, tensor in (("values", entries.values), ("index", entries.index)):
-        if tensor is None:
-            continue
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.ndim != 1 or tensor.is_meta:
-            found = f"a {type(tensor).__name__} of shape {tuple(tensor.shape)} on {tensor.device}"
-            raise AdapterError(f"{about}: {what} is {found}; give a plain tensor of one dimension that has data")
-    values = entries.values.detach().to("cpu", dtype).contiguous()
-    if not bool(torch.isfinite(values).all()):
-        raise AdapterError(f"{about} has values that are not finite as {dtype}; write it as float32, or train it again")
-    mask = torch.empty(0, dtype=torch.uint8, device="cpu")
-    if entries.index is None:
-        if values.numel() != num_entries:
-            raise AdapterError(f"{about} has {values.numel()} values for {num_entries} entries; give their index")
-        return values, mask
-    index = entries.index.detach().cpu()
-    _check_index(about, index, values.numel(), num_entries)
-    if 0 < values.numel() < num_entries:
-        mask = _pack(index, num_entries)
-    return values, mask
-
-
-def _check_index(about: str, index: Tensor, num_values: int, num_entries: int) -> None:
-    if index.dtype != torch.int32:
-        raise AdapterError(f"{about}: index is {index.dtype}; give int32")
-    if index.numel() != num_values:
-        raise AdapterError(f"{about} has {num_values} values, but {index.numel()} positions; give one position a value")
-    if num_values and (index[0] < 0 or index[-1] >= num_entries or not bool((index[1:] > index[:-1]).all())):
-        raise AdapterError(f"{about}: index is not ascending within [0, {num_entries}); sort it")
-
-
-def _pack(index: Tensor, num_entries: int) -> Tensor:
-    kept = np.zeros(num_entries, dtype=bool)
-    kept[index.numpy()] = True
-    bits = np.packbits(kept, bitorder="little").tobytes()
-    middle = max(0, len(bits) - _SAMPLE) // 2
-    sample = bits[middle : middle + _SAMPLE]
-    best = min(_STRATEGIES, key=lambda strategy: len(_deflate(sample, strategy)))
-    return torch.frombuffer(bytearray(_deflate(bits, best)), dtype=torch.uint8)
-
-
-def _deflate(data: bytes, strategy: int) -> bytes:
-    stream = zlib.compressobj(level=6, memLevel=9, strategy=strategy)
-    return stream.compress(data) + stream.flush()
-
-
-def _block(file: Any, header: Mapping[str, Any], number: int) -> Block:
+def _block(header: Mapping[str, Any], number: int, where: Mapping[str, Stored]) -> Block:
     about = header["blocks"][number]
-    dtype = _VALUE_DTYPES[header["values_dtype"]]
     kept = {name: module for name, module in header["modules"].items() if module["kept"][number]}
-    entries = {
-        name: _decode_entries(file, number, name, module, _rank(header, name, number), dtype)
-        for name, module in kept.items()
-    }
-    projection_dtype = _PROJECTION_DTYPES[about["dtype"]]
+    dtype = _PROJECTION_DTYPES[about["dtype"]]
     return Block(
         name=about["name"],
         seed=about["seed"],
         rank=about["rank"],
         alpha=float(about["alpha"]),
         weight=float(about["weight"]),
-        dtype=projection_dtype,
-        entries=entries,
+        dtype=dtype,
+        entries={name: _entries(header, number, name, where) for name in kept},
         checksums={
             name: module["projection"][number]
             for name, module in header["modules"].items()
             if module["projection"][number] is not None
         },
         projections={
-            name: _decode_projection(file, number, name, module, projection_dtype)
+            name: StoredProjection(
+                about=f"A of {_named(name)} in block {number}",
+                where=where[f"{number}.{name}.a"],
+                shape=(module["rank"][number], module["shape"][1]),
+                dtype=dtype,
+                checksum=module["projection"][number],
+            )
             for name, module in kept.items()
             if about["seed"] is None
         },
     )
 
 
-def _decode_projection(file: Any, number: int, name: str, module: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
-    about, wanted = f"A of {_named(name)} in block {number}", (module["rank"][number], module["shape"][1])
-    a = _tensor(file, f"{number}.{name}.a", dtype, num_dimensions=2)
-    if tuple(a.shape) != wanted:
-        raise AdapterError(f"{about} has the shape {tuple(a.shape)}, its header has {wanted}; {_DAMAGED}")
-    if _digest(_bytes(a.flatten())) != module["projection"][number]:
-        raise AdapterError(f"{about} is not what its checksum is of; {_DAMAGED}")
-    if not bool(torch.isfinite(a).all()):
-        raise AdapterError(f"{about} has values that are not finite; {_DAMAGED}")
-    return a
-
-
-def _decode_entries(
-    file: Any, number: int, name: str, module: Mapping[str, Any], rank: int, dtype: torch.dtype
-) -> Entries:
-    about = f"B of {_named(name)} in block {number}"
-    kept, num_entries = module["kept"][number], module["shape"][0] * rank
-    values = _tensor(file, f"{number}.{name}.values", dtype)
-    if values.numel() != kept:
-        raise AdapterError(f"{about} has {values.numel()} values, its header keeps {kept}; {_DAMAGED}")
-    mask = torch.empty(0, dtype=torch.uint8, device="cpu")
-    if kept < num_entries:
-        mask = _tensor(file, f"{number}.{name}.mask", torch.uint8)
-    if _digest(_bytes(values), _bytes(mask)) != module["digest"][number]:
-        raise AdapterError(f"{about} is not what its digest is of; {_DAMAGED}")
-    if not bool(torch.isfinite(values).all()):
-        raise AdapterError(f"{about} has values that are not finite; {_DAMAGED}")
-    index = _unpack(about, _bytes(mask), num_entries, kept) if kept < num_entries else None
-    return Entries(index=index, values=values)
-
-
-def _tensor(file: Any, name: str, dtype: torch.dtype, *, num_dimensions: int = 1) -> Tensor:
-    tensor: Tensor = file.get_tensor(name)
-    if tensor.dtype != dtype or tensor.ndim != num_dimensions:
-        found = f"{tensor.dtype} with {tensor.ndim} dimensions"
+def _check_tensor(name: str, where: Stored, header: Mapping[str, Any]) -> None:
+    number, kind = int(name.partition(".")[0]), name.rpartition(".")[2]
+    dtype, num_dimensions = {
+        "values": (_VALUE_DTYPES[header["values_dtype"]], 1),
+        "mask": (torch.uint8, 1),
+        "a": (_PROJECTION_DTYPES[header["blocks"][number]["dtype"]], 2),
+    }[kind]
+    if where.dtype != dtype or len(where.shape) != num_dimensions:
+        found = f"{where.dtype} with {len(where.shape)} dimensions"
         wanted = "one" if num_dimensions == 1 else "two"
-        raise AdapterError(f"tensor {_named(name)} is {found}; it must be {dtype} with {wanted}; {_DAMAGED}")
-    return tensor.clone()  # what safe_open gives is a view of the file, and changes with it
+        raise AdapterError(f"tensor {_named(name)} is {found}; it must be {dtype} with {wanted}; {DAMAGED}")
 
 
-def _unpack(about: str, stream: memoryview, num_entries: int, kept: int) -> Tensor:
-    """The positions of the bits that are set. Memory follows `kept`, whatever the stream unfolds to."""
-    num_bytes = -(-num_entries // 8)
-    index = np.empty(kept, dtype=np.int32)
-    num_read = num_found = 0
-    try:
-        for chunk in _inflate(stream):
-            found = np.flatnonzero(np.unpackbits(np.frombuffer(chunk, dtype=np.uint8), bitorder="little").view(bool))
-            found += 8 * num_read
-            num_read += len(chunk)
-            if num_read > num_bytes or (found.size and found[-1] >= num_entries):
-                raise AdapterError(f"the mask of {about} is longer than its {num_entries} entries; {_DAMAGED}")
-            if num_found + found.size > kept:
-                raise AdapterError(f"{about} has {kept} values, its mask keeps more; {_DAMAGED}")
-            index[num_found : num_found + found.size] = found
-            num_found += found.size
-    except zlib.error as error:
-        raise AdapterError(f"the mask of {about} cannot be unpacked ({error}); {_DAMAGED}") from error
-    if num_read < num_bytes:
-        raise AdapterError(f"the mask of {about} is shorter than its {num_entries} entries; {_DAMAGED}")
-    if num_found < kept:
-        raise AdapterError(f"{about} has {kept} values, its mask keeps {num_found}; {_DAMAGED}")
-    return torch.from_numpy(index)
+def _entries(header: Mapping[str, Any], number: int, name: str, where: Mapping[str, Stored]) -> StoredEntries:
+    module = header["modules"][name]
+    return StoredEntries(
+        Place(
+            about=f"B of {_named(name)} in block {number}",
+            values=where[f"{number}.{name}.values"],
+            mask=where.get(f"{number}.{name}.mask"),
+            kept=module["kept"][number],
+            num_entries=module["shape"][0] * _rank(header, name, number),
+            dtype=_VALUE_DTYPES[header["values_dtype"]],
+            digest=module["digest"][number],
+        )
+    )
 
 
-def _inflate(stream: memoryview) -> Iterator[bytes]:
-    """Chunks of what a zlib stream unfolds to. Raises zlib.error unless it is whole and nothing follows it."""
-    inflater = zlib.decompressobj()
-    for start in range(0, len(stream), _CHUNK):
-        chunk = inflater.decompress(stream[start : start + _CHUNK], _CHUNK)
-        while chunk:
-            yield chunk
-            chunk = inflater.decompress(inflater.unconsumed_tail, _CHUNK)
-    if not inflater.eof:
-        raise zlib.error("the stream ends early")
-    if inflater.unused_data:
-        raise zlib.error("bytes follow the stream")
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.view(torch.uint8).numpy().data
-
-
-def _digest(*parts: bytes | memoryview) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
+def _read(block: Block) -> Block:
+    """The block in memory."""
+    return dataclasses.replace(
+        block,
+        entries={
+            name: Entries(index=entries.index, values=entries.values)
+            for name, entries in ((name, copy.copy(entries)) for name, entries in block.entries.items())
+        },
+        projections={name: in_memory(a) for name, a in block.projections.items()},
+    )

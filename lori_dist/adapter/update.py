@@ -1,5 +1,6 @@
 """What an adapter does to one module: the form in which adapters are merged, one module at a time."""
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lori_dist.adapter.adapter import Adapter, Block, Entries
+from lori_dist.adapter.adapter import Adapter, Block, Elsewhere, Entries, in_memory
 from lori_dist.adapter.projection import checksum, projection
 from lori_dist.errors import AdapterError
 
@@ -35,7 +36,7 @@ class Part:
     """The kept entries of B; None: none is kept."""
     checksum: str | None = None
     """Of A; None where nobody knows it yet."""
-    stored: Tensor | None = None
+    stored: Tensor | Elsewhere | None = None
     """A without a seed, (rank, in_features), in dtype."""
 
     @property
@@ -50,7 +51,7 @@ class Part:
     def a(self) -> Tensor:
         """A, (rank, in_features), float64. Raises AdapterError if it is not the A that was trained with."""
         if self.stored is not None:
-            return self.stored.double()
+            return in_memory(self.stored).double()
         assert self.seed is not None
         made = projection(self.seed, self.module, self.rank, self.shape[1], dtype=self.dtype)
         if self.checksum is not None and checksum(made) != self.checksum:
@@ -124,7 +125,8 @@ def _part(block: Block, module: str, shape: tuple[int, int]) -> Part:
         alpha=float(rank) if is_stored else block.alpha,
         weight=block.scale if is_stored else block.weight,
         dtype=block.dtype,
-        entries=None if entries is None or not entries.values.numel() else entries,
+        # A copy: entries that lie in a file keep what was read of them, which is to go with this part.
+        entries=None if entries is None or not entries.kept else copy.copy(entries),
         checksum=block.checksums.get(module),
         stored=block.projections.get(module),
     )
@@ -143,8 +145,9 @@ def blocks(merged: Mapping[str, Sequence[Part]], shapes: Mapping[str, tuple[int,
             while module in groups.setdefault((*key, place), {}):
                 place += 1
             groups[*key, place][module] = part
+    known = {(*part.key, part.module): part.checksum for parts in merged.values() for part in parts if part.checksum}
     taken: set[str] = set()
-    return tuple(_named_apart(_block(list(parts.values()), shapes), taken) for parts in groups.values())
+    return tuple(_named_apart(_block(list(parts.values()), shapes, known), taken) for parts in groups.values())
 
 
 def _block_key(part: Part) -> tuple[object, ...]:
@@ -153,15 +156,19 @@ def _block_key(part: Part) -> tuple[object, ...]:
     return (part.name, None, part.weight, part.dtype)
 
 
-def _block(parts: Sequence[Part], shapes: Mapping[str, tuple[int, int]]) -> Block:
+def _block(
+    parts: Sequence[Part], shapes: Mapping[str, tuple[int, int]], known: Mapping[tuple[object, ...], str]
+) -> Block:
+    """known: the key of an A and a module -> its checksum."""
     first, kept = parts[0], [part for part in parts if part.entries is not None]
     rank = max((part.rank for part in kept), default=1) if first.seed is None else first.rank
     checksums = {part.module: part.checksum for part in parts if part.checksum is not None}
     if first.seed is not None:
         # Also for modules that only other blocks adapt: the file has one checksum for every block and module.
         for module in shapes.keys() - checksums.keys():
-            a = projection(first.seed, module, rank, shapes[module][1], dtype=first.dtype)
-            checksums[module] = checksum(a)
+            checksums[module] = known.get((*first.key, module)) or checksum(
+                projection(first.seed, module, rank, shapes[module][1], dtype=first.dtype)
+            )
     return Block(
         name=first.name,
         seed=first.seed,

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -581,9 +581,33 @@ def _merge(assignment: _Assignment) -> None:
             method=method.pop("name"),
             options=method,
             weights=settings["weights"],
+            **_spread(run, assignment.job),
         )
         del result["path"]  # the folder is about to get another name
         folder.write_json(assignment.attempt.partial / RESULT, result)
+
+
+def _spread(run: Run, job: Job) -> dict[str, Any]:
+    """How a merge is divided among workers, as `merge_files` takes it. Nothing where it has one."""
+    import ray
+
+    count, part = schedule.processes(job, run.cluster)
+    if count == 1:
+        return {}
+    # The task that waits for them gives its own CPU back meanwhile.
+    call = ray.remote(num_cpus=part.cpus, max_retries=0, runtime_env=_runtime_env(run))(_call)
+
+    def spread(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+        try:
+            return ray.get([call.remote(function, item) for item in items])
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+
+    return {"num_ranges": count, "spread": spread}
+
+
+def _call(function: Callable[[Any], Any], item: Any) -> Any:
+    return function(item)
 
 
 def _evaluate(assignment: _Assignment) -> None:

@@ -45,8 +45,9 @@ def processes(job: Job, cluster: Cluster) -> tuple[int, Resources]:
     """How many processes a job takes, and what each of them takes."""
     if job.kind == "train":
         return cluster.workers, Resources(cpus=cluster.cpus_per_worker, gpus=cluster.gpus_per_worker)
-    # A merge is arithmetic on small matrices; an evaluation runs the model, on a GPU if the training has some.
-    return 1, Resources(cpus=1.0, gpus=min(1, cluster.gpus_per_worker) if job.kind == "evaluate" else 0)
+    if job.kind == "merge":  # small matrices, one module at a time; has room wherever a training has
+        return cluster.workers, Resources(cpus=min(1.0, cluster.cpus_per_worker))
+    return 1, Resources(cpus=1.0, gpus=min(1, cluster.gpus_per_worker))  # runs the model, so as a training does
 
 
 def check_room(jobs: Iterable[Job], cluster: Cluster, nodes: Sequence[Resources]) -> None:

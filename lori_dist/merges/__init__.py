@@ -6,19 +6,27 @@ method sees no other module, so a merge needs the updates of one module at a tim
 or place.
 """
 
+import contextlib
 import functools
+import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lori_dist import plugin
+from lori_dist import plugin, tensors
 from lori_dist.adapter import file
 from lori_dist.adapter.adapter import Adapter
+from lori_dist.adapter.spool import Spool
 from lori_dist.adapter.update import Part, Update, blocks, split
 from lori_dist.merges._inputs import check
 
 __all__ = ["Part", "Update", "drop", "merge", "merge_files", "reweight"]
+
+Spread = Callable[
+    [Callable[[Any], Mapping[str, Sequence[Part]]], Iterable[Any]], Iterable[Mapping[str, Sequence[Part]]]
+]
+"""As the built-in `map`: a function that can be pickled, of every item, in their order."""
 
 log = logging.getLogger(__name__)
 
@@ -38,19 +46,14 @@ def merge(
     Raises ConfigError for a method, options or weights that do not exist or fit, AdapterError for adapters of different
     bases, shapes or generators, or that the method cannot merge.
     """
-    chosen = plugin.find("merges", method, "merge", "merge.method")
-    bound = chosen.bind(options or {}, "merge.method")
-    shares = [1 / len(adapters) for _ in adapters] if weights is None else weights
-    check(adapters, shares)
-    merge_module = functools.partial(chosen.load(), weights=shares, **bound)
-    shapes = {module: shape for adapter in adapters for module, shape in adapter.shapes.items()}
+    merge_module = _bound(method, options)
+    shares = _shares(adapters, weights)
+    shapes = _shapes(adapters)
     parts = {
-        module: merge_module([split(adapter, module, shape) for adapter in adapters])
+        module: merge_module([split(adapter, module, shape) for adapter in adapters], weights=shares)
         for module, shape in shapes.items()
     }
-    merged = _join(adapters, shapes, parts)
-    _warn_of_ranks(merged)
-    return merged
+    return _join(adapters, shapes, parts)
 
 
 def drop(merged: Adapter, *names: str) -> Adapter:
@@ -70,15 +73,32 @@ def merge_files(
     method: str,
     options: Mapping[str, Any] | None = None,
     weights: Sequence[float] | None = None,
+    num_ranges: int = 1,
+    spread: Spread = map,
 ) -> dict[str, Any]:
-    """Merges adapter files into one, which appears at `out` only when it is complete. Arguments as of `merge`.
+    """Merges adapter files into one, which appears at `out` only when it is complete. Other arguments as of `merge`.
 
+    The file has the bytes of `merge` and `file.save`, but the updates of one module at a time are in memory: tensors
+    are read from the adapters as a module needs them, what is made of them waits in a file beside `out`, and what
+    stays as it was is copied.
+    num_ranges: into how many ranges of modules it is divided. spread: does something with each of them, in any place
+    that sees the same files; by default here, one after the other. The result is the same bytes.
     Returns {"path", "kept", "total", "bytes", "rank"} of the merge; rank is the sum over its blocks.
     Raises as `merge`, and AdapterError for adapters that cannot be read.
     """
-    plugin.find("merges", method, "merge", "merge.method").bind(options or {}, "merge.method")  # before files are read
-    merged = merge([file.load(path) for path in paths], method=method, options=options, weights=weights)
-    file.save(merged, out)
+    _bound(method, options)  # before files are read
+    adapters = [file.opened(path) for path in paths]
+    shares = _shares(adapters, weights)
+    shapes = _shapes(adapters)
+    ranges = _ranges(list(shapes), num_ranges)
+    with contextlib.ExitStack() as stack:
+        asides = [stack.enter_context(tensors.aside(out)) for _ in ranges]
+        merge_range = functools.partial(_merge_range, adapters, out, method=method, options=options, weights=shares)
+        parts: dict[str, Sequence[Part]] = {}
+        for found in spread(merge_range, zip(ranges, asides, strict=True)):
+            parts.update(found)
+        merged = _join(adapters, shapes, parts)
+        file.save(merged, out)
     return {
         "path": str(out),
         "kept": merged.kept,
@@ -88,17 +108,65 @@ def merge_files(
     }
 
 
+def _merge_range(
+    adapters: Sequence[Adapter],
+    out: Path,
+    work: tuple[Sequence[str], Path],
+    *,
+    method: str,
+    options: Mapping[str, Any] | None,
+    weights: Sequence[float],
+) -> dict[str, Sequence[Part]]:
+    """The parts of some modules, their tensors in files.
+
+    adapters: opened, so small to send elsewhere. work: modules, and the file for tensors that are new.
+    """
+    modules, aside = work
+    merge_module, spool, shapes = _bound(method, options), Spool(path=aside, out=out), _shapes(adapters)
+    found: dict[str, Sequence[Part]] = {}
+    for module in modules:
+        updates = [split(adapter, module, shapes[module]) for adapter in adapters]
+        found[module] = [spool.keep(part) for part in merge_module(updates, weights=weights)]
+    return found
+
+
+def _bound(method: str, options: Mapping[str, Any] | None) -> Callable[..., Sequence[Part]]:
+    """The merge of one module, with its options. Raises ConfigError for those that do not exist or fit."""
+    chosen = plugin.find("merges", method, "merge", "merge.method")
+    return functools.partial(chosen.load(), **chosen.bind(options or {}, "merge.method"))
+
+
+def _shares(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> Sequence[float]:
+    """Weights, one per adapter, once both were checked."""
+    shares = [1 / len(adapters) for _ in adapters] if weights is None else weights
+    check(adapters, shares)
+    return shares
+
+
+def _shapes(adapters: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
+    return {module: shape for adapter in adapters for module, shape in adapter.shapes.items()}
+
+
+def _ranges(modules: Sequence[str], num: int) -> list[Sequence[str]]:
+    """The modules in at most `num` pieces of nearly equal length, none of them empty."""
+    num = min(num, len(modules))
+    bounds = [len(modules) * number // num for number in range(num + 1)]
+    return [modules[start:stop] for start, stop in itertools.pairwise(bounds)]
+
+
 def _join(
     adapters: Sequence[Adapter], shapes: Mapping[str, tuple[int, int]], parts: Mapping[str, Sequence[Part]]
 ) -> Adapter:
     targets = {adapter.targets for adapter in adapters}
-    return Adapter(
+    merged = Adapter(
         shapes=shapes,
         blocks=blocks(parts, shapes),
         targets=targets.pop() if len(targets) == 1 else tuple(shapes),
         base=next((adapter.base for adapter in adapters if "weights" in adapter.base), adapters[0].base),
         generator=adapters[0].generator,
     )
+    _warn_of_ranks(merged)
+    return merged
 
 
 def _warn_of_ranks(merged: Adapter) -> None:

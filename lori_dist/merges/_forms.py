@@ -1,7 +1,8 @@
 """The forms a merged update of one module can have: B on one of the tasks' own A, or computed A and B."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,11 +32,55 @@ def shared(updates: Sequence[Update]) -> list[Part] | None:
     return groups(updates)[0] if not keeping and groups(updates) else None
 
 
-def on_projection(parts: Sequence[Part], b: Tensor, name: str, *, support: Tensor | None = None) -> Part:
+class Support:
+    """The entries of B that some of the parts, all on one A, keep: all that a method need look at which maps zeros to
+    zero, wherever they are. An eighth of a sparse B's memory, and of the time."""
+
+    positions: Tensor
+    """(size,), int64, ascending flat positions in (out_features, rank)."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._key = parts[0].key
+        kept = torch.zeros(parts[0].shape[0] * parts[0].rank, dtype=torch.bool)
+        for part in parts:
+            if part.entries is not None:
+                kept[_places(part.entries)] = True
+        self.positions = torch.from_numpy(np.flatnonzero(kept.numpy()))  # several times as fast as torch's
+        self._order = torch.empty(kept.numel(), dtype=torch.int32)  # flat position -> place among `positions`
+        self._order[self.positions] = torch.arange(self.positions.numel(), dtype=torch.int32)
+
+    def scaled_b(self, parts: Iterable[Part], prepare: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+        """The sum of scale * B over those of the parts that are on this A, at `positions`, float64.
+
+        prepare: what is done to the sum. It maps zeros to zero, and the order of the others is all it knows of places.
+        """
+        total = torch.zeros(self.positions.numel(), dtype=torch.float64)
+        here = [part for part in parts if part.entries is not None and part.key == self._key]
+        for part in here:
+            assert part.entries is not None
+            values = part.entries.values.double() * part.scale
+            # Of a single one before it is spread out: there are fewer of them.
+            total[self._order[_places(part.entries)].long()] += prepare(values) if len(here) == 1 else values
+        return total if len(here) == 1 else prepare(total)
+
+
+def _places(entries: Entries) -> Tensor | slice:
+    return slice(None) if entries.index is None else entries.index.long()
+
+
+def on_projection(
+    parts: Sequence[Part],
+    b: Tensor,
+    name: str,
+    *,
+    support: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> Part:
     """A part with the update b A, where `parts` stand on this A.
 
-    b: (out_features, rank), float64. support: (out_features, rank) bool, what is kept of it; by default what is not
-    zero. alpha is that of the parts if they agree, and else the rank.
+    b: (out_features, rank), float64, or (size,) if there are as many flat `positions`, ascending, outside of which it
+    is zero. support: bool, as b, what is kept of it; by default what is not zero. alpha is that of the parts if they
+    agree, and else the rank.
     """
     first = parts[0]
     is_same = all(part.alpha == first.alpha for part in parts)
@@ -48,7 +93,9 @@ def on_projection(parts: Sequence[Part], b: Tensor, name: str, *, support: Tenso
         rank=first.rank,
         alpha=alpha,
         dtype=first.dtype,
-        entries=_entries(b * (first.rank / alpha), support, values_dtype(parts)),
+        entries=_entries(
+            b * (first.rank / alpha), support, values_dtype(parts), first.shape[0] * first.rank, positions
+        ),
         checksum=_known(parts).checksum,
         stored=first.stored,
     )
@@ -70,18 +117,21 @@ def computed(updates: Sequence[Update], left: Tensor, right: Tensor) -> Part:
         rank=rank,
         alpha=float(rank),
         dtype=dtype,
-        entries=_entries(left, None, dtype),
+        entries=_entries(left, None, dtype, left.numel()),
         checksum=checksum(a) if rank else None,
         stored=a if rank else None,
     )
 
 
-def _entries(b: Tensor, support: Tensor | None, dtype: torch.dtype) -> Entries | None:
-    kept = (b != 0 if support is None else support).flatten()
-    if not bool(kept.any()):
+def _entries(
+    b: Tensor, support: Tensor | None, dtype: torch.dtype, num_entries: int, positions: Tensor | None = None
+) -> Entries | None:
+    kept = (b != 0 if support is None else support).flatten().nonzero().squeeze(1)
+    if not kept.numel():
         return None
-    index = None if bool(kept.all()) else kept.nonzero().squeeze(1).to(torch.int32)
-    values = b.flatten() if index is None else b.flatten()[index.long()]
+    values = b.flatten() if kept.numel() == b.numel() else b.flatten()[kept]
+    places = kept if positions is None else positions[kept]
+    index = None if kept.numel() == num_entries else places.to(torch.int32)
     return Entries(index=index, values=values.to(dtype))
 
 

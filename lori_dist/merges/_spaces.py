@@ -1,14 +1,16 @@
 """Where a method that works entry by entry finds its matrices: B on a shared A, or the updates themselves."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
+
+from torch import Tensor
 
 from lori_dist.adapter.update import Part, Update
 from lori_dist.errors import AdapterError, ConfigError
 from lori_dist.merges._entries import Combine
 from lori_dist.merges._factors import leading
-from lori_dist.merges._forms import computed, groups, joined_name, on_projection, scaled_b, shared
+from lori_dist.merges._forms import Support, computed, groups, joined_name, on_projection, scaled_b, shared
 
 log = logging.getLogger(__name__)
 
@@ -16,7 +18,14 @@ Space = Literal["auto", "b", "dense"]
 
 
 def merge_entries(
-    updates: Sequence[Update], combine: Combine, *, space: Space, rank: int | None, votes: bool
+    updates: Sequence[Update],
+    combine: Combine,
+    *,
+    space: Space,
+    rank: int | None,
+    votes: bool,
+    draws: bool = False,
+    prepare: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> list[Part]:
     """The merged update of one module, by a method that works entry by entry; A is never touched.
 
@@ -25,20 +34,25 @@ def merge_entries(
     directions are kept, as computed A and B: exact if it has no more. `auto`: `b` where the tasks that keep entries in
     this module share A, else `dense`. rank: None for the sum of the tasks' ranks, or the most the shape allows.
     votes: whether an entry's result depends on other tasks. If not, `b` also takes tasks on several A, each by itself.
+    draws: whether it depends on the entry's place; else entries that no task keeps are left out of what is combined.
+    prepare: what is done to each task's matrix before, as trimming; not with `draws`.
     Raises AdapterError for `b` without a shared A, ConfigError for a rank above what the shape allows.
     """
     rank = rank_within(updates, rank)
     one = shared(updates)
     if space == "dense" or (space == "auto" and one is None):
-        return [_dense(updates, combine, rank)]
+        return [_dense(updates, lambda matrices: combine(map(prepare, matrices)), rank)]
     if one is not None:
-        return [_on_projection(updates, one, combine, joined_name(updates))]
+        return [_on_projection(updates, one, combine, joined_name(updates), draws, prepare)]
     if votes:
         raise AdapterError(
             f"{updates[0].module}: the tasks do not share A, so their B cannot vote entry by entry; train them with "
             "adapter.share_projection, or merge with space=dense"
         )
-    return [_on_projection(updates, parts, combine, "+".join(part.name for part in parts)) for parts in groups(updates)]
+    return [
+        _on_projection(updates, parts, combine, "+".join(part.name for part in parts), draws, prepare)
+        for parts in groups(updates)
+    ]
 
 
 def rank_within(updates: Sequence[Update], rank: int | None) -> int:
@@ -57,8 +71,19 @@ def rank_within(updates: Sequence[Update], rank: int | None) -> int:
     return rank
 
 
-def _on_projection(updates: Sequence[Update], parts: Sequence[Part], combine: Combine, name: str) -> Part:
-    return on_projection(parts, combine([scaled_b(update, parts) for update in updates]), name)
+def _on_projection(
+    updates: Sequence[Update],
+    parts: Sequence[Part],
+    combine: Combine,
+    name: str,
+    draws: bool,
+    prepare: Callable[[Tensor], Tensor],
+) -> Part:
+    if draws:
+        return on_projection(parts, combine([scaled_b(update, parts) for update in updates]), name)
+    support = Support(parts)
+    b = combine([support.scaled_b(update.kept, prepare) for update in updates])
+    return on_projection(parts, b, name, positions=support.positions)
 
 
 def _dense(updates: Sequence[Update], combine: Combine, rank: int) -> Part:

@@ -33,4 +33,4 @@ def merge(
         density=density,
         draw=Draw(seed=seed, module=updates[0].module),
     )
-    return merge_entries(updates, combine, space=space, rank=rank, votes=False)
+    return merge_entries(updates, combine, space=space, rank=rank, votes=False, draws=True)

@@ -34,4 +34,4 @@ def merge(
         draw=Draw(seed=seed, module=updates[0].module),
         elect=elect,
     )
-    return merge_entries(updates, combine, space=space, rank=rank, votes=True)
+    return merge_entries(updates, combine, space=space, rank=rank, votes=True, draws=True)

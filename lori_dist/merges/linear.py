@@ -4,12 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from lori_dist.adapter.adapter import Entries
 from lori_dist.adapter.update import Part, Update
 from lori_dist.merges import concat
-from lori_dist.merges._forms import groups, on_projection
+from lori_dist.merges._forms import Support, groups, on_projection
 
 
 def merge(updates: Sequence[Update], *, weights: Sequence[float]) -> list[Part]:
@@ -35,14 +33,6 @@ def _sum(parts: Sequence[Part]) -> Part:
     keeping = [part for part in parts if part.entries is not None]
     if len(keeping) == 1 and keeping[0].weight == 1.0 and all(part.alpha == keeping[0].alpha for part in parts):
         return dataclasses.replace(keeping[0], name=name)  # nothing to add up, as where a new task adapts other modules
-    out_features, rank = parts[0].shape[0], parts[0].rank
-    b = torch.zeros(out_features, rank, dtype=torch.float64)
-    support = torch.zeros(out_features * rank, dtype=torch.bool)
-    for part in keeping:
-        b += part.scaled_b()
-        support[_places(part.entries)] = True
-    return on_projection(parts, b, name, support=support.view(out_features, rank))
-
-
-def _places(entries: Entries | None) -> Tensor | slice:
-    return slice(None) if entries is None or entries.index is None else entries.index.long()
+    support = Support(parts)
+    b = support.scaled_b(parts)
+    return on_projection(parts, b, name, support=torch.ones_like(b, dtype=torch.bool), positions=support.positions)

@@ -1,6 +1,7 @@
 """Trim, elect a sign, and average the entries that have it."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Annotated, Literal
 
 from torch import Tensor
@@ -36,8 +37,8 @@ def merge(
     """
 
     def combine(matrices: Iterable[Tensor]) -> Tensor:
-        weighted = [trim(x, density) * weight for x, weight in zip(matrices, weights, strict=True)]
+        weighted = [x * weight for x, weight in zip(matrices, weights, strict=True)]
         shares = [abs(weight) for weight in weights] if divide == "weight" else None
         return vote(weighted, elect=elect, divide=shares) * scale
 
-    return merge_entries(updates, combine, space=space, rank=rank, votes=True)
+    return merge_entries(updates, combine, space=space, rank=rank, votes=True, prepare=partial(trim, density=density))

@@ -24,10 +24,14 @@ from lori_dist import config, jobs
 from lori_dist.adapter import file
 from lori_dist.cluster import ray
 from lori_dist.cluster.ray import Progress
-from lori_dist.errors import ConfigError, JobError
+from lori_dist.errors import AdapterError, ConfigError, JobError
+from lori_dist.jobs import order
+from lori_dist.merges import merge_files
+from lori_dist.multitask.independent import plan
 from lori_dist.training.train import train
 from lori_dist.training.world import from_environment
 from tests.distributed import run_distributed
+from tests.merges.made import adapter, block
 from tests.models import tiny_llama
 from tests.tokenizers import save
 
@@ -290,6 +294,34 @@ def test_after_all_kills_the_adapter_is_that_of_an_undisturbed_training(story: S
 
 def train_undisturbed(run: config.Run, folder: str) -> None:
     train(run, "copy", from_environment(), Path(folder), fingerprint="undisturbed")
+
+
+def test_a_merge_is_the_same_file_on_one_worker_and_on_several(run: config.Run, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{name}.safetensors" for name in ("nlu", "math")]
+    for number, path in enumerate(paths):
+        file.save(adapter(block(path.stem, seed=number, draw=number)), path)
+    job = next(job for job in order(plan(run)) if job.kind == "merge")
+    options: dict[str, Any] = {"weights": [0.5, -1.0]}
+    with ray._cluster(run):
+        spread = ray._spread(run, job)
+        assert spread["num_ranges"] == 2
+        for method in ("concat", "linear", "ties", "svd"):
+            merge_files(paths, tmp_path / f"{method}-one", method=method, **options)
+            merge_files(paths, tmp_path / f"{method}-two", method=method, **options, **spread)
+            assert (tmp_path / f"{method}-one").read_bytes() == (tmp_path / f"{method}-two").read_bytes()
+        [pid] = spread["spread"](_pid, [None])
+        assert pid != os.getpid()
+        data = bytearray(paths[1].read_bytes())
+        data[-1] ^= 1  # the last mask's
+        paths[1].write_bytes(data)
+        with pytest.raises(AdapterError, match=r"^\S*math.safetensors: B of layers.1.up_proj in block 0 is not what"):
+            merge_files(paths, tmp_path / "damaged", method="ties", **options, **spread)
+    assert {path.suffix for path in tmp_path.iterdir()} == {"", ".safetensors"}
+    assert not (tmp_path / "damaged").exists()
+
+
+def _pid(_: object) -> int:
+    return os.getpid()
 
 
 def test_a_gang_larger_than_the_cluster_is_refused_before_anything_starts(run: config.Run, tmp_path: Path) -> None:

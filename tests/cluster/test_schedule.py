@@ -38,7 +38,8 @@ KINDS = {item.name: item for item in [*GANGS, *TASKS]}
 def test_what_jobs_take() -> None:
     cluster = Cluster(workers=4, cpus_per_worker=2.0, gpus_per_worker=2)
     assert processes(job("t", "train"), cluster) == (4, Resources(cpus=2.0, gpus=2))
-    assert processes(job("m", "merge"), cluster) == (1, Resources(cpus=1.0))
+    assert processes(job("m", "merge"), cluster) == (4, Resources(cpus=1.0))
+    assert processes(job("m", "merge"), Cluster(cpus_per_worker=0.5)) == (1, Resources(cpus=0.5))
     assert processes(job("e", "evaluate"), cluster) == (1, Resources(cpus=1.0, gpus=1))
     assert processes(job("e", "evaluate"), Cluster()) == (1, Resources(cpus=1.0))
 

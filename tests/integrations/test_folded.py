@@ -1,22 +1,27 @@
 """The base model with the adapter in its weights."""
 
 import dataclasses
+import functools
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lori_dist import config
+from lori_dist.adapter import file
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.errors import AdapterError, ConfigError
 from lori_dist.integrations.folded import export_folded
 from lori_dist.merges import merge
+from lori_dist.tensors import Stored, stored
 from lori_dist.training.model import identity
 from tests.integrations.made import adapted_logits, logits, trained
 from tests.models import tiny_gpt2, tiny_llama
-from tests.tokenizers import save
+from tests.tokenizers import save, tiny_tokenizer
 
 
 def folded(adapter: Adapter, base: Path, folder: Path) -> PreTrainedModel:
@@ -94,3 +99,109 @@ def test_a_folder_in_use_is_refused_before_the_model_is_loaded(tmp_path: Path) -
     (tmp_path / "out" / "precious").touch()
     with pytest.raises(AdapterError, match="out: is not empty"):
         export_folded("no model", trained(tiny_llama()), tmp_path / "out")
+
+
+def contents(folder: Path) -> dict[str, dict[str, Stored]]:
+    """Weight file -> its tensors, with the file and folder they lie in taken out."""
+    return {path.name: stored(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def laid_out(folder: Path) -> dict[str, list[tuple[str, torch.dtype, tuple[int, ...]]]]:
+    return {
+        name: [(key, where.dtype, where.shape) for key, where in tensors.items()]
+        for name, tensors in contents(folder).items()
+    }
+
+
+SOME = ("model.layers.1.*", "model.layers.0.self_attn.v_proj")
+
+
+@pytest.mark.parametrize(
+    ("make", "targets"),
+    [(tiny_llama, SOME), (functools.partial(tiny_llama, tied=True), SOME), (tiny_gpt2, ("transformer.h.0.*",))],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shards_names_dtypes_and_other_files_stay(
+    tmp_path: Path, make: Callable[[], PreTrainedModel], targets: tuple[str, ...], dtype: torch.dtype
+) -> None:
+    base = tmp_path / "base"
+    make().to(dtype).save_pretrained(base, max_shard_size="20KB")
+    tiny_tokenizer().save_pretrained(base)
+    (base / "LICENSE").write_text("yours")
+    (base / "pytorch_model.bin").write_text("another copy of the weights")
+    adapter = trained(make(), targets=targets)
+    model = folded(adapter, base, tmp_path / "out")
+    assert len(laid_out(base)) >= 3
+    assert laid_out(tmp_path / "out") == laid_out(base)
+    weights = {path.name for path in base.glob("*.safetensors")}
+    others = {path.name for path in base.iterdir()} - weights - {"pytorch_model.bin"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == others | weights
+    assert all((tmp_path / "out" / name).read_bytes() == (base / name).read_bytes() for name in others)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype="auto").eval()
+    assert model.dtype == plain.dtype == dtype
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == bool(
+        model.config.tie_word_embeddings
+    )
+    for name, weight in plain.named_parameters():
+        path, changed = name.removesuffix(".weight"), model.get_parameter(name)
+        if path in adapter.shapes and adapter.blocks[0].entries.get(path) is not None:
+            update = adapter.delta(path)
+            exact = weight.float() + (update.t() if make is tiny_gpt2 else update)
+            torch.testing.assert_close(changed.float(), exact.to(dtype).float(), rtol=2**-7, atol=1e-6)
+            assert not torch.equal(changed, weight)
+        else:
+            assert torch.equal(changed, weight)
+
+
+def test_a_failure_in_the_middle_leaves_no_folder(tmp_path: Path) -> None:
+    base = save(tiny_llama(), tmp_path / "base")
+    path = tmp_path / "adapter.safetensors"
+    file.save(trained(tiny_llama()), path)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(AdapterError, match=r"adapter\.safetensors: B of .* is not what its digest is of"):
+        export_folded(str(base), file.opened(path), tmp_path / "out")
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["adapter.safetensors", "base"]
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from lori_dist.adapter import file
+from lori_dist.integrations.folded import export_folded
+
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+base, adapter, out = map(Path, sys.argv[1:])
+export_folded(str(base), file.opened(adapter), out / "first")
+before = peak()
+large = base.with_name("large")
+export_folded(str(large), file.opened(adapter.with_name("large.safetensors")), out / "second")
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_holds_a_piece_not_the_model(tmp_path: Path) -> None:
+    for name, hidden, layers in (("base", 64, 1), ("large", 1024, 4)):
+        settings = LlamaConfig(
+            vocab_size=64,
+            hidden_size=hidden,
+            intermediate_size=4 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+        )
+        model = LlamaForCausalLM(settings)
+        save(model, tmp_path / name)
+        path = tmp_path / ("adapter.safetensors" if name == "base" else "large.safetensors")
+        file.save(trained(model, rank=2), path)
+    (tmp_path / "out").mkdir()
+    arguments = [str(tmp_path / name) for name in ("base", "adapter.safetensors", "out")]
+    done = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    size = (tmp_path / "large" / "model.safetensors").stat().st_size
+    assert size > 250e6
+    assert int(done.stdout) < 80e6
