@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lori_dist import plugin
-from lori_dist.adapter import file
+from lori_dist.adapter import file, source
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.adapter.update import Part, Update, blocks, split
 from lori_dist.merges._inputs import check
@@ -71,13 +71,15 @@ def merge_files(
     options: Mapping[str, Any] | None = None,
     weights: Sequence[float] | None = None,
 ) -> dict[str, Any]:
-    """Merges adapter files into one, which appears at `out` only when it is complete. Arguments as of `merge`.
+    """Merges adapters into one file, which appears at `out` only when it is complete. Other arguments as of `merge`.
+
+    paths: of adapter files, of LoRA folders of PEFT, and of checkpoints of LoRI's official code, mixed.
 
     Returns {"path", "kept", "total", "bytes", "rank"} of the merge; rank is the sum over its blocks.
     Raises as `merge`, and AdapterError for adapters that cannot be read.
     """
     plugin.find("merges", method, "merge", "merge.method").bind(options or {}, "merge.method")  # before files are read
-    merged = merge([file.load(path) for path in paths], method=method, options=options, weights=weights)
+    merged = merge([source.load(path) for path in paths], method=method, options=options, weights=weights)
     file.save(merged, out)
     return {
         "path": str(out),

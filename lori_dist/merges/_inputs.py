@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.adapter.update import label
@@ -38,6 +39,12 @@ def _refuse_unlike(one: Adapter, other: Adapter) -> None:
         raise AdapterError(
             f"merge: {first} was trained on a base model with weights {weights[0]}, {second} on one with "
             f"{weights[1]}; merge adapters of one base model"
+        )
+    names = [adapter.base.get("name") for adapter in (one, other)]
+    if None in weights and None not in names and Path(str(names[0])).name != Path(str(names[1])).name:
+        raise AdapterError(
+            f"merge: {first} was trained on the base model {names[0]}, {second} on {names[1]}; merge adapters of one "
+            "base model, or, if these are two names of one, write the same into adapter_config.json"
         )
     for module, shape in one.shapes.items():
         if other.shapes.get(module, shape) != shape:
