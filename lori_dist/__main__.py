@@ -18,6 +18,7 @@ from lori_dist import config, describe, plugin
 from lori_dist.errors import ConfigError, LoriError
 
 if TYPE_CHECKING:
+    from lori_dist.merges import Weight
     from lori_dist.training.world import World
 
 Verb = Callable[[argparse.Namespace], None]
@@ -212,16 +213,23 @@ def _is_option(word: str) -> bool:
     return re.match(r"[A-Za-z_]\w*=", word) is not None
 
 
-def _weights(text: str | None, num_adapters: int) -> list[float] | None:
+def _weights(text: str | None, num_adapters: int) -> "list[Weight] | None":
+    """Numbers, or, for layers and modules, mappings as in a configuration: `0.5,{default: 0.4, "*.mlp.*": 0.6}`."""
     if text is None:
         return None
     try:
-        weights = [float(word) for word in text.split(",")]
-    except ValueError as error:
+        weights = [_weight(item) for item in config.value(f"[{text}]", f"--weights: {text!r}")]
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"--weights: {text!r} was given; write numbers and commas, such as 0.7,0.3") from error
     if len(weights) != num_adapters:
         raise ConfigError(f"--weights: {len(weights)} given for {num_adapters} adapters; give one per adapter")
     return weights
+
+
+def _weight(item: Any) -> "Weight":
+    if isinstance(item, dict):
+        return {str(pattern): float(number) for pattern, number in item.items()}
+    return float(item)
 
 
 def _check_writable(path: Path, where: str) -> None:

@@ -179,13 +179,19 @@ class Train:
     """Of the order of the rows."""
 
 
+Weight = Number | dict[Text, Number]
+"""Of one task: a number, or pattern over module paths -> number."""
+
+
 @section
 class Merge:
     """One merged adapter."""
 
     method: Chosen
-    weights: dict[str, Number] | tuple[Number, ...] | None = None
-    """By task name, or in the order of the tasks; by default equal weights that sum to one."""
+    weights: dict[str, Weight] | tuple[Weight, ...] | None = None
+    """By task name, or in the order of the tasks; by default equal weights that sum to one. A task's weight is a number
+    or, for layers and modules, a mapping such as `{default: 0.4, layers.0: 0.0, "*.mlp.*": 0.6}`: the last pattern that
+    fits a module's path counts, and `default`, which is by default the equal weight, where none does."""
     tasks: tuple[str, ...] | None = None
     """By default all."""
 

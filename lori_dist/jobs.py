@@ -84,11 +84,13 @@ def merge_job(run: config.Run, name: str, trained: Mapping[str, Job]) -> Job:
     merge = run.merges[name]
     tasks = merge.tasks if merge.tasks is not None else tuple(run.tasks)
     if merge.weights is None:
-        weights = [1 / len(tasks)] * len(tasks)
+        given: list[config.Weight] = [1 / len(tasks)] * len(tasks)
     elif isinstance(merge.weights, dict):
-        weights = [merge.weights[task] for task in tasks]
+        given = [merge.weights[task] for task in tasks]
     else:
-        weights = list(merge.weights)
+        given = list(merge.weights)
+    # As pairs, for their order counts and that of an object's keys does not show in a fingerprint.
+    weights = [list(map(list, weight.items())) if isinstance(weight, dict) else weight for weight in given]
     method = {"name": merge.method.name, **merge.method.options}
     return _job(
         "merge",

@@ -400,7 +400,16 @@ print(sorted({"torch", "transformers", "numpy", "ray", "deepspeed"} & set(sys.mo
             "merges.all.weights: are for nlu, cod; wanted one for each of nlu, code",
         ),
         ("merges.all.weights=[1, x]", "merges.all.weights.1: 'x' was given; it should be a valid number, .*"),
-        ("merges.all.weights=[1, .inf]", "merges.all.weights.1: inf was given; it should be a finite number"),
+        ("merges.all.weights=[1, .inf]", "merges.all.weights.1: inf was given; it should be a finite number.*"),
+        ("merges.all.weights=[1, {q_proj: x}]", "merges.all.weights.1.q_proj: 'x' was given; it should be a valid .*"),
+        (
+            "merges.all.weights={nlu: {default: .inf}, code: 1}",
+            "merges.all.weights.nlu.default: inf was given; it should be a finite number",
+        ),
+        (
+            "merges.all.weights={nlu: 1, code: {0: 1}}",
+            "merges.all.weights.code.0: the key is no text; put it in quotes",
+        ),
         ("merges.all.weights=5", "merges.all.weights: 5 was given; wanted a mapping, key: value or wanted a list"),
         ("evaluate.metrics=loss", "evaluate.metrics: 'loss' was given; wanted a list"),
         ("evaluate.metrics=[los]", "evaluate.metrics: there is nothing called 'los' in evaluation; .* 'loss'?"),

@@ -245,14 +245,24 @@ def test_a_file_is_read_once(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_weights_are_given_by_name_or_in_order_or_are_equal(inputs: Path) -> None:
-    def weights(given: Any) -> list[float]:
+    def weights(given: Any) -> list[Any]:
         run = described(merges={"all": {"method": "linear", "weights": given}})
         trained = {task: train_job(run, task) for task in run.tasks}
-        found: list[float] = merge_job(run, "all", trained).settings["weights"]
+        found: list[Any] = merge_job(run, "all", trained).settings["weights"]
         return found
 
     assert weights(None) == [0.5, 0.5]
     assert weights([1, 2]) == weights({"code": 2, "math": 1}) == [1.0, 2.0]
+    patterns = {"*.mlp.*": 0.5, "default": 1, "q_proj": -1}
+    assert weights({"math": 1, "code": patterns}) == [1.0, [["*.mlp.*", 0.5], ["default", 1.0], ["q_proj", -1.0]]]
+
+
+def test_the_order_of_patterns_counts(inputs: Path) -> None:
+    def fingerprint(patterns: dict[str, float]) -> str:
+        run = described(merges={"all": {"method": "linear", "weights": [1, patterns]}})
+        return merge_job(run, "all", {task: train_job(run, task) for task in run.tasks}).fingerprint
+
+    assert fingerprint({"mlp": 1, "layers.0": 2}) != fingerprint({"layers.0": 2, "mlp": 1})
 
 
 def test_settings_are_plain_json(inputs: Path) -> None:

@@ -580,7 +580,7 @@ def _merge(assignment: _Assignment) -> None:
             assignment.attempt.partial / ADAPTER,
             method=method.pop("name"),
             options=method,
-            weights=settings["weights"],
+            weights=[dict(weight) if isinstance(weight, list) else weight for weight in settings["weights"]],
         )
         del result["path"]  # the folder is about to get another name
         folder.write_json(assignment.attempt.partial / RESULT, result)

@@ -6,7 +6,6 @@ method sees no other module, so a merge needs the updates of one module at a tim
 or place.
 """
 
-import functools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,9 +15,11 @@ from lori_dist import plugin
 from lori_dist.adapter import file, source
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.adapter.update import Part, Update, blocks, split
+from lori_dist.merges import _weights
 from lori_dist.merges._inputs import check
+from lori_dist.merges._weights import Weight
 
-__all__ = ["Part", "Update", "drop", "merge", "merge_files", "reweight"]
+__all__ = ["Part", "Update", "Weight", "drop", "merge", "merge_files", "reweight"]
 
 log = logging.getLogger(__name__)
 
@@ -28,26 +29,34 @@ def merge(
     *,
     method: str,
     options: Mapping[str, Any] | None = None,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[Weight] | None = None,
 ) -> Adapter:
     """One adapter of several, over the modules of all of them.
 
     method: a file of this folder, or `package.module`. options: of the method, by name. weights: one per adapter, of
-    any sign; by default equal ones that sum to one.
+    any sign; by default equal ones that sum to one. One that differs between modules is a mapping, pattern -> number:
+    the last that fits a module's path counts, `default` where none does, and without it the equal share.
     Adapters may differ in rank, alpha, dtype and targets; a module that one does not adapt gets nothing from it.
     Raises ConfigError for a method, options or weights that do not exist or fit, AdapterError for adapters of different
     bases, shapes or generators, or that the method cannot merge.
     """
     chosen = plugin.find("merges", method, "merge", "merge.method")
     bound = chosen.bind(options or {}, "merge.method")
-    shares = [1 / len(adapters) for _ in adapters] if weights is None else weights
-    check(adapters, shares)
-    merge_module = functools.partial(chosen.load(), weights=shares, **bound)
+    share = 1 / max(1, len(adapters))
+    given: Sequence[Weight] = [share for _ in adapters] if weights is None else weights
+    check(adapters, given)
+    merge_module = chosen.load()
     shapes = {module: shape for adapter in adapters for module, shape in adapter.shapes.items()}
     parts = {
-        module: merge_module([split(adapter, module, shape) for adapter in adapters])
+        module: merge_module(
+            [split(adapter, module, shape) for adapter in adapters],
+            weights=[_weights.of(weight, module, share) for weight in given],
+            **bound,
+        )
         for module, shape in shapes.items()
     }
+    if any(isinstance(weight, Mapping) for weight in given):
+        parts = _weights.evened(parts)
     merged = _join(adapters, shapes, parts)
     _warn_of_ranks(merged)
     return merged
@@ -69,7 +78,7 @@ def merge_files(
     *,
     method: str,
     options: Mapping[str, Any] | None = None,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[Weight] | None = None,
 ) -> dict[str, Any]:
     """Merges adapters into one file, which appears at `out` only when it is complete. Other arguments as of `merge`.
 

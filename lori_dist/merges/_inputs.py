@@ -1,15 +1,16 @@
 """What every merge asks of its inputs."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.adapter.update import label
 from lori_dist.errors import AdapterError, ConfigError
+from lori_dist.merges._weights import Weight, unmatched
 
 
-def check(adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
+def check(adapters: Sequence[Adapter], weights: Sequence[Weight]) -> None:
     """Raises AdapterError for adapters that cannot be merged, ConfigError for weights that do not fit them."""
     if not adapters:
         raise AdapterError("merge: no adapters were given; give at least one")
@@ -20,8 +21,16 @@ def check(adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
             "give one weight per adapter"
         )
     for name, weight in zip(labels, weights, strict=True):
-        if not math.isfinite(weight):
-            raise ConfigError(f"merge.weights: {weight} was given for {name}; give a finite number")
+        for number in weight.values() if isinstance(weight, Mapping) else [weight]:
+            if not math.isfinite(number):
+                raise ConfigError(f"merge.weights: {number} was given for {name}; give a finite number")
+    problems = [
+        f"merge.weights: of {name}, {problem}"
+        for name, weight, adapter in zip(labels, weights, adapters, strict=True)
+        for problem in unmatched(weight, list(adapter.shapes))
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
     for before, adapter in enumerate(adapters):
         for other in adapters[:before]:
             _refuse_unlike(other, adapter)
