@@ -45,8 +45,10 @@ def processes(job: Job, cluster: Cluster) -> tuple[int, Resources]:
     """How many processes a job takes, and what each of them takes."""
     if job.kind == "train":
         return cluster.workers, Resources(cpus=cluster.cpus_per_worker, gpus=cluster.gpus_per_worker)
-    # A merge is arithmetic on small matrices; an evaluation runs the model, on a GPU if the training has some.
-    return 1, Resources(cpus=1.0, gpus=min(1, cluster.gpus_per_worker) if job.kind == "evaluate" else 0)
+    # A merge is arithmetic on small matrices; an evaluation, and a search, whose evaluations wait for each other's
+    # room, runs the model, on a GPU if the training has some.
+    runs_model = job.kind == "evaluate" or "search" in job.settings
+    return 1, Resources(cpus=1.0, gpus=min(1, cluster.gpus_per_worker) if runs_model else 0)
 
 
 def check_room(jobs: Iterable[Job], cluster: Cluster, nodes: Sequence[Resources]) -> None:
