@@ -40,6 +40,8 @@ def test_what_jobs_take() -> None:
     assert processes(job("t", "train"), cluster) == (4, Resources(cpus=2.0, gpus=2))
     assert processes(job("m", "merge"), cluster) == (1, Resources(cpus=1.0))
     assert processes(job("e", "evaluate"), cluster) == (1, Resources(cpus=1.0, gpus=1))
+    searched = Job(name="m", kind="merge", fingerprint="m", settings={"search": {}})
+    assert processes(searched, cluster) == (1, Resources(cpus=1.0, gpus=1))
     assert processes(job("e", "evaluate"), Cluster()) == (1, Resources(cpus=1.0))
 
 
