@@ -18,6 +18,7 @@ from lori_dist.adapter.projection import checksum
 from lori_dist.errors import AdapterError
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+NAMES = (CONFIG, TENSORS, PICKLE)
 
 REFUSED: Mapping[str, str] = {
     "use_dora": "DoRA also scales the columns of the base's weights, so its update is not B A alone",

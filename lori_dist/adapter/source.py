@@ -11,6 +11,8 @@ from lori_dist.errors import AdapterError
 def load(path: Path) -> Adapter:
     """The adapter at a path. Raises AdapterError that begins with the path and says what is wrong there."""
     if not path.is_dir():
+        if path.name in peft_folder.NAMES and peft_folder.is_one(path.parent):
+            raise AdapterError(f"{path}: this is a file of a LoRA folder of PEFT; give the folder, {path.parent}")
         return file.load(path)
     if not peft_folder.is_one(path):
         raise AdapterError(f"{path}: this is a folder without {peft_folder.CONFIG}; {_instead(path)}")

@@ -14,7 +14,7 @@ from typing import Any
 from lori_dist import plugin
 from lori_dist.adapter import file, source
 from lori_dist.adapter.adapter import Adapter
-from lori_dist.adapter.update import Part, Update, blocks, split
+from lori_dist.adapter.update import Part, Update, blocks, split, told_apart
 from lori_dist.merges import _weights
 from lori_dist.merges._inputs import check
 from lori_dist.merges._weights import Weight
@@ -42,6 +42,7 @@ def merge(
     """
     chosen = plugin.find("merges", method, "merge", "merge.method")
     bound = chosen.bind(options or {}, "merge.method")
+    adapters = told_apart(adapters)
     share = 1 / max(1, len(adapters))
     given: Sequence[Weight] = [share for _ in adapters] if weights is None else weights
     check(adapters, given)

@@ -225,5 +225,9 @@ def test_other_folders_say_what_to_give(tmp_path: Path) -> None:
     file.save(trained(tiny_llama()), tmp_path / "adapter.safetensors")
     with pytest.raises(AdapterError, match=r"give the adapter file itself, \S+adapter\.safetensors"):
         source.load(tmp_path)
+    lora(tmp_path / "lora")
+    for path in ("adapter_model.safetensors", "adapter_config.json"):
+        with pytest.raises(AdapterError, match=r"this is a file of a LoRA folder of PEFT; give the folder, \S+lora$"):
+            source.load(tmp_path / "lora" / path)
     with pytest.raises(AdapterError, match=r"none: it cannot be read"):
         source.load(tmp_path / "none")

@@ -13,7 +13,7 @@ from lori_dist.__main__ import main
 from lori_dist.adapter import file, source
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.errors import AdapterError
-from lori_dist.merges import merge_files
+from lori_dist.merges import drop, merge_files
 from tests.adapter.official import lora, lori_d, lori_s
 from tests.adapter.test_peft_folder import MODULE, change
 from tests.integrations.made import adapted_logits, trained
@@ -113,6 +113,20 @@ def test_a_folder_is_exported(place: Path, tmp_path: Path) -> None:
     assert main(["export", str(place / "s"), str(tmp_path / "out"), "--format", "peft", "--base", "tiny"]) == 0
     before, after = source.load(place / "s"), source.load(tmp_path / "out")
     assert all(torch.allclose(delta(after, name), delta(before, name), rtol=0, atol=1e-6) for name in before.shapes)
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    lora(tmp_path / "math" / "last", seed=1, target_modules=["q_proj"])
+    lora(tmp_path / "code" / "last", seed=2, target_modules=["q_proj", "v_proj"])
+    paths = [tmp_path / "math" / "last", tmp_path / "code" / "last"]
+    merge_files(paths, tmp_path / "out", method="concat", weights=[1.0, 1.0])
+    merged, second = file.load(tmp_path / "out"), source.load(paths[1])
+    assert [block.name for block in merged.blocks] == ["last", "last-2"]
+    left = drop(merged, "last")
+    assert all(torch.allclose(delta(left, name), delta(second, name), rtol=0, atol=1e-6) for name in second.shapes)
+    lora(tmp_path / "three" / "last", r=3)
+    with pytest.raises(AdapterError, match=r"the ranks differ \(last 4, last-2 3\)"):
+        merge_files([paths[0], tmp_path / "three" / "last"], tmp_path / "no", method="peft_linear")
 
 
 # --- what cannot be merged -------------------------------------------------------------------------------------------
