@@ -18,6 +18,7 @@ from lori_dist import config, describe, plugin
 from lori_dist.errors import ConfigError, LoriError
 
 if TYPE_CHECKING:
+    from lori_dist.merges import Weight
     from lori_dist.training.world import World
 
 Verb = Callable[[argparse.Namespace], None]
@@ -112,7 +113,7 @@ def merge(arguments: argparse.Namespace) -> None:
     options = _options([word for word in arguments.adapters if _is_option(word)] + arguments.settings)
     plugin.find("merges", arguments.method, "merge", "--method").bind(options, "--method")
     if not adapters:
-        raise ConfigError("ADAPTER: none is given; give the adapter files to merge")
+        raise ConfigError("ADAPTER: none is given; give the adapters to merge")
     weights = _weights(arguments.weights, len(adapters))
     if arguments.out.exists():
         raise ConfigError(f"OUT: {str(arguments.out)!r} exists; the file to write comes first, and must be a new one")
@@ -150,9 +151,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
 def export(arguments: argparse.Namespace) -> None:
     if arguments.format == "folded" and arguments.base is None:
         raise ConfigError("--base: is missing; --format folded writes the base model with the adapter in it")
-    from lori_dist.adapter import file
+    from lori_dist.adapter import source
 
-    adapter = file.opened(arguments.adapter)
+    adapter = source.opened(arguments.adapter)
     if arguments.format == "folded":
         from lori_dist.integrations.folded import export_folded
 
@@ -212,16 +213,23 @@ def _is_option(word: str) -> bool:
     return re.match(r"[A-Za-z_]\w*=", word) is not None
 
 
-def _weights(text: str | None, num_adapters: int) -> list[float] | None:
+def _weights(text: str | None, num_adapters: int) -> "list[Weight] | None":
+    """Numbers, or, for layers and modules, mappings as in a configuration: `0.5,{default: 0.4, "*.mlp.*": 0.6}`."""
     if text is None:
         return None
     try:
-        weights = [float(word) for word in text.split(",")]
-    except ValueError as error:
+        weights = [_weight(item) for item in config.value(f"[{text}]", f"--weights: {text!r}")]
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"--weights: {text!r} was given; write numbers and commas, such as 0.7,0.3") from error
     if len(weights) != num_adapters:
         raise ConfigError(f"--weights: {len(weights)} given for {num_adapters} adapters; give one per adapter")
     return weights
+
+
+def _weight(item: Any) -> "Weight":
+    if isinstance(item, dict):
+        return {str(pattern): float(number) for pattern, number in item.items()}
+    return float(item)
 
 
 def _check_writable(path: Path, where: str) -> None:
@@ -334,17 +342,19 @@ examples:
     verb = _add(
         verbs,
         merge,
-        "merge adapter files into one",
+        "merge adapters into one file",
         """\
 Merges adapters, module by module and without the base model. `lori show methods` lists the methods and their options.
+An adapter is a file of ours, a LoRA folder of PEFT, or a checkpoint of LoRI's official code; they may be mixed.
 
-example:
+examples:
   lori merge merged.safetensors math.safetensors code.safetensors --method linear --weights 0.7,0.3
+  lori merge merged.safetensors math.safetensors path/to/peft-lora path/to/LoRI-S --method concat
 """,
     )
     verb.add_argument("out", metavar="OUT", type=Path, help="the file to write")
     verb.add_argument(
-        "adapters", metavar="ADAPTER", nargs="+", help="adapter files; options of the method as KEY=VALUE"
+        "adapters", metavar="ADAPTER", nargs="+", help="files or folders; options of the method as KEY=VALUE"
     )
     verb.add_argument(
         "--method", required=True, metavar="NAME", help="a name from `lori show`, or your own package.module"
@@ -366,7 +376,7 @@ example:
 {OVERRIDES}""",
     )
     _add_config(verb)
-    verb.add_argument("--adapter", metavar="PATH", type=Path, action="append", help="an adapter file; can be repeated")
+    verb.add_argument("--adapter", metavar="PATH", type=Path, action="append", help="a file or folder; can be repeated")
     verb.add_argument("--out", metavar="FILE", type=Path, help="also write the figures there, as JSON")
 
     verb = _add(
@@ -382,7 +392,7 @@ examples:
   lori export adapter.safetensors model-with-adapter --format folded --base path/to/base
 """,
     )
-    verb.add_argument("adapter", metavar="ADAPTER", type=Path, help="an adapter file")
+    verb.add_argument("adapter", metavar="ADAPTER", type=Path, help="an adapter file or a LoRA folder of PEFT")
     verb.add_argument("out", metavar="OUT", type=Path, help="the folder to write; must not exist, or be empty")
     verb.add_argument("--format", required=True, choices=("peft", "folded"))
     verb.add_argument("--base", metavar="PATH", help="the base model; for peft, by default the one the adapter names")
@@ -390,9 +400,9 @@ examples:
     verb = _add(
         verbs,
         show,
-        "what is in an adapter file, or which methods there are",
+        "what is in an adapter, or which methods there are",
         """\
-With an adapter file: its header, its blocks, and how dense B is in each layer and projection.
+With an adapter, a file or a LoRA folder of PEFT: its header, its blocks, and the density of B by layer and projection.
 Without, or with the word `methods`: every mask, merge, engine, plan, metric and benchmark, with its options.
 
 examples:
@@ -400,7 +410,7 @@ examples:
   lori show methods
 """,
     )
-    verb.add_argument("what", metavar="ADAPTER", nargs="?", default="methods", help="an adapter file, or `methods`")
+    verb.add_argument("what", metavar="ADAPTER", nargs="?", default="methods", help="a file, a folder, or `methods`")
 
     verb = _add(
         verbs,

@@ -3,11 +3,13 @@
 import contextlib
 import copy
 import functools
+import importlib.util
 import itertools
 import json
 import os
 import re
 import string
+import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -128,6 +130,8 @@ class Task:
 
     train: FilePath
     test: FilePath
+    validation: FilePath | None = None
+    """For the search for weights of merges, which never sees test rows."""
     template: Template = field(default_factory=Template)
     labels: tuple[str, ...] | None = None
     """For classification: all values of the one field in template.response. Choice accuracy is measured over them."""
@@ -180,14 +184,44 @@ class Train:
 
 
 @section
+class Search:
+    """Weights found on validation rows, by evaluating merges with weights that are tried. It never sees test rows.
+
+    The rows are the first of a task's `validation` file, or, where it has none, the last of its `train` file.
+    """
+
+    method: Literal["coordinate", "cma"] = "coordinate"
+    """Steps along every axis, halved where none helps, or CMA-ES, which needs the extra `search`."""
+    per: Literal["task", "projection"] = "task"
+    """One number for each task, or for each of its projections (`q_proj`)."""
+    rows: Positive = 64
+    """Of each task."""
+    budget: Positive = 32
+    """Evaluations at most. The first is that of equal weights."""
+    bounds: tuple[Number, Number] = (0.0, 1.0)
+    metric: Literal["loss", "exact_match", "choice"] = "loss"
+    """Its mean over the tasks of the merge counts: the lowest loss, or the highest accuracy."""
+    seed: Seed = 0
+    """Of cma."""
+
+
+Weight = Number | dict[Text, Number]
+"""Of one task: a number, or pattern over module paths -> number."""
+
+
+@section
 class Merge:
     """One merged adapter."""
 
     method: Chosen
-    weights: dict[str, Number] | tuple[Number, ...] | None = None
-    """By task name, or in the order of the tasks; by default equal weights that sum to one."""
+    weights: dict[str, Weight] | tuple[Weight, ...] | None = None
+    """By task name, or in the order of the tasks; by default equal weights that sum to one. A task's weight is a number
+    or, for layers and modules, a mapping such as `{default: 0.4, layers.0: 0.0, "*.mlp.*": 0.6}`: the last pattern that
+    fits a module's path counts, and `default`, which is by default the equal weight, where none does."""
     tasks: tuple[str, ...] | None = None
     """By default all."""
+    search: Search | None = None
+    """Instead of weights: how they are found."""
 
 
 @section
@@ -503,6 +537,8 @@ def _kind(place: Sequence[str]) -> Any:
     for part in place:
         if is_dataclass(kind):
             kind = typing.get_type_hints(kind).get(part)
+            if typing.get_origin(kind) is types.UnionType:  # a section that may be left out
+                kind = next((other for other in typing.get_args(kind) if is_dataclass(other)), kind)
         else:
             kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else None
     return kind
@@ -538,10 +574,10 @@ def _inputs(run: Run) -> Iterator[str]:
     if not run.tasks:
         yield "tasks: none is given; give at least one"
     for name, task in run.tasks.items():
-        for part in ("train", "test"):
-            path = Path(getattr(task, part))
-            if not os.path.isfile(path):
-                yield f"tasks.{name}.{part}: there is no file {str(path)!r}; paths are relative to {Path.cwd()}"
+        for part in PARTS:
+            path = getattr(task, part)
+            if path is not None and not os.path.isfile(path):
+                yield f"tasks.{name}.{part}: there is no file {path!r}; paths are relative to {Path.cwd()}"
         if task.seed is not None and run.adapter.share_projection:
             yield f"tasks.{name}.seed: is given, but adapter.share_projection makes one A for all; leave one out"
     is_hub_name = run.model.path.count("/") == 1 and not run.model.path.startswith((".", "/", "~"))
@@ -593,7 +629,7 @@ def _templates(run: Run) -> Iterator[str]:
 def _fields(run: Run) -> Iterator[str]:
     """Looks at the first row only: the usual mistake shows there, and a file may have gigabytes."""
     for name, task in run.tasks.items():
-        rows = {part: _first_row(Path(getattr(task, part))) for part in ("train", "test")}
+        rows = {part: _first_row(path) for part, path in _files(task)}
         for text in ("prompt", "response"):
             for wanted in _names(getattr(task.template, text)):
                 lacking = [part for part, row in rows.items() if row is not None and wanted not in row]
@@ -613,7 +649,7 @@ def _labels(run: Run) -> Iterator[str]:
             continue
         if task.labels is None or len(names) != 1:
             continue
-        rows = ((part, *row) for part in ("train", "test") for row in _rows(Path(getattr(task, part)), LOOKED_AT))
+        rows = ((part, *row) for part, path in _files(task) for row in _rows(path, LOOKED_AT))
         found = ((part, number, row.get(names[0])) for part, number, row in rows)
         for part, number, label in found:
             if isinstance(label, str) and label not in task.labels:
@@ -622,6 +658,15 @@ def _labels(run: Run) -> Iterator[str]:
                     f"{', '.join(task.labels)}.{plugin.nearest(label, task.labels)}"
                 )
                 break
+
+
+PARTS = ("train", "test", "validation")
+
+
+def _files(task: Task) -> Iterator[tuple[str, Path]]:
+    for part in PARTS:
+        if getattr(task, part) is not None:
+            yield part, Path(getattr(task, part))
 
 
 LOOKED_AT = 10_000
@@ -675,6 +720,28 @@ def _merges(run: Run) -> Iterator[str]:
         yield "tasks.base: the name stands for the model without an adapter; give the task another name"
 
 
+def _searches(run: Run) -> Iterator[str]:
+    for name, merge in run.merges.items():
+        search, path = merge.search, f"merges.{name}"
+        if search is None:
+            continue
+        tasks = [run.tasks[task] for task in merge.tasks or run.tasks if task in run.tasks]
+        if merge.weights is not None:
+            yield f"{path}.weights: are given, and {path}.search finds them; leave one out"
+        if search.bounds[0] >= search.bounds[1]:
+            low, high = search.bounds
+            yield f"{path}.search.bounds: [{low:g}, {high:g}] was given; the second must be larger than the first"
+        if search.metric == "choice" and not any(task.labels for task in tasks):
+            yield f"{path}.search.metric: choice is measured on tasks that have labels, and none has; use loss"
+        if search.method == "cma" and search.per == "task" and len(tasks) == 1:
+            yield f"{path}.search.method: cma needs two weights, there is one; use coordinate"
+        if search.method == "cma" and importlib.util.find_spec("cma") is None:
+            yield (
+                f"{path}.search.method: cma needs the package of this name, which is not installed; "
+                "pip install 'lori_dist[search]', or use coordinate"
+            )
+
+
 RULES: tuple[Callable[[Run], Iterator[str]], ...] = (
     _methods,
     _lengths,
@@ -684,4 +751,5 @@ RULES: tuple[Callable[[Run], Iterator[str]], ...] = (
     _fields,
     _labels,
     _merges,
+    _searches,
 )

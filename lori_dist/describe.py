@@ -1,5 +1,6 @@
 """Methods, adapters and figures as text for a terminal."""
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,21 +36,33 @@ def _methods(folder: str, role: str) -> Iterator[str]:
 
 
 def adapter_file(path: Path) -> str:
-    """An adapter file: its size and header, its blocks, and the density of B by layer and projection.
+    """An adapter file or folder: its size and header, its blocks, and the density of B by layer and projection.
 
     Raises AdapterError if it is damaged or no adapter.
     """
-    from lori_dist.adapter import file
+    from lori_dist.adapter import file, source
 
-    header, adapter, sizes = file.header(path), file.load(path), file.block_bytes(path)
-    counts = size(adapter.kept, adapter.total)
-    lines = [f"{path}: {counts}, {path.stat().st_size:,} bytes"]
+    adapter = source.load(path)
+    if path.is_dir():
+        header: Mapping[str, Any] = {"targets": adapter.targets, "base": adapter.base}
+        sizes: tuple[int, ...] = (_held(adapter),)
+        num_bytes = sum(item.stat().st_size for item in path.glob("*.safetensors"))
+    else:
+        header, sizes, num_bytes = file.header(path), file.block_bytes(path), path.stat().st_size
+    lines = [f"{path}: {size(adapter.kept, adapter.total)}, {num_bytes:,} bytes"]
     forms = [_form(adapter, number) for number in range(len(sizes))]
     lines += [f"  form: {', '.join(_counted(forms, sizes))}"]
     lines += [f"  {key}: {_said(value)}" for key, value in header.items() if key not in ("blocks", "modules")]
     rows = [(*_block(adapter, number), f"{sizes[number]:,}", form) for number, form in enumerate(forms)]
     blocks = table(BLOCK_TITLES, rows)
     return "\n".join([*lines, "", blocks, "", "Density of B in percent:", table(*_densities(adapter))])
+
+
+def _held(adapter: "Adapter") -> int:
+    """Bytes of A and of the kept values of B in memory."""
+    values = sum(entries.values.nbytes for block in adapter.blocks for entries in block.entries.values())
+    stored = [(block.dtype, math.prod(a.shape)) for block in adapter.blocks for a in block.projections.values()]
+    return values + sum(dtype.itemsize * numel for dtype, numel in stored)
 
 
 def size(kept: int, total: int) -> str:
@@ -59,7 +72,7 @@ def size(kept: int, total: int) -> str:
 def _said(value: Any) -> str:
     if isinstance(value, dict):
         return _printable(", ".join(f"{key} {item}" for key, item in value.items())) or "unknown"
-    return _printable(", ".join(value) if isinstance(value, list) else str(value))
+    return _printable(", ".join(value) if isinstance(value, list | tuple) else str(value))
 
 
 def _printable(text: str) -> str:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,11 +84,13 @@ def merge_job(run: config.Run, name: str, trained: Mapping[str, Job]) -> Job:
     merge = run.merges[name]
     tasks = merge.tasks if merge.tasks is not None else tuple(run.tasks)
     if merge.weights is None:
-        weights = [1 / len(tasks)] * len(tasks)
+        given: list[config.Weight] = [1 / len(tasks)] * len(tasks)
     elif isinstance(merge.weights, dict):
-        weights = [merge.weights[task] for task in tasks]
+        given = [merge.weights[task] for task in tasks]
     else:
-        weights = list(merge.weights)
+        given = list(merge.weights)
+    # As pairs, for their order counts and that of an object's keys does not show in a fingerprint.
+    weights = [list(map(list, weight.items())) if isinstance(weight, dict) else weight for weight in given]
     method = {"name": merge.method.name, **merge.method.options}
     return _job(
         "merge",
@@ -98,8 +100,25 @@ def merge_job(run: config.Run, name: str, trained: Mapping[str, Job]) -> Job:
         method=method,
         tasks=list(tasks),
         weights=weights,
+        **({} if merge.search is None else {"search": _search(run, merge.search, tasks)}),
         **_code(f"merges.{name}.method", merge.method.name),
     )
+
+
+def _search(run: config.Run, search: config.Search, tasks: Sequence[str]) -> dict[str, Any]:
+    def data(name: str) -> dict[str, Any]:
+        task = config.dump(run)["tasks"][name]
+        part = "train" if task["validation"] is None else "validation"
+        return {"part": part, "rows": sha256(task[part]), "template": task["template"], "labels": task["labels"]}
+
+    return {
+        **{item.name: getattr(search, item.name) for item in fields(search)},
+        "bounds": list(search.bounds),
+        "tasks": {name: data(name) for name in tasks},
+        "model": _model(run.model),
+        "max_length": run.train.max_length,
+        "max_new_tokens": run.evaluate.max_new_tokens,
+    }
 
 
 def evaluate_job(run: config.Run, model: str, adapter: Job | None) -> Job:
@@ -140,17 +159,18 @@ def _job(kind: Kind, suffix: str, needs: Sequence[Job], **settings: Any) -> Job:
 
 def check_inputs(run: config.Run, job: Job) -> None:
     """Raises JobError if rows or the model have changed since the job was planned: its result would be of neither."""
+    read = job.settings
     if job.kind == "merge":
-        return
-    if job.kind == "train":
-        part, planned = "train", {job.settings["task"]: job.settings["data"]}
-    else:
-        part, planned = "test", job.settings["tasks"]
+        if "search" not in job.settings:
+            return
+        read = job.settings["search"]
+    planned = {read["task"]: read["data"]} if job.kind == "train" else read["tasks"]
     for task, data in planned.items():
+        part = data.get("part", "train" if job.kind == "train" else "test")
         if sha256(getattr(run.tasks[task], part)) != data["rows"]:
             where = f"tasks.{task}.{part}"
             raise JobError(f"{where}: the file has changed since the run began; give the same command again")
-    if model_content(run.model.path) != job.settings["model"]["content"]:
+    if model_content(run.model.path) != read["model"]["content"]:
         raise JobError("model.path: the model has changed since the run began; give the same command again")
 
 

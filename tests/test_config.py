@@ -1,6 +1,7 @@
 """The configuration: what is read, and how every mistake in it is reported."""
 
 import copy
+import importlib.util
 import re
 import subprocess
 import sys
@@ -237,7 +238,7 @@ def sections(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str
 
 
 def test_an_unknown_key_is_found_in_every_section() -> None:
-    run = config.validate(tree())
+    run = config.validate(tree(merges={"all": {"method": "concat", "search": {}}}))
     planted = config.dump(run)
     wanted = []
     for path, section in sections(run):
@@ -252,6 +253,26 @@ def test_an_unknown_key_is_found_in_every_section() -> None:
     kinds = {value for value in vars(config).values() if isinstance(value, type) and is_dataclass(value)}
     assert {type(section) for _, section in sections(run)} == kinds - {config.Choice}
     assert sorted(problems(planted)) == sorted(wanted)
+
+
+def test_cma_must_be_installed_and_needs_two_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    found = problems(MINIMAL, "merges.all={method: concat, tasks: [code], search: {method: cma}}")
+    assert found == [
+        "merges.all.search.method: cma needs two weights, there is one; use coordinate",
+        "merges.all.search.method: cma needs the package of this name, which is not installed; "
+        "pip install 'lori_dist[search]', or use coordinate",
+    ]
+
+
+def test_validation_rows_are_looked_at_as_others_are(place: Path) -> None:
+    (place / "few.jsonl").write_text('{"prompt": "a", "response": "maybe"}\n')
+    assert problems(MINIMAL, "tasks.nlu.validation=few.jsonl") == [
+        "tasks.nlu.labels: row 1 of tasks.nlu.validation has 'maybe', wanted one of yes, no. Did you mean 'yes'?"
+    ]
+    (place / "few.jsonl").write_text('{"question": "a", "response": "yes"}\n')
+    (found,) = problems(MINIMAL, "tasks.nlu.validation=few.jsonl")
+    assert found.startswith("tasks.nlu.template.prompt: takes the field 'prompt', which the first row of tasks.nlu.val")
 
 
 def test_an_unknown_option_is_found_in_every_method() -> None:
@@ -400,8 +421,42 @@ print(sorted({"torch", "transformers", "numpy", "ray", "deepspeed"} & set(sys.mo
             "merges.all.weights: are for nlu, cod; wanted one for each of nlu, code",
         ),
         ("merges.all.weights=[1, x]", "merges.all.weights.1: 'x' was given; it should be a valid number, .*"),
-        ("merges.all.weights=[1, .inf]", "merges.all.weights.1: inf was given; it should be a finite number"),
+        ("merges.all.weights=[1, .inf]", "merges.all.weights.1: inf was given; it should be a finite number.*"),
+        ("merges.all.weights=[1, {q_proj: x}]", "merges.all.weights.1.q_proj: 'x' was given; it should be a valid .*"),
+        (
+            "merges.all.weights={nlu: {default: .inf}, code: 1}",
+            "merges.all.weights.nlu.default: inf was given; it should be a finite number",
+        ),
+        (
+            "merges.all.weights={nlu: 1, code: {0: 1}}",
+            "merges.all.weights.code.0: the key is no text; put it in quotes",
+        ),
         ("merges.all.weights=5", "merges.all.weights: 5 was given; wanted a mapping, key: value or wanted a list"),
+        ("merges.all.search=cma", "merges.all.search: 'cma' was given; wanted a mapping, key: value"),
+        ("merges.all.search={method: cam}", "merges.all.search.method: 'cam' was given; wanted coordinate or cma.*"),
+        (
+            "merges.all.search={budgt: 5}",
+            "merges.all.search.budgt: there is no such key; there are method, .*. Did you mean 'budget'?",
+        ),
+        (
+            "merges.all.search={bounds: [1, 0]}",
+            "merges.all.search.bounds: [1, 0] was given; the second must be larger than the first",
+        ),
+        (
+            "merges.all.search={bounds: [0, .inf]}",
+            "merges.all.search.bounds.1: inf was given; it should be a finite .*",
+        ),
+        ("merges.all.search={budget: 0}", "merges.all.search.budget: 0 was given; it should be greater than 0"),
+        ("merges.all.search={metric: los}", "merges.all.search.metric: 'los' was given; wanted loss or .*"),
+        (
+            "merges.all={method: concat, weights: [1, 2], search: {}}",
+            "merges.all.weights: are given, and merges.all.search finds them; leave one out",
+        ),
+        (
+            "merges.all={method: concat, tasks: [code], search: {metric: choice}}",
+            "merges.all.search.metric: choice is measured on tasks that have labels, and none has; use loss",
+        ),
+        ("tasks.nlu.validation=none.jsonl", "tasks.nlu.validation: there is no file 'none.jsonl'; paths are .*"),
         ("evaluate.metrics=loss", "evaluate.metrics: 'loss' was given; wanted a list"),
         ("evaluate.metrics=[los]", "evaluate.metrics: there is nothing called 'los' in evaluation; .* 'loss'?"),
         ("cluster.workers=2.5", "cluster.workers: 2.5 was given; it should be a valid integer, .*"),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -245,14 +246,57 @@ def test_a_file_is_read_once(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_weights_are_given_by_name_or_in_order_or_are_equal(inputs: Path) -> None:
-    def weights(given: Any) -> list[float]:
+    def weights(given: Any) -> list[Any]:
         run = described(merges={"all": {"method": "linear", "weights": given}})
         trained = {task: train_job(run, task) for task in run.tasks}
-        found: list[float] = merge_job(run, "all", trained).settings["weights"]
+        found: list[Any] = merge_job(run, "all", trained).settings["weights"]
         return found
 
     assert weights(None) == [0.5, 0.5]
     assert weights([1, 2]) == weights({"code": 2, "math": 1}) == [1.0, 2.0]
+    patterns = {"*.mlp.*": 0.5, "default": 1, "q_proj": -1}
+    assert weights({"math": 1, "code": patterns}) == [1.0, [["*.mlp.*", 0.5], ["default", 1.0], ["q_proj", -1.0]]]
+
+
+def test_the_order_of_patterns_counts(inputs: Path) -> None:
+    def fingerprint(patterns: dict[str, float]) -> str:
+        run = described(merges={"all": {"method": "linear", "weights": [1, patterns]}})
+        return merge_job(run, "all", {task: train_job(run, task) for task in run.tasks}).fingerprint
+
+    assert fingerprint({"mlp": 1, "layers.0": 2}) != fingerprint({"layers.0": 2, "mlp": 1})
+
+
+def searched(**search: Any) -> config.Run:
+    return described(merges={"all": {"method": "linear", "search": search}})
+
+
+def merge_of(run: config.Run) -> Job:
+    return merge_job(run, "all", {task: train_job(run, task) for task in run.tasks})
+
+
+def test_a_search_is_part_of_its_merge(inputs: Path) -> None:
+    settings = merge_of(searched(rows=5, bounds=[-1, 2])).settings["search"]
+    assert json.loads(json.dumps(settings)) == settings
+    assert (settings["method"], settings["rows"], settings["bounds"]) == ("coordinate", 5, [-1.0, 2.0])
+    assert {name: data["part"] for name, data in settings["tasks"].items()} == {"math": "train", "code": "train"}
+    assert "search" not in merge_of(described()).settings
+
+
+def test_a_search_is_done_again_for_other_rows_but_not_for_other_test_rows(inputs: Path) -> None:
+    shutil.copy("code-train.jsonl", "validation.jsonl")
+    run = searched()
+    tasks = {**run.tasks, "code": dataclasses.replace(run.tasks["code"], validation="validation.jsonl")}
+    run = dataclasses.replace(run, tasks=tasks)
+    before = merge_of(run)
+    assert before.settings["search"]["tasks"]["code"]["part"] == "validation"
+    Path("code-test.jsonl").write_text('{"prompt": "new", "response": "new"}\n')
+    assert merge_of(run).fingerprint == before.fingerprint
+    check_inputs(run, before)
+    Path("validation.jsonl").write_text('{"prompt": "new", "response": "new"}\n')
+    assert merge_of(run).fingerprint != before.fingerprint
+    with pytest.raises(JobError, match=r"^tasks\.code\.validation: the file has changed since the run began"):
+        check_inputs(run, before)
+    assert merge_of(searched(budget=3)).fingerprint != merge_of(searched(budget=4)).fingerprint
 
 
 def test_settings_are_plain_json(inputs: Path) -> None:

@@ -39,6 +39,7 @@ LIBRARIES = {
     "engines": {"torch", "numpy", "transformers", "accelerate"},
     "evaluation": {"torch", "numpy", "transformers", "accelerate"},
     "cluster/ray.py": {"torch", "numpy", "ray"},
+    "cluster/search.py": {"numpy", "cma"},
     "benchmarks/layer.py": {"torch", "numpy", "transformers", "peft"},
     "benchmarks/merge.py": {"torch", "peft"},
     "benchmarks/_methods.py": {"torch", "numpy", "transformers", "peft"},

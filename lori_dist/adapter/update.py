@@ -112,6 +112,18 @@ def label(adapter: Adapter) -> str:
     return "+".join(block.name for block in adapter.blocks)
 
 
+def told_apart(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """The adapters with a name of its own for every block: of equal ones, the later get a number (`math`, `math-2`).
+
+    Folders are often called alike, and a task is known by its name: in messages, in concat's options, in DARE's draws.
+    """
+    taken: set[str] = set()
+    return [
+        dataclasses.replace(adapter, blocks=tuple(_named_apart(block, taken) for block in adapter.blocks))
+        for adapter in adapters
+    ]
+
+
 def _part(block: Block, module: str, shape: tuple[int, int]) -> Part:
     rank = block.rank_of(module)
     # Ranks differ between the modules of a block without a seed, and alpha with them: the weight says it for all.

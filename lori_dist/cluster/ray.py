@@ -4,8 +4,10 @@ The driver holds the plan and the run's folder; a thread of its own watches over
 in files, so that nothing is lost with a process, a node or the cluster: the same run again goes on from them.
 """
 
+import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -24,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from lori_dist import config, folder, plugin
-from lori_dist.cluster import schedule
+from lori_dist.cluster import schedule, search
 from lori_dist.cluster.schedule import Failure, Resources
 from lori_dist.cluster.summary import ADAPTER, summarize
 from lori_dist.config import Run
@@ -36,6 +38,8 @@ from lori_dist.jobs import Job, check_inputs, dependents, order, ready
 
 SUMMARY, RESULT, FAILURE = "summary.json", "result.json", "failure-"
 METRICS, CHECKPOINTS, RAY = "metrics.jsonl", "checkpoints", ".ray"
+SEARCH, TRIED = "search.jsonl", "tried"
+"""What a search has measured, and the folder with its rows and the merges it tries."""
 
 TOKEN = secrets.token_hex(32)
 """Lets nobody else on this machine into the cluster that we start. Ray reads it once in a process."""
@@ -87,7 +91,7 @@ def execute(run: Run, *, progress: Callable[[Progress], None] | None = None) -> 
     method = plugin.find("multitask", run.multitask.name, "plan", "multitask")
     jobs = order(method.load()(run, **method.bind(run.multitask.options, "multitask")))
     with folder.lock(run.folder):
-        folder.clean(run.folder, scratch=[CHECKPOINTS])
+        folder.clean(run.folder, scratch=[CHECKPOINTS, TRIED])
         shutil.rmtree(run.folder / RAY, ignore_errors=True)  # of a driver that was killed
         board = _Board(run=run, jobs=jobs, progress=progress or (lambda event: None))
         board.write()
@@ -109,7 +113,12 @@ def with_absolute_paths(run: Run) -> Run:
         return str(Path(name).absolute())
 
     tasks = {
-        name: dataclasses.replace(task, train=absolute(task.train), test=absolute(task.test))
+        name: dataclasses.replace(
+            task,
+            train=absolute(task.train),
+            test=absolute(task.test),
+            validation=None if task.validation is None else absolute(task.validation),
+        )
         for name, task in run.tasks.items()
     }
     base = absolute(run.model.path) if Path(run.model.path).exists() else run.model.path
@@ -293,7 +302,7 @@ def _do(run: Run, job: Job, inputs: Mapping[str, Any], stopping: threading.Event
     check_inputs(run, job)
     seconds = round(time.monotonic() - start, 3)
     record = {"seconds": seconds, "attempts": attempt.number, "inputs": dict(inputs), "result": result}
-    folder.publish(run.folder, job, record, scratch=[CHECKPOINTS])
+    folder.publish(run.folder, job, record, scratch=[CHECKPOINTS, TRIED])
     published = folder.finished(run.folder, job)
     assert published is not None
     return published
@@ -504,9 +513,99 @@ def _task(run: Run, assignment: "_Assignment") -> None:
     """Runs a merge or an evaluation and waits for its end."""
     import ray
 
-    _, part = schedule.processes(assignment.job, run.cluster)
+    if "search" in assignment.job.settings:
+        assignment = _searched(run, assignment)
+    function = {"merge": _merge, "evaluate": _evaluate}[assignment.job.kind]
+    ray.get(_remote(run, assignment.job, function).remote(assignment))
+
+
+def _remote(run: Run, job: Job, function: Callable[..., Any]) -> Any:
+    """A function as a Ray task, with the room that one process of the job takes."""
+    import ray
+
+    _, part = schedule.processes(job, run.cluster)
     options = {"num_cpus": part.cpus, "num_gpus": part.gpus, "max_retries": 0, "runtime_env": _runtime_env(run)}
-    ray.get(ray.remote(**options)({"merge": _merge, "evaluate": _evaluate}[assignment.job.kind]).remote(assignment))
+    return ray.remote(**options)(function)
+
+
+# --- the search for weights ------------------------------------------------------------------------------------------
+
+
+def _searched(run: Run, assignment: "_Assignment") -> "_Assignment":
+    """The merge with the best of the weights that are tried. Each is measured by a Ray task, several side by side."""
+    job, partial = assignment.job, assignment.attempt.partial
+    settings = job.settings["search"]
+    trial = dataclasses.replace(assignment, tree=config.dump(_on_validation_rows(run, job, partial / TRIED)))
+    function = _remote(run, job, _try)
+    along = search.axes(job.settings["tasks"], _projections(run, job) if settings["per"] == "projection" else None)
+    known = search.read(partial / SEARCH)
+
+    def measure(points: list[search.Point]) -> list[float]:
+        import ray
+
+        waiting: dict[Any, search.Point] = {}
+        for point in points:
+            if point not in known and point not in waiting.values():
+                weights = list(search.weights(point, along).values())
+                waiting[function.remote(trial, weights, f"{len(known) + len(waiting)}.safetensors")] = point
+        try:
+            while waiting:
+                [done], _ = ray.wait(list(waiting), num_returns=1)
+                metrics = ray.get(done)
+                point = waiting.pop(done)
+                known[point] = search.mean(metrics, lower_is_better=settings["metric"] == "loss")
+                search.append(partial / SEARCH, point, along, metrics, known[point])
+        finally:
+            for left in waiting:
+                ray.cancel(left)
+        return [known[point] for point in points]
+
+    bounds = tuple(settings["bounds"])
+    method = search.METHODS[settings["method"]](
+        search.start(along, len(job.settings["tasks"]), bounds),
+        bounds=bounds,
+        budget=settings["budget"],
+        seed=settings["seed"],
+    )
+    point, score, count = search.best(method, measure)
+    found = search.weights(point, along)
+    log.info("%s: %s after %d evaluations, %s", job.name, found, count, score)
+    more = {
+        "weights": [list(map(list, item.items())) if isinstance(item, dict) else item for item in found.values()],
+        "found": {"weights": found, "score": score, "evaluations": count},
+    }
+    return dataclasses.replace(assignment, job=dataclasses.replace(job, settings={**job.settings, **more}))
+
+
+def _on_validation_rows(run: Run, job: Job, place: Path) -> Run:
+    """The run as an evaluation of a search sees it: with copies of its rows as all test rows there are."""
+    place.mkdir(exist_ok=True)
+    settings = job.settings["search"]
+    tasks = {}
+    for name, data in settings["tasks"].items():
+        copy = place / f"{name}.jsonl"
+        copy.write_bytes(_rows(Path(getattr(run.tasks[name], data["part"])), settings["rows"], data["part"]))
+        tasks[name] = dataclasses.replace(run.tasks[name], test=str(copy), validation=None)
+    evaluate = dataclasses.replace(run.evaluate, metrics=(settings["metric"],), rows=None)
+    return dataclasses.replace(run, tasks=tasks, evaluate=evaluate, merges={})
+
+
+def _rows(file: Path, count: int, part: str) -> bytes:
+    """The first rows of a validation file, or the last of a train file."""
+    with file.open("rb") as stream:
+        rows = (line.rstrip(b"\n") + b"\n" for line in stream if line.strip())
+        return b"".join(collections.deque(rows, maxlen=count) if part == "train" else itertools.islice(rows, count))
+
+
+def _projections(run: Run, job: Job) -> dict[str, list[str]]:
+    """Task -> last names of the modules that its adapter has."""
+    from lori_dist.adapter import file
+
+    found = {}
+    for task, need in zip(job.settings["tasks"], job.needs, strict=True):
+        modules = file.header(run.folder / need / ADAPTER)["modules"]
+        found[task] = list(dict.fromkeys(module.rpartition(".")[2] for module in modules))
+    return found
 
 
 def _failure(assignment: "_Assignment", error: Exception) -> Failure:
@@ -571,20 +670,37 @@ def _train(settings: dict[str, Any]) -> None:
 
 def _merge(assignment: _Assignment) -> None:
     with _working(assignment, 0) as run:
-        from lori_dist.merges import merge_files
-
         settings = assignment.job.settings
-        method = dict(settings["method"])
-        result = merge_files(
-            [run.folder / need / ADAPTER for need in assignment.job.needs],
-            assignment.attempt.partial / ADAPTER,
-            method=method.pop("name"),
-            options=method,
-            weights=settings["weights"],
-            **_spread(run, assignment.job),
-        )
+        weights = [dict(weight) if isinstance(weight, list) else weight for weight in settings["weights"]]
+        spread = _spread(run, assignment.job)
+        result = _merged(run, assignment, weights, assignment.attempt.partial / ADAPTER, **spread)
         del result["path"]  # the folder is about to get another name
-        folder.write_json(assignment.attempt.partial / RESULT, result)
+        folder.write_json(assignment.attempt.partial / RESULT, {**result, **settings.get("found", {})})
+
+
+def _merged(run: Run, assignment: _Assignment, weights: Sequence[Any], out: Path, **spread: Any) -> dict[str, Any]:
+    from lori_dist.merges import merge_files
+
+    method = dict(assignment.job.settings["method"])
+    adapters = [run.folder / need / ADAPTER for need in assignment.job.needs]
+    return merge_files(adapters, out, method=method.pop("name"), options=method, weights=weights, **spread)
+
+
+def _try(assignment: _Assignment, weights: Sequence[Any], name: str) -> dict[str, float]:
+    """Task -> what the search's metric says of the merge with these weights, on the rows of the search."""
+    with _working(assignment, 0) as run:
+        import torch
+
+        from lori_dist.evaluation import evaluate
+
+        torch.set_num_threads(1)
+        out = assignment.attempt.partial / TRIED / name
+        _merged(run, assignment, weights, out)
+        try:
+            values = evaluate(run, out, device="cuda" if run.cluster.gpus_per_worker else "cpu")
+        finally:
+            out.unlink()
+        return {task: value for task, metrics in values.items() for value in metrics.values()}
 
 
 def _spread(run: Run, job: Job) -> dict[str, Any]:

@@ -45,9 +45,11 @@ def processes(job: Job, cluster: Cluster) -> tuple[int, Resources]:
     """How many processes a job takes, and what each of them takes."""
     if job.kind == "train":
         return cluster.workers, Resources(cpus=cluster.cpus_per_worker, gpus=cluster.gpus_per_worker)
-    if job.kind == "merge":  # small matrices, one module at a time; has room wherever a training has
+    if job.kind == "merge" and "search" not in job.settings:
+        # Small matrices, one module at a time; has room wherever a training has.
         return cluster.workers, Resources(cpus=min(1.0, cluster.cpus_per_worker))
-    return 1, Resources(cpus=1.0, gpus=min(1, cluster.gpus_per_worker))  # runs the model, so as a training does
+    # An evaluation, and a search, whose evaluations wait for each other's room, runs the model: as a training does.
+    return 1, Resources(cpus=1.0, gpus=min(1, cluster.gpus_per_worker))
 
 
 def check_room(jobs: Iterable[Job], cluster: Cluster, nodes: Sequence[Resources]) -> None:

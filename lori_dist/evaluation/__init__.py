@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lori_dist import config, plugin
-from lori_dist.adapter import attach, file
+from lori_dist.adapter import attach, source
 from lori_dist.errors import AdapterError, ConfigError
 from lori_dist.training.data import Example, encode, read, responses
 from lori_dist.training.model import check, identity, load_model, load_tokenizer
@@ -53,8 +53,8 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Every metric of the run on every task's test rows: task -> metric -> value, without those that do not apply.
 
-    adapter: an adapter file, trained or merged; None measures the base. progress: called with what is measured next,
-    how many measurements are done, and how many there are.
+    adapter: an adapter file, trained or merged, or a LoRA folder of PEFT; None measures the base. progress: called with
+    what is measured next, how many measurements are done, and how many there are.
     Raises ConfigError for test rows that cannot be used, and AdapterError if the adapter was trained on another base.
     """
     rows = _test_rows(run)
@@ -100,7 +100,7 @@ def _labels(task: config.Task) -> tuple[str, ...] | None:
 def _model(settings: config.Model, adapter: Path | None) -> PreTrainedModel:
     if adapter is None:
         return load_model(settings)
-    loaded = file.load(adapter)
+    loaded = source.load(adapter)
     _check_base(adapter, loaded.base, settings)
     model = load_model(settings)
     layers = attach.attach(model, loaded)
@@ -112,8 +112,8 @@ def _model(settings: config.Model, adapter: Path | None) -> PreTrainedModel:
 
 
 def check_adapter(adapter: Path, model: config.Model) -> None:
-    """Raises AdapterError if a file is no adapter, or that of another base. Cheap: looks at no tensor."""
-    _check_base(adapter, file.header(adapter)["base"], model)
+    """Raises AdapterError if there is no adapter, or that of another base. Cheap: looks at no tensor of a file."""
+    _check_base(adapter, source.base(adapter), model)
 
 
 def _check_base(path: Path, wanted: Mapping[str, Any], model: config.Model) -> None:

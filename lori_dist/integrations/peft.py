@@ -79,6 +79,6 @@ def _config(adapter: Adapter, modules: list[str], base_model_name: str) -> dict[
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,
-        "fan_in_fan_out": adapter.base.get("model_type") in CONV1D_MODELS,
+        "fan_in_fan_out": adapter.base.get("model_type") in CONV1D_MODELS or "fan_in_fan_out" in adapter.base,
         "target_modules": modules,
     }

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from lori_dist import plugin, tensors
-from lori_dist.adapter import file
+from lori_dist.adapter import file, source
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.adapter.spool import Spool
-from lori_dist.adapter.update import Part, Update, blocks, split
+from lori_dist.adapter.update import Part, Update, blocks, split, told_apart
+from lori_dist.merges import _weights
 from lori_dist.merges._inputs import check
+from lori_dist.merges._weights import Weight
 
-__all__ = ["Part", "Update", "drop", "merge", "merge_files", "reweight"]
+__all__ = ["Part", "Update", "Weight", "drop", "merge", "merge_files", "reweight"]
 
 Spread = Callable[
     [Callable[[Any], Mapping[str, Sequence[Part]]], Iterable[Any]], Iterable[Mapping[str, Sequence[Part]]]
@@ -36,24 +38,22 @@ def merge(
     *,
     method: str,
     options: Mapping[str, Any] | None = None,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[Weight] | None = None,
 ) -> Adapter:
     """One adapter of several, over the modules of all of them.
 
     method: a file of this folder, or `package.module`. options: of the method, by name. weights: one per adapter, of
-    any sign; by default equal ones that sum to one.
+    any sign; by default equal ones that sum to one. One that differs between modules is a mapping, pattern -> number:
+    the last that fits a module's path counts, `default` where none does, and without it the equal share.
     Adapters may differ in rank, alpha, dtype and targets; a module that one does not adapt gets nothing from it.
     Raises ConfigError for a method, options or weights that do not exist or fit, AdapterError for adapters of different
     bases, shapes or generators, or that the method cannot merge.
     """
     merge_module = _bound(method, options)
-    shares = _shares(adapters, weights)
-    shapes = _shapes(adapters)
-    parts = {
-        module: merge_module([split(adapter, module, shape) for adapter in adapters], weights=shares)
-        for module, shape in shapes.items()
-    }
-    return _join(adapters, shapes, parts)
+    adapters = told_apart(adapters)
+    given, shapes = _given(adapters, weights), _shapes(adapters)
+    parts = {module: _merged(merge_module, adapters, module, shape, given) for module, shape in shapes.items()}
+    return _join(adapters, shapes, _evened(parts, given))
 
 
 def drop(merged: Adapter, *names: str) -> Adapter:
@@ -72,11 +72,13 @@ def merge_files(
     *,
     method: str,
     options: Mapping[str, Any] | None = None,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[Weight] | None = None,
     num_ranges: int = 1,
     spread: Spread = map,
 ) -> dict[str, Any]:
-    """Merges adapter files into one, which appears at `out` only when it is complete. Other arguments as of `merge`.
+    """Merges adapters into one file, which appears at `out` only when it is complete. Other arguments as of `merge`.
+
+    paths: of adapter files, of LoRA folders of PEFT, and of checkpoints of LoRI's official code, mixed.
 
     The file has the bytes of `merge` and `file.save`, but the updates of one module at a time are in memory: tensors
     are read from the adapters as a module needs them, what is made of them waits in a file beside `out`, and what
@@ -87,17 +89,16 @@ def merge_files(
     Raises as `merge`, and AdapterError for adapters that cannot be read.
     """
     _bound(method, options)  # before files are read
-    adapters = [file.opened(path) for path in paths]
-    shares = _shares(adapters, weights)
-    shapes = _shapes(adapters)
+    adapters = told_apart([source.opened(path) for path in paths])
+    given, shapes = _given(adapters, weights), _shapes(adapters)
     ranges = _ranges(list(shapes), num_ranges)
     with contextlib.ExitStack() as stack:
         asides = [stack.enter_context(tensors.aside(out)) for _ in ranges]
-        merge_range = functools.partial(_merge_range, adapters, out, method=method, options=options, weights=shares)
+        merge_range = functools.partial(_merge_range, adapters, out, method=method, options=options, weights=given)
         parts: dict[str, Sequence[Part]] = {}
         for found in spread(merge_range, zip(ranges, asides, strict=True)):
             parts.update(found)
-        merged = _join(adapters, shapes, parts)
+        merged = _join(adapters, shapes, _evened(parts, given))
         file.save(merged, out)
     return {
         "path": str(out),
@@ -115,7 +116,7 @@ def _merge_range(
     *,
     method: str,
     options: Mapping[str, Any] | None,
-    weights: Sequence[float],
+    weights: Sequence[Weight],
 ) -> dict[str, Sequence[Part]]:
     """The parts of some modules, their tensors in files.
 
@@ -125,9 +126,25 @@ def _merge_range(
     merge_module, spool, shapes = _bound(method, options), Spool(path=aside, out=out), _shapes(adapters)
     found: dict[str, Sequence[Part]] = {}
     for module in modules:
-        updates = [split(adapter, module, shapes[module]) for adapter in adapters]
-        found[module] = [spool.keep(part) for part in merge_module(updates, weights=weights)]
+        parts = _merged(merge_module, adapters, module, shapes[module], weights)
+        found[module] = [spool.keep(part) for part in parts]
     return found
+
+
+def _merged(
+    merge_module: Callable[..., Sequence[Part]],
+    adapters: Sequence[Adapter],
+    module: str,
+    shape: tuple[int, int],
+    weights: Sequence[Weight],
+) -> Sequence[Part]:
+    """The parts of one module."""
+    here = [_weights.of(weight, module, 1 / len(adapters)) for weight in weights]
+    return merge_module([split(adapter, module, shape) for adapter in adapters], weights=here)
+
+
+def _evened(parts: Mapping[str, Sequence[Part]], weights: Sequence[Weight]) -> Mapping[str, Sequence[Part]]:
+    return _weights.evened(parts) if any(isinstance(weight, Mapping) for weight in weights) else parts
 
 
 def _bound(method: str, options: Mapping[str, Any] | None) -> Callable[..., Sequence[Part]]:
@@ -136,11 +153,11 @@ def _bound(method: str, options: Mapping[str, Any] | None) -> Callable[..., Sequ
     return functools.partial(chosen.load(), **chosen.bind(options or {}, "merge.method"))
 
 
-def _shares(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> Sequence[float]:
+def _given(adapters: Sequence[Adapter], weights: Sequence[Weight] | None) -> Sequence[Weight]:
     """Weights, one per adapter, once both were checked."""
-    shares = [1 / len(adapters) for _ in adapters] if weights is None else weights
-    check(adapters, shares)
-    return shares
+    given = [1 / len(adapters) for _ in adapters] if weights is None else weights
+    check(adapters, given)
+    return given
 
 
 def _shapes(adapters: Sequence[Adapter]) -> dict[str, tuple[int, int]]:

@@ -1,14 +1,16 @@
 """What every merge asks of its inputs."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.adapter.update import label
 from lori_dist.errors import AdapterError, ConfigError
+from lori_dist.merges._weights import Weight, unmatched
 
 
-def check(adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
+def check(adapters: Sequence[Adapter], weights: Sequence[Weight]) -> None:
     """Raises AdapterError for adapters that cannot be merged, ConfigError for weights that do not fit them."""
     if not adapters:
         raise AdapterError("merge: no adapters were given; give at least one")
@@ -19,8 +21,16 @@ def check(adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
             "give one weight per adapter"
         )
     for name, weight in zip(labels, weights, strict=True):
-        if not math.isfinite(weight):
-            raise ConfigError(f"merge.weights: {weight} was given for {name}; give a finite number")
+        for number in weight.values() if isinstance(weight, Mapping) else [weight]:
+            if not math.isfinite(number):
+                raise ConfigError(f"merge.weights: {number} was given for {name}; give a finite number")
+    problems = [
+        f"merge.weights: of {name}, {problem}"
+        for name, weight, adapter in zip(labels, weights, adapters, strict=True)
+        for problem in unmatched(weight, list(adapter.shapes))
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
     for before, adapter in enumerate(adapters):
         for other in adapters[:before]:
             _refuse_unlike(other, adapter)
@@ -38,6 +48,12 @@ def _refuse_unlike(one: Adapter, other: Adapter) -> None:
         raise AdapterError(
             f"merge: {first} was trained on a base model with weights {weights[0]}, {second} on one with "
             f"{weights[1]}; merge adapters of one base model"
+        )
+    names = [adapter.base.get("name") for adapter in (one, other)]
+    if None in weights and None not in names and Path(str(names[0])).name != Path(str(names[1])).name:
+        raise AdapterError(
+            f"merge: {first} was trained on the base model {names[0]}, {second} on {names[1]}; merge adapters of one "
+            "base model, or, if these are two names of one, write the same into adapter_config.json"
         )
     for module, shape in one.shapes.items():
         if other.shapes.get(module, shape) != shape:

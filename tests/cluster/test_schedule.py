@@ -41,6 +41,8 @@ def test_what_jobs_take() -> None:
     assert processes(job("m", "merge"), cluster) == (4, Resources(cpus=1.0))
     assert processes(job("m", "merge"), Cluster(cpus_per_worker=0.5)) == (1, Resources(cpus=0.5))
     assert processes(job("e", "evaluate"), cluster) == (1, Resources(cpus=1.0, gpus=1))
+    searched = Job(name="m", kind="merge", fingerprint="m", settings={"search": {}})
+    assert processes(searched, cluster) == (1, Resources(cpus=1.0, gpus=1))
     assert processes(job("e", "evaluate"), Cluster()) == (1, Resources(cpus=1.0))
 
 

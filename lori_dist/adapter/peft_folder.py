@@ -1,0 +1,246 @@
+"""An adapter from a PEFT LoRA folder: adapter_config.json and adapter_model.safetensors."""
+
+import functools
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lori_dist.adapter.adapter import Adapter, Block, Entries
+from lori_dist.adapter.projection import checksum
+from lori_dist.errors import AdapterError
+
+CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+NAMES = (CONFIG, TENSORS, PICKLE)
+
+REFUSED: Mapping[str, str] = {
+    "use_dora": "DoRA also scales the columns of the base's weights, so its update is not B A alone",
+    "lora_bias": "biases were trained beside B A",
+    "modules_to_save": "whole layers were trained beside B A",
+    "trainable_token_indices": "rows of the embedding were trained beside B A",
+    "layer_replication": "layers of the base were repeated, so that paths name other layers",
+    "target_parameters": "parameters outside of linear layers were adapted",
+    "alora_invocation_tokens": "the update only acts after certain tokens",
+    "use_qalora": "A acts on pooled inputs",
+    "use_bdlora": "A or B is block-diagonal",
+    "arrow_config": "several adapters are routed between",
+    "kasa_config": "the base's weights are truncated and B A has singular values of its own",
+    "monteclora_config": "A has random parts of its own",
+}
+"""Fields that say, if they are set, that the update is not scale * B A on linear layers."""
+
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations that take something out of the base's weights: the update is one to that other base."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_NAME = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight\Z")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Factors:
+    """A and B of one module as they are stored, and the scale of their product."""
+
+    a: Tensor  # (rank, in_features)
+    b: Tensor  # (out_features, rank)
+    scale: float
+
+
+def is_one(path: Path) -> bool:
+    return (path / CONFIG).exists()
+
+
+def load(folder: Path) -> Adapter:
+    """The adapter of a LoRA folder, with the A that is stored there.
+
+    Entries of B that are zero are not kept. Of modules with another scale than the first one's (alpha_pattern, rsLoRA
+    with unequal ranks), B is multiplied by the ratio, in fp32. The base is known by its name only.
+    Raises AdapterError for all that is not B A on linear layers, with the module or field and the reason.
+    """
+    found = read(folder)
+    return adapter(folder, found, {module: factors.b != 0 for module, factors in found.items()})
+
+
+def adapter(folder: Path, found: Mapping[str, Factors], masks: Mapping[str, Tensor]) -> Adapter:
+    """The adapter of what `read` gave. masks: module -> (out_features, rank) bool, the entries of B that are kept."""
+    scale = next((factors.scale for factors in found.values() if factors.scale), 1.0)
+    rank = max(factors.a.shape[0] for factors in found.values())
+    dtype = functools.reduce(torch.promote_types, (factors.a.dtype for factors in found.values()))
+    kept = {module: _entries(factors, scale, masks[module]) for module, factors in found.items()}
+    entries = {module: item for module, item in kept.items() if item.values.numel()}
+    projections = {module: found[module].a.to(dtype) for module in entries}
+    block = Block(
+        name=folder.resolve().name,
+        seed=None,
+        rank=rank,
+        alpha=scale * rank,
+        dtype=dtype,
+        entries=entries,
+        checksums={module: checksum(a) for module, a in projections.items()},
+        projections=projections,
+    )
+    shapes = {module: (factors.b.shape[0], factors.a.shape[1]) for module, factors in found.items()}
+    return Adapter(shapes=shapes, blocks=(block,), targets=tuple(shapes), base=_base(_config(folder)))
+
+
+def read(folder: Path) -> dict[str, Factors]:
+    """Module -> its A, B and scale, in the order of the file. Raises AdapterError as `load`."""
+    config, found = _config(folder), dict[str, dict[str, Tensor]]()
+    for name, tensor in _tensors(folder).items():
+        match = _NAME.match(name)
+        if match is None:
+            raise AdapterError(f"{_without_prefix(name)}: {_reason(name)}")
+        module, factor = match["module"], match["factor"]
+        if factor in found.setdefault(module, {}):
+            raise AdapterError(f"{module}: the file has two {factor} of it; save one adapter a folder")
+        _check(module, factor, tensor)
+        found[module][factor] = tensor
+    if not found:
+        raise AdapterError(f"{TENSORS} holds no tensor; there is nothing to merge")
+    return {module: _pair(module, pair, config) for module, pair in found.items()}
+
+
+def _without_prefix(name: str) -> str:
+    name = name.removeprefix("base_model.model.")
+    return name if name.isprintable() else ascii(name)
+
+
+def _reason(name: str) -> str:
+    if "lora_magnitude_vector" in name:
+        return f"is a magnitude of DoRA; {REFUSED['use_dora']}"
+    if "lora_embedding_" in name:
+        return "is LoRA on an embedding, which is no linear layer; train without it"
+    if re.search(r"lora_[AB](\.default)?\.bias\Z", name):
+        return f"is a bias of LoRA itself; {REFUSED['lora_bias']}"
+    if "lora_" in name:
+        return "is no A or B of a linear layer; only these can be merged"
+    return (
+        "is a weight or bias of the base itself, not an update of it; train without modules_to_save and bias, and save "
+        "with save_embedding_layers=False"
+    )
+
+
+def _check(module: str, factor: str, tensor: Tensor) -> None:
+    if tensor.ndim != 2:
+        raise AdapterError(
+            f"{module}: {factor} has the shape {tuple(tensor.shape)}, as of a convolution; only LoRA on linear layers "
+            "can be merged"
+        )
+    if tensor.dtype not in DTYPES:
+        known = ", ".join(str(dtype) for dtype in DTYPES)
+        raise AdapterError(f"{module}: {factor} is {tensor.dtype}; wanted one of {known}")
+    if not bool(torch.isfinite(tensor).all()):
+        raise AdapterError(f"{module}: {factor} has values that are not finite; train it again")
+
+
+def _pair(module: str, pair: Mapping[str, Tensor], config: Mapping[str, Any]) -> Factors:
+    for factor, other in (("A", "B"), ("B", "A")):
+        if factor not in pair:
+            raise AdapterError(f"{module}: has {other} but no {factor}; the file is damaged, save it again")
+    a, b = pair["A"], pair["B"]
+    if a.shape[0] != b.shape[1] or not a.numel() or not b.numel():
+        raise AdapterError(
+            f"{module}: A is {tuple(a.shape)} and B is {tuple(b.shape)}, which do not fit; the file is damaged, "
+            "save it again"
+        )
+    rank, alpha = _of(config, "rank_pattern", "r", module), _of(config, "alpha_pattern", "lora_alpha", module)
+    if rank != a.shape[0]:
+        raise AdapterError(
+            f"{module}: A has {a.shape[0]} rows, {CONFIG} says {rank:g} (r and rank_pattern), on which the scale "
+            "depends; give the two files that were saved together"
+        )
+    return Factors(a=a, b=b, scale=alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def _of(config: Mapping[str, Any], patterns: str, default: str, module: str) -> float:
+    """What the first of the patterns that fits says of a module, as PEFT reads them: regular expressions over the end
+    of its path."""
+    found = config.get(patterns) or {}
+    if not isinstance(found, dict):
+        raise AdapterError(f"{CONFIG}: {patterns} is {found!r}; wanted an object")
+    for pattern, value in found.items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return _number(f"{patterns}.{pattern}", value)
+        except re.error as error:
+            raise AdapterError(f"{CONFIG}: {patterns} has {pattern!r}, no regular expression ({error})") from error
+    if default not in config:
+        raise AdapterError(f"{CONFIG}: {default} is missing; save the adapter again")
+    return _number(default, config[default])
+
+
+def _number(where: str, value: Any) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number:
+        raise AdapterError(f"{CONFIG}: {where} is {value!r}; wanted a finite number")
+    return float(value)
+
+
+def _entries(factors: Factors, scale: float, mask: Tensor) -> Entries:
+    b = factors.b if factors.scale == scale else factors.b.float() * (factors.scale / scale)
+    kept = mask.flatten() if factors.scale else torch.zeros(mask.numel(), dtype=torch.bool)
+    if bool(kept.all()):
+        return Entries(index=None, values=b.flatten())
+    index = kept.nonzero().squeeze(1)
+    return Entries(index=index.to(torch.int32), values=b.flatten()[index])
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AdapterError(f"{CONFIG} cannot be read: {error.strerror or error}; check the path") from error
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{CONFIG} is no JSON ({error}); save the adapter again") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"{CONFIG} holds no object; save the adapter again")
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(f"{CONFIG}: peft_type is {config.get('peft_type')!r}; only LORA can be merged")
+    for field, reason in REFUSED.items():
+        if config.get(field):
+            raise AdapterError(f"{CONFIG}: {field} is {config[field]!r}: {reason}; it cannot be merged")
+    if config.get("bias", "none") != "none":
+        raise AdapterError(
+            f"{CONFIG}: bias is {config['bias']!r}: biases of the base were trained as well; it cannot be merged"
+        )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
+        raise AdapterError(
+            f"{CONFIG}: init_lora_weights is {start!r}, which changes the base's weights before the training; save it "
+            "with path_initial_model_for_weight_conversion, which makes an update of the base itself"
+        )
+    return config
+
+
+def _base(config: Mapping[str, Any]) -> dict[str, Any]:
+    name = config.get("base_model_name_or_path")
+    base: dict[str, Any] = {}
+    if isinstance(name, str) and name:
+        base["name"] = Path(name).name if name.startswith(("/", ".", "~")) or Path(name).is_dir() else name
+    if config.get("fan_in_fan_out"):
+        base["fan_in_fan_out"] = True  # of the base's weights: A and B are as for all others
+    return base
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / TENSORS
+    if not path.exists():
+        if (folder / PICKLE).exists():
+            raise AdapterError(
+                f"has its tensors in {PICKLE}, a pickle, which is never opened, as it may run any program; load it "
+                "with PEFT where you trust it and save it with safe_serialization=True"
+            )
+        raise AdapterError(f"has no {TENSORS}; give a folder that PEFT has saved")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            # Copied: what safe_open gives is a view of the file, and changes with it.
+            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{TENSORS} is no whole safetensors file ({error}); save it again") from error

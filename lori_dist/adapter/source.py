@@ -1,0 +1,39 @@
+"""An adapter from wherever it is: a file of ours, a PEFT LoRA folder, or a checkpoint of LoRI's official code."""
+
+from pathlib import Path
+from typing import Any
+
+from lori_dist.adapter import file, official, peft_folder
+from lori_dist.adapter.adapter import Adapter
+from lori_dist.errors import AdapterError
+
+
+def load(path: Path) -> Adapter:
+    """The adapter at a path. Raises AdapterError that begins with the path and says what is wrong there."""
+    if not path.is_dir():
+        if path.name in peft_folder.NAMES and peft_folder.is_one(path.parent):
+            raise AdapterError(f"{path}: this is a file of a LoRA folder of PEFT; give the folder, {path.parent}")
+        return file.load(path)
+    if not peft_folder.is_one(path):
+        raise AdapterError(f"{path}: this is a folder without {peft_folder.CONFIG}; {_instead(path)}")
+    try:
+        return official.load(path) if official.is_one(path) else peft_folder.load(path)
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}") from error
+
+
+def opened(path: Path) -> Adapter:
+    """As `load`, but the tensors of a file of ours stay there until they are asked for."""
+    return load(path) if path.is_dir() or path.name in peft_folder.NAMES else file.opened(path)
+
+
+def base(path: Path) -> dict[str, Any]:
+    """What the adapter at a path says of its base model; of a file, without reading a tensor. Raises as `load`."""
+    return dict(load(path).base if path.is_dir() else file.header(path)["base"])
+
+
+def _instead(folder: Path) -> str:
+    ours = folder / "adapter.safetensors"  # as jobs leave it
+    if ours.exists():
+        return f"give the adapter file itself, {ours}"
+    return "give an adapter file, a LoRA folder of PEFT, or a checkpoint of LoRI's official code"

@@ -1,0 +1,167 @@
+"""The search for the weights of a merge: which to try next, and what was measured so far.
+
+A method is a generator: it yields points to measure side by side, and is sent their scores, of which lower is better.
+It follows from its arguments and the scores alone, so a search that was killed asks for the same points again, and what
+is in its file is not measured twice.
+"""
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lori_dist.errors import ConfigError
+
+Point = tuple[float, ...]
+Method = Generator[list[Point], list[float], None]
+
+DIGITS = 6
+"""Of a weight: what is written is what was measured."""
+
+HUGE = 1e12
+"""Instead of an infinite score, whose differences are no numbers."""
+
+SMALLEST = 1 / 128
+"""Of the bounds' width: steps below it are not worth an evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Axis:
+    """One number that is searched for."""
+
+    task: str
+    projection: str | None = None
+    """None: of all modules."""
+
+
+def axes(tasks: Sequence[str], projections: Mapping[str, Sequence[str]] | None) -> list[Axis]:
+    """One for each task, or for each projection that it has. projections: task -> names, or None."""
+    if projections is None:
+        return [Axis(task=task) for task in tasks]
+    return [Axis(task=task, projection=name) for task in tasks for name in projections[task]]
+
+
+def weights(point: Point, along: Sequence[Axis]) -> dict[str, Any]:
+    """Task -> its weight, a number or projection -> number."""
+    made: dict[str, Any] = {}
+    for axis, number in zip(along, point, strict=True):
+        if axis.projection is None:
+            made[axis.task] = number
+        else:
+            made.setdefault(axis.task, {})[axis.projection] = number
+    return made
+
+
+def start(along: Sequence[Axis], num_tasks: int, bounds: tuple[float, float]) -> Point:
+    """Equal weights that sum to one, as far as the bounds let them."""
+    return tuple(_within(1 / num_tasks, bounds) for _ in along)
+
+
+def coordinate(first: Point, *, bounds: tuple[float, float], budget: int, seed: int = 0) -> Method:
+    """A step up and down along every axis, all side by side; the best is the next centre, or the steps are halved."""
+    width = bounds[1] - bounds[0]
+    [score] = yield [first]
+    seen, centre, step = {first: score}, first, width / 4
+    while len(seen) < budget and step >= SMALLEST * width:
+        around = [_moved(centre, place, change, bounds) for place in range(len(first)) for change in (-step, step)]
+        new = list(dict.fromkeys(point for point in around if point not in seen))[: budget - len(seen)]
+        if new:
+            seen.update(zip(new, (yield new), strict=True))
+        best = min((point for point in around if point in seen), key=seen.__getitem__, default=centre)
+        if seen[best] < seen[centre]:
+            centre = best
+        else:
+            step /= 2
+
+
+def cma(first: Point, *, bounds: tuple[float, float], budget: int, seed: int = 0) -> Method:
+    """CMA-ES (Hansen) by the package `cma`; a generation is measured side by side. Takes two axes or more."""
+    if len(first) < 2:
+        raise ConfigError("search.method: cma needs two weights, there is one; use coordinate")
+    import numpy as np
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it tells that it cannot plot without matplotlib
+        from cma import CMAEvolutionStrategy
+
+    size = 4 + int(3 * math.log(len(first)))
+    random = np.random.RandomState(seed)  # of its own: other threads draw from the global one
+    options = {"bounds": list(bounds), "popsize": size, "randn": random.randn, "seed": np.nan, "verbose": -9}
+    # A generation of equal scores, as of no exact match, is no reason to stop.
+    options.update({"tolfun": 0, "tolfunhist": 0, "tolflatfitness": math.inf})
+    strategy = CMAEvolutionStrategy(list(first), (bounds[1] - bounds[0]) / 4, options)
+    yield [first]
+    used = 1
+    while used < budget and not strategy.stop():
+        asked = strategy.ask()
+        points = [tuple(_within(float(number), bounds) for number in point) for point in asked][: budget - used]
+        scores = yield points
+        used += len(points)
+        if len(points) == size:
+            strategy.tell(asked, [min(score, HUGE) for score in scores])
+
+
+METHODS: Mapping[str, Callable[..., Method]] = {"coordinate": coordinate, "cma": cma}
+
+
+def best(method: Method, measure: Callable[[list[Point]], list[float]]) -> tuple[Point, float, int]:
+    """The point with the lowest score that a method has asked for, its score, and how many points were measured."""
+    found: dict[Point, float] = {}
+    points = next(method)
+    while True:
+        scores = [score if math.isfinite(score) else math.inf for score in measure(points)]
+        for point, score in zip(points, scores, strict=True):
+            found.setdefault(point, score)
+        try:
+            points = method.send(scores)
+        except StopIteration:
+            chosen = min(found, key=found.__getitem__)
+            return chosen, found[chosen], len(found)
+
+
+def _moved(point: Point, place: int, change: float, bounds: tuple[float, float]) -> Point:
+    return (*point[:place], _within(point[place] + change, bounds), *point[place + 1 :])
+
+
+def _within(number: float, bounds: tuple[float, float]) -> float:
+    return round(min(max(number, bounds[0]), bounds[1]), DIGITS)
+
+
+# --- what was measured -----------------------------------------------------------------------------------------------
+
+
+def read(file: Path) -> dict[Point, float]:
+    """The scores in a file of JSON lines. A last line that was cut off is removed."""
+    if not file.exists():
+        return {}
+    text = file.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if len(whole) < len(text):
+        os.truncate(file, len(whole))
+    records = [json.loads(line) for line in whole.splitlines()]
+    return {tuple(record["point"]): _score(record["score"]) for record in records}
+
+
+def append(file: Path, point: Point, along: Sequence[Axis], metrics: Mapping[str, float], score: float) -> None:
+    """Adds what was measured, on disk before the next is asked for."""
+    finite = score if math.isfinite(score) else None
+    shown = {task: value if math.isfinite(value) else None for task, value in metrics.items()}
+    record = {"point": list(point), "weights": weights(point, along), "metrics": shown, "score": finite}
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(record) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _score(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def mean(metrics: Mapping[str, float], *, lower_is_better: bool) -> float:
+    """The mean over the tasks as a score, of which lower is better."""
+    average = sum(metrics.values()) / len(metrics)
+    return average if lower_is_better else -average
