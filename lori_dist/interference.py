@@ -109,7 +109,7 @@ def pair_figures(sums: Mapping[str, float]) -> Figures:
         output: in the column space, |P D_s|^2: how much of s writes where t writes.
 
     Shares and cosines are null where they would be 0 / 0.
-    Source: LoRI (arXiv 2504.07448), Property 1, for finite d_in: an entry of A_s A_t^T has the variance 1 / (9 d_in) for
+    Source: LoRI (arXiv 2504.07448), Property 1, for finite d_in: an entry of A_s A_t^T has variance 1 / (9 d_in) for
     the uniform A used here, and |D| is about |B| / sqrt(3).
     """
 
@@ -313,7 +313,7 @@ def _signs_of_updates(factors: Mapping[str, _Factors], pairs: Sequence[tuple[str
     total = float(out_features * in_features)
     found: dict[tuple[str, str], Sums] = {pair: {"on_update": 1.0, "sign_total": total} for pair in pairs}
     rows = torch.arange(num_rows) * out_features // num_rows
-    for chunk in torch.split(rows, max(1, _CHUNK // in_features)):  # type: ignore[no-untyped-call]
+    for chunk in torch.split(rows, max(1, _CHUNK // in_features)):
         updates = {name: factors[name].b[chunk] @ factors[name].a for name in names}
         for s, t in pairs:
             found[s, t] = _added([found[s, t], _compared(updates[s], updates[t])])
