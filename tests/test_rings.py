@@ -19,7 +19,7 @@ RINGS = (
     {"__init__.py", "adapter", "masks", "merges", "interference.py", "tensors.py", "plugin.py", "errors.py"},
     {"config.py", "jobs.py", "folder.py", "multitask"},
     {"training", "engines", "evaluation"},
-    {"cluster", "integrations", "benchmarks", "describe.py", "progress.py", "__main__.py"},
+    {"cluster", "integrations", "benchmarks", "report", "describe.py", "progress.py", "__main__.py"},
 )
 LIBRARIES = {
     "plugin.py": {"pydantic"},
@@ -46,6 +46,8 @@ LIBRARIES = {
     "cluster": {"torch", "numpy"},
     "integrations": {"torch", "safetensors", "numpy", "transformers", "accelerate"},
     "benchmarks": {"torch", "numpy", "transformers"},
+    "report/plots.py": {"matplotlib"},
+    "report": set(),
     "describe.py": set(),
     "progress.py": {"tqdm"},
     "__main__.py": {"torch", "yaml"},

@@ -15,8 +15,8 @@ def drops(evaluation: Evaluation) -> dict[str, Any]:
 
     single: task -> score of the adapter of its name. merges: model -> {score, drop: task -> value, kept}, for each
     model that is neither `base` nor the adapter of a task. drop = single - merged, or merged - single where lower is
-    better: above zero, the merge is worse. kept: the mean of merged / single over the tasks whose single score is above zero,
-    null where there is none, and where lower is better.
+    better: above zero, the merge is worse. kept: the mean of merged / single over the tasks whose single score is
+    above zero, null where there is none, and where lower is better.
     """
     metrics = dict.fromkeys(metric for tasks in evaluation.values() for values in tasks.values() for metric in values)
     found = {metric: _drops(evaluation, metric) for metric in metrics}

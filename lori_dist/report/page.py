@@ -19,6 +19,7 @@ figure{margin:0;min-width:0}figcaption,.note{color:var(--muted);font-size:.875re
 .box{overflow-x:auto}.tall{max-height:44rem;overflow-y:auto}
 .box:focus-visible{outline:2px solid var(--line-1)}
 svg{display:block;width:100%;height:auto}
+caption{text-align:left;color:var(--muted);padding:.75rem 0 .25rem}
 table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
 th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid var(--grid);white-space:nowrap}
 td:first-child,th:first-child,.words{text-align:left}th{font-weight:600}
@@ -204,7 +205,7 @@ def _merge(name: str, merge: Mapping[str, Any], tasks: Sequence[str]) -> tuple[s
 
 
 def _adapters(report: Mapping[str, Any]) -> Iterator[str]:
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             adapter["name"],
             _number(adapter["norm"]),
@@ -233,7 +234,7 @@ def _table(caption: str, titles: Sequence[str], rows: Rows) -> str:
     body = "".join(f"<tr>{_row(row)}</tr>\n" for row in rows)
     return (
         f'<div class="box" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
-        f"<thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>"
+        f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>"
     )
 
 
@@ -247,7 +248,7 @@ def _row(cells: Sequence[str]) -> str:
 def _number(value: float | None, *, sign: bool = False) -> str:
     if value is None:
         return "-"
-    text = "0" if value == 0 else f"{value:.3f}" if 0.1 <= abs(value) < 1000 else f"{value:.2g}"
+    text = "0" if value == 0 else f"{value:.3f}" if 0.1 <= abs(value) < 1000 else f"{value:#.2g}".rstrip(".")
     return f"+{text}" if sign and value > 0 else text
 
 

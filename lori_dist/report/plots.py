@@ -1,5 +1,6 @@
 """The plots of a report: each is drawn once, and is a PNG on white as well as an SVG in the colours of its page."""
 
+import functools
 import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -131,11 +132,16 @@ def plots(report: Mapping[str, Any]) -> Iterator[Plot]:
                     f"Energy shared, {space} side",
                     f"Share of the squared norm of the row's update that {verb} the {space} directions which the "
                     f"column's adapter {verb}.",
-                    lambda pair, side, space=space: pair["energy"][space][side],
+                    functools.partial(_energy, space),
                 )
         yield from _norms(report)
         for number, (metric, found) in enumerate(report.get("drops", {}).items(), 1):
             yield _drops(number, metric, found)
+
+
+def _energy(space: str, pair: Mapping[str, Any], side: int) -> float | None:
+    share: float | None = pair["energy"][space][side]
+    return share
 
 
 # --- heat maps -------------------------------------------------------------------------------------------------------
@@ -146,7 +152,7 @@ def _cosines(report: Mapping[str, Any]) -> Plot:
     values = [
         [pairs[row, column][0]["cosine"]["value"] if row != column else None for column in names] for row in names
     ]
-    figure = _heat_map("Cosine of the updates", names, names, values, lambda value: f"{value:.2g}", _signed)
+    figure = _heat_map("Cosine of the updates", names, names, values, _two_digits, _signed)
     steps = ", ".join(map(str, COSINES))
     return Plot(
         name="cosine",
@@ -211,8 +217,8 @@ def _drops(number: int, metric: str, found: Mapping[str, Any]) -> Plot:
     return Plot(
         name=f"drop-{number}",
         alternative=f"Heat map of the drop of each task in {metric} under each merge; the table of drops has it.",
-        caption=f"What the merge loses against the task's own adapter, {unit} ({better} is better): above zero, orange, "
-        "it is worse.",
+        caption=f"What the merge loses against the task's own adapter, {unit} ({better} is better): above zero, "
+        "orange, it is worse.",
         figure=_heat_map(
             f"Drop in {_shown(metric, 24)}", merges, tasks, values, text, lambda value: _signed(-value, steps)
         ),
@@ -292,7 +298,7 @@ def _rising(steps: Sequence[float]) -> Callable[[float], str]:
 
 
 def _two_digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 99.5 else f"{value:#.2g}".rstrip(".")
+    return f"{value:.0f}" if value == 0 or abs(value) >= 99.5 else f"{value:#.2g}".rstrip(".")
 
 
 def _percent(value: float) -> str:
