@@ -1,10 +1,9 @@
 """A report as one HTML page that needs nothing else: no script, no font, no network."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from html import escape
 from typing import Any
 
-from lori_dist.report.plots import Plot, short_layers, style
+from lori_dist.report.plots import Plot, as_html, short_layers, style
 
 Rows = Iterable[Sequence[Any]]
 
@@ -32,7 +31,7 @@ def page(report: Mapping[str, Any], plots: Sequence[Plot]) -> str:
     """The page. Everything that comes from files is escaped."""
     title = f"Interference of {len(report['adapters'])} adapters"
     parts = [
-        f"<h1>{escape(title)}</h1>",
+        f"<h1>{as_html(title)}</h1>",
         *_summary(report),
         *_section("Plots", [f'<div class="plots">{"".join(map(_figure, plots))}</div>']),
         *(_section("Pairs of adapters", _pairs(report)) if report["pairs"] else ()),
@@ -43,7 +42,7 @@ def page(report: Mapping[str, Any], plots: Sequence[Plot]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
-        f'<meta name="color-scheme" content="light dark">\n<title>{escape(title)}</title>\n'
+        f'<meta name="color-scheme" content="light dark">\n<title>{as_html(title)}</title>\n'
         f"<style>\n{style()}{_CSS}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(parts)
         + "\n</main>\n</body>\n</html>\n"
@@ -51,7 +50,7 @@ def page(report: Mapping[str, Any], plots: Sequence[Plot]) -> str:
 
 
 def _section(title: str, parts: Iterable[str]) -> Iterator[str]:
-    yield f"<section>\n<h2>{escape(title)}</h2>"
+    yield f"<section>\n<h2>{as_html(title)}</h2>"
     yield from parts
     yield "</section>"
 
@@ -59,7 +58,7 @@ def _section(title: str, parts: Iterable[str]) -> Iterator[str]:
 def _figure(plot: Plot) -> str:
     return (
         f'<figure id="{plot.name}"><div class="box tall" tabindex="0">{plot.svg()}</div>'
-        f"<figcaption>{escape(plot.caption)}</figcaption></figure>"
+        f"<figcaption>{as_html(plot.caption)}</figcaption></figure>"
     )
 
 
@@ -68,11 +67,11 @@ def _figure(plot: Plot) -> str:
 
 def _summary(report: Mapping[str, Any]) -> Iterator[str]:
     names = ", ".join(adapter["name"] for adapter in report["adapters"])
-    yield f'<p class="note">{escape(names)}</p>'
+    yield f'<p class="note">{as_html(names)}</p>'
     lines = [*_of_cosines(report["pairs"]), *_of_drops(report.get("drops", {}))]
     if not report["pairs"]:
         lines.append("There is one adapter only, and nothing to compare it with.")
-    yield f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
+    yield f"<ul>{''.join(f'<li>{as_html(line)}</li>' for line in lines)}</ul>"
 
 
 def _of_cosines(pairs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -96,7 +95,7 @@ def _of_drops(drops: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _meanings() -> str:
-    return f"<dl>{''.join(f'<dt>{escape(term)}</dt><dd>{escape(meaning)}</dd>' for term, meaning in MEANINGS)}</dl>"
+    return f"<dl>{''.join(f'<dt>{as_html(term)}</dt><dd>{as_html(meaning)}</dd>' for term, meaning in MEANINGS)}</dl>"
 
 
 MEANINGS = (
@@ -225,23 +224,23 @@ def _adapters(report: Mapping[str, Any]) -> Iterator[str]:
         ]
         rows.append(("all", *map(_number, norms["projections"].values()), _number(adapter["norm"])))
         table = _table(f"Norm of {adapter['name']}", ("layer", *report["projections"], "all"), rows)
-        yield f"<details><summary>Norms of {escape(adapter['name'])}</summary>{table}</details>"
+        yield f"<details><summary>Norms of {as_html(adapter['name'])}</summary>{table}</details>"
 
 
 def _table(caption: str, titles: Sequence[str], rows: Rows) -> str:
     """Wider than the screen, it scrolls inside of its box, also by keys."""
-    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
+    head = "".join(f'<th scope="col">{as_html(title)}</th>' for title in titles)
     body = "".join(f"<tr>{_row(row)}</tr>\n" for row in rows)
     return (
-        f'<div class="box" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
-        f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>"
+        f'<div class="box" tabindex="0" role="region" aria-label="{as_html(caption)}"><table>'
+        f"<caption>{as_html(caption)}</caption><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>"
     )
 
 
 def _row(cells: Sequence[str]) -> str:
     first, *others = cells
-    return f'<th scope="row" title="{escape(first)}">{escape(first)}</th>' + "".join(
-        f"<td>{escape(cell)}</td>" for cell in others
+    return f'<th scope="row" title="{as_html(first)}">{as_html(first)}</th>' + "".join(
+        f"<td>{as_html(cell)}</td>" for cell in others
     )
 
 

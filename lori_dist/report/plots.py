@@ -88,7 +88,7 @@ class Plot:
         least = f"min-width:{width}px" if width > 96 * _WIDTH else ""
         return (
             f'<svg viewBox="0 0 {0.75 * width:g} {0.75 * height:g}" style="max-width:{round(1.5 * width)}px;{least}" '
-            f'role="img" aria-label="{escape(self.alternative)}">{body}'
+            f'role="img" aria-label="{as_html(self.alternative)}">{body}'
         )
 
 
@@ -100,6 +100,11 @@ def style() -> str:
         f"@media(prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
         f"@media print{{:root{{color-scheme:light;{light}}}}}"
     )
+
+
+def as_html(text: str) -> str:
+    """Text of a page, whatever characters a file has brought."""
+    return escape("".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text))
 
 
 def plots(report: Mapping[str, Any]) -> Iterator[Plot]:
