@@ -13,9 +13,9 @@ body{margin:0 auto;padding:1rem;max-width:76rem;background:var(--paper);color:va
 font:1rem/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
 h1{font-size:1.5rem;line-height:1.2;margin:.5rem 0}h2{font-size:1.15rem;margin:2rem 0 .5rem}
 p,dl,ul{max-width:44rem}dt{font-weight:600}dd{margin:0 0 .6rem}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,21rem),1fr));gap:1.5rem}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1.5rem}
 figure{margin:0;min-width:0}figcaption,.note{color:var(--muted);font-size:.875rem}
-.box{overflow-x:auto}.tall{max-height:44rem;overflow-y:auto}
+.box{overflow-x:auto}.tall{max-height:48rem;overflow-y:auto}
 .box:focus-visible{outline:2px solid var(--line-1)}
 svg{display:block;width:100%;height:auto}
 caption{text-align:left;color:var(--muted);padding:.75rem 0 .25rem}
@@ -139,43 +139,32 @@ MEANINGS = (
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
+COSINE_TITLES = ("cosine", "expected", "std", "cap", "bound")
+OTHER_TITLES = ("overlap", "random", "Jaccard", "sign conflicts", "on", "energy, input", "energy, output")
+
+
 def _pairs(report: Mapping[str, Any]) -> Iterator[str]:
-    titles = (
-        "pair",
-        "cosine",
-        "expected",
-        "std",
-        "cap",
-        "bound",
-        "overlap",
-        "random",
-        "Jaccard",
-        "sign conflicts",
-        "on",
-    )
-    yield _table(
-        "Every pair, over all modules", (*titles, "energy, input", "energy, output"), map(_pair, report["pairs"])
-    )
+    named = [(" and ".join(pair["adapters"]), pair) for pair in report["pairs"]]
+    cosines = [(name, *_cosine(pair["overall"]["cosine"])) for name, pair in named]
+    yield _table("Cosine of the updates, over all modules", ("pair", *COSINE_TITLES), cosines)
+    rows = [(name, *_others(pair["overall"])) for name, pair in named]
+    yield _table("What else they share, over all modules", ("pair", *OTHER_TITLES), rows)
     layers = report["layers"]
-    rows = [
-        (f"{short} ", " and ".join(pair["adapters"]), *_cosine(pair["layers"][layer]["cosine"]))
-        for pair in report["pairs"]
+    of_layers = [
+        (short, name, *_cosine(pair["layers"][layer]["cosine"]))
+        for name, pair in named
         for layer, short in zip(layers, short_layers(layers), strict=True)
         if layer in pair["layers"]
     ]
-    table = _table("Cosines by layer", ("layer", "pair", "cosine", "expected", "std", "cap", "bound"), rows)
+    table = _table("Cosine of the updates, by layer", ("layer", "pair", *COSINE_TITLES), of_layers)
     yield f"<details><summary>Cosines by layer</summary>{table}</details>"
 
 
-def _pair(pair: Mapping[str, Any]) -> tuple[str, ...]:
-    figures = pair["overall"]
+def _others(figures: Mapping[str, Any]) -> tuple[str, ...]:
     support, signs, energy = figures["support"], figures["signs"], figures["energy"]
-    random = support["expected"] / support["kept"][0] if support["kept"][0] else None
     return (
-        " and ".join(pair["adapters"]),
-        *_cosine(figures["cosine"]),
         " / ".join(map(_percent, support["share"])),
-        _percent(random),
+        _percent(support["expected"] / support["kept"][0] if support["kept"][0] else None),
         _percent(support["jaccard"]),
         _percent(signs["share"]),
         signs["on"] or "-",
@@ -247,7 +236,7 @@ def _row(cells: Sequence[str]) -> str:
 def _number(value: float | None, *, sign: bool = False) -> str:
     if value is None:
         return "-"
-    text = "0" if value == 0 else f"{value:.3f}" if 0.1 <= abs(value) < 1000 else f"{value:#.2g}".rstrip(".")
+    text = "0" if value == 0 else f"{value:.3f}" if 0.0995 <= abs(value) < 1000 else f"{value:#.2g}".rstrip(".")
     return f"+{text}" if sign and value > 0 else text
 
 

@@ -157,7 +157,7 @@ def _cosines(report: Mapping[str, Any]) -> Plot:
     values = [
         [pairs[row, column][0]["cosine"]["value"] if row != column else None for column in names] for row in names
     ]
-    figure = _heat_map("Cosine of the updates", names, names, values, _two_digits, _signed)
+    figure = _heat_map("Cosine of the updates", names, names, values, _short, _signed)
     steps = ", ".join(map(str, COSINES))
     return Plot(
         name="cosine",
@@ -252,7 +252,7 @@ def _heat_map(
     width = max(_WIDTH, left + 0.42 * len(columns) + 0.1)
     cell = (width - left - 0.1) / len(columns)
     is_turned = any(_LETTER * len(name) > cell for name in columns)
-    top = 0.3 + (_LETTER * max(map(len, columns)) if is_turned else 0.2)
+    top = 0.36 + (_LETTER * max(map(len, columns)) if is_turned else 0.2)
     tall = (0.36 if len(rows) <= 12 else 0.2) if not down else 0.24 if len(rows) <= 40 else 0.17
     height = top + tall * len(rows) + 0.08
     figure = Figure(figsize=(width, height))
@@ -306,6 +306,14 @@ def _two_digits(value: float) -> str:
     return f"{value:.0f}" if value == 0 or abs(value) >= 99.5 else f"{value:#.2g}".rstrip(".")
 
 
+def _short(value: float) -> str:
+    """A cosine in a small cell: four decimals at most, and no zero before them."""
+    text = f"{value:.2f}" if abs(value) >= 0.0995 else f"{value:.4f}"
+    if float(text) == 0:
+        return "0" if value == 0 else "~0"
+    return text.replace("0.", ".", 1)
+
+
 def _percent(value: float) -> str:
     return f"{100 * value:.0f}%" if value >= 0.0995 or value == 0 else f"{100 * value:.1f}%"
 
@@ -328,7 +336,8 @@ def _cosines_of_layers(report: Mapping[str, Any]) -> Plot:
         for value in (layer["cosine"][name] for name in ("value", "std", "cap", "bound"))
         if value
     ]
-    lowest = max(1e-6, min(map(abs, known), default=0.1) / 1.5)
+    stds = [std for pair in ranked for layer in pair["layers"].values() if (std := layer["cosine"]["std"])]
+    lowest = max(min(map(abs, known), default=0.1) / 1.5, min(stds, default=0.01) / 30)
 
     def over_layers(pair: Mapping[str, Any], name: str) -> list[float]:
         return [_size(pair["layers"].get(layer), name, lowest) for layer in layers]
@@ -336,8 +345,9 @@ def _cosines_of_layers(report: Mapping[str, Any]) -> Plot:
     def largest(name: str) -> list[float]:
         return [max(values) for values in zip(*(over_layers(pair, name) for pair in ranked), strict=True)]
 
+    every = -(-len(layers) // 12)  # layers from one label, and from one marker, to the next
     for pair in ranked[4:]:
-        axes.plot(places, over_layers(pair, "value"), color=_light("muted"), linewidth=0.6)
+        axes.plot(places, over_layers(pair, "value"), color=_light("muted"), linewidth=0.4)
     for number, pair in enumerate(ranked[:4]):
         axes.plot(
             places,
@@ -346,6 +356,7 @@ def _cosines_of_layers(report: Mapping[str, Any]) -> Plot:
             linestyle=("-", "--", "-.", ":")[number],
             marker="os^D"[number],
             markersize=4,
+            markevery=(number * every // 4, every),
             linewidth=1.3,
             label=", ".join(_shown(name, 18) for name in pair["adapters"]),
         )
@@ -360,8 +371,7 @@ def _cosines_of_layers(report: Mapping[str, Any]) -> Plot:
     axes.set_ylim(lowest, 1.3)
     axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
     axes.yaxis.set_minor_formatter(lambda value, position: "")
-    step = -(-len(layers) // 12)
-    axes.set_xticks(list(places)[::step], short_layers(layers)[::step])
+    axes.set_xticks(list(places)[::every], short_layers(layers)[::every])
     axes.set_xlabel("layer", color=_light("muted"))
     axes.grid(axis="y", color=_light("grid"), linewidth=0.6)
     axes.set_axisbelow(True)
@@ -372,8 +382,8 @@ def _cosines_of_layers(report: Mapping[str, Any]) -> Plot:
         name="layers",
         alternative="Lines over the layers: the size of the cosine of pairs of updates, with its standard deviation, "
         "the cap of that and the bound. The table of cosines by layer has its numbers.",
-        caption="A logarithmic axis; what is zero lies at its lower edge. Std, cap and bound are the largest of all "
-        f"pairs.{more}",
+        caption="A logarithmic axis; what is zero, or very small, lies at its lower edge. Std, cap and bound are "
+        f"the largest of all pairs.{more}",
         figure=figure,
     )
 
