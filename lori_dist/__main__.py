@@ -76,6 +76,8 @@ def run(arguments: argparse.Namespace) -> None:
     if before:
         remedy = "Delete their folders, or give the run another name, to do them again."
         print(f"\nFinished before, and not done again: {', '.join(before)}.\n{remedy}")
+    if summary["report"] is not None:
+        print(f"\n{summary['report'].get('path') or 'No report: ' + summary['report']['error']}")
     print(f"\n{described.folder / ray.SUMMARY}")
 
 
@@ -166,6 +168,54 @@ def export(arguments: argparse.Namespace) -> None:
             raise ConfigError("--base: is missing, and the adapter does not name its base model; name it")
         peft.export(adapter, arguments.out, base_model_name=str(base))
     print(arguments.out)
+
+
+def report(arguments: argparse.Namespace) -> None:
+    words = [*arguments.adapters, *arguments.settings]
+    settings = [word for word in words if re.match(r"[A-Za-z_][\w.-]*=", word)]
+    adapters = [word for word in words if word not in settings]
+    described = config.load(arguments.run, settings) if arguments.run is not None else None
+    if described is None and settings:
+        raise ConfigError(f"{settings[0]}: changes a configuration, and none is given; add --run CONFIG")
+    made = _finished_adapters(described) if described is not None else {}
+    named = {name: path for name, path in made.items() if described is not None and name in described.tasks}
+    paths = adapters or list(named.values())
+    if not paths:
+        raise ConfigError("ADAPTER: none is given; give adapter files, or with --run a run that has finished some")
+    matrix = described.folder / "summary.json" if described is not None else arguments.evaluation
+    measured = None if matrix is None else _evaluation(matrix, "--run" if described is not None else "--evaluation")
+    from lori_dist.adapter import file
+    from lori_dist.report import write
+
+    names = None if adapters else list(named)
+    written = write([file.load(path) for path in paths], arguments.out, names=names, evaluation=measured)
+    if measured and not written["drops"]:
+        log.warning("%s: no model of it has the name of a task, and no merge was measured: there are no drops", matrix)
+    print(arguments.out / "report.html")
+
+
+def _evaluation(path: Path, where: str) -> dict[str, dict[str, dict[str, float]]]:
+    """Model -> task -> metric -> value: of a run's summary, or of what `lori evaluate --out` writes."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{where}: {str(path)!r} does not exist; `lori run` and `lori evaluate` write it") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{where}: {str(path)!r} is no JSON file ({error}); give the summary.json of a run"
+        ) from error
+    try:
+        tree = tree.get("evaluation", tree)
+        return {
+            str(model): {
+                task: {metric: float(value) for metric, value in values.items()} for task, values in tasks.items()
+            }
+            for model, tasks in tree.items()
+        }
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{where}: {str(path)!r} does not say model, task, metric and a number; give the summary.json of a run"
+        ) from error
 
 
 def show(arguments: argparse.Namespace) -> None:
@@ -396,6 +446,35 @@ examples:
     verb.add_argument("out", metavar="OUT", type=Path, help="the folder to write; must not exist, or be empty")
     verb.add_argument("--format", required=True, choices=("peft", "folded"))
     verb.add_argument("--base", metavar="PATH", help="the base model; for peft, by default the one the adapter names")
+
+    verb = _add(
+        verbs,
+        report,
+        "how much adapters get in each other's way, as JSON, a page and pictures",
+        """\
+Compares adapters without running a model: cosines of their updates with the theoretical bound, overlap of supports,
+sign conflicts, shared energy, norms; and with an evaluation, the drop of each task under each merge. Writes
+report.json, report.html, which needs no network, and report-*.png. `lori run` does it at its end.
+
+examples:
+  lori report math.safetensors code.safetensors --out comparison
+  lori report --run run.yaml --out comparison
+  lori report runs/mine/train-*/adapter.safetensors --evaluation runs/mine/summary.json --out comparison
+""",
+    )
+    verb.add_argument(
+        "adapters",
+        metavar="ADAPTER",
+        nargs="*",
+        help="adapter files; with --run, by default its tasks', and KEY=VALUE as for `run`",
+    )
+    verb.set_defaults(settings=[])
+    matrix = verb.add_mutually_exclusive_group()
+    matrix.add_argument("--run", metavar="CONFIG", help="the YAML file of a finished run: its adapters and evaluation")
+    matrix.add_argument(
+        "--evaluation", metavar="FILE", type=Path, help="summary.json of a run, or what `lori evaluate --out` wrote"
+    )
+    verb.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="what it has of these is written anew")
 
     verb = _add(
         verbs,

@@ -20,7 +20,7 @@ from lori_dist.training.model import identity
 from tests.models import tiny_llama
 from tests.tokenizers import save
 
-VERBS = ("run", "train", "merge", "evaluate", "export", "show", "bench")
+VERBS = ("run", "train", "merge", "evaluate", "export", "report", "show", "bench")
 YAML = """
 name: demo
 output: runs
@@ -145,6 +145,23 @@ sys.exit(code)
         ("export first.safetensors out --format folded", 2, r"^--base: is missing"),
         ("export rows.jsonl out --format peft", 1, r"^rows\.jsonl: this is no whole safetensors file"),
         ("show model", 1, r"^model: this is a folder"),
+        ("report --out out", 2, r"^ADAPTER: none is given"),
+        (
+            "report --out out --run run.yaml output=x",
+            2,
+            r"^ADAPTER: none is given; give adapter files, or with --run a",
+        ),
+        ("report first.safetensors train.steps=3 --out out", 2, r"^train\.steps=3: changes a configuration, and none"),
+        ("report first.safetensors --out out --run run.yaml output=x", 2, r"^--run: '.*x/demo/summary\.json' does not"),
+        ("report first.safetensors --out out --evaluation no.json", 2, r"^--evaluation: 'no\.json' does not exist"),
+        ("report first.safetensors --out out --evaluation rows.jsonl", 2, r"^--evaluation: 'rows\.jsonl' is no JSON"),
+        (
+            "report first.safetensors --out out --evaluation model/config.json",
+            2,
+            r"^--evaluation: .* does not say model",
+        ),
+        ("report rows.jsonl --out out", 1, r"^rows\.jsonl: this is no whole safetensors file"),
+        ("report first.safetensors --out rows.jsonl/x", 1, r"^rows\.jsonl/x: cannot be made: "),
         ("bench projetcion", 2, r"^SUITE: .* Did you mean 'projection'\?$"),
         ("bench projection fast", 2, r"^fast: an option of a method reads NAME=VALUE"),
         ("bench projection repetitions=3", 2, r"^SUITE\.repetitions: projection has no such option"),
@@ -289,6 +306,33 @@ def test_export_folded_writes_a_model_with_the_adapter_in_it(folder: Path, tmp_p
     )
 
 
+# --- report ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrapped", [True, False], ids=["summary", "matrix"])
+def test_report_writes_json_page_and_pictures(folder: Path, tmp_path: Path, wrapped: bool) -> None:
+    matrix = {
+        model: {task: {"loss": 1.0 + (model != task)} for task in ("first", "second")}
+        for model in ("base", "first", "second", "both")
+    }
+    (tmp_path / "summary.json").write_text(json.dumps({"run": "demo", "evaluation": matrix} if wrapped else matrix))
+    words = ["report", "--out", tmp_path / "out", "--evaluation", tmp_path / "summary.json"]
+    result = lori(*words, "first.safetensors", "second.safetensors", cwd=folder)
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"{tmp_path}/out/report.html\n", "")
+    written = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [one["name"] for one in written["adapters"]] == ["first", "second"]
+    assert written["drops"]["loss"]["merges"]["both"]["drop"] == {"first": 1.0, "second": 1.0}
+    assert {"report-cosine.png", "report-drop-1.png", "report.html"} <= {p.name for p in (tmp_path / "out").iterdir()}
+
+
+def test_report_says_when_an_evaluation_has_no_drops(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "matrix.json").write_text(json.dumps({"base": {"first": {"loss": 1.0}}}))
+    words = ["report", "first.safetensors", "--out", tmp_path / "out", "--evaluation", tmp_path / "matrix.json"]
+    result = lori(*words, cwd=folder)
+    assert result.returncode == 0
+    assert "there are no drops" in result.stderr
+
+
 # --- bench -----------------------------------------------------------------------------------------------------------
 
 
@@ -360,6 +404,14 @@ def test_run_prints_the_matrix_and_takes_up_what_was_trained_alone(folder: Path,
     for name, item in {**summary["adapters"], **summary["merges"]}.items():
         assert re.search(rf"^{name} .* {re.escape(item['path'])}$", result.stdout, re.MULTILINE)
     assert f"{summary['evaluation']['both']['first']['loss']:.3f}" in result.stdout
+    page = tmp_path / "demo" / "report.html"
+    assert summary["report"] == {"path": str(page)}
+    assert f"\n{page}\n" in result.stdout
+    written = json.loads((tmp_path / "demo" / "report.json").read_text())
+    assert list(written["drops"]["loss"]["merges"]) == ["both"]
+    again = lori("report", "--run", *words, "--out", tmp_path / "again", cwd=folder)
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "again" / "report.json").read_text()) == written
 
 
 @pytest.mark.ray

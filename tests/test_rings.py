@@ -16,10 +16,10 @@ PACKAGE = Path(lori_dist.__file__).parent
 # A part is a file or a folder of the package; the libraries are what it may import besides the standard library, and a
 # file's own line goes before its folder's.
 RINGS = (
-    {"__init__.py", "adapter", "masks", "merges", "tensors.py", "plugin.py", "errors.py"},
+    {"__init__.py", "adapter", "masks", "merges", "interference.py", "tensors.py", "plugin.py", "errors.py"},
     {"config.py", "jobs.py", "folder.py", "multitask"},
     {"training", "engines", "evaluation"},
-    {"cluster", "integrations", "benchmarks", "describe.py", "progress.py", "__main__.py"},
+    {"cluster", "integrations", "benchmarks", "report", "describe.py", "progress.py", "__main__.py"},
 )
 LIBRARIES = {
     "plugin.py": {"pydantic"},
@@ -30,6 +30,7 @@ LIBRARIES = {
     "adapter": {"torch", "safetensors", "numpy"},
     "masks": {"torch", "safetensors", "numpy"},
     "merges": {"torch", "safetensors", "numpy"},
+    "interference.py": {"torch"},
     "config.py": {"pydantic", "yaml"},
     "jobs.py": {"pydantic", "yaml"},
     "folder.py": {"pydantic", "yaml"},
@@ -47,6 +48,8 @@ LIBRARIES = {
     "cluster": {"torch", "numpy"},
     "integrations": {"torch", "safetensors", "numpy", "transformers", "accelerate"},
     "benchmarks": {"torch", "numpy", "transformers"},
+    "report/plots.py": {"matplotlib"},
+    "report": set(),
     "describe.py": set(),
     "progress.py": {"tqdm"},
     "__main__.py": {"torch", "yaml"},

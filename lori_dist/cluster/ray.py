@@ -33,6 +33,7 @@ from lori_dist.config import Run
 from lori_dist.errors import ConfigError, JobError
 from lori_dist.folder import Attempt
 from lori_dist.jobs import Job, check_inputs, dependents, order, ready
+from lori_dist.report import write_of_run
 
 # Ray is imported by functions, after the environment it reads while it is imported has been set.
 
@@ -99,6 +100,7 @@ def execute(run: Run, *, progress: Callable[[Progress], None] | None = None) -> 
             with _cluster(run) as nodes:
                 schedule.check_room(board.unfinished(), run.cluster, nodes)
                 _work(board, nodes)
+        board.report = write_of_run(board.summary(), run.folder)
         board.write()
     failed = {name: state["error"] for name, state in board.states.items() if state["state"] == "failed"}
     if failed:
@@ -140,6 +142,8 @@ class _Board:
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     made: dict[str, str] = field(default_factory=dict)
     """Finished job -> digest of its adapter, or nothing where it made none."""
+    report: dict[str, str] | None = None
+    """Where the run's is, or why there is none."""
     started: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -201,7 +205,7 @@ class _Board:
                 self.progress(self._event(job, **_last_step(self.run.folder, job)))
 
     def summary(self) -> dict[str, Any]:
-        return summarize(self.run, self.jobs, self.states, self.results)
+        return {**summarize(self.run, self.jobs, self.states, self.results), "report": self.report}
 
     def write(self) -> None:
         folder.write_json(self.run.folder / SUMMARY, self.summary())

@@ -1,0 +1,67 @@
+"""The interference of adapters as JSON, as a page to read and as pictures."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lori_dist import folder
+from lori_dist.adapter import file
+from lori_dist.adapter.adapter import Adapter
+from lori_dist.errors import AdapterError
+from lori_dist.interference import interference
+from lori_dist.report.drop import Evaluation, drops
+
+__all__ = ["write", "write_of_run"]
+
+JSON, PAGE, PICTURES = "report.json", "report.html", "report-"
+
+log = logging.getLogger(__name__)
+
+
+def write(
+    adapters: Sequence[Adapter],
+    out: Path,
+    *,
+    names: Sequence[str] | None = None,
+    evaluation: Evaluation | None = None,
+) -> dict[str, Any]:
+    """Writes report.json, report.html and report-NAME.png into a folder, in place of those of an earlier report.
+
+    names: as of `interference`. evaluation: with it the report has the drop of each task under each merge.
+    Returns what report.json holds: the tree of `interference`, and under `drops` that of `drops`.
+    """
+    from lori_dist.report.page import page  # draws with matplotlib, which takes a second to import
+    from lori_dist.report.plots import plots
+
+    report = {**interference(adapters, names=names), "drops": drops(evaluation or {})}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AdapterError(f"{out}: cannot be made: {error.strerror or error}; give a folder that can") from error
+    for left in out.glob(f"{PICTURES}*.png"):
+        left.unlink()
+    drawn = list(plots(report))
+    for plot in drawn:
+        plot.save(out / f"{PICTURES}{plot.name}.png")
+    (out / PAGE).write_text(page(report, drawn), encoding="utf-8")
+    folder.write_json(out / JSON, report)
+    return report
+
+
+def write_of_run(summary: Mapping[str, Any], out: Path) -> dict[str, str] | None:
+    """The report of a run's adapters beside its summary. A run does not fail by its report.
+
+    Returns {"path": of the page}, or {"error": why there is none}, or None for a run with less than two adapters.
+    """
+    paths = {name: made["path"] for name, made in summary["adapters"].items()}
+    if len(paths) < 2:
+        return None
+    try:
+        adapters = [file.load(path) for path in paths.values()]
+        write(adapters, out, names=list(paths), evaluation=summary["evaluation"])
+    except Exception as error:
+        log.warning("%s: no report could be made: %s", out, error)
+        log.debug("", exc_info=error)
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {"path": str(out / PAGE)}

@@ -1,0 +1,244 @@
+"""A report as one HTML page that needs nothing else: no script, no font, no network."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from lori_dist.report.plots import Plot, as_html, short_layers, style
+
+Rows = Iterable[Sequence[Any]]
+
+_CSS = """
+*{box-sizing:border-box}
+body{margin:0 auto;padding:1rem;max-width:76rem;background:var(--paper);color:var(--ink);
+font:1rem/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
+h1{font-size:1.5rem;line-height:1.2;margin:.5rem 0}h2{font-size:1.15rem;margin:2rem 0 .5rem}
+p,dl,ul{max-width:44rem}dt{font-weight:600}dd{margin:0 0 .6rem}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1.5rem}
+figure{margin:0;min-width:0}figcaption,.note{color:var(--muted);font-size:.875rem}
+.box{overflow-x:auto}.tall{max-height:48rem;overflow-y:auto}
+.box:focus-visible{outline:2px solid var(--line-1)}
+svg{display:block;width:100%;height:auto}
+caption{text-align:left;color:var(--muted);padding:.75rem 0 .25rem}
+table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
+th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid var(--grid);white-space:nowrap}
+td:first-child,th:first-child,.words{text-align:left}th{font-weight:600}
+thead th{vertical-align:bottom;color:var(--muted)}tbody th{max-width:16rem;overflow:hidden;text-overflow:ellipsis}
+details{margin:.75rem 0}summary{cursor:pointer;color:var(--line-1)}
+"""
+
+
+def page(report: Mapping[str, Any], plots: Sequence[Plot]) -> str:
+    """The page. Everything that comes from files is escaped."""
+    title = f"Interference of {len(report['adapters'])} adapters"
+    parts = [
+        f"<h1>{as_html(title)}</h1>",
+        *_summary(report),
+        *_section("Plots", [f'<div class="plots">{"".join(map(_figure, plots))}</div>']),
+        *(_section("Pairs of adapters", _pairs(report)) if report["pairs"] else ()),
+        *(_section("Drop of each task under each merge", _drops(report["drops"])) if report.get("drops") else ()),
+        *_section("Adapters and norms", _adapters(report)),
+        *(_section("How to read it", [_meanings()]) if report["pairs"] else ()),
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
+        f'<meta name="color-scheme" content="light dark">\n<title>{as_html(title)}</title>\n'
+        f"<style>\n{style()}{_CSS}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(parts)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _section(title: str, parts: Iterable[str]) -> Iterator[str]:
+    yield f"<section>\n<h2>{as_html(title)}</h2>"
+    yield from parts
+    yield "</section>"
+
+
+def _figure(plot: Plot) -> str:
+    return (
+        f'<figure id="{plot.name}"><div class="box tall" tabindex="0">{plot.svg()}</div>'
+        f"<figcaption>{as_html(plot.caption)}</figcaption></figure>"
+    )
+
+
+# --- what is said in words -------------------------------------------------------------------------------------------
+
+
+def _summary(report: Mapping[str, Any]) -> Iterator[str]:
+    names = ", ".join(adapter["name"] for adapter in report["adapters"])
+    yield f'<p class="note">{as_html(names)}</p>'
+    lines = [*_of_cosines(report["pairs"]), *_of_drops(report.get("drops", {}))]
+    if not report["pairs"]:
+        lines.append("There is one adapter only, and nothing to compare it with.")
+    yield f"<ul>{''.join(f'<li>{as_html(line)}</li>' for line in lines)}</ul>"
+
+
+def _of_cosines(pairs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    known = [pair for pair in pairs if pair["overall"]["cosine"]["value"] is not None]
+    if known:
+        pair = max(known, key=lambda pair: abs(pair["overall"]["cosine"]["value"]))
+        cosine = pair["overall"]["cosine"]
+        std = "" if cosine["std"] is None else f"{_number(cosine['std'])} is one standard deviation for independent B, "
+        yield (
+            f"The largest cosine of two updates is {_number(cosine['value'])}, of {' and '.join(pair['adapters'])}; "
+            f"{std}{_number(cosine['bound'])} the most it could be with these A."
+        )
+
+
+def _of_drops(drops: Mapping[str, Any]) -> Iterator[str]:
+    for metric, found in drops.items():
+        kept = {name: merge["kept"] for name, merge in found["merges"].items() if merge["kept"] is not None}
+        if kept:
+            best = max(kept, key=lambda name: kept[name])
+            yield f"By {metric}, {best} keeps most: {_percent(kept[best])} of what the tasks' own adapters reach."
+
+
+def _meanings() -> str:
+    return f"<dl>{''.join(f'<dt>{as_html(term)}</dt><dd>{as_html(meaning)}</dd>' for term, meaning in MEANINGS)}</dl>"
+
+
+MEANINGS = (
+    (
+        "Cosine",
+        "Inner product of two updates D = B A, the scale in B, over their norms. At 0 the sum of both does to each "
+        "what was there before. It does not know the inputs that will come, so it is no substitute for the drop.",
+    ),
+    (
+        "Expected and std",
+        "Mean and standard deviation of the cosine over the draws of A, for B that do not depend on A: 0 and "
+        "|Bs^T Bt| / (sqrt(d_in) |Bs| |Bt|) for A of their own, the cosine of Bs and Bt on a shared A. Trained B do "
+        "depend on A: related tasks keep about r / d_in of their gradients' cosine, which can be several std.",
+    ),
+    ("Cap", "The most that the std can be, 1 / sqrt(d_in)."),
+    (
+        "Bound",
+        "The most that the cosine can be, whatever B is: the largest cosine of the principal angles between the rows "
+        "of the two A. Over modules, weighted with the norms. 1 on a shared A.",
+    ),
+    (
+        "Overlap, Jaccard, random",
+        "Kept entries of B that stand in the same row and column: as a share of the first adapter's, of the second's, "
+        "and of those of either; random: the share of the first's for independent masks of the same sizes. Where A is "
+        "not shared, equal columns stand for different directions.",
+    ),
+    (
+        "Sign conflicts",
+        "Share of opposite signs among the entries that are zero in neither: of B where A is shared, else of the "
+        "updates. Unrelated tasks have a half.",
+    ),
+    (
+        "Energy",
+        "Share of the squared norm of the first update that lies in the row space (input) or column space (output) "
+        "of the second, and the other way round. The square of the cosine is never above it.",
+    ),
+    ("Drop", "Score of the task's own adapter less that of the merge; kept: mean of merged / own over the tasks."),
+)
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+COSINE_TITLES = ("cosine", "expected", "std", "cap", "bound")
+OTHER_TITLES = ("overlap", "random", "Jaccard", "sign conflicts", "on", "energy, input", "energy, output")
+
+
+def _pairs(report: Mapping[str, Any]) -> Iterator[str]:
+    named = [(" and ".join(pair["adapters"]), pair) for pair in report["pairs"]]
+    cosines = [(name, *_cosine(pair["overall"]["cosine"])) for name, pair in named]
+    yield _table("Cosine of the updates, over all modules", ("pair", *COSINE_TITLES), cosines)
+    rows = [(name, *_others(pair["overall"])) for name, pair in named]
+    yield _table("What else they share, over all modules", ("pair", *OTHER_TITLES), rows)
+    layers = report["layers"]
+    of_layers = [
+        (short, name, *_cosine(pair["layers"][layer]["cosine"]))
+        for name, pair in named
+        for layer, short in zip(layers, short_layers(layers), strict=True)
+        if layer in pair["layers"]
+    ]
+    table = _table("Cosine of the updates, by layer", ("layer", "pair", *COSINE_TITLES), of_layers)
+    yield f"<details><summary>Cosines by layer</summary>{table}</details>"
+
+
+def _others(figures: Mapping[str, Any]) -> tuple[str, ...]:
+    support, signs, energy = figures["support"], figures["signs"], figures["energy"]
+    return (
+        " / ".join(map(_percent, support["share"])),
+        _percent(support["expected"] / support["kept"][0] if support["kept"][0] else None),
+        _percent(support["jaccard"]),
+        _percent(signs["share"]),
+        signs["on"] or "-",
+        " / ".join(map(_percent, energy["input"])),
+        " / ".join(map(_percent, energy["output"])),
+    )
+
+
+def _cosine(cosine: Mapping[str, float | None]) -> tuple[str, ...]:
+    return tuple(_number(cosine[name]) for name in ("value", "expected", "std", "cap", "bound"))
+
+
+def _drops(drops: Mapping[str, Any]) -> Iterator[str]:
+    for metric, found in drops.items():
+        tasks = list(found["single"])
+        own = ("each task's own adapter", *(_number(found["single"][task]) for task in tasks), "", "")
+        rows = [own, *(_merge(name, merge, tasks) for name, merge in found["merges"].items())]
+        better = "lower is better" if found["lower_is_better"] else "higher is better"
+        yield _table(f"{metric}, {better}: score, and drop", ("merge", *tasks, "mean drop", "kept"), rows)
+
+
+def _merge(name: str, merge: Mapping[str, Any], tasks: Sequence[str]) -> tuple[str, ...]:
+    score, drop = merge["score"], merge["drop"]
+    cells = (f"{_number(score[task])} ({_number(drop[task], sign=True)})" if task in score else "-" for task in tasks)
+    return (name, *cells, _number(sum(drop.values()) / len(drop), sign=True), _percent(merge["kept"]))
+
+
+def _adapters(report: Mapping[str, Any]) -> Iterator[str]:
+    rows: list[tuple[str, ...]] = [
+        (
+            adapter["name"],
+            _number(adapter["norm"]),
+            str(adapter["rank"]),
+            str(len(adapter["blocks"])),
+            f"{adapter['kept']:,}",
+            _percent(adapter["kept"] / max(1, adapter["total"])),
+        )
+        for adapter in report["adapters"]
+    ]
+    yield _table("Adapters", ("adapter", "norm", "rank", "blocks", "kept entries of B", "density"), rows)
+    for adapter in report["adapters"]:
+        norms = report["norms"][adapter["name"]]
+        rows = [
+            (layer, *map(_number, row), _number(norms["layers"][path]))
+            for layer, path, row in zip(short_layers(report["layers"]), report["layers"], norms["table"], strict=True)
+        ]
+        rows.append(("all", *map(_number, norms["projections"].values()), _number(adapter["norm"])))
+        table = _table(f"Norm of {adapter['name']}", ("layer", *report["projections"], "all"), rows)
+        yield f"<details><summary>Norms of {as_html(adapter['name'])}</summary>{table}</details>"
+
+
+def _table(caption: str, titles: Sequence[str], rows: Rows) -> str:
+    """Wider than the screen, it scrolls inside of its box, also by keys."""
+    head = "".join(f'<th scope="col">{as_html(title)}</th>' for title in titles)
+    body = "".join(f"<tr>{_row(row)}</tr>\n" for row in rows)
+    return (
+        f'<div class="box" tabindex="0" role="region" aria-label="{as_html(caption)}"><table>'
+        f"<caption>{as_html(caption)}</caption><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>"
+    )
+
+
+def _row(cells: Sequence[str]) -> str:
+    first, *others = cells
+    return f'<th scope="row" title="{as_html(first)}">{as_html(first)}</th>' + "".join(
+        f"<td>{as_html(cell)}</td>" for cell in others
+    )
+
+
+def _number(value: float | None, *, sign: bool = False) -> str:
+    if value is None:
+        return "-"
+    text = "0" if value == 0 else f"{value:.3f}" if 0.0995 <= abs(value) < 1000 else f"{value:#.2g}".rstrip(".")
+    return f"+{text}" if sign and value > 0 else text
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}%"
