@@ -64,11 +64,12 @@ def _told(error: BaseException, verbose: bool) -> tuple[str, int] | None:
 def run(arguments: argparse.Namespace) -> None:
     described = config.load(arguments.config, arguments.settings)
     from lori_dist import progress
-    from lori_dist.cluster import ray
+    from lori_dist.cluster.board import SUMMARY
+    from lori_dist.cluster.run import execute
     from lori_dist.evaluation._table import table
 
     with progress.of_run() as show_progress:
-        summary = ray.execute(described, progress=show_progress)
+        summary = execute(described, progress=show_progress)
     made = {**summary["adapters"], **summary["merges"]}
     files = [(name, describe.size(item["kept"], item["total"]), item["path"]) for name, item in made.items()]
     print(table(summary["evaluation"]), describe.table(("model", "size", "adapter"), files), sep="\n\n")
@@ -78,13 +79,13 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"\nFinished before, and not done again: {', '.join(before)}.\n{remedy}")
     if summary["report"] is not None:
         print(f"\n{summary['report'].get('path') or 'No report: ' + summary['report']['error']}")
-    print(f"\n{described.folder / ray.SUMMARY}")
+    print(f"\n{described.folder / SUMMARY}")
 
 
 def train(arguments: argparse.Namespace) -> None:
-    from lori_dist.cluster import gang
+    from lori_dist.cluster.member import member
 
-    with gang.member(functools.partial(_told, verbose=arguments.verbose)) as watch:
+    with member(functools.partial(_told, verbose=arguments.verbose)) as watch:
         path, is_first = _train(arguments, watch)
     if is_first:
         print(path)

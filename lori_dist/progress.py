@@ -7,12 +7,12 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from lori_dist.cluster.ray import Progress
+from lori_dist.cluster.board import Progress
 
 
 @contextmanager
 def of_run() -> Iterator[Callable[[Progress], None]]:
-    """Gives what `cluster.ray.execute` reports to: how many jobs are done, and where each running one is."""
+    """Gives what `cluster.run.execute` reports to: how many jobs are done, and where each running one is."""
     running: dict[str, str] = {}
 
     def show(event: Progress) -> None:

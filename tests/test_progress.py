@@ -20,7 +20,7 @@ with progress.of_training() as show:
 """
 RUN = """
 from lori_dist import progress
-from lori_dist.cluster.ray import Progress
+from lori_dist.cluster.board import Progress
 with progress.of_run() as show:
     about = dict(state="running", seconds=1.0, num_done=1, num_jobs=4)
     show(Progress(job="train-math", phase="train", step=7, num_steps=9, loss=0.5, **about))

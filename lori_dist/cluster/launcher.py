@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lori_dist import folder, plugin
-from lori_dist.cluster.ray import CHECKPOINTS, new_attempt, with_absolute_paths
-from lori_dist.cluster.summary import ADAPTER, path
+from lori_dist.cluster.attempts import new_attempt
+from lori_dist.cluster.run import with_absolute_paths
+from lori_dist.cluster.summary import ADAPTER, CHECKPOINTS, path
 from lori_dist.config import Run
 from lori_dist.errors import ConfigError, JobError
 from lori_dist.folder import Attempt

@@ -7,7 +7,8 @@ from typing import Any
 from lori_dist.config import Run
 from lori_dist.jobs import Job
 
-ADAPTER = "adapter.safetensors"
+ADAPTER, METRICS, CHECKPOINTS = "adapter.safetensors", "metrics.jsonl", "checkpoints"
+"""What trainings have in their folders. Stands here so that the driver of a run does without torch."""
 
 
 def summarize(

@@ -22,8 +22,10 @@ import torch
 
 from lori_dist import config, jobs
 from lori_dist.adapter import file
-from lori_dist.cluster import ray
-from lori_dist.cluster.ray import Progress
+from lori_dist.cluster import work
+from lori_dist.cluster.board import Progress
+from lori_dist.cluster.connection import connected
+from lori_dist.cluster.run import execute
 from lori_dist.errors import AdapterError, ConfigError, JobError
 from lori_dist.jobs import order
 from lori_dist.merges import merge_files
@@ -110,17 +112,17 @@ def story(run: config.Run, inputs: Path) -> Story:
     kill_driver(story, inputs)
     kill_rank(story)
     mend(inputs / "reverse-train.jsonl")
-    story.mended = ray.execute(run)
+    story.mended = execute(run)
     nowhere = dataclasses.replace(run.cluster, address="127.0.0.1:1")  # a second run does not even look for a cluster
-    story.again = ray.execute(dataclasses.replace(run, cluster=nowhere))
+    story.again = execute(dataclasses.replace(run, cluster=nowhere))
     return story
 
 
 DRIVER = """
 import json, sys
 from lori_dist import config
-from lori_dist.cluster import ray
-ray.execute(config.validate(json.load(sys.stdin)))
+from lori_dist.cluster.run import execute
+execute(config.validate(json.load(sys.stdin)))
 """
 
 
@@ -156,7 +158,7 @@ def kill_rank(story: Story) -> None:
         if not story.sockets:
             story.sockets = listening(descendants(os.getpid()))
             with pytest.raises(JobError) as caught:
-                ray.execute(story.run)
+                execute(story.run)
             story.lock = str(caught.value)
         if event.job == "train-copy" and not story.killed:
             log = (story.run.folder / "logs" / "train-copy.rank1.log").read_text()
@@ -165,7 +167,7 @@ def kill_rank(story: Story) -> None:
                 os.kill(story.killed, signal.SIGKILL)
 
     with pytest.raises(JobError) as caught:
-        ray.execute(story.run, progress=watch)
+        execute(story.run, progress=watch)
     story.error = str(caught.value)
     story.broken = json.loads((story.run.folder / "summary.json").read_text())
 
@@ -302,8 +304,8 @@ def test_a_merge_is_the_same_file_on_one_worker_and_on_several(run: config.Run, 
         file.save(adapter(block(path.stem, seed=number, draw=number)), path)
     job = next(job for job in order(plan(run)) if job.kind == "merge")
     options: dict[str, Any] = {"weights": [0.5, -1.0]}
-    with ray._cluster(run):
-        spread = ray._spread(run, job)
+    with connected(run):
+        spread = work._spread(run, job)
         assert spread["num_ranges"] == 2
         for method in ("concat", "linear", "ties", "svd"):
             merge_files(paths, tmp_path / f"{method}-one", method=method, **options)
@@ -327,7 +329,7 @@ def _pid(_: object) -> int:
 def test_a_gang_larger_than_the_cluster_is_refused_before_anything_starts(run: config.Run, tmp_path: Path) -> None:
     large = dataclasses.replace(run.cluster, workers=10_000)
     with pytest.raises(ConfigError, match=r"cluster.workers: train-copy takes 10000 x \(0.5 CPUs\), the cluster has"):
-        ray.execute(dataclasses.replace(run, cluster=large, output=str(tmp_path)))
+        execute(dataclasses.replace(run, cluster=large, output=str(tmp_path)))
     assert {path.name for path in (tmp_path / "demo").iterdir()} == {".lock", "summary.json"}
 
 
@@ -344,7 +346,7 @@ def test_a_cluster_that_is_not_there_is_told(
 ) -> None:
     nowhere = dataclasses.replace(run.cluster, address=address)
     with pytest.raises(error, match=message):
-        ray.execute(dataclasses.replace(run, cluster=nowhere, output=str(tmp_path)))
+        execute(dataclasses.replace(run, cluster=nowhere, output=str(tmp_path)))
 
 
 # --- processes and sockets -------------------------------------------------------------------------------------------

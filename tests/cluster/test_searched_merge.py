@@ -21,7 +21,8 @@ import pytest
 
 from lori_dist import config, folder
 from lori_dist.adapter import file
-from lori_dist.cluster import ray
+from lori_dist.cluster import trials
+from lori_dist.cluster.run import execute, with_absolute_paths
 from lori_dist.errors import JobError
 from lori_dist.evaluation import evaluate
 from lori_dist.merges import merge_files
@@ -85,7 +86,7 @@ class Searched:
 @pytest.fixture(scope="module")
 def first(place: Path) -> Searched:
     run = described(place)
-    summary = ray.execute(run)
+    summary = execute(run)
     return Searched(run, summary, lines(run.folder / "merge-found"))
 
 
@@ -133,7 +134,7 @@ def second(first: Searched, place: Path) -> tuple[Searched, str]:
     run = described(place, "second")
     for task in ("copy", "reverse"):
         shutil.copytree(first.run.folder / f"train-{task}", run.folder / f"train-{task}")
-    (job,) = (job for job in plan(ray.with_absolute_paths(run)) if job.kind == "merge")
+    (job,) = (job for job in plan(with_absolute_paths(run)) if job.kind == "merge")
     partial = folder.open(run.folder, job)
     text = (first.run.folder / "merge-found" / "search.jsonl").read_text().splitlines(keepends=True)
     (partial / "search.jsonl").write_text("".join(text[:KNOWN]) + text[KNOWN][:20])
@@ -142,7 +143,7 @@ def second(first: Searched, place: Path) -> tuple[Searched, str]:
         path.write_text("poison\n")
     try:
         with pytest.raises(JobError) as caught:
-            ray.execute(run)
+            execute(run)
     finally:
         for path, content in before.items():
             path.write_bytes(content)
@@ -182,7 +183,7 @@ def test_a_search_never_sees_test_rows(second: tuple[Searched, str]) -> None:
 
 def test_a_process_of_the_search_is_not_told_the_test_files(first: Searched, tmp_path: Path) -> None:
     (job,) = (job for job in plan(first.run) if job.kind == "merge")
-    told = json.dumps(config.dump(ray._on_validation_rows(first.run, job, tmp_path)))
+    told = json.dumps(config.dump(trials._on_validation_rows(first.run, job, tmp_path)))
     assert "-test.jsonl" not in told
     assert "-test.jsonl" not in json.dumps(job.settings)
 
@@ -190,8 +191,8 @@ def test_a_process_of_the_search_is_not_told_the_test_files(first: Searched, tmp
 DRIVER = """
 import json, sys
 from lori_dist import config
-from lori_dist.cluster import ray
-ray.execute(config.validate(json.load(sys.stdin)))
+from lori_dist.cluster.run import execute
+execute(config.validate(json.load(sys.stdin)))
 """
 
 
@@ -208,7 +209,7 @@ def test_a_killed_search_goes_on(first: Searched, place: Path) -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     before = known.read_text() if known.exists() else ""
-    summary = ray.execute(run)
+    summary = execute(run)
     assert summary["merges"]["found"]["weights"] == first.summary["merges"]["found"]["weights"]
     assert (run.folder / "merge-found" / "search.jsonl").read_text().startswith(before[: before.rfind("\n") + 1])
 
@@ -226,7 +227,7 @@ def test_weights_per_projection_by_cma(first: Searched, place: Path) -> None:
     run = described(place, "fourth", method="cma", per="projection", budget=6)
     for task in ("copy", "reverse"):
         shutil.copytree(first.run.folder / f"train-{task}", run.folder / f"train-{task}")
-    made: Mapping[str, Any] = ray.execute(run)["merges"]["found"]
+    made: Mapping[str, Any] = execute(run)["merges"]["found"]
     assert made["evaluations"] == 6
     assert set(made["weights"]["copy"]) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert [block.name for block in file.load(Path(made["path"])).blocks] == ["copy", "reverse"]

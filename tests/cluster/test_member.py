@@ -3,7 +3,7 @@
 import pytest
 import torch.distributed as dist
 
-from lori_dist.cluster.gang import is_of_connection, member
+from lori_dist.cluster.member import is_of_connection, member
 from lori_dist.errors import JobError
 
 

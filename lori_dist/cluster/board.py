@@ -1,0 +1,161 @@
+"""Where each job of a run stands, and who is told."""
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lori_dist import folder
+from lori_dist.cluster import schedule
+from lori_dist.cluster.schedule import Resources
+from lori_dist.cluster.summary import ADAPTER, METRICS, summarize
+from lori_dist.config import Run
+from lori_dist.jobs import Job, dependents, ready
+
+SUMMARY = "summary.json"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far a run is."""
+
+    job: str
+    state: str
+    """`running`, `finished`, `failed` or `blocked`."""
+    seconds: float
+    num_done: int
+    """Jobs that are finished."""
+    num_jobs: int
+    phase: str = ""
+    """Of a training: `calibrate` or `train`."""
+    step: int = 0
+    num_steps: int = 0
+    loss: float | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class Board:
+    """Where each job stands."""
+
+    run: Run
+    jobs: list[Job]
+    progress: Callable[[Progress], None]
+    states: dict[str, dict[str, Any]] = field(default_factory=dict)
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    made: dict[str, str] = field(default_factory=dict)
+    """Finished job -> digest of its adapter, or nothing where it made none."""
+    report: dict[str, str] | None = None
+    """Where the run's is, or why there is none."""
+    started: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.states = {job.name: {"state": "waiting"} for job in self.jobs}
+        for job in self.jobs:
+            record = folder.finished(self.run.folder, job)
+            if record is not None and record["inputs"] == self.inputs(job):
+                self.results[job.name] = record["result"]
+                self.made[job.name] = record["sha256"].get(ADAPTER, "")
+                self._change(job, "finished", cached=True, seconds=record["seconds"])
+
+    def inputs(self, job: Job) -> dict[str, str | None]:
+        """What the job reads of others: it is done again where those were, and became something else."""
+        return {need: self.made.get(need) for need in job.needs}
+
+    def named(self, state: str) -> list[Job]:
+        return [job for job in self.jobs if self.states[job.name]["state"] == state]
+
+    def names(self, state: str) -> set[str]:
+        return {job.name for job in self.named(state)}
+
+    def unfinished(self) -> list[Job]:
+        return [job for job in self.jobs if self.states[job.name]["state"] != "finished"]
+
+    def startable(self, nodes: Sequence[Resources]) -> list[Job]:
+        possible = ready(self.jobs, self.names("finished"), self.names("running") | self.names("failed"))
+        return schedule.admit(possible, self.named("running"), self.run.cluster, nodes)
+
+    def start(self, job: Job) -> None:
+        self.started[job.name] = time.monotonic()
+        self._change(job, "running")
+
+    def finish(self, job: Job, record: Mapping[str, Any]) -> None:
+        self.results[job.name] = record["result"]
+        self.made[job.name] = record["sha256"].get(ADAPTER, "")
+        self._change(job, "finished", seconds=record["seconds"], attempts=record["attempts"])
+        self.write()
+
+    def interrupt(self) -> None:
+        for job in self.named("running"):
+            self._change(job, "waiting")
+        with contextlib.suppress(OSError):  # a full disk must not hide what went wrong before
+            self.write()
+
+    def fail(self, job: Job, error: str) -> None:
+        self._change(job, "failed", seconds=self.seconds(job), error=error)
+        for blocked in dependents(self.jobs, self.names("failed")):
+            if self.states[blocked.name]["state"] == "waiting":
+                out = self.names("failed") | self.names("blocked")
+                self._change(blocked, "blocked", seconds=0.0, needs=[name for name in blocked.needs if name in out])
+        self.write()
+
+    def seconds(self, job: Job) -> float:
+        return round(time.monotonic() - self.started[job.name], 3) if job.name in self.started else 0.0
+
+    def report_steps(self) -> None:
+        for job in self.named("running"):
+            if job.kind == "train":
+                self.progress(self._event(job, **_last_step(self.run.folder, job)))
+
+    def summary(self) -> dict[str, Any]:
+        return {**summarize(self.run, self.jobs, self.states, self.results), "report": self.report}
+
+    def write(self) -> None:
+        folder.write_json(self.run.folder / SUMMARY, self.summary())
+
+    def _change(self, job: Job, state: str, **more: Any) -> None:
+        self.states[job.name] = {"state": state, **more}
+        log.info("%s: %s", job.name, _told(self.states[job.name]))
+        self.progress(self._event(job))
+
+    def _event(self, job: Job, **more: Any) -> Progress:
+        return Progress(
+            job=job.name,
+            state=self.states[job.name]["state"],
+            seconds=self.seconds(job),
+            num_done=len(self.named("finished")),
+            num_jobs=len(self.jobs),
+            **more,
+        )
+
+
+def _told(state: Mapping[str, Any]) -> str:
+    match state:
+        case {"state": "failed", "error": error}:
+            return f"failed: {error}"
+        case {"state": "blocked", "needs": needs}:
+            return f"not done, as it needs {', '.join(needs)}"
+        case {"cached": True}:
+            return "was finished before"
+        case {"state": "finished", "seconds": seconds}:
+            return f"finished in {seconds:.1f} s"
+    return str(state["state"])
+
+
+def _last_step(root: Path, job: Job) -> dict[str, Any]:
+    """Where a training is, from the end of its metrics."""
+    try:
+        with (root / f"{folder.PARTIAL}{job.name}" / METRICS).open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 4096))
+            *_, last, _ = file.read().split(b"\n")
+            record = json.loads(last)
+    except (OSError, ValueError):  # none yet, or a line that is being written
+        return {}
+    return {key: record[key] for key in ("phase", "step", "num_steps", "loss")}

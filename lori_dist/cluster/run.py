@@ -1,0 +1,121 @@
+"""A run on a Ray cluster: which jobs there are, and that each is done once, as soon as it can be.
+
+The driver holds the plan and the run's folder; a thread of its own watches over each running job. What a job leaves is
+in files, so that nothing is lost with a process, a node or the cluster: the same run again goes on from them.
+"""
+
+import dataclasses
+import logging
+import queue
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lori_dist import folder, plugin
+from lori_dist.cluster import attempts, schedule
+from lori_dist.cluster.board import Board, Progress
+from lori_dist.cluster.connection import connected, disconnect
+from lori_dist.cluster.gang import RAY
+from lori_dist.cluster.schedule import Resources
+from lori_dist.cluster.summary import CHECKPOINTS
+from lori_dist.cluster.trials import TRIED
+from lori_dist.config import Run
+from lori_dist.errors import JobError
+from lori_dist.jobs import Job, order
+from lori_dist.report import write_of_run
+
+POLL_SECONDS = 1.0
+STOP_SECONDS = 15.0
+
+log = logging.getLogger(__name__)
+
+
+def execute(run: Run, *, progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
+    """Does the jobs of a run that are not done yet. Returns the summary, which is also in run.folder/summary.json.
+
+    progress: called whenever a job changes its state, and every second for each training that runs.
+    Raises ConfigError before anything is started if a job is larger than the cluster, and JobError if another process
+    is working on the run, or when jobs failed, after all others that did not need them are done.
+    """
+    run = with_absolute_paths(run)
+    method = plugin.find("multitask", run.multitask.name, "plan", "multitask")
+    jobs = order(method.load()(run, **method.bind(run.multitask.options, "multitask")))
+    with folder.lock(run.folder):
+        folder.clean(run.folder, scratch=[CHECKPOINTS, TRIED])
+        shutil.rmtree(run.folder / RAY, ignore_errors=True)  # of a driver that was killed
+        board = Board(run=run, jobs=jobs, progress=progress or (lambda event: None))
+        board.write()
+        if board.unfinished():
+            with connected(run) as nodes:
+                schedule.check_room(board.unfinished(), run.cluster, nodes)
+                _work(board, nodes)
+        board.report = write_of_run(board.summary(), run.folder)
+        board.write()
+    failed = {name: state["error"] for name, state in board.states.items() if state["state"] == "failed"}
+    if failed:
+        raise JobError("\n".join(f"{name}: {error}" for name, error in failed.items()))
+    return board.summary()
+
+
+def with_absolute_paths(run: Run) -> Run:
+    """The same run for a process that works in another folder."""
+
+    def absolute(name: str) -> str:
+        return str(Path(name).absolute())
+
+    tasks = {
+        name: dataclasses.replace(
+            task,
+            train=absolute(task.train),
+            test=absolute(task.test),
+            validation=None if task.validation is None else absolute(task.validation),
+        )
+        for name, task in run.tasks.items()
+    }
+    base = absolute(run.model.path) if Path(run.model.path).exists() else run.model.path
+    model = dataclasses.replace(run.model, path=base)
+    return dataclasses.replace(run, output=absolute(run.output), model=model, tasks=tasks)
+
+
+def _work(board: Board, nodes: Sequence[Resources]) -> None:
+    """Starts what can start, until nothing runs and nothing more can."""
+    ended: queue.Queue[tuple[Job, dict[str, Any] | str]] = queue.Queue()
+    stopping = threading.Event()
+    watchers: list[threading.Thread] = []
+
+    def watch(job: Job) -> None:
+        try:
+            ended.put((job, attempts.do(board.run, job, board.inputs(job), stopping)))
+        except JobError as error:
+            ended.put((job, str(error)))
+        except BaseException as error:
+            log.debug("%s", job.name, exc_info=error)
+            ended.put((job, f"{type(error).__name__}: {error}"))
+
+    try:
+        while True:
+            for job in board.startable(nodes):
+                board.start(job)
+                watchers.append(threading.Thread(target=watch, args=(job,), name=job.name, daemon=True))
+                watchers[-1].start()
+            if not board.named("running"):
+                return
+            try:
+                job, outcome = ended.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                board.report_steps()
+                continue
+            if isinstance(outcome, str):
+                board.fail(job, outcome)
+            else:
+                board.finish(job, outcome)
+    finally:
+        stopping.set()
+        if board.named("running"):
+            log.warning("%s: stopped; the same command continues from here", board.run.name)
+            disconnect()  # which ends what the watchers wait for
+            board.interrupt()
+        for watcher in watchers:
+            watcher.join(timeout=STOP_SECONDS)

@@ -1,0 +1,167 @@
+"""What the processes of a job do, wherever in the cluster they are."""
+
+import contextlib
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lori_dist import config, folder
+from lori_dist.cluster import schedule
+from lori_dist.cluster.connection import runtime_env
+from lori_dist.cluster.summary import ADAPTER
+from lori_dist.config import Run
+from lori_dist.folder import Attempt
+from lori_dist.jobs import Job
+
+RESULT, FAILURE = "result.json", "failure-"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assignment:
+    """What a worker is told."""
+
+    tree: dict[str, Any]
+    """The run."""
+    job: Job
+    attempt: Attempt
+
+
+def train_rank(settings: dict[str, Any]) -> None:
+    """One rank of a training, in a process that Ray Train started."""
+    import ray.train
+
+    assignment: Assignment = settings["assignment"]
+    with working(assignment, ray.train.get_context().get_world_rank()) as run:
+        import torch
+
+        from lori_dist.training.train import train
+        from lori_dist.training.world import from_environment
+
+        torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
+        world = from_environment()
+        result = train(
+            run,
+            assignment.job.settings["task"],
+            world,
+            assignment.attempt.partial,
+            fingerprint=assignment.job.fingerprint,
+            still_mine=assignment.attempt.check,
+        )
+        if world.rank == 0:
+            folder.write_json(assignment.attempt.partial / RESULT, result)
+
+
+def merge_adapters(assignment: Assignment) -> None:
+    with working(assignment, 0) as run:
+        settings = assignment.job.settings
+        weights = [dict(weight) if isinstance(weight, list) else weight for weight in settings["weights"]]
+        spread = _spread(run, assignment.job)
+        result = merged(run, assignment, weights, assignment.attempt.partial / ADAPTER, **spread)
+        del result["path"]  # the folder is about to get another name
+        folder.write_json(assignment.attempt.partial / RESULT, {**result, **settings.get("found", {})})
+
+
+def merged(run: Run, assignment: Assignment, weights: Sequence[Any], out: Path, **spread: Any) -> dict[str, Any]:
+    from lori_dist.merges import merge_files
+
+    method = dict(assignment.job.settings["method"])
+    adapters = [run.folder / need / ADAPTER for need in assignment.job.needs]
+    return merge_files(adapters, out, method=method.pop("name"), options=method, weights=weights, **spread)
+
+
+def _spread(run: Run, job: Job) -> dict[str, Any]:
+    """How a merge is divided among workers, as `merge_files` takes it. Nothing where it has one."""
+    import ray
+
+    count, part = schedule.processes(job, run.cluster)
+    if count == 1:
+        return {}
+    # The task that waits for them gives its own CPU back meanwhile.
+    call = ray.remote(num_cpus=part.cpus, max_retries=0, runtime_env=runtime_env(run))(_call)
+
+    def spread(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+        try:
+            return ray.get([call.remote(function, item) for item in items])
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+
+    return {"num_ranges": count, "spread": spread}
+
+
+def _call(function: Callable[[Any], Any], item: Any) -> Any:
+    return function(item)
+
+
+def evaluate_model(assignment: Assignment) -> None:
+    with working(assignment, 0) as run:
+        import torch
+
+        from lori_dist.evaluation import evaluate
+
+        torch.set_num_threads(1)
+        name = assignment.job.settings["adapter"]
+        adapter = None if name is None else run.folder / name / ADAPTER
+        result = evaluate(run, adapter, device="cuda" if run.cluster.gpus_per_worker else "cpu")
+        folder.write_json(assignment.attempt.partial / "evaluation.json", result)
+        folder.write_json(assignment.attempt.partial / RESULT, {"evaluation": result})
+
+
+@contextlib.contextmanager
+def working(assignment: Assignment, rank: int) -> Iterator[Run]:
+    """The run, while all that this process writes goes to the job's log. What goes wrong is left for the driver."""
+    root = Path(assignment.tree["output"]) / assignment.tree["name"]
+    with _logged(log_file(root, assignment.job, rank)):
+        try:
+            assignment.attempt.check()
+            log.info(
+                "%s: attempt %d, rank %d, process %d", assignment.job.name, assignment.attempt.number, rank, os.getpid()
+            )
+            yield config.validate(assignment.tree)
+        except BaseException as error:
+            traceback.print_exc()
+            record = schedule.record_of(error, rank, time.time())
+            file = assignment.attempt.partial / f"{FAILURE}{assignment.attempt.number}-{rank}.json"
+            with contextlib.suppress(OSError):  # the folder may be gone, which is then what the error says
+                folder.write_json(file, {**record, "attempt": assignment.attempt.number})
+            raise
+
+
+def log_file(root: Path, job: Job, rank: int) -> Path:
+    return root / "logs" / (f"{job.name}.rank{rank}.log" if job.kind == "train" else f"{job.name}.log")
+
+
+@contextlib.contextmanager
+def _logged(file: Path) -> Iterator[None]:
+    """All that this process writes to its standard output and error, from C as well, goes to the end of a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    target = os.open(file, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
+    kept = [(number, os.dup(number)) for number in (1, 2)]
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    package = logging.getLogger("lori_dist")
+    level, propagate = package.level, package.propagate
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    package.propagate = False  # Ray's handlers would write every line once more
+    try:
+        for number, _ in kept:
+            os.dup2(target, number)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, copy in kept:
+            os.dup2(copy, number)
+            os.close(copy)
+        os.close(target)
+        package.removeHandler(handler)
+        package.setLevel(level)
+        package.propagate = propagate
