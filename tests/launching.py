@@ -86,9 +86,7 @@ def run_all(
 
     environments: what each of them finds besides. None may leave a process whose command line names the log's folder.
     """
-    path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
-    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PATH": path, "PYTHONPATH": python_path}
+    environment = environment_of(folder)
     started = []
     try:
         with log.open("ab") as stream:
@@ -107,6 +105,13 @@ def run_all(
             process.kill()
             process.wait()
         end_all(log.parent)
+
+
+def environment_of(folder: Path) -> dict[str, str]:
+    """In which programs of a folder's `bin`, then this interpreter and package, are found."""
+    path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PATH": path, "PYTHONPATH": python_path}
 
 
 def end_all(place: Path) -> None:

@@ -1,5 +1,6 @@
 """A Slurm of this machine: programs `srun` and `scontrol` that do what Slurm's do, with this machine for every node."""
 
+import itertools
 import os
 import sys
 from collections.abc import Mapping
@@ -74,5 +75,8 @@ def job(number: int, nodes: str, cpus: int = 1) -> Mapping[str, str]:
 
 
 def free_job() -> int:
-    """The number of a job that no other process of this machine is likely to have."""
-    return os.getpid()
+    """The number of a job that no other process of this machine is likely to have, another one in each call."""
+    return next(_NUMBERS)
+
+
+_NUMBERS = itertools.count(os.getpid())
