@@ -1,65 +1,27 @@
 """`lori train` under every launcher, by the commands of the README: two ranks train together, and when one dies nobody
 hangs and the cause is told."""
 
-import contextlib
-import json
-import os
 import re
 import shlex
-import signal
-import socket
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
 from lori_dist import Adapter, load_adapter
 from tests.launched import MESSAGE, REFUSAL
-from tests.models import tiny_llama
-from tests.tokenizers import save
+from tests.launching import Launched, assert_equal, free_port, make_task, run_all
 
-YAML = """
-name: demo
-output: runs
-model: {path: model}
-tasks:
-  math: {train: rows.jsonl, test: rows.jsonl}
-adapter: {rank: 2, alpha: 4, density: 0.25, targets: [q_proj, down_proj]}
-train: {steps: 2, batch_size: 5, micro_batch_size: 2, max_length: 32, calibrate: {steps: 3}}
-merges: {}
-"""
 README = (Path(__file__).parents[1] / "README.md").read_text()
-PDSH = """#!/usr/bin/env python
-# What pdsh does for `deepspeed --hostfile`, with this machine for every host: it runs a command line once per host.
-import subprocess, sys
-assert sys.argv[1:5] == ["-S", "-f", "1024", "-w"], sys.argv
-hosts, command = sys.argv[5].split(","), " ".join(sys.argv[6:])
-shells = [subprocess.Popen(["sh", "-c", command.replace("%n", str(node))]) for node in range(len(hosts))]
-sys.exit(max(abs(shell.wait()) for shell in shells))
-"""
 LIMIT_S = 30.0
 """From a rank's death to the end of the job."""
-TIMEOUT_S = 150.0
-"""For a launch, on a machine that others use as well."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, rows, a configuration of them, a file of two hosts, and a stand-in for pdsh."""
     made = tmp_path_factory.mktemp("launchers")
-    save(tiny_llama(), made / "model")
-    rows = [{"prompt": f"go {word} {number}", "response": word} for number in range(3) for word in ("left", "right")]
-    (made / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (made / "mine.yaml").write_text(YAML)
-    (made / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
-    (made / "bin").mkdir()
-    (made / "bin" / "pdsh").write_text(PDSH)
-    (made / "bin" / "pdsh").chmod(0o755)
+    make_task(made)
     return made
 
 
@@ -104,65 +66,11 @@ def readme(start: str) -> tuple[list[str], list[str]]:
     return shlex.split(command), shlex.split(words, comments=True)
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Launched:
-    """What became of the commands of one launch."""
-
-    codes: list[int]
-    output: str
-    """Of all of them, stdout and stderr, in the order in which it was written."""
-    end: float
-    """When the last of them ended, as files have it."""
-
-
 def launch(commands: Sequence[Sequence[str]], words: Sequence[str], folder: Path, log: Path) -> Launched:
     """Runs `lori train` by the commands, one per host. Fails if they do not end, or leave a process behind."""
-    bin, source = Path(sys.executable).parent, Path(__file__).parents[1]
-    path = os.pathsep.join([str(folder / "bin"), str(bin), os.environ["PATH"]])
-    python_path = os.pathsep.join(filter(None, [str(source), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PATH": path, "PYTHONPATH": python_path}
     words = ["lori_dist", "train", "mine.yaml", "--task", "math", f"output={log.parent}", *words]
-    started = []
-    try:
-        with log.open("ab") as stream:
-            for program, *options in commands:
-                command = [str(bin / program), *options, *words]
-                started.append(
-                    subprocess.Popen(command, cwd=folder, env=environment, stdout=stream, stderr=subprocess.STDOUT)
-                )
-        end = time.monotonic() + TIMEOUT_S
-        codes = [process.wait(max(0.0, end - time.monotonic())) for process in started]
-        launched = Launched(codes=codes, output=log.read_text(), end=time.time())
-        assert left_behind(log.parent) == {}, launched.output
-        return launched
-    except subprocess.TimeoutExpired:
-        pytest.fail(f"it hangs; its output is\n{log.read_text()}")
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-        for number in left_behind(log.parent):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(number, signal.SIGKILL)
-
-
-def left_behind(place: Path) -> dict[int, str]:
-    """Processes whose command line names a folder: number -> command line."""
-
-    def named() -> Iterator[tuple[int, str]]:
-        for file in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):
-                text = file.read_text().replace("\0", " ")
-                if str(place) in text:
-                    yield int(file.parent.name), text
-
-    return dict(named())
+    bin = Path(sys.executable).parent
+    return run_all([[str(bin / program), *options, *words] for program, *options in commands], folder, log)
 
 
 # --- together --------------------------------------------------------------------------------------------------------
@@ -186,13 +94,7 @@ def test_launched_ranks_train_together(launcher: Launcher, alone: Adapter, folde
     path = tmp_path / "demo" / "train-math" / "adapter.safetensors"
     assert launched.output.count(f"{path}\n") == 1
     assert sorted(file.name for file in tmp_path.glob("mask-*")) == ["mask-0-of-2"]
-    together = load_adapter(path)
-    for name, entries in alone.blocks[0].entries.items():
-        other = together.blocks[0].entries[name]
-        assert entries.index is not None
-        assert other.index is not None
-        assert torch.equal(other.index, entries.index)
-        assert torch.dist(other.values, entries.values) <= 5e-6 * entries.values.norm()
+    assert_equal(load_adapter(path), alone)
 
 
 # --- when a rank dies ------------------------------------------------------------------------------------------------
