@@ -10,11 +10,23 @@ from lori_dist.adapter.update import Part, Update
 from lori_dist.errors import AdapterError, ConfigError
 from lori_dist.merges._entries import Combine
 from lori_dist.merges._factors import leading
-from lori_dist.merges._forms import Support, computed, groups, joined_name, on_projection, scaled_b, shared
+from lori_dist.merges._forms import (
+    Support,
+    computed,
+    groups,
+    joined_name,
+    on_projection,
+    only,
+    scaled_b,
+    scaled_entries,
+    shared,
+)
 
 log = logging.getLogger(__name__)
 
 Space = Literal["auto", "b", "dense"]
+Keep = Callable[[Tensor], Tensor]
+"""Which entries of a matrix, or of the flat entries of one that are not zero, take part: bool, of its shape."""
 
 
 def merge_entries(
@@ -25,7 +37,7 @@ def merge_entries(
     rank: int | None,
     votes: bool,
     draws: bool = False,
-    prepare: Callable[[Tensor], Tensor] = lambda x: x,
+    keep: Keep | None = None,
 ) -> list[Part]:
     """The merged update of one module, by a method that works entry by entry; A is never touched.
 
@@ -35,22 +47,26 @@ def merge_entries(
     this module share A, else `dense`. rank: None for the sum of the tasks' ranks, or the most the shape allows.
     votes: whether an entry's result depends on other tasks. If not, `b` also takes tasks on several A, each by itself.
     draws: whether it depends on the entry's place; else entries that no task keeps are left out of what is combined.
-    prepare: what is done to each task's matrix before, as trimming; not with `draws`.
+    keep: which entries of each task's matrix take part; not with `draws`.
     Raises AdapterError for `b` without a shared A, ConfigError for a rank above what the shape allows.
     """
     rank = rank_within(updates, rank)
     one = shared(updates)
     if space == "dense" or (space == "auto" and one is None):
-        return [_dense(updates, lambda matrices: combine(map(prepare, matrices)), rank)]
+        return [
+            _dense(
+                updates, lambda matrices: combine(matrices if keep is None else (x * keep(x) for x in matrices)), rank
+            )
+        ]
     if one is not None:
-        return [_on_projection(updates, one, combine, joined_name(updates), draws, prepare)]
+        return [_on_projection(updates, one, combine, joined_name(updates), draws, keep)]
     if votes:
         raise AdapterError(
             f"{updates[0].module}: the tasks do not share A, so their B cannot vote entry by entry; train them with "
             "adapter.share_projection, or merge with space=dense"
         )
     return [
-        _on_projection(updates, parts, combine, "+".join(part.name for part in parts), draws, prepare)
+        _on_projection(updates, parts, combine, "+".join(part.name for part in parts), draws, keep)
         for parts in groups(updates)
     ]
 
@@ -77,13 +93,15 @@ def _on_projection(
     combine: Combine,
     name: str,
     draws: bool,
-    prepare: Callable[[Tensor], Tensor],
+    keep: Keep | None,
 ) -> Part:
     if draws:
         return on_projection(parts, combine([scaled_b(update, parts) for update in updates]), name)
-    support = Support(parts)
-    b = combine([support.scaled_b(update.kept, prepare) for update in updates])
-    return on_projection(parts, b, name, positions=support.positions)
+    tasks = [scaled_entries(part for part in update.kept if part.key == parts[0].key) for update in updates]
+    if keep is not None:
+        tasks = [only(entries, keep(entries.values)) for entries in tasks]
+    support = Support(tasks, parts[0].shape[0] * parts[0].rank)
+    return on_projection(parts, combine(map(support.spread, tasks)), name, positions=support.positions)
 
 
 def _dense(updates: Sequence[Update], combine: Combine, rank: int) -> Part:

@@ -1,10 +1,13 @@
 """The sum of updates that have lost their smallest entries."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Annotated, Literal
 
+from torch import Tensor
+
 from lori_dist.adapter.update import Part, Update
-from lori_dist.merges._entries import Draw, combination
+from lori_dist.merges._entries import largest, total
 from lori_dist.merges._spaces import merge_entries
 
 
@@ -27,11 +30,8 @@ def merge(
     Source: magnitude pruning of task vectors as in TIES (arXiv 2306.01708), section 4, step 1, then summed;
     `magnitude_prune` of PEFT, which prunes A and B apart instead.
     """
-    combine = combination(
-        "task_arithmetic",
-        weights=weights,
-        names=[update.name for update in updates],
-        density=density,
-        draw=Draw(seed=0, module=updates[0].module),
-    )
-    return merge_entries(updates, combine, space=space, rank=rank, votes=False)
+
+    def combine(matrices: Iterable[Tensor]) -> Tensor:
+        return total([x * weight for x, weight in zip(matrices, weights, strict=True)])
+
+    return merge_entries(updates, combine, space=space, rank=rank, votes=False, keep=partial(largest, density=density))

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from torch import Tensor
 
 from lori_dist.adapter.update import Part, Update
-from lori_dist.merges._entries import trim, vote
+from lori_dist.merges._entries import largest, vote
 from lori_dist.merges._spaces import merge_entries
 
 
@@ -41,4 +41,4 @@ def merge(
         shares = [abs(weight) for weight in weights] if divide == "weight" else None
         return vote(weighted, elect=elect, divide=shares) * scale
 
-    return merge_entries(updates, combine, space=space, rank=rank, votes=True, prepare=partial(trim, density=density))
+    return merge_entries(updates, combine, space=space, rank=rank, votes=True, keep=partial(largest, density=density))
