@@ -1,6 +1,6 @@
 """The forms a merged update of one module can have: B on one of the tasks' own A, or computed A and B."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch

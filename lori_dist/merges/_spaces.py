@@ -53,11 +53,7 @@ def merge_entries(
     rank = rank_within(updates, rank)
     one = shared(updates)
     if space == "dense" or (space == "auto" and one is None):
-        return [
-            _dense(
-                updates, lambda matrices: combine(matrices if keep is None else (x * keep(x) for x in matrices)), rank
-            )
-        ]
+        return [_dense(updates, combine, keep, rank)]
     if one is not None:
         return [_on_projection(updates, one, combine, joined_name(updates), draws, keep)]
     if votes:
@@ -104,8 +100,9 @@ def _on_projection(
     return on_projection(parts, combine(map(support.spread, tasks)), name, positions=support.positions)
 
 
-def _dense(updates: Sequence[Update], combine: Combine, rank: int) -> Part:
-    merged = combine(update.delta() for update in updates)
+def _dense(updates: Sequence[Update], combine: Combine, keep: Keep | None, rank: int) -> Part:
+    matrices = (update.delta() for update in updates)
+    merged = combine(matrices if keep is None else (x * keep(x) for x in matrices))
     left, right = leading(merged, rank)
     held = float(((left.t() @ left) * (right @ right.t())).sum() / merged.square().sum()) if right.numel() else 1.0
     log.debug("%s: rank %d holds %.2f%% of the squared norm", updates[0].module, right.shape[0], 100 * held)

@@ -7,7 +7,7 @@ import torch
 
 from lori_dist.adapter.update import Part, Update
 from lori_dist.merges import concat
-from lori_dist.merges._forms import Support, groups, on_projection, scaled_entries
+from lori_dist.merges._forms import groups, on_projection, scaled_entries
 
 
 def merge(updates: Sequence[Update], *, weights: Sequence[float]) -> list[Part]:
