@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lori_dist.merges._cuts import largest
+
 Combine = Callable[[Iterable[Tensor]], Tensor]
 """One matrix per task -> the merged one. They are taken one after the other, so that each can be made when needed."""
 
@@ -58,25 +60,6 @@ def combination(
 def trim(x: Tensor, density: float) -> Tensor:
     """x with its `largest` entries, the rest zero."""
     return x * largest(x, density)
-
-
-def largest(x: Tensor, density: float) -> Tensor:
-    """Which entries of x are its largest, bool, as x: max(1, round(density * n)) of the n that are not zero.
-
-    Counted over all entries, the density of a sparse x would trim nothing. Halves are rounded to even; ties go to the
-    earlier entry.
-    """
-    magnitudes = x.abs().flatten()
-    num_entries = int(torch.count_nonzero(magnitudes))
-    num_kept = max(1, round(density * num_entries))
-    if num_kept >= num_entries:
-        return x != 0
-    place = magnitudes.numel() - num_kept
-    threshold = float(np.partition(magnitudes.numpy(), place)[place])  # several times as fast as kthvalue
-    kept = magnitudes >= threshold
-    if excess := int(torch.count_nonzero(kept)) - num_kept:
-        kept[(magnitudes == threshold).nonzero().squeeze(1)[-excess:]] = False
-    return kept.view_as(x)
 
 
 def thin(x: Tensor, density: float, draw: Draw, name: str) -> Tensor:

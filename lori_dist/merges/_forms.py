@@ -183,8 +183,8 @@ def scaled_b(update: Update, parts: Sequence[Part]) -> Tensor:
     return total
 
 
-def joined_name(updates: Sequence[Update]) -> str:
-    return "+".join(update.name for update in updates)
+def joined_name(named: Sequence[Update] | Sequence[Part]) -> str:
+    return "+".join(item.name for item in named)
 
 
 def values_dtype(parts: Iterable[Part]) -> torch.dtype:
