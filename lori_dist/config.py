@@ -187,7 +187,8 @@ class Train:
 class Search:
     """Weights found on validation rows, by evaluating merges with weights that are tried. It never sees test rows.
 
-    The rows are the first of a task's `validation` file, or, where it has none, the last of its `train` file.
+    The rows are the first of a task's `validation` file, or, where it has none, the last of its `train` file, which are
+    then left out of its training.
     """
 
     method: Literal["coordinate", "cma"] = "coordinate"
@@ -269,6 +270,15 @@ class Run:
     @property
     def folder(self) -> Path:
         return Path(self.output).absolute() / self.name
+
+
+def held_out(run: Run, task: str) -> int:
+    """How many of the last rows of a task's `train` file its training leaves out: those that searches for weights
+    measure on. 0 where it has `validation`."""
+    if run.tasks[task].validation is not None:
+        return 0
+    searches = [merge.search for merge in run.merges.values() if task in (merge.tasks or run.tasks)]
+    return max((search.rows for search in searches if search is not None), default=0)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
@@ -677,6 +687,13 @@ def _first_row(path: Path) -> dict[str, Any] | None:
     return next((row for _, row in _rows(path, 1)), None)
 
 
+def _num_rows(path: Path, most: int) -> int:
+    """Lines that are not blank, counted up to `most`; 0 if there is no such file."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return sum(1 for _ in itertools.islice((line for line in file if line.strip()), most))
+    return 0
+
+
 def _rows(path: Path, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """The first lines, numbered, that are rows. What is wrong with the others is for the job to say."""
     with contextlib.suppress(OSError), path.open("rb") as file:
@@ -725,13 +742,20 @@ def _searches(run: Run) -> Iterator[str]:
         search, path = merge.search, f"merges.{name}"
         if search is None:
             continue
-        tasks = [run.tasks[task] for task in merge.tasks or run.tasks if task in run.tasks]
+        tasks = {task: run.tasks[task] for task in merge.tasks or run.tasks if task in run.tasks}
         if merge.weights is not None:
             yield f"{path}.weights: are given, and {path}.search finds them; leave one out"
         if search.bounds[0] >= search.bounds[1]:
             low, high = search.bounds
             yield f"{path}.search.bounds: [{low:g}, {high:g}] was given; the second must be larger than the first"
-        if search.metric == "choice" and not any(task.labels for task in tasks):
+        for task_name, task in tasks.items():
+            found = _num_rows(Path(task.train), search.rows + 1) if task.validation is None else None
+            if found is not None and 0 < found <= search.rows:
+                yield (
+                    f"{path}.search.rows: {search.rows} was given, and tasks.{task_name}.train, whose last rows are "
+                    f"held out for it, has {found}; give fewer, or tasks.{task_name}.validation"
+                )
+        if search.metric == "choice" and not any(task.labels for task in tasks.values()):
             yield f"{path}.search.metric: choice is measured on tasks that have labels, and none has; use loss"
         if search.method == "cma" and search.per == "task" and len(tasks) == 1:
             yield f"{path}.search.method: cma needs two weights, there is one; use coordinate"

@@ -62,7 +62,7 @@ def task_seed(run: config.Run, task: str) -> int:
 def train_job(run: config.Run, task: str, after: Sequence[Job] = ()) -> Job:
     """The training of one task's adapter."""
     tree = config.dump(run)
-    rows = tree["tasks"][task]
+    rows, held_out = tree["tasks"][task], config.held_out(run, task)
     return _job(
         "train",
         task,
@@ -70,7 +70,11 @@ def train_job(run: config.Run, task: str, after: Sequence[Job] = ()) -> Job:
         task=task,
         seed=task_seed(run, task),
         model=_model(run.model),
-        data={"rows": sha256(rows["train"]), "template": rows["template"]},
+        data={
+            "rows": sha256(rows["train"]),
+            "template": rows["template"],
+            **({"held_out": held_out} if held_out else {}),  # a run without a search has the fingerprints it had
+        },
         adapter={
             key: value for key, value in tree["adapter"].items() if key not in ("seed", "share_projection", *PLACEMENT)
         },

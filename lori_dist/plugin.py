@@ -13,6 +13,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import re
+import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -59,6 +60,10 @@ class Method:
         """Returns the function itself; this imports its module."""
         module = self.name if "." in self.name else f"lori_dist.{self.folder}.{self.name}"
         return typing.cast(Callable[..., Any], getattr(importlib.import_module(module), self.role))
+
+    def companion(self, role: str) -> Callable[..., Any] | None:
+        """Another function of the same file, if it has one of that name; this imports its module."""
+        return getattr(sys.modules[self.load().__module__], role, None)
 
     def bind(self, options: Mapping[str, Any], path: str) -> dict[str, Any]:
         """Returns `options` checked against the signature. Raises ConfigError that lists every mistake under `path`."""

@@ -36,7 +36,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"max_position_embeddings": 128}')
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "yes"}\n')
+    (tmp_path / "rows.jsonl").write_text(70 * '{"prompt": "a", "response": "yes"}\n')
     return tmp_path
 
 
@@ -255,6 +255,21 @@ def test_an_unknown_key_is_found_in_every_section() -> None:
     assert sorted(problems(planted)) == sorted(wanted)
 
 
+def test_rows_are_held_out_for_the_largest_search_of_a_task_without_validation() -> None:
+    run = config.validate(
+        tree(
+            merges={
+                "one": {"method": "concat", "tasks": ["code"], "search": {"rows": 5}},
+                "two": {"method": "linear", "search": {"rows": 3}},
+                "three": {"method": "linear"},
+            }
+        )
+    )
+    assert {task: config.held_out(run, task) for task in run.tasks} == {"nlu": 3, "code": 5}
+    with_rows = load(MINIMAL, "merges.all.search={rows: 900}", *(f"tasks.{t}.validation=rows.jsonl" for t in run.tasks))
+    assert {config.held_out(with_rows, task) for task in run.tasks} == {0}
+
+
 def test_cma_must_be_installed_and_needs_two_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     found = problems(MINIMAL, "merges.all={method: concat, tasks: [code], search: {method: cma}}")
@@ -448,6 +463,11 @@ print(sorted({"torch", "transformers", "numpy", "ray", "deepspeed"} & set(sys.mo
         ),
         ("merges.all.search={budget: 0}", "merges.all.search.budget: 0 was given; it should be greater than 0"),
         ("merges.all.search={metric: los}", "merges.all.search.metric: 'los' was given; wanted loss or .*"),
+        (
+            "merges.all={method: concat, tasks: [code], search: {rows: 70}}",
+            "merges.all.search.rows: 70 was given, and tasks.code.train, whose last rows are held out for it, has 70; "
+            "give fewer, or tasks.code.validation",
+        ),
         (
             "merges.all={method: concat, weights: [1, 2], search: {}}",
             "merges.all.weights: are given, and merges.all.search finds them; leave one out",

@@ -43,7 +43,7 @@ def make_inputs(folder: Path) -> None:
     (folder / "model" / "model.safetensors").write_bytes(bytes(range(256)) * 8)
     for task in ("math", "code"):
         for part in ("train", "test"):
-            (folder / f"{task}-{part}.jsonl").write_text(json.dumps({"prompt": task, "response": part}) + "\n")
+            (folder / f"{task}-{part}.jsonl").write_text(70 * (json.dumps({"prompt": task, "response": part}) + "\n"))
 
 
 def described(**changes: Any) -> config.Run:
@@ -272,6 +272,21 @@ def searched(**search: Any) -> config.Run:
 
 def merge_of(run: config.Run) -> Job:
     return merge_job(run, "all", {task: train_job(run, task) for task in run.tasks})
+
+
+def test_a_training_is_another_one_only_where_rows_are_held_out_of_it(inputs: Path) -> None:
+    def trained(run: config.Run) -> str:
+        return train_job(run, "math").fingerprint
+
+    plain = trained(described())
+    assert trained(searched(rows=5)) not in (plain, trained(searched(rows=6)))
+    assert trained(searched(rows=5)) == trained(searched(rows=5, budget=3, metric="exact_match"))
+    assert trained(described(merges={"all": {"method": "linear", "tasks": ["code"], "search": {}}})) == plain
+    tasks = {
+        name: {"train": f"{name}-train.jsonl", "test": f"{name}-test.jsonl", "validation": "math-test.jsonl"}
+        for name in ("math", "code")
+    }
+    assert trained(described(tasks=tasks, merges={"all": {"method": "linear", "search": {}}})) == plain
 
 
 def test_a_search_is_part_of_its_merge(inputs: Path) -> None:

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,6 +84,8 @@ class Update:
     """(out_features, in_features) of the module's weight."""
     parts: tuple[Part, ...]
     """One for each block of the adapter, also for those that keep nothing here."""
+    surveyed: Any = None
+    """What the method has found out about it by looking at all modules; None for a method that looks at one alone."""
 
     @property
     def kept(self) -> tuple[Part, ...]:

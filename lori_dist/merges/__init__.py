@@ -3,14 +3,17 @@
 A method is `merge(updates, *, weights, **options) -> Sequence[Part]`, on one module: `updates` has one Update for each
 adapter, also for those that do not adapt this module, and the result is the merged update as a sum of scale * B A. A
 method sees no other module, so a merge needs the updates of one module at a time and modules can be merged in any order
-or place.
+or place. One that must know something of all of them has a second function, `survey(modules, **options)`: it goes over
+their updates, one module after the other, as often as it needs, and returns module -> what each of its updates has as
+`surveyed` in `merge`, or None.
 """
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +55,8 @@ def merge(
     merge_module = _bound(method, options)
     adapters = told_apart(adapters)
     given, shapes = _given(adapters, weights), _shapes(adapters)
-    parts = {module: _merged(merge_module, adapters, module, shape, given) for module, shape in shapes.items()}
+    known = _surveyed(adapters, shapes, method, options)
+    parts = {module: _merged(merge_module, adapters, module, shape, given, known) for module, shape in shapes.items()}
     return _join(adapters, shapes, _evened(parts, given))
 
 
@@ -91,10 +95,12 @@ def merge_files(
     _bound(method, options)  # before files are read
     adapters = told_apart([source.opened(path) for path in paths])
     given, shapes = _given(adapters, weights), _shapes(adapters)
-    ranges = _ranges(list(shapes), num_ranges)
+    ranges, known = _ranges(list(shapes), num_ranges), _surveyed(adapters, shapes, method, options)
     with contextlib.ExitStack() as stack:
         asides = [stack.enter_context(tensors.aside(out)) for _ in ranges]
-        merge_range = functools.partial(_merge_range, adapters, out, method=method, options=options, weights=given)
+        merge_range = functools.partial(
+            _merge_range, adapters, out, method=method, options=options, weights=given, known=known
+        )
         parts: dict[str, Sequence[Part]] = {}
         for found in spread(merge_range, zip(ranges, asides, strict=True)):
             parts.update(found)
@@ -117,6 +123,7 @@ def _merge_range(
     method: str,
     options: Mapping[str, Any] | None,
     weights: Sequence[Weight],
+    known: Mapping[str, Sequence[Any]] | None,
 ) -> dict[str, Sequence[Part]]:
     """The parts of some modules, their tensors in files.
 
@@ -126,7 +133,7 @@ def _merge_range(
     merge_module, spool, shapes = _bound(method, options), Spool(path=aside, out=out), _shapes(adapters)
     found: dict[str, Sequence[Part]] = {}
     for module in modules:
-        parts = _merged(merge_module, adapters, module, shapes[module], weights)
+        parts = _merged(merge_module, adapters, module, shapes[module], weights, known)
         found[module] = [spool.keep(part) for part in parts]
     return found
 
@@ -137,10 +144,45 @@ def _merged(
     module: str,
     shape: tuple[int, int],
     weights: Sequence[Weight],
+    known: Mapping[str, Sequence[Any]] | None,
 ) -> Sequence[Part]:
     """The parts of one module."""
     here = [_weights.of(weight, module, 1 / len(adapters)) for weight in weights]
-    return merge_module([split(adapter, module, shape) for adapter in adapters], weights=here)
+    updates = _updates(adapters, module, shape)
+    if known is not None:
+        updates = [dataclasses.replace(one, surveyed=of) for one, of in zip(updates, known[module], strict=True)]
+    return merge_module(updates, weights=here)
+
+
+def _updates(adapters: Sequence[Adapter], module: str, shape: tuple[int, int]) -> list[Update]:
+    return [split(adapter, module, shape) for adapter in adapters]
+
+
+class _Modules:
+    """The updates of every module, made anew whenever one goes over them: what is read of a module goes with it."""
+
+    def __init__(self, adapters: Sequence[Adapter], shapes: Mapping[str, tuple[int, int]]) -> None:
+        self._adapters, self._shapes = adapters, shapes
+
+    def __iter__(self) -> Iterator[list[Update]]:
+        return (_updates(self._adapters, module, shape) for module, shape in self._shapes.items())
+
+
+def _surveyed(
+    adapters: Sequence[Adapter],
+    shapes: Mapping[str, tuple[int, int]],
+    method: str,
+    options: Mapping[str, Any] | None,
+) -> Mapping[str, Sequence[Any]] | None:
+    """Module -> for each of its updates what the method has to know of all modules; None if that is nothing."""
+    chosen = plugin.find("merges", method, "merge", "merge.method")
+    survey = chosen.companion("survey")
+    if survey is None:
+        return None
+    found: Mapping[str, Sequence[Any]] | None = survey(
+        _Modules(adapters, shapes), **chosen.bind(options or {}, "merge.method")
+    )
+    return found
 
 
 def _evened(parts: Mapping[str, Sequence[Part]], weights: Sequence[Weight]) -> Mapping[str, Sequence[Part]]:

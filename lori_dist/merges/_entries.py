@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lori_dist.merges._cuts import largest
+
 Combine = Callable[[Iterable[Tensor]], Tensor]
 """One matrix per task -> the merged one. They are taken one after the other, so that each can be made when needed."""
 
@@ -56,22 +58,8 @@ def combination(
 
 
 def trim(x: Tensor, density: float) -> Tensor:
-    """x with its largest entries, the rest zero: max(1, round(density * n)) of the n that are not zero.
-
-    Counted over all entries, the density of a sparse x would trim nothing. Halves are rounded to even; ties go to the
-    earlier entry.
-    """
-    magnitudes = x.abs().flatten()
-    entries = magnitudes[magnitudes != 0]
-    num_kept = max(1, round(density * entries.numel()))
-    if num_kept >= entries.numel():
-        return x
-    place = entries.numel() - num_kept
-    threshold = float(np.partition(entries.numpy(), place)[place])  # several times as fast as kthvalue
-    kept = magnitudes >= threshold
-    if excess := int(torch.count_nonzero(kept)) - num_kept:
-        kept[(magnitudes == threshold).nonzero().squeeze(1)[-excess:]] = False
-    return x * kept.view_as(x)
+    """x with its `largest` entries, the rest zero."""
+    return x * largest(x, density)
 
 
 def thin(x: Tensor, density: float, draw: Draw, name: str) -> Tensor:

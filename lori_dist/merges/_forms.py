@@ -1,6 +1,6 @@
 """The forms a merged update of one module can have: B on one of the tasks' own A, or computed A and B."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -33,35 +33,56 @@ def shared(updates: Sequence[Update]) -> list[Part] | None:
 
 
 class Support:
-    """The entries of B that some of the parts, all on one A, keep: all that a method need look at which maps zeros to
-    zero, wherever they are. An eighth of a sparse B's memory, and of the time."""
+    """The places in B where some of the tasks keep an entry: all that a method need look at which maps zeros to zero,
+    wherever they are. An eighth of a sparse B's memory, and of the time."""
 
     positions: Tensor
     """(size,), int64, ascending flat positions in (out_features, rank)."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self._key = parts[0].key
-        kept = torch.zeros(parts[0].shape[0] * parts[0].rank, dtype=torch.bool)
-        for part in parts:
-            if part.entries is not None:
-                kept[_places(part.entries)] = True
-        self.positions = torch.from_numpy(np.flatnonzero(kept.numpy()))  # several times as fast as torch's
-        self._order = torch.empty(kept.numel(), dtype=torch.int32)  # flat position -> place among `positions`
+    def __init__(self, kept: Iterable[Entries], num_entries: int) -> None:
+        """kept: of B's of `num_entries` entries."""
+        found = torch.zeros(num_entries, dtype=torch.bool)
+        for entries in kept:
+            found[_places(entries)] = True
+        self.positions = torch.from_numpy(np.flatnonzero(found.numpy()))  # several times as fast as torch's
+        self._order = torch.empty(num_entries, dtype=torch.int32)  # flat position -> place among `positions`
         self._order[self.positions] = torch.arange(self.positions.numel(), dtype=torch.int32)
 
-    def scaled_b(self, parts: Iterable[Part], prepare: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
-        """The sum of scale * B over those of the parts that are on this A, at `positions`, float64.
+    def spread(self, entries: Entries) -> Tensor:
+        """Their values at `positions`, (size,), zero where they have none."""
+        return self.sum([entries])
 
-        prepare: what is done to the sum. It maps zeros to zero, and the order of the others is all it knows of places.
-        """
+    def sum(self, kept: Iterable[Entries]) -> Tensor:
+        """The sum of their values at `positions`, (size,), float64."""
         total = torch.zeros(self.positions.numel(), dtype=torch.float64)
-        here = [part for part in parts if part.entries is not None and part.key == self._key]
-        for part in here:
-            assert part.entries is not None
-            values = part.entries.values.double() * part.scale
-            # Of a single one before it is spread out: there are fewer of them.
-            total[self._order[_places(part.entries)].long()] += prepare(values) if len(here) == 1 else values
-        return total if len(here) == 1 else prepare(total)
+        for entries in kept:
+            total[self._order[_places(entries)].long()] += entries.values
+        return total
+
+
+def scaled_entries(parts: Iterable[Part]) -> Entries:
+    """The entries of the sum of scale * B over parts that stand on one A, float64."""
+    parts = list(parts)
+    scaled = [
+        Entries(index=part.entries.index, values=part.entries.values.double() * part.scale)
+        for part in parts
+        if part.entries is not None
+    ]
+    if not scaled:
+        return Entries(index=torch.zeros(0, dtype=torch.int32), values=torch.zeros(0, dtype=torch.float64))
+    if len(scaled) == 1:
+        return scaled[0]
+    support = Support(scaled, parts[0].shape[0] * parts[0].rank)
+    return Entries(index=support.positions.to(torch.int32), values=support.sum(scaled))
+
+
+def only(entries: Entries, kept: Tensor) -> Entries:
+    """Those of the entries that are kept. kept: bool, one for each."""
+    if bool(kept.all()):
+        return entries
+    places = torch.from_numpy(np.flatnonzero(kept.numpy()))
+    index = places.to(torch.int32) if entries.index is None else entries.index[places]
+    return Entries(index=index, values=entries.values[places])
 
 
 def _places(entries: Entries) -> Tensor | slice:
@@ -162,8 +183,8 @@ def scaled_b(update: Update, parts: Sequence[Part]) -> Tensor:
     return total
 
 
-def joined_name(updates: Sequence[Update]) -> str:
-    return "+".join(update.name for update in updates)
+def joined_name(named: Sequence[Update] | Sequence[Part]) -> str:
+    return "+".join(item.name for item in named)
 
 
 def values_dtype(parts: Iterable[Part]) -> torch.dtype:

@@ -1,20 +1,38 @@
 """Where a method that works entry by entry finds its matrices: B on a shared A, or the updates themselves."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Literal
 
 from torch import Tensor
 
+from lori_dist.adapter.adapter import Entries
 from lori_dist.adapter.update import Part, Update
 from lori_dist.errors import AdapterError, ConfigError
+from lori_dist.merges._cuts import Cut, common_cuts, largest
 from lori_dist.merges._entries import Combine
 from lori_dist.merges._factors import leading
-from lori_dist.merges._forms import Support, computed, groups, joined_name, on_projection, scaled_b, shared
+from lori_dist.merges._forms import (
+    Support,
+    computed,
+    groups,
+    joined_name,
+    on_projection,
+    only,
+    scaled_b,
+    scaled_entries,
+    shared,
+)
 
 log = logging.getLogger(__name__)
 
 Space = Literal["auto", "b", "dense"]
+Trim = Literal["module", "model"]
+Keep = Callable[[Tensor], Tensor]
+"""Which entries of a matrix, or of those of one that are not zero, take part: bool, of its shape."""
+Cuts = Sequence[Cut]
+"""Of one task in one module: for each A that its matrices stand on, or once for its update."""
 
 
 def merge_entries(
@@ -25,7 +43,7 @@ def merge_entries(
     rank: int | None,
     votes: bool,
     draws: bool = False,
-    prepare: Callable[[Tensor], Tensor] = lambda x: x,
+    density: float | None = None,
 ) -> list[Part]:
     """The merged update of one module, by a method that works entry by entry; A is never touched.
 
@@ -35,24 +53,39 @@ def merge_entries(
     this module share A, else `dense`. rank: None for the sum of the tasks' ranks, or the most the shape allows.
     votes: whether an entry's result depends on other tasks. If not, `b` also takes tasks on several A, each by itself.
     draws: whether it depends on the entry's place; else entries that no task keeps are left out of what is combined.
-    prepare: what is done to each task's matrix before, as trimming; not with `draws`.
+    density: the share of each task's entries that takes part, the `largest`; not with `draws`. Where updates
+    were surveyed by `model_cuts`, it is those that are the largest in the whole model.
     Raises AdapterError for `b` without a shared A, ConfigError for a rank above what the shape allows.
     """
-    rank = rank_within(updates, rank)
-    one = shared(updates)
-    if space == "dense" or (space == "auto" and one is None):
-        return [_dense(updates, lambda matrices: combine(map(prepare, matrices)), rank)]
-    if one is not None:
-        return [_on_projection(updates, one, combine, joined_name(updates), draws, prepare)]
-    if votes:
-        raise AdapterError(
-            f"{updates[0].module}: the tasks do not share A, so their B cannot vote entry by entry; train them with "
-            "adapter.share_projection, or merge with space=dense"
-        )
+    rank, grounds = rank_within(updates, rank), _grounds(updates, space, votes)
     return [
-        _on_projection(updates, parts, combine, "+".join(part.name for part in parts), draws, prepare)
-        for parts in groups(updates)
+        _merged(updates, ground, combine, _keeps(updates, density, place), draws, rank)
+        for place, ground in enumerate(grounds)
     ]
+
+
+def model_cuts(
+    modules: Iterable[Sequence[Update]], *, trim: Trim, density: float, space: Space, votes: bool
+) -> dict[str, list[Cuts]] | None:
+    """Module -> the cuts by which each task keeps its largest entries of the whole model; None if `trim` is `module`.
+
+    modules: the updates of one after the other, again and again. One matrix at a time is in memory.
+    Raises AdapterError as `merge_entries`, and where `auto` would compare entries of B with those of updates.
+    """
+    if trim == "module":
+        return None
+    kept = [updates for updates in modules if any(update.kept for update in updates)]
+    _refuse_both(kept, space)
+    grounds = {updates[0].module: _grounds(updates, space, votes) for updates in modules}
+    tasks = range(len(next(iter(modules))))
+
+    def pieces(task: int) -> Iterator[Tensor]:
+        for updates in modules:
+            for ground in grounds[updates[0].module]:
+                yield updates[task].delta() if ground is None else _entries(updates[task], ground).values
+
+    found = [iter(common_cuts(partial(pieces, task), density)) for task in tasks]
+    return {module: [[next(of_task) for _ in places] for of_task in found] for module, places in grounds.items()}
 
 
 def rank_within(updates: Sequence[Update], rank: int | None) -> int:
@@ -71,23 +104,71 @@ def rank_within(updates: Sequence[Update], rank: int | None) -> int:
     return rank
 
 
-def _on_projection(
+def _grounds(updates: Sequence[Update], space: Space, votes: bool) -> list[list[Part] | None]:
+    """What the tasks' matrices stand on: the parts on each A, or once None, for the updates themselves."""
+    one = shared(updates)
+    if space == "dense" or (space == "auto" and one is None):
+        return [None]
+    if one is not None:
+        return [one]
+    if votes:
+        raise AdapterError(
+            f"{updates[0].module}: the tasks do not share A, so their B cannot vote entry by entry; train them with "
+            "adapter.share_projection, or merge with space=dense"
+        )
+    return [*groups(updates)]
+
+
+def _refuse_both(modules: Sequence[Sequence[Update]], space: Space) -> None:
+    """Sizes of B and of updates have no common measure."""
+    if space != "auto":
+        return
+    by_space = {shared(updates) is None: updates[0].module for updates in modules}
+    if len(by_space) == 2:
+        raise AdapterError(
+            f"{by_space[True]}: the tasks do not share A, in {by_space[False]} they do, so there is no one threshold "
+            "for both; merge with space=dense, or with trim=module"
+        )
+
+
+def _keeps(updates: Sequence[Update], density: float | None, place: int) -> list[Keep] | None:
+    """What each task keeps on the ground of that place; None: all."""
+    if density is None:
+        return None
+    by_size = partial(largest, density=density)
+    return [by_size if update.surveyed is None else update.surveyed[place].keep for update in updates]
+
+
+def _merged(
     updates: Sequence[Update],
-    parts: Sequence[Part],
+    ground: Sequence[Part] | None,
     combine: Combine,
-    name: str,
+    keeps: Sequence[Keep] | None,
     draws: bool,
-    prepare: Callable[[Tensor], Tensor],
+    rank: int,
 ) -> Part:
+    if ground is None:
+        return _dense(updates, combine, keeps, rank)
+    name = joined_name(updates if shared(updates) else ground)
     if draws:
-        return on_projection(parts, combine([scaled_b(update, parts) for update in updates]), name)
-    support = Support(parts)
-    b = combine([support.scaled_b(update.kept, prepare) for update in updates])
-    return on_projection(parts, b, name, positions=support.positions)
+        return on_projection(ground, combine([scaled_b(update, ground) for update in updates]), name)
+    tasks = [_entries(update, ground) for update in updates]
+    if keeps is not None:
+        tasks = [only(entries, keep(entries.values)) for entries, keep in zip(tasks, keeps, strict=True)]
+    support = Support(tasks, ground[0].shape[0] * ground[0].rank)
+    return on_projection(ground, combine(map(support.spread, tasks)), name, positions=support.positions)
 
 
-def _dense(updates: Sequence[Update], combine: Combine, rank: int) -> Part:
-    merged = combine(update.delta() for update in updates)
+def _entries(update: Update, ground: Sequence[Part]) -> Entries:
+    """Of the update's s_t B_t on that A."""
+    return scaled_entries(part for part in update.kept if part.key == ground[0].key)
+
+
+def _dense(updates: Sequence[Update], combine: Combine, keeps: Sequence[Keep] | None, rank: int) -> Part:
+    matrices: Iterable[Tensor] = (update.delta() for update in updates)
+    if keeps is not None:
+        matrices = (x * keep(x) for x, keep in zip(matrices, keeps, strict=True))
+    merged = combine(matrices)
     left, right = leading(merged, rank)
     held = float(((left.t() @ left) * (right @ right.t())).sum() / merged.square().sum()) if right.numel() else 1.0
     log.debug("%s: rank %d holds %.2f%% of the squared norm", updates[0].module, right.shape[0], 100 * held)

@@ -7,7 +7,7 @@ import torch
 
 from lori_dist.adapter.update import Part, Update
 from lori_dist.merges import concat
-from lori_dist.merges._forms import Support, groups, on_projection
+from lori_dist.merges._forms import groups, on_projection, scaled_entries
 
 
 def merge(updates: Sequence[Update], *, weights: Sequence[float]) -> list[Part]:
@@ -33,6 +33,6 @@ def _sum(parts: Sequence[Part]) -> Part:
     keeping = [part for part in parts if part.entries is not None]
     if len(keeping) == 1 and keeping[0].weight == 1.0 and all(part.alpha == keeping[0].alpha for part in parts):
         return dataclasses.replace(keeping[0], name=name)  # nothing to add up, as where a new task adapts other modules
-    support = Support(parts)
-    b = support.scaled_b(parts)
-    return on_projection(parts, b, name, support=torch.ones_like(b, dtype=torch.bool), positions=support.positions)
+    b = scaled_entries(parts)
+    whole = torch.ones(b.kept, dtype=torch.bool)
+    return on_projection(parts, b.values, name, support=whole, positions=b.index)

@@ -1,14 +1,13 @@
 """Trim, elect a sign, and average the entries that have it."""
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import Annotated, Literal
 
 from torch import Tensor
 
 from lori_dist.adapter.update import Part, Update
-from lori_dist.merges._entries import trim, vote
-from lori_dist.merges._spaces import merge_entries
+from lori_dist.merges._entries import vote
+from lori_dist.merges._spaces import Cuts, Space, Trim, merge_entries, model_cuts
 
 
 def merge(
@@ -16,6 +15,7 @@ def merge(
     *,
     weights: Sequence[float],
     density: Annotated[float, "(0, 1]"] = 0.2,
+    trim: Literal["module", "model"] = "module",
     scale: float = 1.0,
     elect: Literal["total", "frequency"] = "total",
     divide: Literal["number", "weight"] = "number",
@@ -28,7 +28,9 @@ def merge(
     Zeros have no sign, so an entry that one task alone has keeps its value.
     updates: of one module, one per adapter. weights: one per adapter: 1 for the paper's mean. The default ones, which
     sum to one, give a T-th of it, unless `divide` is `weight`.
-    density: of each task's entries that are not zero, the share that takes part; 0.2 in the paper. scale: its lambda.
+    density: of each task's entries that are not zero, the share that takes part; 0.2 in the paper. trim: the largest of
+    each module, or those of the whole model, as in the paper, for which all adapters are read twice more. scale: its
+    lambda.
     elect: the sign of the sum, or that of most tasks (`frequency`). divide: by the number of tasks that agree, or by
     the sum of their |w_t|. space, rank: as of `magnitude`; `b` needs a shared A.
     Raises AdapterError for `b` without a shared A, ConfigError for a rank above what the shape allows.
@@ -41,4 +43,16 @@ def merge(
         shares = [abs(weight) for weight in weights] if divide == "weight" else None
         return vote(weighted, elect=elect, divide=shares) * scale
 
-    return merge_entries(updates, combine, space=space, rank=rank, votes=True, prepare=partial(trim, density=density))
+    return merge_entries(updates, combine, space=space, rank=rank, votes=True, density=density)
+
+
+def survey(
+    modules: Iterable[Sequence[Update]],
+    *,
+    density: float = 0.2,
+    trim: Trim = "module",
+    space: Space = "auto",
+    **others: object,
+) -> dict[str, list[Cuts]] | None:
+    """What `merge` has to know of all modules. Raises AdapterError where they have no common measure."""
+    return model_cuts(modules, trim=trim, density=density, space=space, votes=True)

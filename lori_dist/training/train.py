@@ -21,7 +21,7 @@ from lori_dist import config, plugin
 from lori_dist.adapter import file
 from lori_dist.adapter.adapter import Adapter, Spec
 from lori_dist.adapter.attach import attach, extract, projection_checksums
-from lori_dist.config import Run
+from lori_dist.config import Run, held_out
 from lori_dist.errors import JobError
 from lori_dist.jobs import task_seed, train_job
 from lori_dist.training import checkpoint, data
@@ -97,7 +97,7 @@ def train(
     start = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(run.model)
-    rows = data.read(run.tasks[task].train, run.tasks[task].template, where=f"tasks.{task}.train")
+    rows = _rows(run, task)
     job = Job(
         run=run,
         task=task,
@@ -129,6 +129,15 @@ def train(
         }
 
     return from_first(world, summary)
+
+
+def _rows(run: Run, task: str) -> list[tuple[str, str]]:
+    """Prompt and response of the rows to train on: all, but for those on which weights of merges are searched."""
+    where, count = f"tasks.{task}.train", held_out(run, task)
+    rows = data.read(run.tasks[task].train, run.tasks[task].template, where=where)
+    if count:
+        log.info("%s: the last %d of %d rows are held out for the search for weights", where, count, len(rows))
+    return rows[: len(rows) - count]
 
 
 def write_adapter(path: Path, model: nn.Module, engine: Engine, job: Job) -> Adapter | None:

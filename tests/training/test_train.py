@@ -186,6 +186,22 @@ def test_it_is_the_plain_protocol(choice: config.Choice, run: Run, tmp_path: Pat
     assert float((values(adapter) - wanted).norm() / wanted.norm()) < 5e-6
 
 
+def test_rows_that_a_search_measures_on_are_not_trained_on(run: Run, tmp_path: Path) -> None:
+    lines = Path(run.tasks["count"].train).read_text().splitlines(keepends=True)
+    (tmp_path / "fewer.jsonl").write_text("".join(lines[:-4]))
+    fewer = replace(run, tasks={"count": replace(run.tasks["count"], train=str(tmp_path / "fewer.jsonl"))})
+    searched = replace(
+        run, merges={"all": config.Merge(method=config.Choice(name="linear"), search=config.Search(rows=4))}
+    )
+    for place, chosen in {"all": run, "fewer": fewer, "searched": searched}.items():
+        run_distributed(train_rank, chosen, tmp_path / place, world_size=1)
+    of_all, wanted, found = (
+        file.load(tmp_path / place / "adapter.safetensors") for place in ("all", "fewer", "searched")
+    )
+    assert torch.equal(values(found), values(wanted))
+    assert not torch.equal(values(found), values(of_all))
+
+
 def test_what_it_writes_and_returns(run: Run, tmp_path: Path) -> None:
     (summary, records), (other_summary, other_records) = run_distributed(
         train_rank, run, tmp_path / "job", world_size=2
