@@ -332,6 +332,7 @@ def _step(job: Job, phase: Phase, engine: Engine, step: int) -> Record:
         "grad_norm": result.grad_norm,
         "tokens": num_targets + sum(len(job.examples[row].prompt_ids) for row in rows),
         "seconds": time.monotonic() - start,
+        "time": time.time(),
     }
 
 
