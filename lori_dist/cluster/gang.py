@@ -145,6 +145,10 @@ def _leave() -> None:
 
     if dist.is_initialized():
         dist.destroy_process_group()
+    if "lori_dist.engines.deepspeed" in sys.modules:
+        from lori_dist.engines.deepspeed import forget_groups
+
+        forget_groups()
     gc.collect()  # models and engines refer to themselves
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
