@@ -265,6 +265,8 @@ class Run:
     merges: dict[Name, Merge] = field(default_factory=dict)
     evaluate: Evaluate = field(default_factory=Evaluate)
     cluster: Cluster = field(default_factory=Cluster)
+    trackers: Annotated[tuple[str, ...], pydantic.BeforeValidator(_listed)] = ("tensorboard",)
+    """Who gets the metrics besides metrics.jsonl: names of TRACKERS."""
     multitask: Chosen = field(default_factory=lambda: Choice(name="independent"))
 
     @property
@@ -766,6 +768,22 @@ def _searches(run: Run) -> Iterator[str]:
             )
 
 
+TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
+"""Those of accelerate. Each is in the package of its name."""
+
+
+def _trackers(run: Run) -> Iterator[str]:
+    for name in sorted(set(run.trackers)):
+        if name not in TRACKERS:
+            listing = f"there are {', '.join(TRACKERS)}.{plugin.nearest(name, TRACKERS)}"
+            yield f"trackers: there is nothing called {name!r}; {listing}"
+        elif importlib.util.find_spec(name) is None:
+            package = name.replace("_", "-")
+            yield f"trackers: {name} is not installed; pip install {package}, or leave it out"
+        if run.trackers.count(name) > 1:
+            yield f"trackers: {name} is given twice; leave one"
+
+
 RULES: tuple[Callable[[Run], Iterator[str]], ...] = (
     _methods,
     _lengths,
@@ -776,4 +794,5 @@ RULES: tuple[Callable[[Run], Iterator[str]], ...] = (
     _labels,
     _merges,
     _searches,
+    _trackers,
 )

@@ -18,6 +18,7 @@ from lori_dist.cluster.summary import ADAPTER
 from lori_dist.config import Run
 from lori_dist.folder import Attempt
 from lori_dist.jobs import Job
+from lori_dist.training.metrics import recorded
 
 RESULT, FAILURE = "result.json", "failure-"
 
@@ -64,8 +65,12 @@ def merge_adapters(assignment: Assignment) -> None:
         settings = assignment.job.settings
         weights = [dict(weight) if isinstance(weight, list) else weight for weight in settings["weights"]]
         spread = _spread(run, assignment.job)
-        result = merged(run, assignment, weights, assignment.attempt.partial / ADAPTER, **spread)
-        del result["path"]  # the folder is about to get another name
+        with recorded(run, assignment.job.name, assignment.attempt.partial) as record:
+            start = time.monotonic()
+            result = merged(run, assignment, weights, assignment.attempt.partial / ADAPTER, **spread)
+            del result["path"]  # the folder is about to get another name
+            density = result["kept"] / result["total"]
+            record({**result, "density": density, "seconds": time.monotonic() - start})
         folder.write_json(assignment.attempt.partial / RESULT, {**result, **settings.get("found", {})})
 
 
@@ -109,7 +114,9 @@ def evaluate_model(assignment: Assignment) -> None:
         torch.set_num_threads(1)
         name = assignment.job.settings["adapter"]
         adapter = None if name is None else run.folder / name / ADAPTER
-        result = evaluate(run, adapter, device="cuda" if run.cluster.gpus_per_worker else "cpu")
+        device = "cuda" if run.cluster.gpus_per_worker else "cpu"
+        with recorded(run, assignment.job.name, assignment.attempt.partial) as record:
+            result = evaluate(run, adapter, device=device, record=record)
         folder.write_json(assignment.attempt.partial / "evaluation.json", result)
         folder.write_json(assignment.attempt.partial / RESULT, {"evaluation": result})
 
