@@ -777,7 +777,7 @@ def _trackers(run: Run) -> Iterator[str]:
         if name not in TRACKERS:
             listing = f"there are {', '.join(TRACKERS)}.{plugin.nearest(name, TRACKERS)}"
             yield f"trackers: there is nothing called {name!r}; {listing}"
-        elif importlib.util.find_spec(name) is None:
+        elif getattr(importlib.util.find_spec(name), "origin", None) is None:  # a folder of that name is no package
             package = name.replace("_", "-")
             yield f"trackers: {name} is not installed; pip install {package}, or leave it out"
         if run.trackers.count(name) > 1:

@@ -36,12 +36,12 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def per_token(model: PreTrainedModel, *, activation_checkpointing: bool) -> float | None:
-    """Floating point operations of training on one token with a frozen base: a lower bound, for utilisation.
+    """Floating point operations of training on one token with a frozen base.
 
     4 P: two for each weight in the forward pass, and two in the backward pass for the gradient of its input; a frozen
-    weight has none of its own. With activation checkpointing the forward pass is done twice: 6 P. P counts the base's
-    matrices, embeddings only where they are tied to the head. Left out are attention's scores, up to 12 * layers *
-    width * length, and the adapter.
+    weight has none of its own. With activation checkpointing the forward pass is done twice, 6 P, which counts what is
+    done again (PaLM's hardware FLOP utilisation). P counts the base's matrices, embeddings only where they are tied to
+    the head. Left out are attention's scores, up to 12 * layers * width * length, and the adapter.
     None for a mixture of experts, where P depends on how many of them a token meets.
     """
     if any(getattr(model.config.get_text_config(), name, None) for name in EXPERTS):

@@ -45,7 +45,8 @@ def tracked(run: Run, job: str) -> Iterator[Callable[[Mapping[str, Any]], None]]
     job: its name. A record's `phase` has a curve of its own, whose steps are those of the phase. Nothing is begun
     before the first record. Where a phase goes on after a kill, TensorBoard drops what it had from there on; the others
     get a new run of the same name. A `metric` is drawn by its name and that of its task, of all else the numbers are.
-    Raises JobError if a tracker does not work, without the values of secrets in the environment.
+    Raises JobError for a tracker that cannot begin, and RuntimeError for one that fails later, as a connection may
+    come back; neither has the values of secrets in the environment.
     """
     begun: dict[str, list[GeneralTracker]] = {}
 
@@ -56,21 +57,21 @@ def tracked(run: Run, job: str) -> Iterator[Callable[[Mapping[str, Any]], None]]
             finish()
             begun[curve] = []
             for name in run.trackers:
-                with _told(name):
+                with _told(name, JobError):
                     begun[curve].append(_begin(name, run, curve, step))
         for tracker in begun[curve]:
-            with _told(tracker.name):
+            with _told(tracker.name, RuntimeError):
                 tracker.log(_drawn(record), step=step)
 
     def finish() -> None:
         for tracker in begun.popitem()[1] if begun else ():
-            with _told(tracker.name):
+            with _told(tracker.name, RuntimeError):
                 tracker.finish()
 
     try:
         yield track
     except BaseException:
-        with contextlib.suppress(JobError):  # which would hide what went wrong before
+        with contextlib.suppress(RuntimeError):  # which would hide what went wrong before
             finish()
         raise
     finish()
@@ -98,13 +99,13 @@ def _drawn(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _told(name: str) -> Iterator[None]:
+def _told(name: str, kind: type[RuntimeError]) -> Iterator[None]:
     """A tracker's error with its place and without secrets. Its cause is left out, as that would be printed in full."""
     try:
         yield
     except Exception as error:
         found = without_secrets(f"{type(error).__name__}: {error}")
-        raise JobError(f"trackers: {name} does not work ({found}); set it up, or leave it out of trackers") from None
+        raise kind(f"trackers: {name} does not work ({found}); set it up, or leave it out of trackers") from None
 
 
 def without_secrets(text: str) -> str:
