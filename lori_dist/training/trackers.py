@@ -83,13 +83,25 @@ def forget(run: Run, job: str) -> None:
 
 
 def _begin(name: str, run: Run, curve: str, step: int) -> "GeneralTracker":
-    from accelerate.state import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    PartialState()  # the trackers' own log lines need it
+    _be_one_process()
     tracker = LOGGER_TYPE_TO_CLASS[name](**ARGUMENTS[name](run, curve, step))
     tracker.start()
     return tracker
+
+
+def _be_one_process() -> None:
+    """Accelerate's state, which its log lines need, as that of one process. No other one has trackers, and what it would
+    make of a launcher's variables (a process group, a device, threads) is settled already."""
+    from accelerate.state import PartialState
+
+    rank = os.environ.pop("LOCAL_RANK", None)
+    try:
+        PartialState()
+    finally:
+        if rank is not None:
+            os.environ["LOCAL_RANK"] = rank
 
 
 def _drawn(record: Mapping[str, Any]) -> dict[str, float]:

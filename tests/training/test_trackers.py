@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from accelerate.state import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -80,6 +82,18 @@ def test_a_job_that_is_done_anew_leaves_nothing_of_the_old_one(run: config.Run) 
 def test_what_nobody_wants_is_not_written(run: config.Run, records: list[dict[str, Any]]) -> None:
     track(replace(run, trackers=("tensorboard",) if not records else ()), records)
     assert not run.folder.exists()
+
+
+def test_a_launcher_s_variables_start_nothing(run: config.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    PartialState._reset_state()
+    for name, value in {"RANK": "2", "LOCAL_RANK": "2", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    num_threads = torch.get_num_threads()
+    track(run, [step(1)])
+    assert curves(run.folder / "tensorboard" / "train-math" / "train") == {"loss": [(1, 1.0)]}
+    assert not torch.distributed.is_initialized()
+    assert torch.get_num_threads() == num_threads
+    assert os.environ["LOCAL_RANK"] == "2"
 
 
 def test_a_tracker_that_does_not_work_is_named_without_secrets(
