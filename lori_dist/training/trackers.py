@@ -92,7 +92,7 @@ def _begin(name: str, run: Run, curve: str, step: int) -> "GeneralTracker":
 
 
 def _be_one_process() -> None:
-    """Accelerate's state, which its log lines need, as that of one process. No other one has trackers, and what it would
+    """Accelerate's state, which its log lines need, as that of one process. No other has trackers, and what it would
     make of a launcher's variables (a process group, a device, threads) is settled already."""
     from accelerate.state import PartialState
 
