@@ -26,7 +26,7 @@ PEAKS: Mapping[str, Mapping[str, float]] = {
     "NVIDIA H100 NVL": {"bfloat16": 835, "float16": 835, "tf32": 417, "float32": 60},
     "NVIDIA H100 80GB HBM3": {"bfloat16": 989, "float16": 989, "tf32": 494, "float32": 67},
     "NVIDIA H200": {"bfloat16": 989, "float16": 989, "tf32": 494, "float32": 67},
-    "NVIDIA B200": {"bfloat16": 2250, "float16": 2250, "tf32": 1125, "float32": 75},
+    "NVIDIA B200": {"bfloat16": 2250, "float16": 2250},
 }
 """Name of the device, as its driver gives it -> dtype -> TFLOP/s of dense products, from NVIDIA's data sheets of
 T4, V100, A100, L4, L40S, H100, H200 and HGX B200, which since Ampere give twice that, with sparsity. Other names, such

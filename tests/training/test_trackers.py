@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -82,6 +83,17 @@ def test_a_job_that_is_done_anew_leaves_nothing_of_the_old_one(run: config.Run) 
 def test_what_nobody_wants_is_not_written(run: config.Run, records: list[dict[str, Any]]) -> None:
     track(replace(run, trackers=("tensorboard",) if not records else ()), records)
     assert not run.folder.exists()
+
+
+def test_nothing_is_left_open(run: config.Run) -> None:
+    def held() -> tuple[int, int]:
+        return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+    track(run, [step(1)])  # which imports
+    before = held()
+    for number in range(10):
+        track(run, [step(1, phase="calibrate"), step(1)], f"train-{number}")
+    assert held() == before
 
 
 def test_a_launcher_s_variables_start_nothing(run: config.Run, monkeypatch: pytest.MonkeyPatch) -> None:
