@@ -189,7 +189,8 @@ def report(arguments: argparse.Namespace) -> None:
     from lori_dist.report import write
 
     names = None if adapters else list(named)
-    written = write([file.load(path) for path in paths], arguments.out, names=names, evaluation=measured)
+    jobs = json.loads(matrix.read_text(encoding="utf-8")).get("jobs") if described is not None and matrix else None
+    written = write([file.load(path) for path in paths], arguments.out, names=names, evaluation=measured, jobs=jobs)
     if measured and not written["drops"]:
         log.warning("%s: no model of it has the name of a task, and no merge was measured: there are no drops", matrix)
     print(arguments.out / "report.html")

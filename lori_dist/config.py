@@ -274,6 +274,8 @@ class Run:
     merges: dict[Name, Merge] = field(default_factory=dict)
     evaluate: Evaluate = field(default_factory=Evaluate)
     cluster: Cluster = field(default_factory=Cluster)
+    trackers: Annotated[tuple[str, ...], pydantic.BeforeValidator(_listed)] = ("tensorboard",)
+    """Who gets the metrics besides metrics.jsonl: names of TRACKERS."""
     multitask: Chosen = field(default_factory=lambda: Choice(name="independent"))
 
     @property
@@ -781,6 +783,22 @@ def _searches(run: Run) -> Iterator[str]:
             )
 
 
+TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
+"""Those of accelerate. Each is in the package of its name."""
+
+
+def _trackers(run: Run) -> Iterator[str]:
+    for name in sorted(set(run.trackers)):
+        if name not in TRACKERS:
+            listing = f"there are {', '.join(TRACKERS)}.{plugin.nearest(name, TRACKERS)}"
+            yield f"trackers: there is nothing called {name!r}; {listing}"
+        elif getattr(importlib.util.find_spec(name), "origin", None) is None:  # a folder of that name is no package
+            package = name.replace("_", "-")
+            yield f"trackers: {name} is not installed; pip install {package}, or leave it out"
+        if run.trackers.count(name) > 1:
+            yield f"trackers: {name} is given twice; leave one"
+
+
 RULES: tuple[Callable[[Run], Iterator[str]], ...] = (
     _methods,
     _lengths,
@@ -792,4 +810,5 @@ RULES: tuple[Callable[[Run], Iterator[str]], ...] = (
     _merges,
     _searches,
     _workers,
+    _trackers,
 )

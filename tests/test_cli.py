@@ -412,6 +412,7 @@ def test_run_prints_the_matrix_and_takes_up_what_was_trained_alone(folder: Path,
     again = lori("report", "--run", *words, "--out", tmp_path / "again", cwd=folder)
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / "again" / "report.json").read_text()) == written
+    assert (tmp_path / "again" / "report.html").read_text() == page.read_text()
 
 
 @pytest.mark.ray

@@ -272,12 +272,29 @@ def test_rows_are_held_out_for_the_largest_search_of_a_task_without_validation()
 
 def test_cma_must_be_installed_and_needs_two_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    found = problems(MINIMAL, "merges.all={method: concat, tasks: [code], search: {method: cma}}")
+    found = problems(MINIMAL, "merges.all={method: concat, tasks: [code], search: {method: cma}}", "trackers=[]")
     assert found == [
         "merges.all.search.method: cma needs two weights, there is one; use coordinate",
         "merges.all.search.method: cma needs the package of this name, which is not installed; "
         "pip install 'lori_dist[search]', or use coordinate",
     ]
+
+
+def test_a_tracker_must_be_installed(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        assert problems(MINIMAL, "trackers=[comet_ml, wandb]") == [
+            "trackers: comet_ml is not installed; pip install comet-ml, or leave it out",
+            "trackers: wandb is not installed; pip install wandb, or leave it out",
+        ]
+    (place / "aim").mkdir()  # as W&B makes one called wandb
+    monkeypatch.syspath_prepend(place)
+    assert problems(MINIMAL, "trackers=[aim]") == ["trackers: aim is not installed; pip install aim, or leave it out"]
+
+
+def test_trackers_are_a_list_or_one_name() -> None:
+    assert load(MINIMAL).trackers == load(MINIMAL, "trackers=tensorboard").trackers == ("tensorboard",)
+    assert load(MINIMAL, "trackers=[]").trackers == ()
 
 
 def test_validation_rows_are_looked_at_as_others_are(place: Path) -> None:
@@ -447,6 +464,9 @@ print(sorted({"torch", "transformers", "numpy", "ray", "deepspeed"} & set(sys.mo
             "merges.all.weights.code.0: the key is no text; put it in quotes",
         ),
         ("merges.all.weights=5", "merges.all.weights: 5 was given; wanted a mapping, key: value or wanted a list"),
+        ("trackers=[tensorbord]", "trackers: there is nothing called 'tensorbord'; there are aim, .* 'tensorboard'?"),
+        ("trackers=[tensorboard, tensorboard]", "trackers: tensorboard is given twice; leave one"),
+        ("trackers=[1]", "trackers.0: 1 was given; wanted text; put it in quotes"),
         ("merges.all.search=cma", "merges.all.search: 'cma' was given; wanted a mapping, key: value"),
         ("merges.all.search={method: cam}", "merges.all.search.method: 'cam' was given; wanted coordinate or cma.*"),
         (

@@ -182,6 +182,7 @@ def test_a_method_of_one_s_own_counts_with_its_source(inputs: Path, monkeypatch:
         {"name": "other"},
         {"merges": {}},
         {"evaluate": {"rows": 3}},
+        {"trackers": []},
     ],
 )
 def test_where_and_how_it_runs_does_not(inputs: Path, change: dict[str, Any]) -> None:

@@ -53,6 +53,7 @@ LIBRARIES = {
     "integrations": {"torch", "safetensors", "numpy", "transformers", "accelerate"},
     "benchmarks": {"torch", "numpy", "transformers"},
     "report/plots.py": {"matplotlib"},
+    "report/timeline.py": {"matplotlib"},
     "report": set(),
     "describe.py": set(),
     "progress.py": {"tqdm"},

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from lori_dist.cluster.summary import ADAPTER
 from lori_dist.config import Run
 from lori_dist.folder import Attempt
 from lori_dist.jobs import Job
+from lori_dist.training.metrics import recorded
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +57,12 @@ def merge_adapters(assignment: Assignment) -> dict[str, Any]:
         settings = assignment.job.settings
         weights = [dict(weight) if isinstance(weight, list) else weight for weight in settings["weights"]]
         spread = _spread(run, assignment.job)
-        result = merged(run, assignment, weights, assignment.attempt.partial / ADAPTER, **spread)
-        del result["path"]  # the folder is about to get another name
+        with recorded(run, assignment.job.name, assignment.attempt.partial) as record:
+            start = time.monotonic()
+            result = merged(run, assignment, weights, assignment.attempt.partial / ADAPTER, **spread)
+            del result["path"]  # the folder is about to get another name
+            density = result["kept"] / result["total"]
+            record({**result, "density": density, "seconds": time.monotonic() - start})
         return {**result, **settings.get("found", {})}
 
 
@@ -100,7 +106,9 @@ def evaluate_model(assignment: Assignment) -> dict[str, Any]:
         torch.set_num_threads(1)
         name = assignment.job.settings["adapter"]
         adapter = None if name is None else run.folder / name / ADAPTER
-        result = evaluate(run, adapter, device="cuda" if run.cluster.gpus_per_worker else "cpu")
+        device = "cuda" if run.cluster.gpus_per_worker else "cpu"
+        with recorded(run, assignment.job.name, assignment.attempt.partial) as record:
+            result = evaluate(run, adapter, device=device, record=record)
         folder.write_json(assignment.attempt.partial / "evaluation.json", result)
         return {"evaluation": result}
 

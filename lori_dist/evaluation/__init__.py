@@ -2,6 +2,7 @@
 `score(subject) -> float | None`; None says that the metric does not apply to the task."""
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -15,6 +16,7 @@ from lori_dist import config, plugin
 from lori_dist.adapter import attach, source
 from lori_dist.errors import AdapterError, ConfigError
 from lori_dist.training.data import Example, encode, read, responses
+from lori_dist.training.metrics import Record
 from lori_dist.training.model import check, identity, load_model, load_tokenizer
 
 __all__ = ["Subject", "check_adapter", "evaluate"]
@@ -50,11 +52,13 @@ def evaluate(
     *,
     device: torch.device | str = "cpu",
     progress: Callable[[str, int, int], None] | None = None,
+    record: Callable[[Record], None] = lambda record: None,
 ) -> dict[str, dict[str, float]]:
     """Every metric of the run on every task's test rows: task -> metric -> value, without those that do not apply.
 
     adapter: an adapter file, trained or merged, or a LoRA folder of PEFT; None measures the base. progress: called with
-    what is measured next, how many measurements are done, and how many there are.
+    what is measured next, how many measurements are done, and how many there are. record: gets metric, task, value and
+    seconds of each.
     Raises ConfigError for test rows that cannot be used, and AdapterError if the adapter was trained on another base.
     """
     rows = _test_rows(run)
@@ -69,10 +73,12 @@ def evaluate(
     for done, (name, metric) in enumerate(measurements):
         if progress is not None:
             progress(f"{metric} of {name}", done, len(measurements))
+        start = time.monotonic()
         with torch.inference_mode():
             value = metrics[metric](subjects[name])
         if value is not None:
             values[name][metric] = value
+            record({"metric": metric, "task": name, "value": value, "seconds": time.monotonic() - start})
     return values
 
 

@@ -15,6 +15,8 @@ from lori_dist.report.drop import Evaluation, drops
 __all__ = ["write", "write_of_run"]
 
 JSON, PAGE, PICTURES = "report.json", "report.html", "report-"
+NOTHING: dict[str, Any] = {"adapters": [], "layers": [], "projections": [], "norms": {}, "modules": {}, "pairs": []}
+"""The interference of no adapters."""
 
 log = logging.getLogger(__name__)
 
@@ -25,16 +27,21 @@ def write(
     *,
     names: Sequence[str] | None = None,
     evaluation: Evaluation | None = None,
+    jobs: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Writes report.json, report.html and report-NAME.png into a folder, in place of those of an earlier report.
 
-    names: as of `interference`. evaluation: with it the report has the drop of each task under each merge.
+    names: as of `interference`. evaluation: with it the report has the drop of each task under each merge. jobs: of a
+    summary.json; with them the page has their timeline, and adapters may be missing.
     Returns what report.json holds: the tree of `interference`, and under `drops` that of `drops`.
     """
     from lori_dist.report.page import page  # draws with matplotlib, which takes a second to import
     from lori_dist.report.plots import plots
+    from lori_dist.report.timeline import rows, timeline
 
-    report = {**interference(adapters, names=names), "drops": drops(evaluation or {})}
+    of_jobs = rows(jobs or {})
+    found = NOTHING if of_jobs and not adapters else interference(adapters, names=names)
+    report = {**found, "drops": drops(evaluation or {})}
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -42,24 +49,28 @@ def write(
     for left in out.glob(f"{PICTURES}*.png"):
         left.unlink()
     drawn = list(plots(report))
-    for plot in drawn:
+    over_time = timeline(of_jobs) if of_jobs else None
+    for plot in [*drawn, *([over_time] if over_time else [])]:
         plot.save(out / f"{PICTURES}{plot.name}.png")
-    (out / PAGE).write_text(page(report, drawn), encoding="utf-8")
+    (out / PAGE).write_text(page(report, drawn, of_jobs, over_time), encoding="utf-8")
     folder.write_json(out / JSON, report)
     return report
 
 
 def write_of_run(summary: Mapping[str, Any], out: Path) -> dict[str, str] | None:
-    """The report of a run's adapters beside its summary. A run does not fail by its report.
+    """The report of a run's adapters and jobs beside its summary. A run does not fail by its report.
 
-    Returns {"path": of the page}, or {"error": why there is none}, or None for a run with less than two adapters.
+    Returns {"path": of the page}, or {"error": why there is none}, or None for a run with less than two adapters whose
+    jobs have no times.
     """
-    paths = {name: made["path"] for name, made in summary["adapters"].items()}
-    if len(paths) < 2:
-        return None
+    paths, jobs = {name: made["path"] for name, made in summary["adapters"].items()}, summary.get("jobs", {})
     try:
+        from lori_dist.report.timeline import rows
+
+        if len(paths) < 2 and not rows(jobs):
+            return None
         adapters = [file.load(path) for path in paths.values()]
-        write(adapters, out, names=list(paths), evaluation=summary["evaluation"])
+        write(adapters, out, names=list(paths), evaluation=summary["evaluation"], jobs=jobs)
     except Exception as error:
         log.warning("%s: no report could be made: %s", out, error)
         log.debug("", exc_info=error)

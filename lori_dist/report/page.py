@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lori_dist.report.plots import Plot, as_html, short_layers, style
+from lori_dist.report.timeline import MOST, STATES, Row, span
 
 Rows = Iterable[Sequence[Any]]
 
@@ -27,16 +28,20 @@ details{margin:.75rem 0}summary{cursor:pointer;color:var(--line-1)}
 """
 
 
-def page(report: Mapping[str, Any], plots: Sequence[Plot]) -> str:
-    """The page. Everything that comes from files is escaped."""
-    title = f"Interference of {len(report['adapters'])} adapters"
+def page(
+    report: Mapping[str, Any], plots: Sequence[Plot], jobs: Sequence[Row] = (), over_time: Plot | None = None
+) -> str:
+    """The page. Everything that comes from files is escaped. over_time: the timeline of the jobs."""
+    count = len(report["adapters"])
+    title = f"Interference of {count} adapters" if count else "A run without adapters"
     parts = [
         f"<h1>{as_html(title)}</h1>",
         *_summary(report),
-        *_section("Plots", [f'<div class="plots">{"".join(map(_figure, plots))}</div>']),
+        *(_section("Plots", [f'<div class="plots">{"".join(map(_figure, plots))}</div>']) if plots else ()),
+        *(_section("Jobs", [_figure(over_time), *_jobs(jobs)]) if over_time else ()),
         *(_section("Pairs of adapters", _pairs(report)) if report["pairs"] else ()),
         *(_section("Drop of each task under each merge", _drops(report["drops"])) if report.get("drops") else ()),
-        *_section("Adapters and norms", _adapters(report)),
+        *(_section("Adapters and norms", _adapters(report)) if count else ()),
         *(_section("How to read it", [_meanings()]) if report["pairs"] else ()),
     ]
     return (
@@ -69,7 +74,7 @@ def _summary(report: Mapping[str, Any]) -> Iterator[str]:
     names = ", ".join(adapter["name"] for adapter in report["adapters"])
     yield f'<p class="note">{as_html(names)}</p>'
     lines = [*_of_cosines(report["pairs"]), *_of_drops(report.get("drops", {}))]
-    if not report["pairs"]:
+    if len(report["adapters"]) == 1:
         lines.append("There is one adapter only, and nothing to compare it with.")
     yield f"<ul>{''.join(f'<li>{as_html(line)}</li>' for line in lines)}</ul>"
 
@@ -214,6 +219,29 @@ def _adapters(report: Mapping[str, Any]) -> Iterator[str]:
         rows.append(("all", *map(_number, norms["projections"].values()), _number(adapter["norm"])))
         table = _table(f"Norm of {adapter['name']}", ("layer", *report["projections"], "all"), rows)
         yield f"<details><summary>Norms of {as_html(adapter['name'])}</summary>{table}</details>"
+
+
+def _jobs(jobs: Sequence[Row]) -> Iterator[str]:
+    """What became of the attempts that failed, and a table of all jobs."""
+    failed = [(row.name, number, one) for row in jobs for number, one in enumerate(row.attempts, 1) if one.error]
+    if failed:
+        told = (
+            f"{name}, attempt {number}, after {span(one.end - one.start)}: {one.error}"
+            for name, number, one in failed[:MOST]
+        )
+        yield f"<ul>{''.join(f'<li>{as_html(line)}</li>' for line in told)}</ul>"
+    first = min(one.start for row in jobs for one in row.attempts)
+    cells = [
+        (
+            row.name,
+            STATES.get(row.state, row.state),
+            *((span(row.attempts[0].start - first), span(row.seconds)) if row.attempts else ("-", "-")),
+            str(len(row.attempts)),
+        )
+        for row in jobs
+    ]
+    table = _table("Jobs, as they began", ("job", "state", "began after", "at work", "attempts"), cells)
+    yield f"<details><summary>Times of {len(jobs)} jobs</summary>{table}</details>"
 
 
 def _table(caption: str, titles: Sequence[str], rows: Rows) -> str:

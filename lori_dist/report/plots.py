@@ -45,9 +45,9 @@ COSINES = (0.01, 0.03, 0.1, 0.3)
 """Where the colour of a cosine changes: the same in every report, so that two of them can be compared."""
 SHARES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 
-_WIDTH = 3.7  # inches: a phone's. On a wider screen there are several beside each other
-_LETTER = 0.068  # inches, of a label
-_SETTINGS = {
+WIDTH = 3.7  # inches: a phone's. On a wider screen there are several beside each other
+LETTER = 0.068  # inches, of a label
+SETTINGS = {
     "font.family": ["DejaVu Sans", "sans-serif"],
     "font.size": 8,
     "text.parse_math": False,  # a task may be called $x$
@@ -71,13 +71,13 @@ class Plot:
 
     def save(self, path: Path) -> None:
         """Writes a PNG."""
-        with matplotlib.rc_context(_SETTINGS):
+        with matplotlib.rc_context(SETTINGS):
             self.figure.savefig(path, format="png", dpi=200, facecolor=PALETTE["paper"][0])
 
     def svg(self) -> str:
         """An SVG element for an HTML page that sets the variables of `style`. Its ids are its own."""
         text = io.StringIO()
-        with matplotlib.rc_context(_SETTINGS):
+        with matplotlib.rc_context(SETTINGS):
             self.figure.savefig(text, format="svg", facecolor="none", metadata=_SUPERFLUOUS)
         _, _, body = text.getvalue().partition("<svg")
         _, _, body = body.partition(">")
@@ -85,7 +85,7 @@ class Plot:
         body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{self.name}-", body)
         for name, (light, _) in PALETTE.items():
             body = body.replace(light, f"var(--{name})")
-        least = f"min-width:{width}px" if width > 96 * _WIDTH else ""
+        least = f"min-width:{width}px" if width > 96 * WIDTH else ""
         return (
             f'<svg viewBox="0 0 {0.75 * width:g} {0.75 * height:g}" style="max-width:{round(1.5 * width)}px;{least}" '
             f'role="img" aria-label="{as_html(self.alternative)}">{body}'
@@ -109,7 +109,7 @@ def as_html(text: str) -> str:
 
 def plots(report: Mapping[str, Any]) -> Iterator[Plot]:
     """All plots that there is something to show for."""
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(SETTINGS):
         if report["pairs"]:
             yield _cosines(report)
             yield _cosines_of_layers(report)
@@ -200,7 +200,7 @@ def _norms(report: Mapping[str, Any]) -> Iterator[Plot]:
             "norms have its sums.",
             caption="Frobenius norm of the update. Colours are those of the largest norm of all adapters.",
             figure=_heat_map(
-                f"Norm: {_shown(name, 30)}",
+                f"Norm: {shown(name, 30)}",
                 layers,
                 report["projections"],
                 table,
@@ -225,7 +225,7 @@ def _drops(number: int, metric: str, found: Mapping[str, Any]) -> Plot:
         caption=f"What the merge loses against the task's own adapter, {unit} ({better} is better): above zero, "
         "orange, it is worse.",
         figure=_heat_map(
-            f"Drop in {_shown(metric, 24)}", merges, tasks, values, text, lambda value: _signed(-value, steps)
+            f"Drop in {shown(metric, 24)}", merges, tasks, values, text, lambda value: _signed(-value, steps)
         ),
     )
 
@@ -247,16 +247,16 @@ def _heat_map(
     down: str = "",
 ) -> Figure:
     """Cells with their number, so that no colour has to be told from another. None: an empty cell."""
-    rows, columns = [_shown(name, 16) for name in rows], [_shown(name, 16) for name in columns]
-    left = _LETTER * max(map(len, [down, *rows])) + 0.15
-    width = max(_WIDTH, left + 0.42 * len(columns) + 0.1)
+    rows, columns = [shown(name, 16) for name in rows], [shown(name, 16) for name in columns]
+    left = LETTER * max(map(len, [down, *rows])) + 0.15
+    width = max(WIDTH, left + 0.42 * len(columns) + 0.1)
     cell = (width - left - 0.1) / len(columns)
-    is_turned = any(_LETTER * len(name) > cell for name in columns)
-    top = 0.36 + (_LETTER * max(map(len, columns)) if is_turned else 0.2)
+    is_turned = any(LETTER * len(name) > cell for name in columns)
+    top = 0.36 + (LETTER * max(map(len, columns)) if is_turned else 0.2)
     tall = (0.36 if len(rows) <= 12 else 0.2) if not down else 0.24 if len(rows) <= 40 else 0.17
     height = top + tall * len(rows) + 0.08
     figure = Figure(figsize=(width, height))
-    figure.text(0.06 / width, 1 - 0.08 / height, title, va="top", size=9.5, weight="bold", color=_light("ink"))
+    figure.text(0.06 / width, 1 - 0.08 / height, title, va="top", size=9.5, weight="bold", color=tint("ink"))
     axes = figure.add_axes((left / width, 0.08 / height, 1 - (left + 0.1) / width, tall * len(rows) / height))
     for y, row in enumerate(values):
         for x, value in enumerate(row):
@@ -265,9 +265,9 @@ def _heat_map(
     axes.set_xticks([x + 0.5 for x in range(len(columns))], columns, rotation=90 if is_turned else 0)
     axes.set_yticks([y + 0.5 for y in range(len(rows))], rows)
     axes.tick_params(top=False, left=False, bottom=False, labeltop=True, labelbottom=False, pad=2)
-    _plain(axes)
+    plain(axes)
     if down:
-        axes.text(-0.02, -0.12, down, ha="right", va="bottom", color=_light("muted"), transform=axes.transData)
+        axes.text(-0.02, -0.12, down, ha="right", va="bottom", color=tint("muted"), transform=axes.transData)
     return figure
 
 
@@ -281,11 +281,11 @@ def _draw_cell(
     note: float | None,
 ) -> None:
     if value is None:
-        axes.text(x + 0.5, y + 0.5, "\N{MIDDLE DOT}", ha="center", va="center", color=_light("muted"))
+        axes.text(x + 0.5, y + 0.5, "\N{MIDDLE DOT}", ha="center", va="center", color=tint("muted"))
         return
     name = colour(value)
-    axes.add_patch(Rectangle((x, y), 1, 1, facecolor=_light(name), edgecolor=_light("paper"), linewidth=1))
-    ink = _light("paper" if name in ("more-4", "more-5", "more-6", "less-3", "less-4") else "ink")
+    axes.add_patch(Rectangle((x, y), 1, 1, facecolor=tint(name), edgecolor=tint("paper"), linewidth=1))
+    ink = tint("paper" if name in ("more-4", "more-5", "more-6", "less-3", "less-4") else "ink")
     axes.text(
         x + 0.5, y + (0.34 if note is not None else 0.5), text(value), ha="center", va="center", size=7, color=ink
     )
@@ -324,9 +324,9 @@ def _percent(value: float) -> str:
 def _cosines_of_layers(report: Mapping[str, Any]) -> Plot:
     layers, places = report["layers"], range(len(report["layers"]))
     ranked = sorted(report["pairs"], key=lambda pair: -abs(pair["overall"]["cosine"]["value"] or 0.0))
-    figure = Figure(figsize=(_WIDTH, 3.1 + 0.16 * min(5, len(ranked))), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.1 + 0.16 * min(5, len(ranked))), layout="constrained")
     figure.suptitle(
-        "Size of the cosine, layer by layer", x=0.016, ha="left", size=9.5, weight="bold", color=_light("ink")
+        "Size of the cosine, layer by layer", x=0.016, ha="left", size=9.5, weight="bold", color=tint("ink")
     )
     axes = figure.add_subplot()
     known = [
@@ -347,36 +347,36 @@ def _cosines_of_layers(report: Mapping[str, Any]) -> Plot:
 
     every = -(-len(layers) // 12)  # layers from one label, and from one marker, to the next
     for pair in ranked[4:]:
-        axes.plot(places, over_layers(pair, "value"), color=_light("muted"), linewidth=0.4)
+        axes.plot(places, over_layers(pair, "value"), color=tint("muted"), linewidth=0.4)
     for number, pair in enumerate(ranked[:4]):
         axes.plot(
             places,
             over_layers(pair, "value"),
-            color=_light(f"line-{number + 1}"),
+            color=tint(f"line-{number + 1}"),
             linestyle=("-", "--", "-.", ":")[number],
             marker="os^D"[number],
             markersize=4,
             markevery=(number * every // 4, every),
             linewidth=1.3,
-            label=", ".join(_shown(name, 18) for name in pair["adapters"]),
+            label=", ".join(shown(name, 18) for name in pair["adapters"]),
         )
     axes.fill_between(
-        places, lowest, largest("std"), color=_light("band"), zorder=0, label="up to one std, independent B"
+        places, lowest, largest("std"), color=tint("band"), zorder=0, label="up to one std, independent B"
     )
     axes.plot(
-        places, largest("cap"), color=_light("muted"), linestyle="--", linewidth=1, label="1/sqrt(d_in), cap of std"
+        places, largest("cap"), color=tint("muted"), linestyle="--", linewidth=1, label="1/sqrt(d_in), cap of std"
     )
-    axes.plot(places, largest("bound"), color=_light("ink"), linewidth=1.6, label="bound for any B: principal angles")
+    axes.plot(places, largest("bound"), color=tint("ink"), linewidth=1.6, label="bound for any B: principal angles")
     axes.set_yscale("log")
     axes.set_ylim(lowest, 1.3)
     axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
     axes.yaxis.set_minor_formatter(lambda value, position: "")
     axes.set_xticks(list(places)[::every], short_layers(layers)[::every])
-    axes.set_xlabel("layer", color=_light("muted"))
-    axes.grid(axis="y", color=_light("grid"), linewidth=0.6)
+    axes.set_xlabel("layer", color=tint("muted"))
+    axes.grid(axis="y", color=tint("grid"), linewidth=0.6)
     axes.set_axisbelow(True)
-    _plain(axes)
-    figure.legend(loc="outside lower left", frameon=False, labelcolor=_light("ink"), fontsize=7)
+    plain(axes)
+    figure.legend(loc="outside lower left", frameon=False, labelcolor=tint("ink"), fontsize=7)
     more = f" The {len(ranked) - 4} pairs of the smallest overall cosine are grey." if len(ranked) > 4 else ""
     return Plot(
         name="layers",
@@ -403,14 +403,15 @@ def short_layers(layers: Sequence[str]) -> list[str]:
     return [(end if is_one else layer) or "other" for layer, (_, _, end) in zip(layers, parts, strict=True)]
 
 
-def _plain(axes: Axes) -> None:
-    axes.tick_params(which="both", colors=_light("muted"), labelcolor=_light("ink"), length=0)
+def plain(axes: Axes) -> None:
+    axes.tick_params(which="both", colors=tint("muted"), labelcolor=tint("ink"), length=0)
     axes.set_facecolor("none")
     for spine in axes.spines.values():
         spine.set_visible(False)
 
 
-def _light(name: str) -> str:
+def tint(name: str) -> str:
+    """A colour of the palette as it is drawn: on white. A page replaces it."""
     return PALETTE[name][0]
 
 
@@ -432,7 +433,7 @@ def _over(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
-def _shown(name: str, length: int) -> str:
+def shown(name: str, length: int) -> str:
     """A name as the font can draw it, its middle left out if it is long."""
     font = get_font(findfont("DejaVu Sans"))
     name = "".join(letter if letter.isprintable() and font.get_char_index(ord(letter)) else "?" for letter in name)

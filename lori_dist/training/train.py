@@ -24,24 +24,22 @@ from lori_dist.adapter.attach import attach, extract, projection_checksums
 from lori_dist.config import Run, held_out
 from lori_dist.errors import JobError
 from lori_dist.jobs import task_seed, train_job
-from lori_dist.training import checkpoint, data
+from lori_dist.training import checkpoint, data, flops, metrics
 from lori_dist.training.data import Example
 from lori_dist.training.engine import Engine, gather
+from lori_dist.training.metrics import Record as Record
 from lori_dist.training.model import check, identity, load_tokenizer
 from lori_dist.training.schedule import learning_rate
+from lori_dist.training.trackers import forget, tracked
 from lori_dist.training.weights import Weights, skeleton
 from lori_dist.training.world import World, agree, from_first
 
 ADAPTER = "adapter.safetensors"
 CALIBRATED = "calibrated.safetensors"
-METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 CALIBRATE, TRAIN = "calibrate", "train"
 
 log = logging.getLogger(__name__)
-
-Record = dict[str, Any]
-"""A line of metrics.jsonl: phase, step (steps done), num_steps, loss, lr, grad_norm, tokens and seconds of the step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,11 +58,14 @@ class Job:
     """What both phases share."""
 
     run: Run
+    name: str
     task: str
     world: World
     folder: Path
     fingerprint: str
     still_mine: Callable[[], None]
+    track: Callable[[Record], None]
+    """To the run's trackers."""
     progress: Callable[[Record], None]
     examples: Sequence[Example]
     pad_id: int
@@ -98,22 +99,26 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(run.model)
     rows = _rows(run, task)
-    job = Job(
-        run=run,
-        task=task,
-        world=world,
-        folder=folder,
-        fingerprint=fingerprint,
-        still_mine=still_mine,
-        progress=progress,
-        examples=data.encode(rows, tokenizer, run.train.max_length, where=f"tasks.{task}.train"),
-        pad_id=data.pad_id(tokenizer),
-        origin={"fingerprint": fingerprint, **train_job(run, task).settings},
-    )
-    *calibration, last = phases(run.train, run.adapter.density, len(job.examples))
-    masks = _masks(job, calibration[0]) if calibration else None
-    gc.collect()  # models and engines refer to themselves, and two bases may not fit
-    model, engine = _fit(job, last, masks)
+    planned = train_job(run, task)
+    with tracked(run, planned.name) as track:
+        job = Job(
+            run=run,
+            name=planned.name,
+            task=task,
+            world=world,
+            folder=folder,
+            fingerprint=fingerprint,
+            still_mine=still_mine,
+            track=track,
+            progress=progress,
+            examples=data.encode(rows, tokenizer, run.train.max_length, where=f"tasks.{task}.train"),
+            pad_id=data.pad_id(tokenizer),
+            origin={"fingerprint": fingerprint, **planned.settings},
+        )
+        *calibration, last = phases(run.train, run.adapter.density, len(job.examples))
+        masks = _masks(job, calibration[0]) if calibration else None
+        gc.collect()  # models and engines refer to themselves, and two bases may not fit
+        model, engine = _fit(job, last, masks)
     adapter = write_adapter(folder / ADAPTER, model, engine, job)
     engine.close()
 
@@ -124,7 +129,7 @@ def train(
             "total": adapter.total,
             "bytes": (folder / ADAPTER).stat().st_size,
             "steps": last.num_steps,
-            "loss": _records(folder)[-1]["loss"],
+            "loss": metrics.read(folder)[-1]["loss"],
             "seconds": time.monotonic() - start,
         }
 
@@ -226,6 +231,9 @@ def _calibrate(job: Job, phase: Phase, path: Path) -> None:
 def _fit(job: Job, phase: Phase, masks: Mapping[str, Tensor] | None) -> tuple[PreTrainedModel, Engine]:
     """Trains the entries that masks keep, from zero or from the newest checkpoint. Returns what holds them."""
     model, weights = _adapted_model(job, masks)
+    mfu = flops.utilisation(model, job.run, job.world)  # before an engine shards the model
+    if job.world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(job.world.device)
     origin = {**_origin(job, phase), "mask": _digest(masks)}
     found = checkpoint.newest(job.folder / CHECKPOINTS, phase.name, origin)
     first = found.step if found else 0
@@ -239,7 +247,7 @@ def _fit(job: Job, phase: Phase, masks: Mapping[str, Tensor] | None) -> tuple[Pr
     if job.world.rank == 0:
         _rewind(job, phase, first)
     for step in range(first, phase.num_steps):
-        record = _step(job, phase, engine, step)
+        record = _step(job, phase, engine, step, mfu)
         if job.world.rank == 0:
             _write(job, record)
         if _is_due(job, phase, step + 1):
@@ -303,7 +311,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
                     setattr(module, name, 0.0)
 
 
-def _step(job: Job, phase: Phase, engine: Engine, step: int) -> Record:
+def _step(job: Job, phase: Phase, engine: Engine, step: int, mfu: flops.Utilisation) -> Record:
     start = time.monotonic()
     train, world = job.run.train, job.world
     # Whatever draws random numbers draws the same ones in a training that was resumed.
@@ -317,12 +325,15 @@ def _step(job: Job, phase: Phase, engine: Engine, step: int) -> Record:
         step, num_steps=phase.num_steps, lr=phase.lr, schedule=train.schedule, warmup_steps=train.warmup_steps
     )
     num_targets = sum(len(job.examples[row].response_ids) for row in rows)  # of all ranks, and nothing is sent
+    data_wait = time.monotonic() - start
     result = engine.step(batches, num_targets=num_targets, lr=lr)
+    seconds = time.monotonic() - start
     if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
         raise JobError(
             f"{job.task}: at step {step + 1} of {phase.num_steps} of phase {phase.name} the loss is {result.loss} and "
             f"the gradient's norm {result.grad_norm}; lower the learning rate (here {lr:g}) or use model.dtype float32"
         )
+    num_tokens = num_targets + sum(len(job.examples[row].prompt_ids) for row in rows)
     return {
         "phase": phase.name,
         "step": step + 1,
@@ -330,8 +341,12 @@ def _step(job: Job, phase: Phase, engine: Engine, step: int) -> Record:
         "loss": result.loss,
         "lr": lr,
         "grad_norm": result.grad_norm,
-        "tokens": num_targets + sum(len(job.examples[row].prompt_ids) for row in rows),
-        "seconds": time.monotonic() - start,
+        "tokens": num_tokens,
+        "seconds": seconds,
+        "tokens_per_second": num_tokens / seconds,
+        "mfu": mfu(num_tokens, seconds),
+        "memory": _memory(world.device),
+        "data_wait": data_wait,
         "time": time.time(),
     }
 
@@ -351,24 +366,25 @@ def _is_due(job: Job, phase: Phase, num_done: int) -> bool:
 
 def _write(job: Job, record: Record) -> None:
     job.still_mine()
-    with (job.folder / METRICS).open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(record) + "\n")
+    metrics.append(job.folder, record)
+    job.track(record)
     job.progress(record)
-
-
-def _records(folder: Path) -> list[Record]:
-    """All lines but one that a kill has cut short."""
-    path = folder / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _rewind(job: Job, phase: Phase, first: int) -> None:
     """Drops what an earlier attempt wrote about steps that are done again."""
-    records = [record for record in _records(job.folder) if record["phase"] != phase.name or record["step"] <= first]
+    written = metrics.read(job.folder)
+    records = [record for record in written if record["phase"] != phase.name or record["step"] <= first]
     if phase.name == CALIBRATE:
         records = [record for record in records if record["phase"] == CALIBRATE]
     job.still_mine()
-    partial = job.folder / f".{METRICS}.partial"
-    partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    os.replace(partial, job.folder / METRICS)
+    metrics.rewrite(job.folder, records)
+    if not records:
+        forget(job.run, job.name)
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took since the phase began, or, without a device, what the process has resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,9 +29,11 @@ from lori_dist.training.world import from_environment
 from tests.distributed import run_distributed
 from tests.models import tiny_gpt2, tiny_llama
 from tests.tokenizers import save
+from tests.training.test_trackers import curves
 
 FINGERPRINT = "f1"
 STEPS, CALIBRATION_STEPS, EVERY = 7, 6, 2
+MEASURED = {"seconds", "tokens_per_second", "mfu", "memory", "data_wait", "time"}
 Failed = pytest.fail.Exception
 
 
@@ -129,7 +132,8 @@ def steps(records: list[Record], phase: str) -> list[int]:
 
 
 def without_seconds(records: list[Record]) -> list[Record]:
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+    """What is the same on any machine, at any time."""
+    return [{key: value for key, value in record.items() if key not in MEASURED} for record in records]
 
 
 def values(adapter: Adapter) -> Tensor:
@@ -237,8 +241,15 @@ def test_metrics_are_those_of_the_global_batch(run: Run, tmp_path: Path) -> None
     assert steps(records, "calibrate") == list(range(1, CALIBRATION_STEPS + 1))
     assert steps(records, "train") == list(range(1, STEPS + 1))
     first = records[CALIBRATION_STEPS]
-    assert set(first) == {"phase", "step", "num_steps", "loss", "lr", "grad_norm", "tokens", "seconds"}
+    assert set(first) == {"phase", "step", "num_steps", "loss", "lr", "grad_norm", "tokens"} | MEASURED
     assert first["num_steps"] == STEPS
+    for record in records:
+        assert record["tokens_per_second"] == record["tokens"] / record["seconds"]
+        assert 0 < record["data_wait"] < record["seconds"]
+        assert 2**26 < record["memory"] < 2**34  # a process that has imported torch
+        assert record["mfu"] is None  # nobody knows what a CPU can do
+    assert sorted(record["time"] for record in records) == [record["time"] for record in records]
+    assert abs(time.time() - first["time"]) < 300
     assert first["lr"] == pytest.approx(run.train.lr / 3)
     assert records[0]["lr"] == pytest.approx(run.train.lr / 30)
     assert first["loss"] == pytest.approx(records[0]["loss"], rel=1e-6)  # the same rows, and B at zero in both
@@ -337,6 +348,12 @@ def test_a_killed_training_goes_on_to_the_same_bits(
     for name in ("adapter.safetensors", "calibrated.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert without_seconds(metrics(tmp_path / "killed")) == without_seconds(metrics(tmp_path / "whole"))
+    drawn = run.folder / "tensorboard" / "train-count"
+    for name in ("calibrate", "train"):
+        written = [record for record in metrics(tmp_path / "killed") if record["phase"] == name]
+        found = curves(drawn / name)
+        assert found["loss"] == [(record["step"], pytest.approx(record["loss"], rel=1e-6)) for record in written]
+        assert set(found) == {"loss", "lr", "grad_norm", "tokens", *MEASURED} - {"mfu", "time"}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,99 @@
+"""The work of a step is what torch counts, and a share of a peak is given only where that is known."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lori_dist import Spec, attach, config
+from lori_dist.training import flops
+from lori_dist.training.train import checkpoint_activations
+from lori_dist.training.world import World
+from tests.models import tiny_gpt2, tiny_llama
+
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+def counted(model: Any, num_tokens: int) -> int:
+    """What torch counts of products with the base's matrices in one step of training with a frozen base."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.enable_input_require_grads()
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(input_ids=torch.arange(3, 3 + num_tokens)[None], use_cache=False).logits.sum().backward()
+    products = (torch.ops.aten.mm, torch.ops.aten.addmm)  # the scores are of bmm or of an attention
+    return sum(number for operation, number in counter.get_flop_counts()["Global"].items() if operation in products)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_it_is_what_torch_counts(make: Any, recomputed: bool) -> None:
+    model = make()
+    if recomputed:
+        checkpoint_activations(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    wanted = flops.per_token(model, activation_checkpointing=recomputed)
+    assert wanted is not None
+    # The head is in no block, and of a block's last product the result is not needed again.
+    last = [weight for name, weight in model.named_parameters() if re.search(r"(down_proj|mlp.c_proj).weight", name)]
+    once = sum(weight.numel() for weight in [model.get_output_embeddings().weight, *last])
+    assert counted(model, 12) == 12 * (wanted - 2 * once * recomputed)
+
+
+def per_token(model: Any) -> float:
+    found = flops.per_token(model, activation_checkpointing=False)
+    assert found is not None
+    return found
+
+
+def test_an_adapter_does_not_count() -> None:
+    model, plain = tiny_llama(), tiny_llama()
+    plain.requires_grad_(False)
+    attach(model, Spec(rank=4, alpha=8.0, seed=1))
+    assert per_token(model) == per_token(plain)
+
+
+def test_a_mixture_of_experts_is_not_guessed() -> None:
+    model = tiny_llama()
+    model.config.num_local_experts = 8
+    assert flops.per_token(model, activation_checkpointing=False) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "precision", "peak"),
+    [
+        (H100, torch.bfloat16, "highest", 989e12),
+        (H100, torch.float32, "highest", 67e12),
+        (H100, torch.float32, "high", 494e12),
+        ("Tesla T4", torch.float16, "highest", 65e12),
+        ("Tesla T4", torch.bfloat16, "highest", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", torch.bfloat16, "highest", None),
+        ("Some Device", torch.bfloat16, "highest", None),
+    ],
+)
+def test_a_peak_is_that_of_the_device_and_dtype(
+    name: str, dtype: torch.dtype, precision: str, peak: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    assert flops.peak(torch.device("cuda", 0), dtype) == peak
+    assert flops.peak(torch.device("cpu"), dtype) is None
+
+
+def described(tmp_path: Path) -> config.Run:
+    return config.Run(name="demo", output=str(tmp_path), model=config.Model(path="m", dtype="bfloat16"), tasks={})
+
+
+def test_a_share_is_of_all_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: H100)
+    model: Any = tiny_llama().requires_grad_(False)
+    world = World(rank=0, size=4, local_rank=0, device=torch.device("cuda", 0))
+    share = flops.utilisation(model, described(tmp_path), world)
+    assert share(1000, 0.25) == pytest.approx(per_token(model) * 1000 / 0.25 / (4 * 989e12))
+    on_cpu = World(rank=0, size=4, local_rank=0, device=torch.device("cpu"))
+    assert flops.utilisation(model, described(tmp_path), on_cpu)(1000, 0.25) is None
