@@ -145,9 +145,10 @@ class History:
 
 
 def _steps(partial: Path) -> list[dict[str, Any]]:
-    """What a training's metrics say, but for a line that a kill has cut short."""
+    """What a training's metrics say, but for a line that a kill has cut short. Other jobs have no steps."""
     try:
         lines = (partial / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [record for record in records if "step" in record]

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from lori_dist import Spec, attach, config, extract, folder, save_adapter
+from lori_dist.cluster.attempts import History
 from lori_dist.cluster.work import Assignment, evaluate_model, log_file, merge_adapters
 from lori_dist.jobs import Job, evaluate_job, merge_job, train_job
 from lori_dist.training import metrics
@@ -87,3 +88,13 @@ def test_no_secret_gets_into_what_a_job_leaves(run: config.Run, monkeypatch: pyt
     written = [path for path in run.folder.rglob("*") if path.is_file()]
     assert log_file(run.folder, assignment.job, 0) in written
     assert not [path for path in written if b"hush-hush-hush" in path.read_bytes()]
+
+
+def test_the_metrics_of_a_merge_or_an_evaluation_are_no_steps(run: config.Run) -> None:
+    assignment = assigned(run, evaluate_job(run, "base", None))
+    history = History(assignment.attempt.partial, assignment.attempt.number)
+    history.begin(workers=1)
+    evaluate_model(assignment)
+    history.end(None)
+    assert history.attempts[-1]["seconds"] > 0
+    assert history.attempts[-1]["resumed_at"] is None
