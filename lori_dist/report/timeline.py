@@ -75,10 +75,11 @@ def rows(jobs: Mapping[str, Mapping[str, Any]]) -> list[Row]:
 
 
 def _attempts(job: Mapping[str, Any]) -> Iterator[Attempt]:
+    """Of the last attempt, what it does not say itself is that of the job."""
     listed = job.get("attempts")
-    if not isinstance(listed, list):  # a number of them, or nothing
-        listed = [{**job, "error": job.get("error")}]
-    for one in listed:
+    *before, last = listed if listed and isinstance(listed, list) else [{}]  # or a number of them, or nothing
+    known = {key: value for key, value in last.items() if value is not None}
+    for one in (*before, {**{key: job.get(key) for key in ("started", "seconds", "error")}, **known}):
         start, seconds = one.get("started"), one.get("seconds")
         if isinstance(start, int | float):
             yield Attempt(start=start, end=start + (seconds or 0.0), error=one.get("error"))
