@@ -62,7 +62,7 @@ class Board:
             if record is not None and record["inputs"] == self.inputs(job):
                 self.results[job.name] = record["result"]
                 self.made[job.name] = record["sha256"].get(ADAPTER, "")
-                self._change(job, "finished", cached=True, seconds=record["seconds"])
+                self._change(job, "finished", cached=True, seconds=record["seconds"], attempts=record["attempts"])
 
     def inputs(self, job: Job) -> dict[str, str | None]:
         """What the job reads of others: it is done again where those were, and became something else."""
