@@ -238,6 +238,7 @@ def test_what_it_writes_and_returns(run: Run, tmp_path: Path) -> None:
 def test_metrics_are_those_of_the_global_batch(run: Run, tmp_path: Path) -> None:
     (_, records), _ = run_distributed(train_rank, run, tmp_path / "job", world_size=2)
     assert metrics(tmp_path / "job") == records
+    assert len(list((run.folder / "tensorboard" / "train-count" / "train").iterdir())) == 1  # of rank 0 alone
     assert steps(records, "calibrate") == list(range(1, CALIBRATION_STEPS + 1))
     assert steps(records, "train") == list(range(1, STEPS + 1))
     first = records[CALIBRATION_STEPS]
