@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -67,22 +68,31 @@ class Place:
         return values, as_bytes(mask)
 
 
-class StoredEntries(Entries):
+class Readable(Protocol):
+    """Where entries can be read again and again."""
+
+    @property
+    def kept(self) -> int: ...
+
+    def read(self) -> Entries: ...
+
+
+class UnreadEntries(Entries):
     """Entries that lie in a file. They are read and checked when they are first asked for; a copy reads for itself."""
 
     __slots__ = ("_found", "place")
-    place: Place
+    place: Readable
     _found: Entries | None
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Readable) -> None:
         object.__setattr__(self, "place", place)  # the class it stands in for is frozen
         object.__setattr__(self, "_found", None)
 
-    def __reduce__(self) -> tuple[type["StoredEntries"], tuple[Place]]:
-        return StoredEntries, (self.place,)  # to pickle it reads nothing
+    def __reduce__(self) -> tuple[type[Self], tuple[Readable]]:
+        return type(self), (self.place,)  # to pickle it reads nothing
 
-    def __copy__(self) -> "StoredEntries":
-        return StoredEntries(self.place)
+    def __copy__(self) -> Self:
+        return type(self)(self.place)
 
     @property
     def kept(self) -> int:
@@ -101,6 +111,13 @@ class StoredEntries(Entries):
             object.__setattr__(self, "_found", self.place.read())
         assert self._found is not None
         return self._found
+
+
+class StoredEntries(UnreadEntries):
+    """Those of an adapter file, as they would be written again."""
+
+    __slots__ = ()
+    place: Place
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
