@@ -217,6 +217,16 @@ def test_damage_is_refused(tmp_path: Path) -> None:
             source.load(tmp_path / "lora")
 
 
+def test_tensors_that_change_after_they_were_opened_are_refused(tmp_path: Path) -> None:
+    lora(tmp_path / "lora")
+    opened, path = source.opened(tmp_path / "lora"), tmp_path / "lora" / "adapter_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(AdapterError, match=rf"adapter_model\.safetensors: B of {MODULE} has changed"):
+        _ = opened.blocks[0].entries[MODULE].values
+    with pytest.raises(AdapterError, match=rf"adapter_model\.safetensors: A of {MODULE} is not what"):
+        opened.blocks[0].projection(MODULE, opened.shapes[MODULE][1])
+
+
 def test_other_folders_say_what_to_give(tmp_path: Path) -> None:
     with pytest.raises(
         AdapterError, match=r"this is a folder without adapter_config\.json; give an adapter file, a LoRA"
