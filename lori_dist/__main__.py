@@ -185,11 +185,11 @@ def report(arguments: argparse.Namespace) -> None:
         raise ConfigError("ADAPTER: none is given; give adapter files, or with --run a run that has finished some")
     matrix = described.folder / "summary.json" if described is not None else arguments.evaluation
     measured = None if matrix is None else _evaluation(matrix, "--run" if described is not None else "--evaluation")
-    from lori_dist.adapter import file
+    from lori_dist.adapter import source
     from lori_dist.report import write
 
     names = None if adapters else list(named)
-    written = write([file.load(path) for path in paths], arguments.out, names=names, evaluation=measured)
+    written = write([source.opened(Path(path)) for path in paths], arguments.out, names=names, evaluation=measured)
     if measured and not written["drops"]:
         log.warning("%s: no model of it has the name of a task, and no merge was measured: there are no drops", matrix)
     print(arguments.out / "report.html")
@@ -467,7 +467,7 @@ examples:
         "adapters",
         metavar="ADAPTER",
         nargs="*",
-        help="adapter files; with --run, by default its tasks', and KEY=VALUE as for `run`",
+        help="adapter files or LoRA folders of PEFT; with --run, by default its tasks', and KEY=VALUE as for `run`",
     )
     verb.set_defaults(settings=[])
     matrix = verb.add_mutually_exclusive_group()

@@ -1,6 +1,7 @@
 """LoRA folders that PEFT has saved, read with the updates that PEFT itself computes."""
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,14 @@ def test_damage_is_refused(tmp_path: Path) -> None:
         config.write_text(text)
         with pytest.raises(AdapterError, match=wanted):
             source.load(tmp_path / "lora")
+
+
+def test_an_opened_folder_goes_to_other_processes_without_its_tensors(tmp_path: Path) -> None:
+    lora(tmp_path / "lora", r=64)
+    sent = pickle.dumps(source.opened(tmp_path / "lora"))
+    assert len(sent) < (tmp_path / "lora" / "adapter_model.safetensors").stat().st_size / 4
+    there, here = pickle.loads(sent), source.load(tmp_path / "lora")
+    assert all(torch.equal(there.delta(name), here.delta(name)) for name in here.shapes)
 
 
 def test_tensors_that_change_after_they_were_opened_are_refused(tmp_path: Path) -> None:

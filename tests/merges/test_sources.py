@@ -1,5 +1,6 @@
 """Merges of our files, of PEFT's LoRA folders and of checkpoints of LoRI's official code, mixed, against dense sums."""
 
+import json
 import re
 from pathlib import Path
 
@@ -113,6 +114,16 @@ def test_a_folder_is_exported(place: Path, tmp_path: Path) -> None:
     assert main(["export", str(place / "s"), str(tmp_path / "out"), "--format", "peft", "--base", "tiny"]) == 0
     before, after = source.load(place / "s"), source.load(tmp_path / "out")
     assert all(torch.allclose(delta(after, name), delta(before, name), rtol=0, atol=1e-6) for name in before.shapes)
+
+
+def test_they_have_a_report_together(place: Path, tmp_path: Path) -> None:
+    names = ["ours.safetensors", "rslora", "half", "s"]
+    assert main(["report", *(str(place / name) for name in names), "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "report.json").read_text())
+    (norm,) = {one["norm"] for one in found["adapters"] if one["name"] == "rslora"}
+    rslora = source.load(place / "rslora")
+    wanted = sum(float(delta(rslora, module).square().sum()) for module in rslora.shapes) ** 0.5
+    assert norm == pytest.approx(wanted, rel=1e-5)
 
 
 def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
