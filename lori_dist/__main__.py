@@ -185,12 +185,13 @@ def report(arguments: argparse.Namespace) -> None:
         raise ConfigError("ADAPTER: none is given; give adapter files, or with --run a run that has finished some")
     matrix = described.folder / "summary.json" if described is not None else arguments.evaluation
     measured = None if matrix is None else _evaluation(matrix, "--run" if described is not None else "--evaluation")
-    from lori_dist.adapter import file
+    from lori_dist.adapter import source
     from lori_dist.report import write
 
     names = None if adapters else list(named)
     jobs = json.loads(matrix.read_text(encoding="utf-8")).get("jobs") if described is not None and matrix else None
-    written = write([file.load(path) for path in paths], arguments.out, names=names, evaluation=measured, jobs=jobs)
+    opened = [source.opened(Path(path)) for path in paths]
+    written = write(opened, arguments.out, names=names, evaluation=measured, jobs=jobs)
     if measured and not written["drops"]:
         log.warning("%s: no model of it has the name of a task, and no merge was measured: there are no drops", matrix)
     print(arguments.out / "report.html")
@@ -468,7 +469,7 @@ examples:
         "adapters",
         metavar="ADAPTER",
         nargs="*",
-        help="adapter files; with --run, by default its tasks', and KEY=VALUE as for `run`",
+        help="adapter files or LoRA folders of PEFT; with --run, by default its tasks', and KEY=VALUE as for `run`",
     )
     verb.set_defaults(settings=[])
     matrix = verb.add_mutually_exclusive_group()

@@ -1,5 +1,7 @@
 """An adapter in memory: what was trained, apart from any model."""
 
+import copy
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -153,3 +155,19 @@ class Adapter:
                 b = block.entries[module].dense(out_features, block.rank_of(module)).float()
                 update.addmm_(b, block.projection(module, in_features).float(), alpha=block.scale)
         return update
+
+
+def loaded(adapter: Adapter) -> Adapter:
+    """The adapter with all in memory that lay in files."""
+    return dataclasses.replace(adapter, blocks=tuple(_loaded(block) for block in adapter.blocks))
+
+
+def _loaded(block: Block) -> Block:
+    return dataclasses.replace(
+        block,
+        entries={
+            name: Entries(index=entries.index, values=entries.values)
+            for name, entries in ((name, copy.copy(entries)) for name, entries in block.entries.items())
+        },
+        projections={name: in_memory(a) for name, a in block.projections.items()},
+    )

@@ -1,7 +1,6 @@
 """The adapter file: kept entries, their masks and one JSON header, in a safetensors file. The README specifies it."""
 
 import copy
-import dataclasses
 import json
 import math
 import os
@@ -17,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lori_dist.adapter.adapter import Adapter, Block, Entries, in_memory
+from lori_dist.adapter.adapter import Adapter, Block, Entries, loaded
 from lori_dist.adapter.projection import DTYPES, GENERATOR
 from lori_dist.adapter.stored import (
     DAMAGED,
@@ -78,8 +77,7 @@ def load(path: str | os.PathLike[str]) -> Adapter:
 
     Raises AdapterError that says what is wrong and where, if this is not an undamaged adapter file of a known version.
     """
-    adapter = opened(path)
-    return dataclasses.replace(adapter, blocks=tuple(_read(block) for block in adapter.blocks))
+    return loaded(opened(path))
 
 
 def opened(path: str | os.PathLike[str]) -> Adapter:
@@ -512,16 +510,4 @@ def _entries(header: Mapping[str, Any], number: int, name: str, where: Mapping[s
             dtype=_VALUE_DTYPES[header["values_dtype"]],
             digest=module["digest"][number],
         )
-    )
-
-
-def _read(block: Block) -> Block:
-    """The block in memory."""
-    return dataclasses.replace(
-        block,
-        entries={
-            name: Entries(index=entries.index, values=entries.values)
-            for name, entries in ((name, copy.copy(entries)) for name, entries in block.entries.items())
-        },
-        projections={name: in_memory(a) for name, a in block.projections.items()},
     )

@@ -27,24 +27,23 @@ def is_one(folder: Path) -> bool:
     return bool(_files(folder))
 
 
-def load(folder: Path) -> Adapter:
+def opened(folder: Path) -> Adapter:
     """The adapter of a checkpoint, sparse where its mask says so.
 
-    Raises AdapterError as `peft_folder.load`, for a mask that is not what its name says or that is of other modules,
+    Raises AdapterError as `peft_folder.opened`, for a mask that is not what its name says or that is of other modules,
     and for a B that is not zero outside of its mask.
     """
     found = peft_folder.read(folder)
-    kept = {module: factors.b != 0 for module, factors in found.items()}
     own: dict[str, Tensor] | None = None
     for file in _files(folder):
-        mask = read_mask(file, kept)
-        if _is_own(file, folder, mask, kept) and (own is None or _num_kept(mask) < _num_kept(own)):
+        mask = read_mask(file, {module: factors.b.shape for module, factors in found.items()})
+        if _is_own(file, folder, mask, found) and (own is None or _num_kept(mask) < _num_kept(own)):
             own = mask
-    return peft_folder.adapter(folder, found, kept if own is None else own)
+    return peft_folder.adapter(folder, found, own or {})
 
 
-def read_mask(file: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Module -> (out_features, rank) bool. like: other tensors of these shapes. Raises AdapterError as `load`."""
+def read_mask(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Module -> (out_features, rank) bool. shapes: those of B. Raises AdapterError as `opened`."""
     named = _FILE.match(file.name)
     if named is None:
         raise AdapterError(f"{file.name}: the name has no sparsity; wanted one such as 0.9_mask.pt")
@@ -59,17 +58,17 @@ def read_mask(file: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in held.items():
         match = _NAME.match(name)
         module = match["module"] if match is not None else name
-        if module not in like:
+        if module not in shapes:
             raise AdapterError(
                 f"{module}: {file.name} has a mask of it, the adapter has no such module; give the mask it was trained "
                 "with"
             )
-        if not isinstance(tensor, Tensor) or tensor.dtype != torch.bool or tensor.shape != like[module].shape:
+        if not isinstance(tensor, Tensor) or tensor.dtype != torch.bool or tensor.shape != shapes[module]:
             found = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            wanted = f"torch.bool {tuple(like[module].shape)}"
+            wanted = f"torch.bool {tuple(shapes[module])}"
             raise AdapterError(f"{module}: its mask in {file.name} is {found}; wanted {wanted}")
         mask[module] = tensor
-    if missing := like.keys() - mask.keys():
+    if missing := shapes.keys() - mask.keys():
         raise AdapterError(f"{min(missing)}: {file.name} has no mask of it; give the mask it was trained with")
     _check_sparsity(file, float(named["sparsity"]), mask)
     return mask
@@ -85,9 +84,12 @@ def _check_sparsity(file: Path, named: float, mask: Mapping[str, Tensor]) -> Non
         )
 
 
-def _is_own(file: Path, folder: Path, mask: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> bool:
+def _is_own(file: Path, folder: Path, mask: Mapping[str, Tensor], found: Mapping[str, peft_folder.Factors]) -> bool:
     """Whether B is zero outside of the mask. It is not where the mask was taken from this B, which is the dense one."""
-    outside = {module: int((kept[module] & ~tensor).sum()) for module, tensor in mask.items()}
+    outside = {
+        module: int(((peft_folder.finite(module, "B", found[module].b) != 0) & ~tensor).sum())
+        for module, tensor in mask.items()
+    }
     num_outside = sum(outside.values())
     num_left_out = sum(tensor.numel() for tensor in mask.values()) - _num_kept(mask)
     if num_outside == 0:

@@ -9,13 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lori_dist.adapter.adapter import Adapter, Block, Entries
 from lori_dist.adapter.projection import checksum
+from lori_dist.adapter.stored import StoredProjection, UnreadEntries, all_finite, as_bytes, digest
 from lori_dist.errors import AdapterError
+from lori_dist.tensors import Stored, stored
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 NAMES = (CONFIG, TENSORS, PICKLE)
@@ -46,36 +50,74 @@ _NAME = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Factors:
-    """A and B of one module as they are stored, and the scale of their product."""
+    """Where A and B of one module lie, and the scale of their product."""
 
-    a: Tensor  # (rank, in_features)
-    b: Tensor  # (out_features, rank)
+    a: Stored  # (rank, in_features)
+    b: Stored  # (out_features, rank)
     scale: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FolderB:
+    """The kept entries of a B, where they lie."""
+
+    module: str
+    where: Stored
+    ratio: float
+    """What the values are multiplied by, in fp32; 1: nothing."""
+    mask: npt.NDArray[np.uint8] | None
+    """Bits in row-major order, eight to a byte, of what is kept; None: what is not zero."""
+    kept: int
+    digest: str
+    """Of B as it is stored."""
+
+    def read(self) -> Entries:
+        """Raises AdapterError if the file has changed since it was opened."""
+        b = self.where.load().flatten()
+        if digest(as_bytes(b)) != self.digest:
+            raise AdapterError(f"{self.where.path}: B of {self.module} has changed while it was read; do it again")
+        kept = self._kept(b)
+        values = b if self.ratio == 1 else b.float() * self.ratio
+        if bool(kept.all()):
+            return Entries(index=None, values=values)
+        index = kept.nonzero().squeeze(1)
+        return Entries(index=index.to(torch.int32), values=values[index])
+
+    def _kept(self, b: Tensor) -> Tensor:
+        if self.mask is None:
+            return b != 0
+        return torch.from_numpy(np.unpackbits(self.mask, count=b.numel(), bitorder="little").view(bool))
 
 
 def is_one(path: Path) -> bool:
     return (path / CONFIG).exists()
 
 
-def load(folder: Path) -> Adapter:
-    """The adapter of a LoRA folder, with the A that is stored there.
+def opened(folder: Path) -> Adapter:
+    """The adapter of a LoRA folder, with the A that is stored there. Its tensors stay there until they are asked for.
 
+    All of them are looked at once, module by module, as what is wrong must be known before a merge begins.
     Entries of B that are zero are not kept. Of modules with another scale than the first one's (alpha_pattern, rsLoRA
     with unequal ranks), B is multiplied by the ratio, in fp32. The base is known by its name only.
     Raises AdapterError for all that is not B A on linear layers, with the module or field and the reason.
     """
-    found = read(folder)
-    return adapter(folder, found, {module: factors.b != 0 for module, factors in found.items()})
+    return adapter(folder, read(folder), {})
 
 
 def adapter(folder: Path, found: Mapping[str, Factors], masks: Mapping[str, Tensor]) -> Adapter:
-    """The adapter of what `read` gave. masks: module -> (out_features, rank) bool, the entries of B that are kept."""
+    """The adapter of what `read` gave. masks: module -> (out_features, rank) bool, the entries of B that are kept;
+    where there is none, those that are not zero. Raises AdapterError for values that are not finite."""
     scale = next((factors.scale for factors in found.values() if factors.scale), 1.0)
     rank = max(factors.a.shape[0] for factors in found.values())
     dtype = functools.reduce(torch.promote_types, (factors.a.dtype for factors in found.values()))
-    kept = {module: _entries(factors, scale, masks[module]) for module, factors in found.items()}
-    entries = {module: item for module, item in kept.items() if item.values.numel()}
-    projections = {module: found[module].a.to(dtype) for module in entries}
+    entries: dict[str, Entries] = {}
+    projections: dict[str, Tensor | StoredProjection] = {}
+    checksums = {}
+    for module, factors in found.items():
+        a, kept = _projection(module, factors.a, dtype), _entries(module, factors, scale, masks.get(module))
+        if kept is not None:
+            entries[module], projections[module] = kept, a
+            checksums[module] = a.checksum if isinstance(a, StoredProjection) else checksum(a)
     block = Block(
         name=folder.resolve().name,
         seed=None,
@@ -83,7 +125,7 @@ def adapter(folder: Path, found: Mapping[str, Factors], masks: Mapping[str, Tens
         alpha=scale * rank,
         dtype=dtype,
         entries=entries,
-        checksums={module: checksum(a) for module, a in projections.items()},
+        checksums=checksums,
         projections=projections,
     )
     shapes = {module: (factors.b.shape[0], factors.a.shape[1]) for module, factors in found.items()}
@@ -91,8 +133,8 @@ def adapter(folder: Path, found: Mapping[str, Factors], masks: Mapping[str, Tens
 
 
 def read(folder: Path) -> dict[str, Factors]:
-    """Module -> its A, B and scale, in the order of the file. Raises AdapterError as `load`."""
-    config, found = _config(folder), dict[str, dict[str, Tensor]]()
+    """Module -> its A, B and scale, in the order of the file. Raises AdapterError as `opened`."""
+    config, found = _config(folder), dict[str, dict[str, Stored]]()
     for name, tensor in _tensors(folder).items():
         match = _NAME.match(name)
         if match is None:
@@ -105,6 +147,14 @@ def read(folder: Path) -> dict[str, Factors]:
     if not found:
         raise AdapterError(f"{TENSORS} holds no tensor; there is nothing to merge")
     return {module: _pair(module, pair, config) for module, pair in found.items()}
+
+
+def finite(module: str, factor: str, where: Stored) -> Tensor:
+    """A or B. Raises AdapterError for values that are not finite."""
+    tensor = where.load()
+    if not all_finite(tensor):
+        raise AdapterError(f"{module}: {factor} has values that are not finite; train it again")
+    return tensor
 
 
 def _without_prefix(name: str) -> str:
@@ -127,28 +177,25 @@ def _reason(name: str) -> str:
     )
 
 
-def _check(module: str, factor: str, tensor: Tensor) -> None:
-    if tensor.ndim != 2:
+def _check(module: str, factor: str, tensor: Stored) -> None:
+    if len(tensor.shape) != 2:
         raise AdapterError(
-            f"{module}: {factor} has the shape {tuple(tensor.shape)}, as of a convolution; only LoRA on linear layers "
+            f"{module}: {factor} has the shape {tensor.shape}, as of a convolution; only LoRA on linear layers "
             "can be merged"
         )
     if tensor.dtype not in DTYPES:
         known = ", ".join(str(dtype) for dtype in DTYPES)
         raise AdapterError(f"{module}: {factor} is {tensor.dtype}; wanted one of {known}")
-    if not bool(torch.isfinite(tensor).all()):
-        raise AdapterError(f"{module}: {factor} has values that are not finite; train it again")
 
 
-def _pair(module: str, pair: Mapping[str, Tensor], config: Mapping[str, Any]) -> Factors:
+def _pair(module: str, pair: Mapping[str, Stored], config: Mapping[str, Any]) -> Factors:
     for factor, other in (("A", "B"), ("B", "A")):
         if factor not in pair:
             raise AdapterError(f"{module}: has {other} but no {factor}; the file is damaged, save it again")
     a, b = pair["A"], pair["B"]
-    if a.shape[0] != b.shape[1] or not a.numel() or not b.numel():
+    if a.shape[0] != b.shape[1] or not a.numel or not b.numel:
         raise AdapterError(
-            f"{module}: A is {tuple(a.shape)} and B is {tuple(b.shape)}, which do not fit; the file is damaged, "
-            "save it again"
+            f"{module}: A is {a.shape} and B is {b.shape}, which do not fit; the file is damaged, save it again"
         )
     rank, alpha = _of(config, "rank_pattern", "r", module), _of(config, "alpha_pattern", "lora_alpha", module)
     if rank != a.shape[0]:
@@ -183,13 +230,29 @@ def _number(where: str, value: Any) -> float:
     return float(value)
 
 
-def _entries(factors: Factors, scale: float, mask: Tensor) -> Entries:
-    b = factors.b if factors.scale == scale else factors.b.float() * (factors.scale / scale)
-    kept = mask.flatten() if factors.scale else torch.zeros(mask.numel(), dtype=torch.bool)
-    if bool(kept.all()):
-        return Entries(index=None, values=b.flatten())
-    index = kept.nonzero().squeeze(1)
-    return Entries(index=index.to(torch.int32), values=b.flatten()[index])
+def _projection(module: str, where: Stored, dtype: torch.dtype) -> Tensor | StoredProjection:
+    """A: in memory only where it has another dtype than the widest of the folder."""
+    a = finite(module, "A", where)
+    if a.dtype != dtype:
+        return a.to(dtype)
+    return StoredProjection(about=f"A of {module}", where=where, shape=where.shape, dtype=dtype, checksum=checksum(a))
+
+
+def _entries(module: str, factors: Factors, scale: float, mask: Tensor | None) -> UnreadEntries | None:
+    """None: nothing is kept."""
+    b = finite(module, "B", factors.b).flatten()
+    kept = int(torch.count_nonzero(b if mask is None else mask)) if factors.scale else 0
+    if not kept:
+        return None
+    place = FolderB(
+        module=module,
+        where=factors.b,
+        ratio=factors.scale / scale,
+        mask=None if mask is None else np.packbits(mask.flatten().numpy(), bitorder="little"),
+        kept=kept,
+        digest=digest(as_bytes(b)),
+    )
+    return UnreadEntries(place)
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -229,7 +292,7 @@ def _base(config: Mapping[str, Any]) -> dict[str, Any]:
     return base
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
+def _tensors(folder: Path) -> dict[str, Stored]:
     path = folder / TENSORS
     if not path.exists():
         if (folder / PICKLE).exists():
@@ -240,7 +303,8 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         raise AdapterError(f"has no {TENSORS}; give a folder that PEFT has saved")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            # Copied: what safe_open gives is a view of the file, and changes with it.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+            names = list(file.keys())  # checks more of the header than `stored`
+        places = stored(path)
+        return {name: places[name] for name in names}
+    except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"{TENSORS} is no whole safetensors file ({error}); save it again") from error

@@ -4,32 +4,32 @@ from pathlib import Path
 from typing import Any
 
 from lori_dist.adapter import file, official, peft_folder
-from lori_dist.adapter.adapter import Adapter
+from lori_dist.adapter.adapter import Adapter, loaded
 from lori_dist.errors import AdapterError
 
 
 def load(path: Path) -> Adapter:
     """The adapter at a path. Raises AdapterError that begins with the path and says what is wrong there."""
+    return loaded(opened(path))
+
+
+def opened(path: Path) -> Adapter:
+    """As `load`, but its tensors stay there until they are asked for."""
     if not path.is_dir():
         if path.name in peft_folder.NAMES and peft_folder.is_one(path.parent):
             raise AdapterError(f"{path}: this is a file of a LoRA folder of PEFT; give the folder, {path.parent}")
-        return file.load(path)
+        return file.opened(path)
     if not peft_folder.is_one(path):
         raise AdapterError(f"{path}: this is a folder without {peft_folder.CONFIG}; {_instead(path)}")
     try:
-        return official.load(path) if official.is_one(path) else peft_folder.load(path)
+        return official.opened(path) if official.is_one(path) else peft_folder.opened(path)
     except AdapterError as error:
         raise AdapterError(f"{path}: {error}") from error
 
 
-def opened(path: Path) -> Adapter:
-    """As `load`, but the tensors of a file of ours stay there until they are asked for."""
-    return load(path) if path.is_dir() or path.name in peft_folder.NAMES else file.opened(path)
-
-
 def base(path: Path) -> dict[str, Any]:
     """What the adapter at a path says of its base model; of a file, without reading a tensor. Raises as `load`."""
-    return dict(load(path).base if path.is_dir() else file.header(path)["base"])
+    return dict(opened(path).base if path.is_dir() else file.header(path)["base"])
 
 
 def _instead(folder: Path) -> str:

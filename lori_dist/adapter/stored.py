@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from lori_dist.tensors import Stored
 DAMAGED = "the file is damaged, write it again"
 
 _STRATEGIES = (zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE, zlib.Z_DEFAULT_STRATEGY)  # scattered, whole rows, whole columns
-_SAMPLE = 1 << 14  # bytes; matching costs 20 ms for 115 kB of a random mask, where it gains nothing
+_SAMPLE = 1 << 12  # bytes; matching costs 20 ms for 115 kB of a random mask, where it gains nothing
 _CHUNK = 1 << 16  # bytes of a mask at a time
 
 
@@ -62,27 +63,36 @@ class Place:
         values = self.values.load()
         if digest(as_bytes(values), as_bytes(mask)) != self.digest:
             raise AdapterError(f"{self.about} is not what its digest is of; {DAMAGED}")
-        if not bool(torch.isfinite(values).all()):
+        if not all_finite(values):
             raise AdapterError(f"{self.about} has values that are not finite; {DAMAGED}")
         return values, as_bytes(mask)
 
 
-class StoredEntries(Entries):
+class Readable(Protocol):
+    """Where entries can be read again and again."""
+
+    @property
+    def kept(self) -> int: ...
+
+    def read(self) -> Entries: ...
+
+
+class UnreadEntries(Entries):
     """Entries that lie in a file. They are read and checked when they are first asked for; a copy reads for itself."""
 
     __slots__ = ("_found", "place")
-    place: Place
+    place: Readable
     _found: Entries | None
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Readable) -> None:
         object.__setattr__(self, "place", place)  # the class it stands in for is frozen
         object.__setattr__(self, "_found", None)
 
-    def __reduce__(self) -> tuple[type["StoredEntries"], tuple[Place]]:
-        return StoredEntries, (self.place,)  # to pickle it reads nothing
+    def __reduce__(self) -> tuple[type[Self], tuple[Readable]]:
+        return type(self), (self.place,)  # to pickle it reads nothing
 
-    def __copy__(self) -> "StoredEntries":
-        return StoredEntries(self.place)
+    def __copy__(self) -> Self:
+        return type(self)(self.place)
 
     @property
     def kept(self) -> int:
@@ -101,6 +111,13 @@ class StoredEntries(Entries):
             object.__setattr__(self, "_found", self.place.read())
         assert self._found is not None
         return self._found
+
+
+class StoredEntries(UnreadEntries):
+    """Those of an adapter file, as they would be written again."""
+
+    __slots__ = ()
+    place: Place
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,7 +141,7 @@ class StoredProjection:
             a = self.where.load()
             if digest(as_bytes(a.flatten())) != self.checksum:
                 raise AdapterError(f"{self.about} is not what its checksum is of; {DAMAGED}")
-            if not bool(torch.isfinite(a).all()):
+            if not all_finite(a):
                 raise AdapterError(f"{self.about} has values that are not finite; {DAMAGED}")
             return a
 
@@ -152,7 +169,7 @@ def encode(about: str, entries: Entries, num_entries: int, dtype: torch.dtype) -
             found = f"a {type(tensor).__name__} of shape {tuple(tensor.shape)} on {tensor.device}"
             raise AdapterError(f"{about}: {what} is {found}; give a plain tensor of one dimension that has data")
     values = entries.values.detach().to("cpu", dtype).contiguous()
-    if not bool(torch.isfinite(values).all()):
+    if not all_finite(values):
         raise AdapterError(f"{about} has values that are not finite as {dtype}; write it as float32, or train it again")
     mask = torch.empty(0, dtype=torch.uint8, device="cpu")
     if entries.index is None:
@@ -178,7 +195,7 @@ def encode_projection(about: str, a: Tensor | None, rank: int, in_features: int,
         raise AdapterError(
             f"{about} has the shape {tuple(a.shape)}; wanted at most {rank} rows, and {in_features} columns"
         )
-    if not bool(torch.isfinite(a).all()):
+    if not all_finite(a):
         raise AdapterError(f"{about} has values that are not finite; merge again")
     return a.detach().to("cpu", copy=True).contiguous()
 
@@ -189,6 +206,12 @@ def digest(*parts: bytes | memoryview) -> str:
     for part in parts:
         hashed.update(part)
     return hashed.hexdigest()
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no entry is infinite or NaN: as torch's `isfinite`, in a fraction of its time."""
+    # Whatever is not finite stays so in a sum; a sum of what is finite rarely overflows, and then all are looked at.
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

@@ -30,6 +30,8 @@ class Part:
     """Rows of A; 0 where a part without a seed has no A."""
     alpha: float
     """Without a seed: the rank."""
+    gain: float = 1.0
+    """Without a seed: alpha / rank of the block, whose modules may have other ranks."""
     weight: float = 1.0
     dtype: torch.dtype = torch.float32
     """Of A."""
@@ -42,7 +44,7 @@ class Part:
 
     @property
     def scale(self) -> float:
-        return self.weight * self.alpha / self.rank
+        return self.weight * self.gain * self.alpha / self.rank
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -129,7 +131,7 @@ def told_apart(adapters: Sequence[Adapter]) -> list[Adapter]:
 
 def _part(block: Block, module: str, shape: tuple[int, int]) -> Part:
     rank = block.rank_of(module)
-    # Ranks differ between the modules of a block without a seed, and alpha with them: the weight says it for all.
+    # Ranks differ between the modules of a block without a seed, and alpha with them: the gain says it for all.
     is_stored, entries = block.seed is None, block.entries.get(module)
     return Part(
         name=block.name,
@@ -138,7 +140,8 @@ def _part(block: Block, module: str, shape: tuple[int, int]) -> Part:
         seed=block.seed,
         rank=rank,
         alpha=float(rank) if is_stored else block.alpha,
-        weight=block.scale if is_stored else block.weight,
+        gain=block.alpha / block.rank if is_stored else 1.0,
+        weight=block.weight,
         dtype=block.dtype,
         # A copy: entries that lie in a file keep what was read of them, which is to go with this part.
         entries=None if entries is None or not entries.kept else copy.copy(entries),
@@ -168,7 +171,7 @@ def blocks(merged: Mapping[str, Sequence[Part]], shapes: Mapping[str, tuple[int,
 def _block_key(part: Part) -> tuple[object, ...]:
     if part.seed is not None:
         return (part.name, part.seed, part.rank, part.alpha, part.weight, part.dtype)
-    return (part.name, None, part.weight, part.dtype)
+    return (part.name, None, part.gain, part.weight, part.dtype)
 
 
 def _block(
@@ -188,7 +191,7 @@ def _block(
         name=first.name,
         seed=first.seed,
         rank=rank,
-        alpha=float(rank) if first.seed is None else first.alpha,
+        alpha=first.gain * rank if first.seed is None else first.alpha,
         dtype=first.dtype,
         weight=first.weight,
         entries={part.module: part.entries for part in kept if part.entries is not None},

@@ -64,7 +64,9 @@ def evened(parts: Mapping[str, Sequence[Part]]) -> dict[str, list[Part]]:
 
 def _key(part: Part) -> tuple[object, ...]:
     is_stored = part.seed is None
-    return (part.name, part.dtype) if is_stored else (part.name, part.seed, part.rank, part.alpha, part.dtype)
+    return (
+        (part.name, part.gain, part.dtype) if is_stored else (part.name, part.seed, part.rank, part.alpha, part.dtype)
+    )
 
 
 def _with_weight(part: Part, weight: float) -> Part:

@@ -31,7 +31,11 @@ def _sum(parts: Sequence[Part]) -> Part:
         return parts[0]
     name = "+".join(part.name for part in parts)
     keeping = [part for part in parts if part.entries is not None]
-    if len(keeping) == 1 and keeping[0].weight == 1.0 and all(part.alpha == keeping[0].alpha for part in parts):
+    if (
+        len(keeping) == 1
+        and keeping[0].weight == keeping[0].gain == 1.0
+        and all(part.alpha == keeping[0].alpha for part in parts)
+    ):
         return dataclasses.replace(keeping[0], name=name)  # nothing to add up, as where a new task adapts other modules
     b = scaled_entries(parts)
     whole = torch.ones(b.kept, dtype=torch.bool)

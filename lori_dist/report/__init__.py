@@ -69,7 +69,7 @@ def write_of_run(summary: Mapping[str, Any], out: Path) -> dict[str, str] | None
 
         if len(paths) < 2 and not rows(jobs):
             return None
-        adapters = [file.load(path) for path in paths.values()]
+        adapters = [file.opened(path) for path in paths.values()]
         write(adapters, out, names=list(paths), evaluation=summary["evaluation"], jobs=jobs)
     except Exception as error:
         log.warning("%s: no report could be made: %s", out, error)

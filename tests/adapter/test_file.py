@@ -766,6 +766,12 @@ def test_entries_that_do_not_fit_are_refused(path: Path, index: Any, values: Ten
     assert not path.exists()
 
 
+def test_finite_values_whose_sum_is_not_are_stored(path: Path) -> None:
+    values = torch.full((10,), torch.finfo(torch.float32).max)
+    save(with_entries(None, values), path)
+    assert torch.equal(load(path).blocks[0].entries["q"].values, values)
+
+
 def test_values_too_large_for_the_dtype_are_refused(path: Path) -> None:
     with pytest.raises(AdapterError, match=r"not finite as torch.float16; write it as float32"):
         save(with_entries(None, torch.full((10,), 1e6)), path, dtype=torch.float16)

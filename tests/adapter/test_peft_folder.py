@@ -1,6 +1,7 @@
 """LoRA folders that PEFT has saved, read with the updates that PEFT itself computes."""
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,24 @@ def test_damage_is_refused(tmp_path: Path) -> None:
         config.write_text(text)
         with pytest.raises(AdapterError, match=wanted):
             source.load(tmp_path / "lora")
+
+
+def test_an_opened_folder_goes_to_other_processes_without_its_tensors(tmp_path: Path) -> None:
+    lora(tmp_path / "lora", r=64)
+    sent = pickle.dumps(source.opened(tmp_path / "lora"))
+    assert len(sent) < (tmp_path / "lora" / "adapter_model.safetensors").stat().st_size / 4
+    there, here = pickle.loads(sent), source.load(tmp_path / "lora")
+    assert all(torch.equal(there.delta(name), here.delta(name)) for name in here.shapes)
+
+
+def test_tensors_that_change_after_they_were_opened_are_refused(tmp_path: Path) -> None:
+    lora(tmp_path / "lora")
+    opened, path = source.opened(tmp_path / "lora"), tmp_path / "lora" / "adapter_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(AdapterError, match=rf"adapter_model\.safetensors: B of {MODULE} has changed"):
+        _ = opened.blocks[0].entries[MODULE].values
+    with pytest.raises(AdapterError, match=rf"adapter_model\.safetensors: A of {MODULE} is not what"):
+        opened.blocks[0].projection(MODULE, opened.shapes[MODULE][1])
 
 
 def test_other_folders_say_what_to_give(tmp_path: Path) -> None:

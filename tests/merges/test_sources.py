@@ -1,5 +1,6 @@
 """Merges of our files, of PEFT's LoRA folders and of checkpoints of LoRI's official code, mixed, against dense sums."""
 
+import json
 import re
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from lori_dist.__main__ import main
 from lori_dist.adapter import file, source
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.errors import AdapterError
-from lori_dist.merges import drop, merge_files
+from lori_dist.merges import drop, merge_files, reweight
 from tests.adapter.official import lora, lori_d, lori_s
 from tests.adapter.test_peft_folder import MODULE, change
 from tests.integrations.made import adapted_logits, trained
@@ -115,6 +116,16 @@ def test_a_folder_is_exported(place: Path, tmp_path: Path) -> None:
     assert all(torch.allclose(delta(after, name), delta(before, name), rtol=0, atol=1e-6) for name in before.shapes)
 
 
+def test_they_have_a_report_together(place: Path, tmp_path: Path) -> None:
+    names = ["ours.safetensors", "rslora", "half", "s"]
+    assert main(["report", *(str(place / name) for name in names), "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "report.json").read_text())
+    (norm,) = {one["norm"] for one in found["adapters"] if one["name"] == "rslora"}
+    rslora = source.load(place / "rslora")
+    wanted = sum(float(delta(rslora, module).square().sum()) for module in rslora.shapes) ** 0.5
+    assert norm == pytest.approx(wanted, rel=1e-5)
+
+
 def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
     lora(tmp_path / "math" / "last", seed=1, target_modules=["q_proj"])
     lora(tmp_path / "code" / "last", seed=2, target_modules=["q_proj", "v_proj"])
@@ -127,6 +138,21 @@ def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
     lora(tmp_path / "three" / "last", r=3)
     with pytest.raises(AdapterError, match=r"the ranks differ \(last 4, last-2 3\)"):
         merge_files([paths[0], tmp_path / "three" / "last"], tmp_path / "no", method="peft_linear")
+
+
+def test_a_task_of_peft_is_dropped_and_reweighted_as_one_of_ours(place: Path, tmp_path: Path) -> None:
+    """Its scale, alpha / rank or alpha / sqrt(rank), is no part of its weight."""
+    paths = [place / "rslora", place / "ours.safetensors", place / "half", place / "s"]
+    merge_files(paths, tmp_path / "all", method="concat", weights=[0.5, 1.0, -0.25, 2.0])
+    merged = file.load(tmp_path / "all")
+    assert [block.weight for block in merged.blocks] == [0.5, 1.0, -0.25, 2.0]
+    again = reweight(merged, {"rslora": 0.5})
+    assert all(torch.equal(delta(again, module), delta(merged, module)) for module in merged.shapes)
+    less = drop(reweight(merged, {"rslora": 0.7, "half": 1.5}), "ours", "s")
+    parts = [(0.7, source.load(paths[0])), (1.5, source.load(paths[2]))]
+    for module in less.shapes:
+        wanted = sum((weight * delta(part, module) for weight, part in parts if module in part.shapes), torch.zeros(()))
+        torch.testing.assert_close(delta(less, module), wanted, rtol=0, atol=1e-6)
 
 
 # --- what cannot be merged -------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lori_dist import plugin
 from lori_dist.adapter import file
@@ -143,6 +144,26 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[str]]:
     return found
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[str]]:
+    """Number of modules -> four LoRA folders of PEFT with so many."""
+    place = tmp_path_factory.mktemp("folders")
+    found: dict[int, list[str]] = {}
+    for number in (2, MODULES):
+        found[number] = [str(place / f"{number}-{task}") for task in range(4)]
+        for folder in map(Path, found[number]):
+            folder.mkdir()
+            about = {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, "target_modules": ["up_proj"]}
+            (folder / "adapter_config.json").write_text(json.dumps(about))
+            tensors = {}
+            for layer in range(number):
+                name = f"base_model.model.layers.{layer}.up_proj"
+                tensors[f"{name}.lora_A.weight"] = torch.randn(RANK, SHAPE[1])
+                tensors[f"{name}.lora_B.weight"] = torch.randn(SHAPE[0], RANK)
+            save_file(tensors, folder / "adapter_model.safetensors")
+    return found
+
+
 def large(number: int, place: int) -> Adapter:
     generator = torch.Generator().manual_seed(place)
     modules = [f"layers.{layer}.up_proj" for layer in range(number)]
@@ -160,9 +181,22 @@ def large(number: int, place: int) -> Adapter:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("method", ["concat", "linear", "ties"])
 def test_memory_holds_a_few_modules_not_all(many: dict[int, list[str]], tmp_path: Path, method: str) -> None:
-    given = json.dumps([method, many[2], many[MODULES], str(tmp_path / "merged.safetensors")])
-    done = subprocess.run([sys.executable, "-c", MEASURE, given], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
     all_values = sum(Path(path).stat().st_size for path in many[MODULES])
     assert all_values > 60e6
-    assert int(done.stdout) < 5 * MODULE_BYTES < all_values / 3
+    assert grown(many, tmp_path, method) < 5 * MODULE_BYTES < all_values / 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("method", ["concat", "svd"])
+def test_nor_does_it_of_folders_of_peft(folders: dict[int, list[str]], tmp_path: Path, method: str) -> None:
+    all_values = sum((Path(path) / "adapter_model.safetensors").stat().st_size for path in folders[MODULES])
+    assert all_values > 130e6
+    assert grown(folders, tmp_path, method) < 5 * MODULE_BYTES < all_values / 6
+
+
+def grown(sources: dict[int, list[str]], folder: Path, method: str) -> int:
+    """Bytes by which memory grows in a merge of many modules, over one of two."""
+    given = json.dumps([method, sources[2], sources[MODULES], str(folder / "merged.safetensors")])
+    done = subprocess.run([sys.executable, "-c", MEASURE, given], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
