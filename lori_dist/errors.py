@@ -15,3 +15,7 @@ class AdapterError(LoriError, ValueError):
 
 class JobError(LoriError, RuntimeError):
     """A job of a run failed, or may not go on."""
+
+
+class Stopped(LoriError):
+    """A run was ended by `lori stop`. The same run again goes on from there."""
