@@ -243,6 +243,8 @@ class Cluster:
 
     address: str = "local"
     """`local` starts Ray on this machine; `auto` or host:port joins a cluster."""
+    bind: Literal["127.0.0.1", "0.0.0.0"] = "127.0.0.1"
+    """Where Ray of `local` listens: for this machine only, or on all interfaces. Whoever connects needs a token."""
     workers: Positive = 1
     """Ranks of each train job."""
     min_workers: Positive | None = None
@@ -792,10 +794,15 @@ def _merges(run: Run) -> Iterator[str]:
         yield "tasks.base: the name stands for the model without an adapter; give the task another name"
 
 
-def _workers(run: Run) -> Iterator[str]:
+def _cluster(run: Run) -> Iterator[str]:
     least, most = run.cluster.min_workers, run.cluster.workers
     if least is not None and least > most:
         yield f"cluster.min_workers: {least} was given for {most} workers; give at most cluster.workers"
+    if run.cluster.bind != "127.0.0.1" and run.cluster.address != "local":
+        yield (
+            f"cluster.bind: is given, but the cluster at {run.cluster.address!r} was started before and listens where "
+            "it was told to; leave it out"
+        )
 
 
 def _searches(run: Run) -> Iterator[str]:
@@ -839,5 +846,5 @@ RULES: tuple[Rule, ...] = (
     _labels,
     _merges,
     _searches,
-    _workers,
+    _cluster,
 )

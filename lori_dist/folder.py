@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lori_dist.errors import JobError
+from lori_dist.errors import JobError, redacted
 from lori_dist.jobs import Job, sha256
 
 PARTIAL, REPLACED = ".partial-", ".replaced-"
@@ -227,8 +227,8 @@ def _owner(descriptor: int) -> str:
 
 
 def write_json(path: Path, tree: Mapping[str, Any]) -> None:
-    """Replaces a file at once: whoever reads it finds the old content or the new."""
-    text = json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
+    """Replaces a file at once: whoever reads it finds the old content or the new. Secrets of URLs are left out."""
+    text = redacted(json.dumps(tree, indent=1, ensure_ascii=False)) + "\n"
     passing = path.with_name(f".{path.name}.writing")
     passing.unlink(missing_ok=True)  # of a writer that was killed, or a link
     passing.write_text(text, encoding="utf-8")

@@ -23,6 +23,7 @@ from tests.launching import (
     assert_equal,
     end_all,
     environment_of,
+    free_port,
     left_behind,
     make_program,
     make_task,

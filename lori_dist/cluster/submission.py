@@ -1,6 +1,7 @@
 """A run as a job of a Ray cluster elsewhere: this machine has the configuration, and follows the job's log."""
 
 import asyncio
+import logging
 import os
 import secrets
 import shlex
@@ -69,15 +70,18 @@ def _client(address: str) -> Any:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # or a file that another program left would decide
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray").setLevel(logging.WARNING)  # what it says of uploads and connections is not the job's
     with _told(address):
         return JobSubmissionClient(address)
 
 
 @contextmanager
 def _told(address: str) -> Iterator[None]:
+    from ray.exceptions import RayError
+
     try:
         yield
-    except (RuntimeError, OSError) as error:  # requests' own are OSErrors
+    except (RuntimeError, OSError, RayError) as error:  # requests' own are OSErrors
         found = str(error).strip().partition("\n")[0]
         raise JobError(
             f"--address: {address} does not take the job ({found}); give the address of a Ray cluster's dashboard. "

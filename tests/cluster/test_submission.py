@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from lori_dist.__main__ import main
 from lori_dist.config import load
 from lori_dist.errors import ConfigError
-from tests.launching import ROOT, Launched, environment_of, make_task, ray_head, run_all
+from tests.launching import ROOT, environment_of, make_task, ray_head
 
 DEADLINE = 240.0
 
@@ -46,6 +47,8 @@ def head(folder: Path) -> Iterator[dict[str, str]]:
         yield variables
 
 
+SECRET = "hf_nobody_may_see_this"
+
 LONG = ["name=long", "train.steps=100000", "train.checkpoint_every=5"]
 
 
@@ -54,27 +57,32 @@ def story(head: dict[str, str], folder: Path) -> dict[str, Any]:
     """A long run: submitted, submitted again, its client interrupted, the run stopped, submitted again, stopped."""
     words = [*LORI, "run", "mine.yaml", *settings(folder, *LONG), "--address", head["RAY_ADDRESS"]]
     told: dict[str, Any] = {}
-    client = start(words, folder / "first", head)
-    told["working"] = await_step(folder, client, folder / "first")
-    told["twice"] = run_all([words], folder / "client", folder / "twice", [head])
-    client.send_signal(signal.SIGINT)
-    told["interrupted"] = client.wait(60), (folder / "first").read_text()
+    with started(words, folder / "first", head) as client:
+        told["working"] = await_step(folder, client, folder / "first")
+        told["twice"] = ended(words, folder / "client", head)
+        client.send_signal(signal.SIGINT)
+        told["interrupted"] = client.wait(60), (folder / "first").read_text()
     told["alone"] = lori_status(folder)
     told["stop"] = stop(folder)
     told["stopped"] = lori_status(folder)
-    client = start(words, folder / "again", head)
-    told["continued"] = await_step(folder, client, folder / "again")
-    stop(folder)
-    told["ended"] = client.wait(60), (folder / "again").read_text()
+    with started(words, folder / "again", head) as client:
+        told["continued"] = await_step(folder, client, folder / "again")
+        stop(folder)
+        told["ended"] = client.wait(60), (folder / "again").read_text()
     return told
 
 
-def start(words: list[str], log: Path, head: dict[str, str]) -> subprocess.Popen[bytes]:
-    place = log.parent / "client"
-    with log.open("wb") as stream:
-        return subprocess.Popen(
-            words, cwd=place, env=environment_of(log.parent) | head, stdout=stream, stderr=subprocess.STDOUT
-        )
+@contextmanager
+def started(words: list[str], log: Path, head: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    environment, place = environment_of(log.parent) | head | {"HF_TOKEN": SECRET}, log.parent / "client"
+    with (
+        log.open("wb") as stream,
+        subprocess.Popen(words, cwd=place, env=environment, stdout=stream, stderr=subprocess.STDOUT) as process,
+    ):
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def await_step(folder: Path, client: subprocess.Popen[bytes], log: Path) -> dict[str, Any]:
@@ -95,9 +103,22 @@ def lori_status(folder: Path) -> dict[str, Any]:
     return dict(json.loads(done.stdout)) if done.returncode == 0 else {}
 
 
-def stop(folder: Path) -> Launched:
-    words = [*LORI, "stop", str(folder / "runs" / "long")]
-    return run_all([words], folder / "client", folder / "stop", timeout=DEADLINE)
+def stop(folder: Path) -> "subprocess.CompletedProcess[str]":
+    return ended([*LORI, "stop", str(folder / "runs" / "long")], folder / "client", {})
+
+
+def ended(words: list[str], place: Path, variables: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+    """A command at its end. stdout has all that it wrote."""
+    environment = environment_of(place.parent) | variables
+    return subprocess.run(
+        words,
+        cwd=place,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=DEADLINE,
+    )
 
 
 @pytest.mark.ray
@@ -110,15 +131,15 @@ def test_a_run_goes_on_without_its_client_and_ends_when_told(story: dict[str, An
     assert "/#/jobs/lori-long-" in output.splitlines()[0]
     assert "goes on. See `lori status mine.yaml" in output
     assert story["alone"]["driver"] == story["working"]["driver"]
-    assert story["stop"].codes == [0], story["stop"].output
+    assert story["stop"].returncode == 0, story["stop"].stdout
     assert story["stopped"]["driver"] is None
     assert story["stopped"]["jobs"][0]["state"] == "waiting"
 
 
 @pytest.mark.ray
 def test_a_run_that_is_being_worked_on_is_refused(story: dict[str, Any]) -> None:
-    assert story["twice"].codes == [1]
-    assert "is working on this run; wait for it, or end it with `lori stop" in story["twice"].output
+    assert story["twice"].returncode == 1
+    assert "is working on this run; wait for it, or end it with `lori stop" in story["twice"].stdout
 
 
 @pytest.mark.ray
@@ -132,24 +153,32 @@ def test_a_stopped_run_goes_on_and_its_client_says_that_it_was_stopped(story: di
 
 
 @pytest.mark.ray
+def test_no_secret_of_the_client_or_the_cluster_is_in_what_a_run_leaves(story: dict[str, Any], folder: Path) -> None:
+    files = [file for file in [*(folder / "runs").rglob("*"), folder / "first", folder / "again"] if file.is_file()]
+    assert len(files) > 5
+    for secret in (b"a" * 64, SECRET.encode()):
+        assert [file for file in files if secret in file.read_bytes()] == []
+
+
+@pytest.mark.ray
 def test_a_run_s_end_is_its_client_s(head: dict[str, str], folder: Path) -> None:
     words = [*LORI, "run", "mine.yaml", *settings(folder, "name=short"), "--address", head["RAY_ADDRESS"]]
-    short = run_all([words], folder / "client", folder / "short", [head])
-    assert short.codes == [0], short.output
-    assert str(folder / "runs" / "short" / "summary.json") in short.output
+    short = ended(words, folder / "client", head)
+    assert short.returncode == 0, short.stdout
+    assert str(folder / "runs" / "short" / "summary.json") in short.stdout
     [wrong] = [word for word in words if word.startswith("tasks.math.test")]
     words[words.index(wrong)] = "tasks.math.test=/nowhere.jsonl"
-    wanting = run_all([words], folder / "client", folder / "wanting", [head])
-    assert wanting.codes == [2]
-    assert "tasks.math.test: there is no file '/nowhere.jsonl'" in wanting.output
+    wanting = ended(words, folder / "client", head)
+    assert wanting.returncode == 2
+    assert "tasks.math.test: there is no file '/nowhere.jsonl'" in wanting.stdout
 
 
 @pytest.mark.ray
 def test_without_the_token_nothing_is_taken(head: dict[str, str], folder: Path) -> None:
     words = [*LORI, "run", "mine.yaml", *settings(folder), "--address", head["RAY_ADDRESS"]]
-    stranger = run_all([words], folder / "client", folder / "stranger", [{**head, "RAY_AUTH_MODE": "disabled"}])
-    assert stranger.codes == [1]
-    assert "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH" in stranger.output
+    stranger = ended(words, folder / "client", {**head, "RAY_AUTH_MODE": "disabled"})
+    assert stranger.returncode == 1
+    assert "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH" in stranger.stdout
 
 
 @pytest.mark.ray
@@ -165,9 +194,9 @@ def test_the_project_is_enough_where_the_package_is_not_installed(head: dict[str
         *settings(folder, "name=project", "output=runs"),
     ]
     environment = {**head, "PYTHONPATH": str(project)}
-    relative = run_all([words], project, folder / "relative", [environment])
-    assert relative.codes != [0]
-    assert "output: 'runs' was given, which would be lost with the folder of this Ray job" in relative.output
+    relative = ended(words, project, environment)
+    assert relative.returncode != 0
+    assert "output: 'runs' was given, which would be lost with the folder of this Ray job" in relative.stdout
 
 
 def test_what_no_other_machine_finds_is_refused_at_once(
@@ -197,6 +226,6 @@ def test_a_job_s_own_folder_is_no_place_for_results(folder: Path, monkeypatch: p
     load("mine.yaml")
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     for output in ("runs", str(folder / "runs")):
-        with pytest.raises(ConfigError, match="^output: .* would be lost with the folder of this Ray job"):
+        with pytest.raises(ConfigError, match=r"^output: .* would be lost with the folder of this Ray job"):
             load("mine.yaml", [f"output={output}"])
     load("mine.yaml", [f"output={os.sep}tmp"])
