@@ -4,7 +4,7 @@
 #   RAY_ADDRESS=http://HEAD:8265 bash launch/ray_submit.sh mine.yaml cluster.workers=16 cluster.gpus_per_worker=1
 #
 # The folder is sent along, so methods of your own in it are found, but neither model nor rows should be in it: these,
-# and `output`, are absolute paths that all nodes see. The nodes have lori_dist. Ctrl-C ends the following, not the run;
+# and `output`, are absolute paths that all nodes see. The nodes have lori_dist, or it is in the folder. Ctrl-C ends the following, not the run;
 # the same command again goes on where a run stopped. Where the cluster was started with RAY_AUTH_MODE=token, that and
 # RAY_AUTH_TOKEN_PATH are set here too.
 set -euo pipefail

@@ -93,7 +93,7 @@ class Story:
     unfinished: list[str] = field(default_factory=list)
     """Folders after the kill that look like a finished job."""
     sockets: set[str] = field(default_factory=set)
-    """Addresses on which the cluster's processes listened, before any gang."""
+    """Addresses on which the cluster's processes listened, before any gang and while one trained."""
     lock: str = ""
     """The message to a second driver."""
     killed: int = 0
@@ -160,6 +160,8 @@ def kill_rank(story: Story) -> None:
             with pytest.raises(JobError) as caught:
                 execute(story.run)
             story.lock = str(caught.value)
+        if event.num_steps:
+            story.sockets |= listening(descendants(os.getpid()))
         if event.job == "train-copy" and not story.killed:
             log = (story.run.folder / "logs" / "train-copy.rank1.log").read_text()
             if started := re.search(r"attempt 2, rank 1, process (\d+)", log):
