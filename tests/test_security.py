@@ -57,15 +57,6 @@ def test_a_name_is_refused_or_stays_in_the_run_s_folder(tree: dict[str, Any], na
 
 
 LINKS = (".lock", ".stop", "summary.json", ".summary.json.writing", ".partial-train-math", "logs", "logs/x")
-    ".lock",
-    ".stop",
-    "summary.json",
-    ".summary.json.writing",
-    ".partial-train-math",
-    "logs",
-    "train-math",
-    "logs/x",
-)
 
 
 @given(link=st.sampled_from(LINKS), is_dangling=st.booleans(), is_relative=st.booleans())
