@@ -70,7 +70,8 @@ def _client(address: str) -> Any:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # or a file that another program left would decide
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray").setLevel(logging.WARNING)  # what it says of uploads and connections is not the job's
+    for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # what they say of uploads and connections is not the job's
     with _told(address):
         return JobSubmissionClient(address)
 
