@@ -70,7 +70,8 @@ def _client(address: str) -> Any:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # or a file that another program left would decide
     from ray.job_submission import JobSubmissionClient
 
-    for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+    dashboard = "ray.dashboard.modules"
+    for name in (f"{dashboard}.dashboard_sdk", f"{dashboard}.job.sdk", "ray._private.runtime_env.packaging"):
         logging.getLogger(name).setLevel(logging.WARNING)  # what they say of uploads and connections is not the job's
     with _told(address):
         return JobSubmissionClient(address)
