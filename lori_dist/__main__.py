@@ -15,24 +15,26 @@ from typing import TYPE_CHECKING, Any
 
 # Everything heavy is imported by the verb that needs it: --help and a mistake in a configuration answer at once.
 from lori_dist import config, describe, plugin
-from lori_dist.errors import ConfigError, LoriError
+from lori_dist.errors import ConfigError, LoriError, Stopped, redacted
 
 if TYPE_CHECKING:
     from lori_dist.merges import Weight
     from lori_dist.training.world import World
 
-Verb = Callable[[argparse.Namespace], None]
+Verb = Callable[[argparse.Namespace], int | None]
+"""Gives the exit code, where that is not 0."""
 
 log = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb. Returns the exit code: 0, 1 for what failed, 2 for a mistake in the configuration or the call."""
+    """Runs one verb. Returns the exit code: 0, 1 for what failed, 2 for a mistake in the configuration or the call, 3
+    for a run that `lori stop` ended."""
     chosen = _parse(sys.argv[1:] if arguments is None else arguments)
     world_rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     _configure_logging(chosen.verbose, first=world_rank == "0")
     try:
-        chosen.verb(chosen)
+        code = chosen.verb(chosen) or 0
         sys.stdout.flush()
     except BrokenPipeError:  # as in `lori show FILE | head`; what is still to be written goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -42,16 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if told is None:
             raise
         message, code = told
-        print(message if world_rank == "0" else f"rank {world_rank}: {message}", file=sys.stderr)
-        return code
-    return 0
+        print(redacted(message if world_rank == "0" else f"rank {world_rank}: {message}"), file=sys.stderr)
+    return int(code)
 
 
 def _told(error: BaseException, verbose: bool) -> tuple[str, int] | None:
     """The message and the exit code, or None for what nobody raised on purpose."""
     if isinstance(error, LoriError):
         message = "".join(traceback.format_exception(error)).rstrip() if verbose else str(error)
-        return message, 2 if isinstance(error, ConfigError) else 1
+        return message, 2 if isinstance(error, ConfigError) else 3 if isinstance(error, Stopped) else 1
     if isinstance(error, OSError):  # a folder that cannot be written, a full disk
         log.debug("", exc_info=error)
         return f"{error.filename or type(error).__name__}: {error.strerror or error}; check it and try again", 1
@@ -61,7 +62,11 @@ def _told(error: BaseException, verbose: bool) -> tuple[str, int] | None:
 # --- verbs -----------------------------------------------------------------------------------------------------------
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int | None:
+    if arguments.address is not None:
+        from lori_dist.cluster.submission import submit
+
+        return submit(arguments.config, arguments.settings, arguments.address)
     described = config.load(arguments.config, arguments.settings)
     from lori_dist import progress
     from lori_dist.cluster.board import SUMMARY
@@ -80,6 +85,29 @@ def run(arguments: argparse.Namespace) -> None:
     if summary["report"] is not None:
         print(f"\n{summary['report'].get('path') or 'No report: ' + summary['report']['error']}")
     print(f"\n{described.folder / SUMMARY}")
+    return None
+
+
+def status(arguments: argparse.Namespace) -> None:
+    from lori_dist.cluster import status
+
+    found = status.status(status.folder_of(arguments.run, arguments.settings))
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return
+    who = f"{found['driver']} works on it" if found["driver"] else "nobody works on it"
+    line = f"{found['folder']}: {who}{', and was asked to stop' if found['stopping'] else ''}"
+    print(status.printable(line), describe.table(status.TITLES, status.rows(found)), sep="\n\n")
+
+
+def stop(arguments: argparse.Namespace) -> None:
+    from lori_dist.cluster import status
+
+    root = status.folder_of(arguments.run, arguments.settings)
+    driver = status.stop(root, timeout=arguments.timeout)
+    print(
+        f"{root}: " + ("nobody works on it" if driver is None else f"{driver} has ended; `lori run` goes on from here")
+    )
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -313,12 +341,22 @@ def _finished_adapters(described: config.Run) -> dict[str, Path]:
 
 
 def _configure_logging(verbose: bool, *, first: bool) -> None:
-    """To stderr, from the first of the processes started together. Progress is for people: only where one watches."""
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    level = logging.DEBUG if verbose else logging.INFO if sys.stderr.isatty() else logging.WARNING
+    """To stderr, from the first of the processes started together. Progress is for people: only where one may watch."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Redacting("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(handlers=[handler])
+    is_followed = sys.stderr.isatty() or config.in_a_job()
+    level = logging.DEBUG if verbose else logging.INFO if is_followed else logging.WARNING
     logging.getLogger("lori_dist").setLevel(level if first else logging.ERROR)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # those of transformers too
+
+
+class _Redacting(logging.Formatter):
+    """Leaves out the secrets of URLs, those in tracebacks as well."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -351,7 +389,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Trains LoRI adapters for several tasks, merges them and measures what the merge keeps.",
         epilog="Start with: lori run configs/quickstart.yaml\n`lori VERB --help` says more and gives an example.",
     )
-    parser.add_argument("--version", action="version", version=f"lori_dist {metadata.version('lori_dist')}")
+    parser.add_argument("--version", action="version", version=f"lori_dist {_version()}")
     _add_local_rank(parser)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
@@ -364,12 +402,52 @@ Trains an adapter per task, merges them and evaluates base, adapters and merges 
 each other run side by side. What an earlier run of the same configuration finished is not done again; what it began
 is continued.
 
-example:
+With --address it becomes a job of a Ray cluster, which gets the configuration and this package, whatever version is
+installed there; methods of your own must be. Paths are absolute ones that all its nodes see. The job's log is followed
+here, and its exit code is the one of this command; Ctrl-C ends the following, not the job.
+
+examples:
   lori run configs/quickstart.yaml train.engine=fsdp cluster.workers=2
+  lori run mine.yaml --address http://HOST:8265 cluster.workers=16 cluster.gpus_per_worker=1
+
+exit code: 0; 1 if a job failed, 2 for a mistake in the configuration, 3 if `lori stop` ended the run.
 
 {OVERRIDES}""",
     )
     _add_config(verb)
+    verb.add_argument("--address", metavar="URL", help="of the dashboard of a Ray cluster to run on")
+
+    verb = _add(
+        verbs,
+        status,
+        "where a run is: jobs, progress, speed, retries, errors",
+        f"""\
+Reads the run's files only, while it works or after. Times to go (eta) are those of the phase a training is in.
+
+examples:
+  lori status runs/quickstart
+  lori status mine.yaml output=/shared/runs --json
+
+{OVERRIDES}""",
+    )
+    _add_run(verb)
+    verb.add_argument("--json", action="store_true", help="the same for programs")
+
+    verb = _add(
+        verbs,
+        stop,
+        "end a run, so that the same command goes on from there",
+        f"""\
+Asks the process that works on a run to end, through the run's folder, and waits until it has. That process ends its
+jobs; a training loses what it did since its last checkpoint. It exits with code 3.
+
+example:
+  lori stop runs/quickstart
+
+{OVERRIDES}""",
+    )
+    _add_run(verb)
+    verb.add_argument("--timeout", metavar="SECONDS", type=float, default=120.0, help="to wait; 120 if not given")
 
     verb = _add(
         verbs,
@@ -511,9 +589,14 @@ example:
     return parser
 
 
-def _add(
-    verbs: Any, function: Callable[[argparse.Namespace], None], summary: str, text: str
-) -> argparse.ArgumentParser:
+def _version() -> str:
+    try:
+        return metadata.version("lori_dist")
+    except metadata.PackageNotFoundError:  # a job has the package from where it was submitted
+        return "(not installed)"
+
+
+def _add(verbs: Any, function: Verb, summary: str, text: str) -> argparse.ArgumentParser:
     description, _, rest = text.partition("\n\n")
     verb: argparse.ArgumentParser = verbs.add_parser(
         function.__name__,
@@ -529,6 +612,11 @@ def _add(
 
 def _add_config(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("config", metavar="CONFIG", help="a YAML file")
+    verb.add_argument("settings", metavar="KEY=VALUE", nargs="*", default=[], help="overrides; see below")
+
+
+def _add_run(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", metavar="RUN", help="the run's YAML file, or its folder")
     verb.add_argument("settings", metavar="KEY=VALUE", nargs="*", default=[], help="overrides; see below")
 
 

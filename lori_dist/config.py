@@ -11,7 +11,7 @@ import re
 import string
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -243,6 +243,8 @@ class Cluster:
 
     address: str = "local"
     """`local` starts Ray on this machine; `auto` or host:port joins a cluster."""
+    bind: Literal["127.0.0.1", "0.0.0.0"] = "127.0.0.1"
+    """Where Ray of `local` listens: for this machine only, or on all interfaces. Whoever connects needs a token."""
     workers: Positive = 1
     """Ranks of each train job."""
     min_workers: Positive | None = None
@@ -283,6 +285,10 @@ class Run:
         return Path(self.output).absolute() / self.name
 
 
+Rule = Callable[[Run], Iterator[str]]
+"""Gives every mistake of one kind."""
+
+
 def held_out(run: Run, task: str) -> int:
     """How many of the last rows of a task's `train` file its training leaves out: those that searches for weights
     measure on. 0 where it has `validation`."""
@@ -292,12 +298,27 @@ def held_out(run: Run, task: str) -> int:
     return max((search.rows for search in searches if search is not None), default=0)
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
+def load(path: str | Path, overrides: Sequence[str] = (), *, elsewhere: bool = False) -> Run:
     """The run described by a YAML file, with dotted overrides such as `train.lr=1e-4` applied.
 
-    Relative paths in it are relative to the current directory.
-    Raises ConfigError that lists every mistake by its path, with the nearest valid name.
+    Relative paths in it are relative to the current directory. elsewhere: the run works on other machines, so that this
+    one need not have its inputs. Raises ConfigError that lists every mistake by its path, with the nearest valid name.
     """
+    tree, problems = _read(path, overrides)
+    run, others = _check(tree, [rule for rule in RULES if not (elsewhere and rule in (_inputs, _in_a_job, _trackers))])
+    return _unless(problems + others, run)
+
+
+def text(path: str | Path, overrides: Sequence[str] = ()) -> str:
+    """YAML of a configuration with overrides applied, and else as it was written. Raises ConfigError."""
+    tree, problems = _read(path, overrides)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def _read(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The tree in a YAML file with overrides applied, and what is wrong with these and its keys."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -307,13 +328,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
         raise ConfigError(f"{path}: holds {type(tree).__name__}, wanted a mapping with name, model and tasks")
     for override in overrides:
         problems += _override(tree, override)
-    run, others = _check(tree)
-    return _unless(problems + others, run)
+    return tree, problems
 
 
 def validate(tree: Mapping[str, Any]) -> Run:
     """The run a plain tree describes. Raises ConfigError that lists every mistake."""
-    run, problems = _check(copy.deepcopy(dict(tree)))
+    run, problems = _check(copy.deepcopy(dict(tree)), RULES)
     return _unless(problems, run)
 
 
@@ -421,7 +441,7 @@ def _override(tree: dict[str, Any], override: str) -> list[str]:
 # --- what is wrong, all at once --------------------------------------------------------------------------------------
 
 
-def _check(tree: dict[str, Any]) -> tuple[Run, list[str]]:
+def _check(tree: dict[str, Any], rules: Iterable[Rule]) -> tuple[Run, list[str]]:
     """The run, and every mistake in it.
 
     The rules need a whole run, so places of the wrong form are mended first, in a copy that is thrown away: a
@@ -440,7 +460,7 @@ def _check(tree: dict[str, Any]) -> tuple[Run, list[str]]:
             mended |= places.keys()
             for place, errors in places.items():
                 _mend(tree, place, is_missing=errors[0]["type"] in MISSING)
-    for rule in RULES:
+    for rule in rules:
         if rule is _merges and any(place[0] == "tasks" and len(place) <= 2 for place in mended):
             continue  # it would miss the tasks that were mended away
         problems += [
@@ -591,16 +611,20 @@ def _lengths(run: Run) -> Iterator[str]:
             yield f"train.warmup_steps: {run.train.warmup_steps} was given, {path} is {steps}; give fewer than those"
 
 
-def _inputs(run: Run) -> Iterator[str]:
+def _tasks(run: Run) -> Iterator[str]:
     if not run.tasks:
         yield "tasks: none is given; give at least one"
+    for name, task in run.tasks.items():
+        if task.seed is not None and run.adapter.share_projection:
+            yield f"tasks.{name}.seed: is given, but adapter.share_projection makes one A for all; leave one out"
+
+
+def _inputs(run: Run) -> Iterator[str]:
     for name, task in run.tasks.items():
         for part in PARTS:
             path = getattr(task, part)
             if path is not None and not os.path.isfile(path):
                 yield f"tasks.{name}.{part}: there is no file {path!r}; paths are relative to {Path.cwd()}"
-        if task.seed is not None and run.adapter.share_projection:
-            yield f"tasks.{name}.seed: is given, but adapter.share_projection makes one A for all; leave one out"
     is_hub_name = run.model.path.count("/") == 1 and not run.model.path.startswith((".", "/", "~"))
     is_local = not is_hub_name or Path(run.model.path).parent.is_dir()
     if is_local and not os.path.isfile(Path(run.model.path) / "config.json"):
@@ -611,6 +635,30 @@ def _inputs(run: Run) -> Iterator[str]:
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         found = f"{str(place)!r} is no folder that can be written to"
         yield f"output: {str(run.folder)!r} cannot be made, as {found}; give another"
+
+
+def _in_a_job(run: Run) -> Iterator[str]:
+    """A job of Ray works in a copy of what was submitted, which is deleted after it."""
+    if in_a_job() and (not Path(run.output).is_absolute() or run.folder.is_relative_to(Path.cwd())):
+        yield (
+            f"output: {run.output!r} was given, which would be lost with the folder of this Ray job; give an absolute "
+            "path that all nodes see"
+        )
+
+
+def in_a_job() -> bool:
+    """Whether this process was started by `ray job submit`."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def relative_paths(run: Run) -> Iterator[str]:
+    """What is wrong with a run that is to work on machines which share no current directory with this one."""
+    paths = {"output": run.output, "model.path": run.model.path}
+    paths |= {f"tasks.{name}.{part}": str(path) for name, task in run.tasks.items() for part, path in _files(task)}
+    for place, path in paths.items():
+        is_hub_name = place == "model.path" and path.count("/") == 1 and not path.startswith(".")
+        if not (Path(path).is_absolute() or is_hub_name):
+            yield f"{place}: {path!r} was given, which no other machine finds; give an absolute path that all nodes see"
 
 
 def _positions(run: Run) -> Iterator[str]:
@@ -748,10 +796,15 @@ def _merges(run: Run) -> Iterator[str]:
         yield "tasks.base: the name stands for the model without an adapter; give the task another name"
 
 
-def _workers(run: Run) -> Iterator[str]:
+def _cluster(run: Run) -> Iterator[str]:
     least, most = run.cluster.min_workers, run.cluster.workers
     if least is not None and least > most:
         yield f"cluster.min_workers: {least} was given for {most} workers; give at most cluster.workers"
+    if run.cluster.bind != "127.0.0.1" and run.cluster.address != "local":
+        yield (
+            f"cluster.bind: is given, but the cluster at {run.cluster.address!r} was started before and listens where "
+            "it was told to; leave it out"
+        )
 
 
 def _searches(run: Run) -> Iterator[str]:
@@ -799,16 +852,18 @@ def _trackers(run: Run) -> Iterator[str]:
             yield f"trackers: {name} is given twice; leave one"
 
 
-RULES: tuple[Callable[[Run], Iterator[str]], ...] = (
+RULES: tuple[Rule, ...] = (
     _methods,
     _lengths,
+    _tasks,
     _inputs,
+    _in_a_job,
     _positions,
     _templates,
     _fields,
     _labels,
     _merges,
     _searches,
-    _workers,
+    _cluster,
     _trackers,
 )

@@ -6,17 +6,19 @@ from which a job that was interrupted goes on.
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lori_dist.errors import JobError
+from lori_dist.errors import JobError, redacted
 from lori_dist.jobs import Job, sha256
 
 PARTIAL, REPLACED = ".partial-", ".replaced-"
@@ -137,34 +139,98 @@ def attempt(partial: Path) -> Attempt:
         return new
 
 
+LOCK, STOP = ".lock", ".stop"
+LOCK_SECONDS = 1.0
+"""For which a lock is tried again: whoever asks for the `owner` holds it for a moment."""
+
+
 @contextlib.contextmanager
-def lock(root: Path) -> Iterator[None]:
+def lock(root: Path) -> Iterator[str]:
     """Keeps other processes out of a run's folder; ends with the process, however that ends.
 
-    Raises JobError that names the process that is in there already.
+    Gives the owner's name, as `owner` tells it to others: no other process ever has the same. Raises JobError that
+    names the process that is in there already, or a link that leads out of the folder.
     """
     root.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(root / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+    check_links(root)
+    descriptor = os.open(root / LOCK, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
-            raise JobError(f"{root}: {owner} is working on this run; wait for it or end it") from error
+        end = time.monotonic() + LOCK_SECONDS
+        while not _locked(descriptor, fcntl.LOCK_EX):
+            if time.monotonic() > end:
+                raise JobError(
+                    f"{root}: {shown_owner(_owner(descriptor))} is working on this run; wait for it, or end it with "
+                    f"`lori stop {root}`"
+                )
+            time.sleep(0.05)
+        name = f"process {os.getpid()} on {socket.gethostname()}, {secrets.token_hex(8)}"
         os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        yield
+        os.write(descriptor, f"{name}\n".encode())
+        (root / STOP).unlink(missing_ok=True)
+        yield name
     finally:
         os.close(descriptor)
+
+
+def owner(root: Path) -> str | None:
+    """The process that works on a run, or None if there is none."""
+    try:
+        descriptor = os.open(root / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        return None if _locked(descriptor, fcntl.LOCK_SH) else _owner(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def shown_owner(name: str) -> str:
+    """For people: without what makes it unique."""
+    return name.rpartition(", ")[0] or name
+
+
+def request_stop(root: Path, name: str) -> None:
+    """Asks the owner of that name to end the run. Nobody else takes it for a request."""
+    write_json(root / STOP, {"owner": name})
+
+
+def stop_requested(root: Path, name: str) -> bool:
+    """Whether the owner of that name has been asked to end the run."""
+    request = _read(root / STOP)
+    return request is not None and request.get("owner") == name
+
+
+def check_links(root: Path) -> None:
+    """Raises JobError if a run's folder, or anything in it, is a link out of it: files would be written there."""
+    inside = (Path(place) / name for place, folders, files in os.walk(root) for name in (*folders, *files))
+    for place in itertools.chain([root], inside):
+        if place.is_symlink() and (place == root or not place.resolve().is_relative_to(root.resolve())):
+            raise JobError(
+                f"{str(place)!r}: is a link to {os.readlink(place)!r}, out of the run's folder, and nothing is written "
+                "there; delete it, or make the real folder the `output`"
+            )
+
+
+def _locked(descriptor: int, how: int) -> bool:
+    try:
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _owner(descriptor: int) -> str:
+    return os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
 def write_json(path: Path, tree: Mapping[str, Any]) -> None:
-    """Replaces a file at once: whoever reads it finds the old content or the new."""
-    text = json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
+    """Replaces a file at once: whoever reads it finds the old content or the new. Secrets of URLs are left out."""
+    text = redacted(json.dumps(tree, indent=1, ensure_ascii=False)) + "\n"
     passing = path.with_name(f".{path.name}.writing")
+    passing.unlink(missing_ok=True)  # of a writer that was killed, or a link
     passing.write_text(text, encoding="utf-8")
     _sync(passing)
     passing.replace(path)

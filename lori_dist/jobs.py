@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,6 +17,9 @@ Kind = Literal["train", "merge", "evaluate"]
 
 FORMAT = 1
 """Part of every fingerprint: another number does everything anew."""
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,199}", re.ASCII)
+"""Of jobs: nothing in it can leave the run's folder."""
 
 PLACEMENT = ("engine", "micro_batch_size", "activation_checkpointing", "checkpoint_every", "keep", "projection")
 """Settings of training and of the adapter that change the result by rounding at most."""
@@ -40,6 +44,14 @@ class Job:
     """What determines the result to rounding, as plain JSON; results of `needs` apart."""
     fingerprint: str
     """Of the settings and of the fingerprints of what it needs."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a name that cannot be that of a folder in the run's."""
+        if not NAME.fullmatch(self.name) or self.name == "logs":
+            raise ConfigError(
+                f"multitask: the plan has a job called {self.name!r}; names of jobs are at most 200 letters, digits, "
+                "- and _, and not `logs`"
+            )
 
 
 def task_seed(run: config.Run, task: str) -> int:

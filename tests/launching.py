@@ -3,10 +3,12 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -142,3 +144,35 @@ def assert_equal(together: Adapter, alone: Adapter) -> None:
         assert other.index is not None
         assert torch.equal(other.index, entries.index)
         assert torch.dist(other.values, entries.values) <= 5e-6 * entries.values.norm()
+
+
+@contextlib.contextmanager
+def ray_head(environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """A Ray cluster of two CPUs with token authentication. Gives what reaches it: the variables for clients."""
+    place = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # a short name, as those of sockets must be
+    (place / "token").write_text("a" * 64)
+    secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(place / "token")}
+    port, dashboard, client = free_port(), free_port(), free_port()
+    words = f"start --head --block --disable-usage-stats --num-cpus 2 --temp-dir {place} --port {port} "
+    words += f"--dashboard-port {dashboard} --ray-client-server-port {client} --dashboard-agent-listen-port 0 "
+    words += "--min-worker-port 0 --max-worker-port 0"
+    command = [Path(sys.executable).with_name("ray"), *words.split()]
+    with (place / "log").open("wb") as log:
+        process = subprocess.Popen(command, env={**environment, **secret}, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        await_answer(int(dashboard), process, place / "log")
+        yield {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}", **secret}
+    finally:
+        process.kill()
+        process.wait()
+        end_all(place)
+        shutil.rmtree(place)
+
+
+def await_answer(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    while process.poll() is None:
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", port)).close()
+            return
+        time.sleep(0.1)
+    pytest.fail(log.read_text())

@@ -1,14 +1,11 @@
 """The scripts of launch/: each runs here, with what it calls or, where that needs more machines, with a stand-in."""
 
-import contextlib
 import json
 import re
 import shutil
 import socket
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -30,6 +27,7 @@ from tests.launching import (
     left_behind,
     make_program,
     make_task,
+    ray_head,
     run_all,
 )
 
@@ -240,34 +238,8 @@ def test_a_slurm_job_ends_when_a_node_fails(folder: Path, tmp_path: Path) -> Non
 
 @pytest.fixture
 def head(folder: Path) -> Iterator[dict[str, str]]:
-    """What reaches a Ray cluster with token authentication: the variables for clients."""
-    place = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # a short name, as those of sockets must be
-    (place / "token").write_text("a" * 64)
-    secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(place / "token")}
-    port, dashboard, client = free_port(), free_port(), free_port()
-    words = f"start --head --block --disable-usage-stats --num-cpus 2 --temp-dir {place} --port {port} "
-    words += f"--dashboard-port {dashboard} --ray-client-server-port {client} --dashboard-agent-listen-port 0 "
-    words += "--min-worker-port 0 --max-worker-port 0"
-    command, environment = [Path(sys.executable).with_name("ray"), *words.split()], environment_of(folder) | secret
-    with (place / "log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        await_answer(int(dashboard), process, place / "log")
-        yield {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}", **secret}
-    finally:
-        process.kill()
-        process.wait()
-        end_all(place)
-        shutil.rmtree(place)
-
-
-def await_answer(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    while process.poll() is None:
-        with contextlib.suppress(OSError):
-            socket.create_connection(("127.0.0.1", port)).close()
-            return
-        time.sleep(0.1)
-    pytest.fail(log.read_text())
+    with ray_head(environment_of(folder)) as variables:
+        yield variables
 
 
 @pytest.mark.ray

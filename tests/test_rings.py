@@ -41,6 +41,7 @@ LIBRARIES = {
     "evaluation": {"torch", "numpy", "transformers", "accelerate"},
     "cluster/connection.py": {"ray"},
     "cluster/gang.py": {"torch", "ray"},
+    "cluster/submission.py": {"ray"},
     "cluster/trials.py": {"torch", "ray"},
     "cluster/work.py": {"torch", "ray"},
     "cluster/search.py": {"numpy", "cma"},

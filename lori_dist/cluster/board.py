@@ -1,9 +1,7 @@
 """Where each job of a run stands, and who is told."""
 
 import contextlib
-import json
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +11,7 @@ from typing import Any
 from lori_dist import folder
 from lori_dist.cluster import schedule
 from lori_dist.cluster.schedule import Resources
-from lori_dist.cluster.summary import ADAPTER, METRICS, attempts_of, summarize
+from lori_dist.cluster.summary import ADAPTER, attempts_of, last_steps, summarize
 from lori_dist.config import Run
 from lori_dist.jobs import Job, dependents, path_lengths, ready
 
@@ -160,13 +158,6 @@ def _told(state: Mapping[str, Any]) -> str:
 
 
 def _last_step(root: Path, job: Job) -> dict[str, Any]:
-    """Where a training is, from the end of its metrics."""
-    try:
-        with (root / f"{folder.PARTIAL}{job.name}" / METRICS).open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 4096))
-            *_, last, _ = file.read().split(b"\n")
-            record = json.loads(last)
-    except (OSError, ValueError):  # none yet, or a line that is being written
-        return {}
-    return {key: record[key] for key in ("phase", "step", "num_steps", "loss")}
+    """Where a training is."""
+    steps = last_steps(root / f"{folder.PARTIAL}{job.name}")
+    return {key: steps[-1][key] for key in ("phase", "step", "num_steps", "loss")} if steps else {}

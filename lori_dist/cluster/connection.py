@@ -19,6 +19,11 @@ from lori_dist.errors import ConfigError, JobError
 TOKEN = secrets.token_hex(32)
 """Lets nobody else on this machine into the cluster that we start. Ray reads it once in a process."""
 
+TOKEN_FILE = ".ray-token"
+"""In the run's folder while other machines can connect."""
+
+LOOPBACK = "127.0.0.1"
+
 OBJECT_STORE_BYTES = 100 * 2**20
 """Adapters and rows go through files; Ray carries configurations."""
 
@@ -29,19 +34,22 @@ REACH_SECONDS = 10.0
 def connected(run: Run) -> Iterator[Callable[[], list[Resources]]]:
     """A connection to the run's cluster. Gives what tells the nodes that it has now."""
     local = run.cluster.address == "local"
-    with _environment(_settings(local, os.environ)):
+    is_open = run.cluster.bind != LOOPBACK
+    _check_authentication(run)
+    with _environment(_settings(run, os.environ)):
         import ray
 
         if ray.is_initialized():
             raise JobError("ray is already connected in this process; call ray.shutdown() first")
-        if local and ray._private.ray_constants.ENABLE_RAY_CLUSTER:
+        if local and is_open != ray._private.ray_constants.ENABLE_RAY_CLUSTER:
             raise JobError(
-                "ray was imported before the run, so that its sockets would listen on all interfaces; import it later, "
-                "or set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 before"
+                f"cluster.bind: ray was imported before the run, and would not listen on {run.cluster.bind} alone; "
+                f"import it later, or set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER={int(is_open)} before"
             )
         _check_address(run.cluster.address)
         # The dashboard's state API is what releases the CPUs of a gang whose controller died.
-        own: dict[str, Any] = {"include_dashboard": True, "object_store_memory": OBJECT_STORE_BYTES} if local else {}
+        own: dict[str, Any] = {"include_dashboard": True, "object_store_memory": OBJECT_STORE_BYTES}
+        own = {**own, "dashboard_host": run.cluster.bind} if local else {}
         try:
             ray.init(address=run.cluster.address, log_to_driver=False, logging_level=logging.ERROR, **own)
         except (ConnectionError, ray.exceptions.RayError) as error:
@@ -50,10 +58,36 @@ def connected(run: Run) -> Iterator[Callable[[], list[Resources]]]:
                 "`ray start --head`, or use `local`; RAY_AUTH_MODE and the token must be the same here and there"
             ) from error
         try:
-            with _stopped_by_sigterm():
+            with _stopped_by_sigterm(), _token_file(run) if is_open else contextlib.nullcontext():
                 yield _nodes
         finally:
             disconnect()
+
+
+def _check_authentication(run: Run) -> None:
+    mode = os.environ.get("RAY_AUTH_MODE", "token")
+    if run.cluster.bind != LOOPBACK and mode != "token":
+        raise ConfigError(
+            f"cluster.bind: {run.cluster.bind!r} lets other machines connect, and RAY_AUTH_MODE is {mode!r}, so that "
+            "they could run anything here; unset it, or set it to token"
+        )
+
+
+@contextlib.contextmanager
+def _token_file(run: Run) -> Iterator[None]:
+    """For the user's other programs, and nobody else's: what to give as RAY_AUTH_TOKEN_PATH."""
+    if os.environ.get("RAY_AUTH_TOKEN") != TOKEN:  # the user has one
+        yield
+        return
+    run.folder.mkdir(parents=True, exist_ok=True)
+    path = run.folder / TOKEN_FILE
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+        file.write(TOKEN)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _nodes() -> list[Resources]:
@@ -102,7 +136,7 @@ def disconnect() -> None:
     ray.shutdown()
 
 
-def _settings(local: bool, environment: Mapping[str, str]) -> dict[str, str]:
+def _settings(run: Run, environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that Ray needs, apart from those that the user has set."""
     wanted = {
         "RAY_ENABLE_AUTO_CONNECT": "0",  # or a late call after the shutdown would start another cluster
@@ -112,8 +146,9 @@ def _settings(local: bool, environment: Mapping[str, str]) -> dict[str, str]:
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     }
-    if local:
-        wanted["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # despite its name: makes all sockets loopback only
+    if run.cluster.address == "local":
+        # Despite its name: without it, all sockets are loopback only.
+        wanted["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0" if run.cluster.bind == LOOPBACK else "1"
         wanted["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
         if "RAY_AUTH_MODE" not in environment:
             wanted.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)

@@ -22,7 +22,7 @@ from lori_dist.cluster.schedule import Resources
 from lori_dist.cluster.summary import ATTEMPTS, CHECKPOINTS
 from lori_dist.cluster.trials import TRIED
 from lori_dist.config import Run
-from lori_dist.errors import JobError
+from lori_dist.errors import JobError, Stopped
 from lori_dist.jobs import Job, order
 from lori_dist.report import write_of_run
 
@@ -37,19 +37,20 @@ def execute(run: Run, *, progress: Callable[[Progress], None] | None = None) -> 
 
     progress: called whenever a job changes its state, and every second for each training that runs.
     Raises ConfigError before anything is started if a job is larger than the cluster, and JobError if another process
-    is working on the run, or when jobs failed, after all others that did not need them are done.
+    is working on the run, or when jobs failed, after all others that did not need them are done; Stopped after
+    `lori stop`.
     """
     run = with_absolute_paths(run)
     method = plugin.find("multitask", run.multitask.name, "plan", "multitask")
     jobs = order(method.load()(run, **method.bind(run.multitask.options, "multitask")))
-    with folder.lock(run.folder):
+    with folder.lock(run.folder) as owner:
         folder.clean(run.folder, scratch=[CHECKPOINTS, TRIED, ATTEMPTS])
         board = Board(run=run, jobs=jobs, progress=progress or (lambda event: None))
         board.write()
         if board.unfinished():
             with connected(run) as nodes:
                 schedule.check_room(board.unfinished(), run.cluster, nodes())
-                _work(board, nodes)
+                _work(board, nodes, owner)
         board.report = write_of_run(board.summary(), run.folder)
         board.write()
     failed = {name: state["error"] for name, state in board.states.items() if state["state"] == "failed"}
@@ -78,7 +79,7 @@ def with_absolute_paths(run: Run) -> Run:
     return dataclasses.replace(run, output=absolute(run.output), model=model, tasks=tasks)
 
 
-def _work(board: Board, nodes: Callable[[], Sequence[Resources]]) -> None:
+def _work(board: Board, nodes: Callable[[], Sequence[Resources]], owner: str) -> None:
     """Starts what can start, until nothing runs and nothing more can."""
     ended: queue.Queue[tuple[Job, dict[str, Any] | str]] = queue.Queue()
     gangs = Gangs(environment=runtime_env(board.run), nodes=nodes)
@@ -96,6 +97,8 @@ def _work(board: Board, nodes: Callable[[], Sequence[Resources]]) -> None:
     try:
         room = time.monotonic()
         while board.named("running") or board.ready():
+            if folder.stop_requested(board.run.folder, owner):
+                raise Stopped(f"{board.run.folder}: ended by `lori stop`; the same command continues from here")
             starting = board.startable(nodes())
             if starting or board.named("running"):
                 room = time.monotonic()

@@ -1,6 +1,8 @@
 """summary.json: what a run did, for programs."""
 
+import contextlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ def summarize(
     return {
         "run": run.name,
         "jobs": {job.name: dict(states[job.name]) for job in jobs},
+        "needs": {job.name: list(job.needs) for job in jobs},
         "adapters": files("train", "task", run.tasks),
         "merges": files("merge", "merge", run.merges),
         "evaluation": {name: measured[name] for name in ("base", *run.tasks, *run.merges) if name in measured},
@@ -51,3 +54,24 @@ def attempts_of(partial: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError, KeyError):  # none yet
         return []
     return attempts
+
+
+LAST_BYTES = 16384
+"""Of a training's metrics: the last fifty steps or so."""
+
+
+def last_steps(partial: Path) -> list[dict[str, Any]]:
+    """The last records of a training that runs, from the end of its metrics; none before its first step."""
+    try:
+        with (partial / METRICS).open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            start = max(0, file.tell() - LAST_BYTES)
+            file.seek(start)
+            *lines, _ = file.read().split(b"\n")  # the last line may be being written
+    except OSError:
+        return []
+    records = []
+    for line in lines[1:] if start else lines:
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records

@@ -93,7 +93,7 @@ class Story:
     unfinished: list[str] = field(default_factory=list)
     """Folders after the kill that look like a finished job."""
     sockets: set[str] = field(default_factory=set)
-    """Addresses on which the cluster's processes listened, before any gang."""
+    """Addresses on which the cluster's processes listened, before any gang and while one trained."""
     lock: str = ""
     """The message to a second driver."""
     killed: int = 0
@@ -160,6 +160,8 @@ def kill_rank(story: Story) -> None:
             with pytest.raises(JobError) as caught:
                 execute(story.run)
             story.lock = str(caught.value)
+        if event.num_steps:
+            story.sockets |= listening(descendants(os.getpid()))
         if event.job == "train-copy" and not story.killed:
             log = (story.run.folder / "logs" / "train-copy.rank1.log").read_text()
             if started := re.search(r"attempt 2, rank 1, process (\d+)", log):
@@ -265,7 +267,7 @@ def test_only_what_is_missing_is_done_again(story: Story) -> None:
 def test_the_summary_has_every_adapter_merge_and_evaluation(story: Story) -> None:
     summary = json.loads((story.run.folder / "summary.json").read_text())
     assert summary == story.again
-    assert list(summary) == ["run", "jobs", "adapters", "merges", "evaluation", "report"]
+    assert list(summary) == ["run", "jobs", "needs", "adapters", "merges", "evaluation", "report"]
     for task in ("copy", "reverse"):
         made = summary["adapters"][task]
         adapter = file.load(Path(made["path"]))

@@ -37,9 +37,10 @@ def test_models_are_in_the_order_base_tasks_merges_whatever_the_order_of_the_job
     }
     summary = summarize(RUN, JOBS, states, results)
     assert json.loads(json.dumps(summary)) == summary
-    assert list(summary) == ["run", "jobs", "adapters", "merges", "evaluation"]
+    assert list(summary) == ["run", "jobs", "needs", "adapters", "merges", "evaluation"]
     assert summary["run"] == "demo"
     assert summary["jobs"] == states
+    assert summary["needs"] == {item.name: [] for item in JOBS}
     assert list(summary["adapters"].items()) == [
         ("math", {**file, "path": "/runs/demo/train-math/adapter.safetensors"}),
         ("code", {**file, "path": "/runs/demo/train-code/adapter.safetensors"}),

@@ -1,0 +1,181 @@
+"""Where a run is, and its end on request, from its files alone: from any machine that sees them, and without Ray."""
+
+import itertools
+import json
+import re
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lori_dist import config, folder
+from lori_dist.cluster.board import SUMMARY
+from lori_dist.cluster.summary import attempts_of, last_steps
+from lori_dist.errors import ConfigError, JobError
+
+POLL_SECONDS = 0.2
+
+JOB_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"
+"""What the names of jobs are made of: one in a file that has another could lead out of the run's folder."""
+
+
+def folder_of(run: str, overrides: list[str]) -> Path:
+    """A run's folder, of its configuration or of itself. Raises ConfigError if it is neither."""
+    if not Path(run).is_dir():
+        return config.load(run, overrides, elsewhere=True).folder
+    if overrides:
+        raise ConfigError(f"{overrides[0]}: changes a configuration, and {run!r} is a folder; leave it out")
+    return Path(run).resolve()
+
+
+def status(root: Path) -> dict[str, Any]:
+    """Where the run in a folder is.
+
+    `run`, `folder`, `driver` (the process that works on it, or None), `stopping` (whether it has been asked to end) and
+    `jobs`. Of each job, in the plan's order: `name`, `state` (waiting, running, finished, failed, blocked, or
+    interrupted: it ran, and its driver has gone), `needs`, `seconds`, `attempts` (how many; 0 where it was finished
+    before), `error` (of the last attempt that has ended with one) and, of a training that runs, `phase`, `step`,
+    `num_steps`, `steps_per_second`, `tokens_per_second` and `eta_seconds`, until the end of the phase. None where that
+    is not known. Raises JobError if there is no run in the folder.
+    """
+    driver = folder.owner(root)  # before the summary, which a driver writes before it goes
+    summary = _summary(root)
+    states = {str(name): state for name, state in summary["jobs"].items()}
+    for name in states:
+        if re.fullmatch(JOB_NAME, name) is None:
+            raise JobError(f"{root / SUMMARY}: {name!r} is no job's name; the file is not one that `lori run` wrote")
+    folder.check_links(root)
+    return {
+        "run": str(summary.get("run")),
+        "folder": str(root),
+        "driver": None if driver is None else folder.shown_owner(driver),
+        "stopping": driver is not None and folder.stop_requested(root, driver),
+        "jobs": [
+            _job(root, name, state, summary.get("needs", {}).get(name, []), is_alive=driver is not None)
+            for name, state in states.items()
+        ],
+    }
+
+
+def _summary(root: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads((root / SUMMARY).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise JobError(f"{root}: no run has begun here; start it with `lori run`") from error
+    except (OSError, ValueError) as error:
+        raise JobError(f"{root / SUMMARY}: cannot be read ({error}); run it again") from error
+    if not isinstance(tree, dict) or not _is_mapping_of_mappings(tree.get("jobs")):
+        raise JobError(f"{root / SUMMARY}: says nothing of jobs; the file is not one that `lori run` wrote")
+    return tree
+
+
+def _is_mapping_of_mappings(tree: Any) -> bool:
+    return isinstance(tree, dict) and all(isinstance(item, dict) for item in tree.values())
+
+
+def _job(root: Path, name: str, state: Mapping[str, Any], needs: list[str], *, is_alive: bool) -> dict[str, Any]:
+    partial = root / f"{folder.PARTIAL}{name}"
+    attempts = state.get("attempts") or ([] if state.get("cached") else attempts_of(partial))
+    errors = [attempt["error"] for attempt in attempts if attempt.get("error")]
+    now = str(state.get("state"))
+    if now == "running" and not is_alive:
+        now = "interrupted"
+    began = state.get("started")
+    passed = round(time.time() - began, 3) if now == "running" and isinstance(began, int | float) else None
+    return {
+        "name": name,
+        "state": now,
+        "needs": list(needs),
+        "seconds": state.get("seconds", passed),
+        "attempts": len(attempts),
+        "error": state.get("error") or (errors[-1] if errors else None),
+        **_steps(last_steps(partial) if now in ("running", "interrupted") else [], is_running=now == "running"),
+    }
+
+
+def _steps(records: list[dict[str, Any]], *, is_running: bool) -> dict[str, Any]:
+    """How far a training is, and how fast: by the median time from one step to the next, so that a restart or a
+    checkpoint among the last steps does not count."""
+    found: dict[str, Any] = dict.fromkeys(("phase", "step", "num_steps"))
+    found |= dict.fromkeys(("steps_per_second", "tokens_per_second", "eta_seconds"))
+    if not records:
+        return found
+    last = records[-1]
+    found |= {key: last.get(key) for key in ("phase", "step", "num_steps")}
+    steps = [record for record in records if record.get("phase") == last.get("phase") and "time" in record]
+    gaps = [after["time"] - before["time"] for before, after in itertools.pairwise(steps)]
+    pace = statistics.median(gaps) if gaps else 0.0
+    if is_running and pace > 0.0:
+        found["steps_per_second"] = 1 / pace
+        found["eta_seconds"] = round((last["num_steps"] - last["step"]) * pace, 1)
+        if all("tokens" in record for record in steps):
+            found["tokens_per_second"] = statistics.fmean(record["tokens"] for record in steps) / pace
+    return found
+
+
+# --- for people ------------------------------------------------------------------------------------------------------
+
+
+def rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A line for each job, under TITLES."""
+    return [tuple(printable(cell) for cell in _row(job)) for job in found["jobs"]]
+
+
+TITLES = ("job", "state", "progress", "time", "eta", "speed", "attempts", "needs", "error")
+
+
+def _row(job: Mapping[str, Any]) -> tuple[str, ...]:
+    speed = ""
+    if job["tokens_per_second"] is not None:
+        speed = f"{job['tokens_per_second']:.0f} tokens/s"
+    elif job["steps_per_second"] is not None:
+        speed = f"{job['steps_per_second']:.2f} steps/s"
+    return (
+        job["name"],
+        job["state"],
+        "" if job["step"] is None else f"{job['phase']} {job['step']}/{job['num_steps']}",
+        _duration(job["seconds"]),
+        _duration(job["eta_seconds"]),
+        speed,
+        str(job["attempts"] or ""),
+        ", ".join(job["needs"]),
+        (job["error"] or "").partition("\n")[0],
+    )
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def printable(text: str) -> str:
+    """A text out of a file, without what a terminal would take for a command."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))
+
+
+# --- stopping --------------------------------------------------------------------------------------------------------
+
+
+def stop(root: Path, *, timeout: float) -> str | None:
+    """Asks the process that works on a run to end, and waits until it has. Returns its name, or None if there is none.
+
+    What the run has done is kept; the same run again goes on. timeout: in seconds. Raises JobError if the process has
+    not ended by then; it has been asked all the same.
+    """
+    driver = folder.owner(root)
+    if driver is None:
+        return None
+    folder.check_links(root)
+    folder.request_stop(root, driver)
+    end = time.monotonic() + timeout
+    while folder.owner(root) == driver:
+        if time.monotonic() > end:
+            raise JobError(
+                f"{root}: {printable(folder.shown_owner(driver))} has not ended within {timeout:g} s. It has been "
+                "asked to, so wait longer with --timeout, or end that process"
+            )
+        time.sleep(POLL_SECONDS)
+    return printable(folder.shown_owner(driver))

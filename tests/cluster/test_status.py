@@ -1,0 +1,174 @@
+"""What `lori status` and `lori stop` make of a run's files."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lori_dist import folder
+from lori_dist.__main__ import main
+from lori_dist.cluster.status import status, stop
+from lori_dist.errors import JobError
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from lori_dist import folder
+root = Path(sys.argv[1])
+with folder.lock(root) as owner:
+    print("ready", flush=True)
+    while not folder.stop_requested(root, owner):
+        time.sleep(0.05)
+"""
+
+
+def record(step: int, *, at: float, phase: str = "train", tokens: int = 100) -> str:
+    return json.dumps({"phase": phase, "step": step, "num_steps": 50, "loss": 1.0, "tokens": tokens, "time": at}) + "\n"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run with a training that works, a failed one and what waits for both."""
+    root = tmp_path / "demo"
+    partial = root / ".partial-train-math"
+    partial.mkdir(parents=True)
+    # Five steps of half a second, with a restart of a minute among them, and a line that is being written.
+    times = [100.0, 100.5, 101.0, 161.0, 161.5, 162.0]
+    (partial / "metrics.jsonl").write_text(
+        record(50, at=90.0, phase="calibrate") + "".join(record(n, at=at) for n, at in enumerate(times, 1)) + '{"pha'
+    )
+    attempts = [{"number": 1, "error": "the process died"}, {"number": 2, "error": None}]
+    (partial / "attempts.json").write_text(json.dumps({"attempts": attempts}))
+    jobs = {
+        "train-math": {"state": "running", "started": time.time() - 70},
+        "train-code": {"state": "failed", "seconds": 3.0, "error": "row 8\nmore", "attempts": [attempts[0]]},
+        "merge-all": {"state": "blocked", "seconds": 0.0, "needs": ["train-code"]},
+        "evaluate-base": {"state": "finished", "cached": True, "seconds": 2.0},
+    }
+    needs = {"merge-all": ["train-math", "train-code"]}
+    (root / "summary.json").write_text(json.dumps({"run": "demo", "jobs": jobs, "needs": needs}))
+    return root
+
+
+def job(found: dict[str, Any], name: str) -> dict[str, Any]:
+    [one] = [item for item in found["jobs"] if item["name"] == name]
+    return dict(one)
+
+
+def test_a_training_that_runs_has_progress_pace_and_attempts(run: Path) -> None:
+    with folder.lock(run):
+        found = status(run)
+    assert found["driver"] is not None
+    math = job(found, "train-math")
+    assert (math["state"], math["phase"], math["step"], math["num_steps"]) == ("running", "train", 6, 50)
+    assert math["steps_per_second"] == pytest.approx(2.0)
+    assert math["tokens_per_second"] == pytest.approx(200.0)
+    assert math["eta_seconds"] == pytest.approx(22.0)
+    assert 69 < math["seconds"] < 90
+    assert (math["attempts"], math["error"]) == (2, "the process died")
+    assert job(found, "merge-all")["needs"] == ["train-math", "train-code"]
+    assert job(found, "train-code")["error"] == "row 8\nmore"
+    assert job(found, "evaluate-base")["attempts"] == 0
+
+
+def test_without_a_driver_what_ran_is_interrupted(run: Path) -> None:
+    found = status(run)
+    assert (found["driver"], job(found, "train-math")["state"]) == (None, "interrupted")
+    assert job(found, "train-math")["eta_seconds"] is None
+
+
+def test_the_command_prints_a_table_or_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", str(run)]) == 0
+    first, _, titles, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"{run}: nobody works on it"
+    assert titles.split()[:3] == ["job", "state", "progress"]
+    assert [line.split()[0] for line in lines] == ["train-math", "train-code", "merge-all", "evaluate-base"]
+    assert "train 6/50" in lines[0]
+    assert lines[1].endswith("row 8")
+    assert main(["status", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == status(run)
+
+
+def test_a_folder_without_a_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", str(tmp_path)]) == 1
+    assert f"{tmp_path}: no run has begun here" in capsys.readouterr().err
+
+
+def test_stop_ends_the_process_that_works_and_no_other(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):  # the request to the first does not reach the second
+        with subprocess.Popen([sys.executable, "-c", HOLDER, str(run)], stdout=subprocess.PIPE) as holder:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == b"ready\n"
+            time.sleep(0.2)
+            assert holder.poll() is None
+            assert main(["stop", str(run), "--timeout", "30"]) == 0
+            assert f"process {holder.pid} on " in capsys.readouterr().out
+            assert holder.wait(10) == 0
+    assert main(["stop", str(run)]) == 0
+    assert "nobody works on it" in capsys.readouterr().out
+
+
+def test_a_process_that_does_not_end_is_named(run: Path) -> None:
+    with folder.lock(run) as owner:
+        with pytest.raises(JobError, match=r"process \d+ on .* has not ended within 0.1 s"):
+            stop(run, timeout=0.1)
+        assert folder.stop_requested(run, owner)
+        assert status(run)["stopping"]
+
+
+def test_a_request_that_comes_late_is_for_nobody(run: Path) -> None:
+    with folder.lock(run) as before:
+        pass
+    with folder.lock(run) as owner:
+        folder.request_stop(run, before)
+        assert not folder.stop_requested(run, owner)
+
+
+def test_asking_does_not_keep_a_driver_out(run: Path) -> None:
+    """Whoever asks holds the lock for a moment."""
+    ended = threading.Event()
+
+    def ask() -> None:
+        while not ended.is_set():
+            folder.owner(run)
+
+    askers = [threading.Thread(target=ask) for _ in range(2)]
+    for asker in askers:
+        asker.start()
+    try:
+        for _ in range(20):
+            with folder.lock(run):
+                pass
+    finally:
+        ended.set()
+        for asker in askers:
+            asker.join()
+
+
+@given(name=st.text(min_size=1).filter(lambda name: not name.isascii() or not name.replace("-", "").isalnum()))
+def test_a_job_s_name_in_the_summary_leads_nowhere(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
+    root = tmp_path_factory.mktemp("run")
+    (root / "summary.json").write_text(json.dumps({"run": "demo", "jobs": {name: {"state": "running"}}}))
+    allowed = name[0] not in "-_" and name.isascii() and name.replace("-", "").replace("_", "").isalnum()
+    if allowed:
+        assert [item["name"] for item in status(root)["jobs"]] == [name]
+    else:
+        with pytest.raises(JobError, match="no job's name"):
+            status(root)
+
+
+def test_what_files_say_does_not_command_the_terminal(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    summary["jobs"]["train-code"]["error"] = "\x1b]0;title\x07\x9b2J"
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert main(["status", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert "\\x1b]0;title\\x07\\x9b2J" in printed
+    assert all(letter.isprintable() or letter == "\n" for letter in printed)

@@ -1,0 +1,166 @@
+"""What hostile names, links, files and secrets come to."""
+
+import ast
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lori_dist
+from lori_dist import config, folder
+from lori_dist.cluster.status import status
+from lori_dist.errors import ConfigError, JobError, redacted
+from lori_dist.jobs import Job
+
+PACKAGE = Path(lori_dist.__file__).parent
+
+PARTS = st.sampled_from(["..", ".", "/", "\\", "\0", "\n", "\x1b[2J", "~", "a", "base", "é", "\u202e", "\uff0e\uff0e"])
+HOSTILE = st.lists(PARTS, min_size=1, max_size=5).map("".join) | st.text(max_size=80)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    place = tmp_path_factory.mktemp("inputs")
+    (place / "config.json").write_text("{}")
+    (place / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    return {
+        "name": "demo",
+        "output": str(place / "runs"),
+        "model": {"path": str(place)},
+        "tasks": {"math": {"train": str(place / "rows.jsonl"), "test": str(place / "rows.jsonl")}},
+        "train": {"steps": 1},
+    }
+
+
+@given(name=HOSTILE, where=st.sampled_from(["run", "task", "merge"]))
+def test_a_name_is_refused_or_stays_in_the_run_s_folder(tree: dict[str, Any], name: str, where: str) -> None:
+    hostile = dict(tree)
+    if where == "run":
+        hostile["name"] = name
+    elif where == "task":
+        hostile["tasks"] = {name: tree["tasks"]["math"]}
+    else:
+        hostile["merges"] = {name: {"method": "concat"}}
+    try:
+        run = config.validate(hostile)
+    except ConfigError:
+        return
+    assert run.folder.parent == Path(tree["output"])
+    assert name.isascii()
+    assert name.isprintable()
+    for job in (*run.tasks, *run.merges):
+        assert (run.folder / f"{folder.PARTIAL}train-{job}").parent == run.folder
+
+
+LINKS = (".lock", ".stop", "summary.json", ".summary.json.writing", ".partial-train-math", "logs", "logs/x")
+
+
+@given(link=st.sampled_from(LINKS), is_dangling=st.booleans(), is_relative=st.booleans())
+def test_a_link_out_of_the_run_s_folder_is_refused(
+    tmp_path_factory: pytest.TempPathFactory, link: str, is_dangling: bool, is_relative: bool
+) -> None:
+    place = tmp_path_factory.mktemp("links")
+    root, target = place / "runs" / "demo", place / "precious"
+    (root / link).parent.mkdir(parents=True)
+    if not is_dangling:
+        target.write_text("precious")
+    up = "../" * (2 + link.count("/"))
+    (root / link).symlink_to(f"{up}precious" if is_relative else target)
+    with pytest.raises(JobError, match="is a link to"), folder.lock(root):
+        pass
+    assert not is_dangling or not target.exists()
+    assert is_dangling or target.read_text() == "precious"
+    with pytest.raises(JobError):
+        status(root)
+
+
+def test_a_run_s_folder_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "demo").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(JobError, match="is a link to"), folder.lock(tmp_path / "demo"):
+        pass
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+# --- pickles ---------------------------------------------------------------------------------------------------------
+
+UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+
+
+def unsafe(source: str) -> Iterator[str]:
+    """What in a program may run code out of a file."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] in UNSAFE_MODULES)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in UNSAFE_MODULES:
+            yield str(node.module)
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            if called == "torch.load" and given.get("weights_only") != "True":
+                yield called
+            if given.get("allow_pickle", "False") != "False" or given.get("trust_remote_code", "False") != "False":
+                yield called
+            loads_model = called.startswith("AutoModel") and called.endswith("from_pretrained")
+            if loads_model and given.get("use_safetensors") != "True":
+                yield called
+            if called in ("yaml.load", "yaml.unsafe_load", "yaml.full_load", "torch.jit.load", "pandas.read_pickle"):
+                yield called
+
+
+def test_nothing_in_the_package_reads_a_pickle() -> None:
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert len(files) > 50
+    assert {str(file): found for file in files if (found := list(unsafe(file.read_text(encoding="utf-8"))))} == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "from joblib import load",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "np.load(path, allow_pickle=True)",
+        "AutoModelForCausalLM.from_pretrained(path)",
+        "yaml.load(text)",
+    ],
+)
+def test_the_check_for_pickles_finds_one(line: str) -> None:
+    assert list(unsafe(f"def read(path):\n    {line}\n"))
+
+
+# --- secrets ---------------------------------------------------------------------------------------------------------
+
+WORDS = st.text(st.sampled_from("abcXYZ019-_.~%!$&*+,;=:"), min_size=1, max_size=20)
+
+
+@given(user=WORDS, password=WORDS, scheme=st.sampled_from(["s3", "https", "gs", "hf", "sftp"]))
+def test_a_url_s_secrets_are_in_no_message_and_no_file(
+    tmp_path_factory: pytest.TempPathFactory, user: str, password: str, scheme: str
+) -> None:
+    url, shown = f"{scheme}://{user}:{password}@host/bucket", f"{scheme}://***@host/bucket"
+    assert redacted(f"output: {url!r} was given") == f"output: {shown!r} was given"
+    assert str(JobError(f"{url}: no answer")) == f"{shown}: no answer"
+    path = tmp_path_factory.mktemp("file") / "summary.json"
+    folder.write_json(path, {"path": url, "jobs": {"x": {"error": f"{url}: no answer"}}})
+    assert json.loads(path.read_text()) == {"path": shown, "jobs": {"x": {"error": f"{shown}: no answer"}}}
+
+
+@given(text=st.text(st.sampled_from("ab:/ .@'\""), max_size=30).filter(lambda text: "@" not in text))
+def test_what_has_no_secret_is_left_as_it_is(text: str) -> None:
+    assert redacted(text) == text
+
+
+def test_a_fingerprint_is_the_same_wherever_the_results_go(tree: dict[str, Any]) -> None:
+    from lori_dist.multitask.independent import plan
+
+    def fingerprints(output: str) -> list[tuple[str, str]]:
+        jobs: list[Job] = plan(config.validate({**tree, "output": output}))
+        return [(job.name, job.fingerprint) for job in jobs]
+
+    assert fingerprints(tree["output"]) == fingerprints(tree["output"] + "-other")
