@@ -266,7 +266,7 @@ class Run:
 
     name: Name
     output: FilePath = "runs"
-    """The run's results are in output/name."""
+    """The run's results are in output/name. A path that all nodes see, or a URL that fsspec knows."""
     model: Model
     tasks: dict[Name, Task]
     adapter: Adapter = field(default_factory=Adapter)
@@ -278,6 +278,9 @@ class Run:
 
     @property
     def folder(self) -> Path:
+        """Where it is, or where this machine's mirror of it is."""
+        if storage.is_url(self.output):
+            return storage.mirror_folder(self.output, self.name)
         return Path(self.output).absolute() / self.name
 
 

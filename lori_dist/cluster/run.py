@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lori_dist import folder, plugin
+from lori_dist import folder, plugin, storage
 from lori_dist.cluster import attempts, schedule
 from lori_dist.cluster.board import Board, Progress
 from lori_dist.cluster.connection import connected, disconnect, runtime_env
@@ -75,7 +75,7 @@ def with_absolute_paths(run: Run) -> Run:
     }
     base = absolute(run.model.path) if Path(run.model.path).exists() else run.model.path
     model = dataclasses.replace(run.model, path=base)
-    return dataclasses.replace(run, output=absolute(run.output), model=model, tasks=tasks)
+    return dataclasses.replace(run, output=run.output if storage.is_url(run.output) else absolute(run.output), model=model, tasks=tasks)
 
 
 def _work(board: Board, nodes: Callable[[], Sequence[Resources]]) -> None:
