@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 import yaml
 
-from lori_dist import plugin
+from lori_dist import plugin, storage
 from lori_dist.errors import ConfigError
 
 Name = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lori_dist.errors import ConfigError, JobError
+from lori_dist.folder import ATTEMPT, Attempt
 
 LEASE, KNOWN = ".lease.json", ".known.json"
 LAST = "job.json"
@@ -53,7 +54,12 @@ class Mirror:
         """Fetches what has changed there since it was last fetched or put. prefix: a file or a folder of the run's."""
         self.here.mkdir(parents=True, exist_ok=True)
         with self._known() as known:
-            for name, about in self._listed(prefix).items():
+            listed = self._listed(prefix)
+            for name in [name for name in known if _is_in(name, prefix) and name not in listed]:
+                with contextlib.suppress(FileNotFoundError):
+                    if _state(self.here / name) == known.pop(name)["here"]:
+                        (self.here / name).unlink()  # it was deleted there
+            for name, about in listed.items():
                 if known.get(name, {}).get("there") == _version(about) and (self.here / name).exists():
                     continue
                 path = self.here / name
@@ -80,6 +86,28 @@ class Mirror:
                     if known.get(name, {}).get("here") != state:
                         self._put(path, name)
                         known[name] = {"there": _version(self.files.info(f"{self.there}/{name}")), "here": state}
+
+    def prune(self, prefix: str) -> None:
+        """Deletes there what is not here."""
+        with self._known() as known:
+            for name in self._listed(prefix):
+                if not (self.here / name).exists():
+                    known.pop(name, None)
+                    with contextlib.suppress(FileNotFoundError):
+                        self.files.rm_file(f"{self.there}/{name}")
+
+    def check(self, attempt: Attempt) -> None:
+        """Raises JobError if there is a newer attempt there, or not this one."""
+        place = f"{self.there}/{attempt.partial.name}/{ATTEMPT}"
+        self.files.invalidate_cache()
+        try:
+            mine = self.files.cat_file(f"{place}{attempt.number}").decode() == attempt.token
+        except FileNotFoundError:
+            mine = False
+        if not mine or self.files.exists(f"{place}{attempt.number + 1}"):
+            raise JobError(
+                f"{place}{attempt.number}: this attempt does not own the folder, or no longer; it stops here"
+            )
 
     def delete(self, prefix: str) -> None:
         """Deletes a folder there."""
@@ -197,6 +225,25 @@ def _make_private(here: Path) -> None:
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise ConfigError(f"output: {str(top)!r} is not this user's alone; delete it, or set TMPDIR to another folder")
     here.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def driving(output: str, name: str) -> Iterator[None]:
+    """A driver's time with a run: with a URL, the mirror is filled at its start and put back at its end."""
+    if not is_url(output):
+        yield
+        return
+    mirror = open(output, name)
+    with mirror.lease():
+        mirror.pull()
+        try:
+            yield
+        finally:
+            mirror.push()
+
+
+def _is_in(name: str, prefix: str) -> bool:
+    return not prefix or name == prefix or name.startswith(f"{prefix}/")
 
 
 def _version(about: dict[str, Any]) -> str:

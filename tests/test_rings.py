@@ -34,7 +34,7 @@ LIBRARIES = {
     "config.py": {"pydantic", "yaml"},
     "jobs.py": {"pydantic", "yaml"},
     "folder.py": {"pydantic", "yaml"},
-    "storage.py": {"fsspec"},
+    "storage.py": {"fsspec", "pydantic", "yaml"},
     "multitask": {"pydantic", "yaml"},
     "engines/deepspeed.py": {"torch", "numpy", "transformers", "deepspeed"},
     "training": {"torch", "safetensors", "numpy", "transformers", "accelerate"},

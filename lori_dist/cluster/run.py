@@ -42,7 +42,7 @@ def execute(run: Run, *, progress: Callable[[Progress], None] | None = None) -> 
     run = with_absolute_paths(run)
     method = plugin.find("multitask", run.multitask.name, "plan", "multitask")
     jobs = order(method.load()(run, **method.bind(run.multitask.options, "multitask")))
-    with folder.lock(run.folder):
+    with storage.driving(run.output, run.name), folder.lock(run.folder):
         folder.clean(run.folder, scratch=[CHECKPOINTS, TRIED, ATTEMPTS])
         board = Board(run=run, jobs=jobs, progress=progress or (lambda event: None))
         board.write()
@@ -75,7 +75,8 @@ def with_absolute_paths(run: Run) -> Run:
     }
     base = absolute(run.model.path) if Path(run.model.path).exists() else run.model.path
     model = dataclasses.replace(run.model, path=base)
-    return dataclasses.replace(run, output=run.output if storage.is_url(run.output) else absolute(run.output), model=model, tasks=tasks)
+    output = run.output if storage.is_url(run.output) else absolute(run.output)
+    return dataclasses.replace(run, output=output, model=model, tasks=tasks)
 
 
 def _work(board: Board, nodes: Callable[[], Sequence[Resources]]) -> None:
