@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from lori_dist.errors import ConfigError, JobError
-from lori_dist.folder import ATTEMPT, Attempt
 
 LEASE, KNOWN = ".lease.json", ".known.json"
 LAST = "job.json"
@@ -96,18 +95,16 @@ class Mirror:
                     with contextlib.suppress(FileNotFoundError):
                         self.files.rm_file(f"{self.there}/{name}")
 
-    def check(self, attempt: Attempt) -> None:
-        """Raises JobError if there is a newer attempt there, or not this one."""
-        place = f"{self.there}/{attempt.partial.name}/{ATTEMPT}"
+    def check(self, markers: str, number: int, token: str) -> None:
+        """Raises JobError if there is a newer attempt there, or not this one. markers: their path without the number."""
+        place = f"{self.there}/{markers}"
         self.files.invalidate_cache()
         try:
-            mine = self.files.cat_file(f"{place}{attempt.number}").decode() == attempt.token
+            mine = self.files.cat_file(f"{place}{number}").decode() == token
         except FileNotFoundError:
             mine = False
-        if not mine or self.files.exists(f"{place}{attempt.number + 1}"):
-            raise JobError(
-                f"{place}{attempt.number}: this attempt does not own the folder, or no longer; it stops here"
-            )
+        if not mine or self.files.exists(f"{place}{number + 1}"):
+            raise JobError(f"{place}{number}: this attempt does not own the folder, or no longer; it stops here")
 
     def delete(self, prefix: str) -> None:
         """Deletes a folder there."""

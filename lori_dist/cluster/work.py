@@ -118,7 +118,7 @@ def working(assignment: Assignment, rank: int) -> Iterator[Run]:
     if mirror:
         for prefix in (assignment.attempt.partial.name, *assignment.job.needs):
             mirror.pull(prefix)
-    with _fetched_back(mirror, assignment, rank), _logged(log_file(root, assignment.job, rank)):
+    with _putting(mirror, assignment, rank), _logged(log_file(root, assignment.job, rank)):
         try:
             assignment.attempt.check()
             log.info(
@@ -131,7 +131,7 @@ def working(assignment: Assignment, rank: int) -> Iterator[Run]:
 
 
 @contextlib.contextmanager
-def _fetched_back(mirror: storage.Mirror | None, assignment: Assignment, rank: int) -> Iterator[None]:
+def _putting(mirror: storage.Mirror | None, assignment: Assignment, rank: int) -> Iterator[None]:
     """Puts on storage what a process leaves, also when it fails; of a training's folder only rank 0 does."""
     try:
         yield
@@ -143,7 +143,8 @@ def _fetched_back(mirror: storage.Mirror | None, assignment: Assignment, rank: i
 
 
 def _push(mirror: storage.Mirror, assignment: Assignment) -> None:
-    mirror.check(assignment.attempt)
+    attempt = assignment.attempt
+    mirror.check(f"{attempt.partial.name}/{folder.ATTEMPT}", attempt.number, attempt.token)
     mirror.push(assignment.attempt.partial.name)
     mirror.prune(f"{assignment.attempt.partial.name}/checkpoints")
 
