@@ -96,7 +96,7 @@ class Mirror:
                         self.files.rm_file(f"{self.there}/{name}")
 
     def check(self, markers: str, number: int, token: str) -> None:
-        """Raises JobError if there is a newer attempt there, or not this one. markers: their path without the number."""
+        """Raises JobError if there is a newer attempt there, or not this one. markers: path without number."""
         place = f"{self.there}/{markers}"
         self.files.invalidate_cache()
         try:

@@ -16,10 +16,11 @@ from lori_dist.cluster import schedule
 from lori_dist.cluster.connection import runtime_env
 from lori_dist.cluster.summary import ADAPTER
 from lori_dist.config import Run
+from lori_dist.errors import JobError
 from lori_dist.folder import Attempt
 from lori_dist.jobs import Job
 
-PUSH_SECONDS = 3.0
+PUSH_SECONDS = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,11 @@ def _spread(run: Run, job: Job) -> dict[str, Any]:
     shape = schedule.wanted(job, run.cluster)
     if shape.count == 1:
         return {}
+    if storage.is_url(run.output):
+        raise JobError(
+            f"output: {run.output!r} is a URL, and {job.name} is to be merged by {shape.count} workers, which need "
+            "files in common; merge with one, or give a path that all nodes see"
+        )
     # The task that waits for them gives its own CPU back meanwhile.
     call = ray.remote(num_cpus=shape.part.cpus, max_retries=0, runtime_env=runtime_env(run))(_call)
 
