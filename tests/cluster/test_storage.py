@@ -45,7 +45,7 @@ def test_a_url_gives_the_bytes_a_path_gives_also_after_a_kill(tmp_path: Path) ->
 @pytest.mark.slow
 def test_nodes_with_no_disk_in_common_work(tmp_path: Path) -> None:
     """Each node's place for mirrors is a disk of its own; a training's two ranks are on two nodes."""
-    run = described(tmp_path, workers=2, cpus_per_worker=1, strategy="spread")
+    run = described(tmp_path, workers=2, cpus_per_worker=1, placement="strict_spread")
     run = dataclasses.replace(run, output=(tmp_path / "store").as_uri())
     place = storage.mirror_folder(run.output, run.name).parent.parent
     place.mkdir(mode=0o700, exist_ok=True)
