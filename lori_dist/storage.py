@@ -193,7 +193,7 @@ class Mirror:
 
 def open(output: str, name: str) -> Mirror:
     """The mirror of a run. Raises ConfigError, by the path `output`, if the storage cannot be reached."""
-    import fsspec
+    import fsspec  # type: ignore[import-untyped]
 
     try:
         files, root = fsspec.core.url_to_fs(output)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lori_dist import storage
+from lori_dist import folder, storage
 from lori_dist.errors import ConfigError, JobError
 from lori_dist.storage import Mirror
 
@@ -71,3 +71,17 @@ def test_a_mirror_that_is_open_to_others_is_refused(tmp_path: Path, monkeypatch:
     storage.mirror_folder("file:///x", "demo").parent.parent.mkdir(mode=0o755)
     with pytest.raises(ConfigError, match="not this user's alone"):
         storage.open(f"file://{tmp_path}/store", "demo")
+
+
+def test_an_attempt_stops_once_there_is_a_newer_one(machines: tuple[Mirror, Mirror]) -> None:
+    one, other = machines
+    partial = other.here / ".partial-job"
+    partial.mkdir()
+    first = folder.attempt(partial)
+    other.push(partial.name)
+    markers = f"{partial.name}/{folder.ATTEMPT}"
+    one.check(markers, first.number, first.token)
+    folder.attempt(partial)
+    other.push(partial.name)
+    with pytest.raises(JobError, match="does not own the folder"):
+        one.check(markers, first.number, first.token)
