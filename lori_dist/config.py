@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 import yaml
 
-from lori_dist import plugin
+from lori_dist import plugin, storage
 from lori_dist.errors import ConfigError
 
 Name = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
@@ -268,7 +268,7 @@ class Run:
 
     name: Name
     output: FilePath = "runs"
-    """The run's results are in output/name."""
+    """The run's results are in output/name. A path that all nodes see, or a URL that fsspec knows."""
     model: Model
     tasks: dict[Name, Task]
     adapter: Adapter = field(default_factory=Adapter)
@@ -282,6 +282,9 @@ class Run:
 
     @property
     def folder(self) -> Path:
+        """Where it is, or where this machine's mirror of it is."""
+        if storage.is_url(self.output):
+            return storage.mirror_folder(self.output, self.name)
         return Path(self.output).absolute() / self.name
 
 
@@ -639,7 +642,11 @@ def _inputs(run: Run) -> Iterator[str]:
 
 def _in_a_job(run: Run) -> Iterator[str]:
     """A job of Ray works in a copy of what was submitted, which is deleted after it."""
-    if in_a_job() and (not Path(run.output).is_absolute() or run.folder.is_relative_to(Path.cwd())):
+    if (
+        in_a_job()
+        and not storage.is_url(run.output)
+        and (not Path(run.output).is_absolute() or run.folder.is_relative_to(Path.cwd()))
+    ):
         yield (
             f"output: {run.output!r} was given, which would be lost with the folder of this Ray job; give an absolute "
             "path that all nodes see"
@@ -657,7 +664,8 @@ def relative_paths(run: Run) -> Iterator[str]:
     paths |= {f"tasks.{name}.{part}": str(path) for name, task in run.tasks.items() for part, path in _files(task)}
     for place, path in paths.items():
         is_hub_name = place == "model.path" and path.count("/") == 1 and not path.startswith(".")
-        if not (Path(path).is_absolute() or is_hub_name):
+        is_elsewhere = place == "output" and storage.is_url(path)
+        if not (Path(path).is_absolute() or is_hub_name or is_elsewhere):
             yield f"{place}: {path!r} was given, which no other machine finds; give an absolute path that all nodes see"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lori_dist import config, folder
+from lori_dist import config, folder, storage
 from lori_dist.cluster import gang, schedule, trials
 from lori_dist.cluster.gang import Broken, Gangs
 from lori_dist.cluster.schedule import Failure
@@ -31,15 +31,25 @@ def do(run: Run, job: Job, inputs: Mapping[str, Any], gangs: Gangs) -> dict[str,
     """One job with all its attempts. Returns what its job.json holds. inputs: digests of what it reads of others."""
     start = time.monotonic()
     partial = folder.open(run.folder, job)
+    mirror = storage.open(run.output, run.name) if storage.is_url(run.output) else None
+    if mirror:
+        mirror.push(partial.name)
+        mirror.prune(partial.name)
     number = 0
     while True:
         number += 1
         assignment = Assignment(tree=config.dump(run), job=job, attempt=folder.attempt(partial))
         history = History(partial, assignment.attempt.number)
         try:
+            if mirror:
+                mirror.push(partial.name)
             result = _result(run, assignment, gangs, history)
+            if mirror:
+                mirror.pull(partial.name)
             break
         except Exception as error:
+            if mirror:
+                mirror.pull(partial.name)
             failure = _failure(error)
             log.debug("%s: attempt %d failed", job.name, assignment.attempt.number, exc_info=error)
             if not gangs.stopping.is_set():
@@ -55,6 +65,9 @@ def do(run: Run, job: Job, inputs: Mapping[str, Any], gangs: Gangs) -> dict[str,
     seconds = round(time.monotonic() - start, 3)
     record = {"seconds": seconds, "attempts": history.attempts, "inputs": dict(inputs), "result": result}
     folder.publish(run.folder, job, record, scratch=[CHECKPOINTS, TRIED, ATTEMPTS])
+    if mirror:
+        mirror.push(job.name)
+        mirror.delete(partial.name)
     published = folder.finished(run.folder, job)
     assert published is not None
     return published

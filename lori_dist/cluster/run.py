@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lori_dist import folder, plugin
+from lori_dist import folder, plugin, storage
 from lori_dist.cluster import attempts, schedule
 from lori_dist.cluster.board import Board, Progress
 from lori_dist.cluster.connection import connected, disconnect, runtime_env
@@ -43,7 +43,7 @@ def execute(run: Run, *, progress: Callable[[Progress], None] | None = None) -> 
     run = with_absolute_paths(run)
     method = plugin.find("multitask", run.multitask.name, "plan", "multitask")
     jobs = order(method.load()(run, **method.bind(run.multitask.options, "multitask")))
-    with folder.lock(run.folder) as owner:
+    with storage.driving(run.output, run.name), folder.lock(run.folder) as owner:
         folder.clean(run.folder, scratch=[CHECKPOINTS, TRIED, ATTEMPTS])
         board = Board(run=run, jobs=jobs, progress=progress or (lambda event: None))
         board.write()
@@ -76,7 +76,8 @@ def with_absolute_paths(run: Run) -> Run:
     }
     base = absolute(run.model.path) if Path(run.model.path).exists() else run.model.path
     model = dataclasses.replace(run.model, path=base)
-    return dataclasses.replace(run, output=absolute(run.output), model=model, tasks=tasks)
+    output = run.output if storage.is_url(run.output) else absolute(run.output)
+    return dataclasses.replace(run, output=output, model=model, tasks=tasks)
 
 
 def _work(board: Board, nodes: Callable[[], Sequence[Resources]], owner: str) -> None:

@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lori_dist import config, folder
+from lori_dist import config, folder, storage
 from lori_dist.cluster import schedule
 from lori_dist.cluster.connection import runtime_env
 from lori_dist.cluster.summary import ADAPTER
 from lori_dist.config import Run
+from lori_dist.errors import JobError
 from lori_dist.folder import Attempt
 from lori_dist.jobs import Job
 from lori_dist.training.metrics import recorded
+
+PUSH_SECONDS = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +52,7 @@ def train_rank(assignment: Assignment) -> dict[str, Any]:
             assignment.attempt.partial,
             fingerprint=assignment.job.fingerprint,
             still_mine=assignment.attempt.check,
+            progress=_pushing(run, assignment),
         )
 
 
@@ -81,6 +85,11 @@ def _spread(run: Run, job: Job) -> dict[str, Any]:
     shape = schedule.wanted(job, run.cluster)
     if shape.count == 1:
         return {}
+    if storage.is_url(run.output):
+        raise JobError(
+            f"output: {run.output!r} is a URL, and {job.name} is to be merged by {shape.count} workers, which need "
+            "files in common; merge with one, or give a path that all nodes see"
+        )
     # The task that waits for them gives its own CPU back meanwhile.
     call = ray.remote(num_cpus=shape.part.cpus, max_retries=0, runtime_env=runtime_env(run))(_call)
 
@@ -116,8 +125,13 @@ def evaluate_model(assignment: Assignment) -> dict[str, Any]:
 @contextlib.contextmanager
 def working(assignment: Assignment, rank: int) -> Iterator[Run]:
     """The run, while all that this process writes goes to the job's log, also what goes wrong."""
-    root = Path(assignment.tree["output"]) / assignment.tree["name"]
-    with _logged(log_file(root, assignment.job, rank)):
+    output, name = assignment.tree["output"], assignment.tree["name"]
+    mirror = storage.open(output, name) if storage.is_url(output) else None
+    root = mirror.here if mirror else Path(output) / name
+    if mirror:
+        for prefix in (assignment.attempt.partial.name, *assignment.job.needs):
+            mirror.pull(prefix)
+    with _putting(mirror, assignment, rank), _logged(log_file(root, assignment.job, rank)):
         try:
             assignment.attempt.check()
             log.info(
@@ -127,6 +141,41 @@ def working(assignment: Assignment, rank: int) -> Iterator[Run]:
         except BaseException:
             traceback.print_exc()
             raise
+
+
+@contextlib.contextmanager
+def _putting(mirror: storage.Mirror | None, assignment: Assignment, rank: int) -> Iterator[None]:
+    """Puts on storage what a process leaves, also when it fails; of a training's folder only rank 0 does."""
+    try:
+        yield
+    finally:
+        if mirror:
+            mirror.push(log_file(Path(), assignment.job, rank).as_posix())
+            if rank == 0:
+                _push(mirror, assignment)
+
+
+def _push(mirror: storage.Mirror, assignment: Assignment) -> None:
+    attempt = assignment.attempt
+    mirror.check(f"{attempt.partial.name}/{folder.ATTEMPT}", attempt.number, attempt.token)
+    mirror.push(assignment.attempt.partial.name)
+    mirror.prune(f"{assignment.attempt.partial.name}/checkpoints")
+
+
+def _pushing(run: Run, assignment: Assignment) -> Callable[[dict[str, Any]], None]:
+    """Puts a training's metrics and checkpoints on storage every few seconds."""
+    if not storage.is_url(run.output):
+        return lambda record: None
+    mirror = storage.open(run.output, run.name)
+    last = time.monotonic()
+
+    def push(record: dict[str, Any]) -> None:
+        nonlocal last
+        if time.monotonic() - last > PUSH_SECONDS:
+            _push(mirror, assignment)
+            last = time.monotonic()
+
+    return push
 
 
 def log_file(root: Path, job: Job, rank: int) -> Path:

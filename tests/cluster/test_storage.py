@@ -1,0 +1,66 @@
+"""Runs whose results are on storage that is reached by URL."""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lori_dist import storage
+from tests.cluster.trained import assert_undisturbed, attempts, described, driven, process_of
+from tests.raylets import Machine, Nodes
+
+pytestmark = pytest.mark.ray
+
+
+def test_a_url_gives_the_bytes_a_path_gives_also_after_a_kill(tmp_path: Path) -> None:
+    """A worker is killed once a checkpoint is on storage; a second attempt goes on from one."""
+    plain = described(tmp_path, workers=1, cpus_per_worker=0.5, retries=2)
+    with driven(plain, tmp_path) as driver:
+        assert driver.ends() == 0, driver.said()
+    store = tmp_path / "store" / "demo"
+    run = dataclasses.replace(plain, output=store.parent.as_uri())
+    checkpoints = store / ".partial-train-copy" / "checkpoints"
+    try:
+        with driven(run, tmp_path) as driver:
+            driver.until(lambda: any(checkpoints.glob("*-*.safetensors")))
+            process = driver.until(lambda: process_of(run, 0, 1))
+            os.kill(process, signal.SIGKILL)
+            assert driver.ends() == 0, driver.said()
+        first, second = attempts(run)
+        assert first["error"] and not second["error"]
+        assert second["resumed_at"]["step"] > 0
+        name = "train-copy/adapter.safetensors"
+        assert (store / name).read_bytes() == (plain.folder / name).read_bytes()
+        assert not (store / ".partial-train-copy").exists()
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(run.folder.parent)
+
+
+@pytest.mark.slow
+def test_nodes_with_no_disk_in_common_work(tmp_path: Path) -> None:
+    """Each node's place for mirrors is a disk of its own; a training's two ranks are on two nodes."""
+    run = described(tmp_path, workers=2, cpus_per_worker=1, placement="strict_spread")
+    run = dataclasses.replace(run, output=(tmp_path / "store").as_uri())
+    place = storage.mirror_folder(run.output, run.name).parent.parent
+    place.mkdir(mode=0o700, exist_ok=True)
+    script = f'mount -t tmpfs -o mode=700 tmpfs "{place}" && exec "$@"'
+    own = Machine(prefix=("unshare", "-m", "sh", "-c", script, "sh"), options=())
+    if subprocess.run([*own.prefix, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("cannot give a process disks of its own")
+    try:
+        with Nodes(tmp_path, [own] * 3) as nodes:
+            nodes.add(2, cpus=1)
+            run = dataclasses.replace(run, cluster=dataclasses.replace(run.cluster, address=nodes.address))
+            with driven(run, tmp_path) as driver:
+                assert driver.ends() == 0, driver.said()
+        assert not list(run.folder.glob(".partial-*/checkpoints/*"))
+        assert_undisturbed(run, tmp_path, world_size=2)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(run.folder.parent)
