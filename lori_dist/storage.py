@@ -214,6 +214,12 @@ def open(output: str, name: str) -> Mirror:
     return Mirror(files=files, there=f"{root.rstrip('/')}/{name}", here=here)
 
 
+def put(output: str, name: str, prefix: str) -> None:
+    """Puts a file or folder of a run where other machines find it: nothing to do where `output` is a path."""
+    if is_url(output):
+        open(output, name).push(prefix)
+
+
 def _make_private(here: Path) -> None:
     """Raises ConfigError where another user has made the folder first: what is in it could be theirs."""
     top = here.parent.parent

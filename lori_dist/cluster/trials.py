@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lori_dist import config
+from lori_dist import config, storage
 from lori_dist.cluster import search
 from lori_dist.cluster.gang import remote, result
 from lori_dist.cluster.summary import ADAPTER
@@ -27,6 +27,7 @@ def searched(run: Run, assignment: Assignment) -> Assignment:
     job, partial = assignment.job, assignment.attempt.partial
     settings = job.settings["search"]
     trial = dataclasses.replace(assignment, tree=config.dump(_on_validation_rows(run, job, partial / TRIED)))
+    storage.put(run.output, run.name, f"{partial.name}/{TRIED}")
     try_ = remote(run, job, _try)
     along = search.axes(job.settings["tasks"], _projections(run, job) if settings["per"] == "projection" else None)
     known = search.read(partial / SEARCH)

@@ -16,7 +16,6 @@ from lori_dist.cluster import schedule
 from lori_dist.cluster.connection import runtime_env
 from lori_dist.cluster.summary import ADAPTER
 from lori_dist.config import Run
-from lori_dist.errors import JobError
 from lori_dist.folder import Attempt
 from lori_dist.jobs import Job
 from lori_dist.training.metrics import recorded
@@ -79,17 +78,13 @@ def merged(run: Run, assignment: Assignment, weights: Sequence[Any], out: Path, 
 
 
 def _spread(run: Run, job: Job) -> dict[str, Any]:
-    """How a merge is divided among workers, as `merge_files` takes it. Nothing where it has one."""
+    """How a merge is divided among workers, as `merge_files` takes it. Nothing where it has one, or where its workers
+    have no files in common: the result is the same."""
     import ray
 
     shape = schedule.wanted(job, run.cluster)
-    if shape.count == 1:
+    if shape.count == 1 or storage.is_url(run.output):
         return {}
-    if storage.is_url(run.output):
-        raise JobError(
-            f"output: {run.output!r} is a URL, and {job.name} is to be merged by {shape.count} workers, which need "
-            "files in common; merge with one, or give a path that all nodes see"
-        )
     # The task that waits for them gives its own CPU back meanwhile.
     call = ray.remote(num_cpus=shape.part.cpus, max_retries=0, runtime_env=runtime_env(run))(_call)
 
