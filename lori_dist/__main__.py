@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 # Everything heavy is imported by the verb that needs it: --help and a mistake in a configuration answer at once.
 from lori_dist import config, describe, plugin
-from lori_dist.errors import ConfigError, LoriError, Stopped, redacted
+from lori_dist.errors import ConfigError, LoriError, Redacting, Stopped, redacted
 
 if TYPE_CHECKING:
     from lori_dist.merges import Weight
@@ -343,20 +343,13 @@ def _finished_adapters(described: config.Run) -> dict[str, Path]:
 def _configure_logging(verbose: bool, *, first: bool) -> None:
     """To stderr, from the first of the processes started together. Progress is for people: only where one may watch."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_Redacting("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(Redacting("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(handlers=[handler])
     is_followed = sys.stderr.isatty() or config.in_a_job()
     level = logging.DEBUG if verbose else logging.INFO if is_followed else logging.WARNING
     logging.getLogger("lori_dist").setLevel(level if first else logging.ERROR)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # those of transformers too
-
-
-class _Redacting(logging.Formatter):
-    """Leaves out the secrets of URLs, those in tracebacks as well."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return redacted(super().format(record))
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

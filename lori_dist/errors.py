@@ -1,15 +1,42 @@
 """What can go wrong that a user can mend. Every message reads: where, what was found, what was wanted, the remedy."""
 
+import json
+import logging
+import os
 import re
+
+SECRET = re.compile(r"TOKEN(?!IZERS)|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+"""In the name of a variable whose value nobody else is to see."""
+PLACE = re.compile(r"_(PATH|FILE|DIR|HOME)$", re.IGNORECASE)
+"""The end of the name of one that only says where it is."""
+SHORTEST = 8
+"""Characters of a secret. Shorter values, such as `true`, stand in many texts."""
+
+
+def is_secret(variable: str) -> bool:
+    """Whether the value of a variable of the environment looks like a secret, by its name."""
+    return SECRET.search(variable) is not None and PLACE.search(variable) is None
 
 
 def redacted(text: str) -> str:
-    """A text without the users, passwords and tokens that stand in its URLs, as in `s3://KEY:SECRET@host`."""
+    """A text without the users, passwords and tokens that stand in its URLs, as in `s3://KEY:SECRET@host`, and without
+    the secrets of this process's environment."""
+    values = {value for name, value in os.environ.items() if is_secret(name) and len(value) >= SHORTEST}
+    values |= {json.dumps(value, ensure_ascii=False)[1:-1] for value in values}  # as they stand in JSON
+    for value in sorted(values, key=len, reverse=True):  # one may be part of another
+        text = text.replace(value, "***")
     return re.sub(r"""\b([A-Za-z][A-Za-z0-9+.-]*:/{1,2})[^\s/"'@]+@""", r"\1***@", text)
 
 
+class Redacting(logging.Formatter):
+    """Leaves out secrets, those in tracebacks as well."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
 class LoriError(Exception):
-    """Root of all errors raised on purpose by this package. As text, none of them has a secret of a URL."""
+    """Root of all errors raised on purpose by this package. As text, none of them has a secret."""
 
     def __str__(self) -> str:
         return redacted(super().__str__())

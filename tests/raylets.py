@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +21,11 @@ START_SECONDS = 120.0
 class Node:
     """A `ray start` that stays in the foreground."""
 
-    def __init__(self, log: Path, words: Sequence[str]) -> None:
+    def __init__(self, log: Path, words: Sequence[str], environment: Mapping[str, str]) -> None:
         self._log = log
         with log.open("wb") as stream:
             self._process = subprocess.Popen(
-                words, stdout=stream, stderr=subprocess.STDOUT, env=ENVIRONMENT, start_new_session=True
+                words, stdout=stream, stderr=subprocess.STDOUT, env=dict(environment), start_new_session=True
             )
 
     def said(self, pattern: str) -> str:
@@ -69,8 +69,11 @@ class Machine:
 class Nodes:
     """A head without CPUs, and nodes that join it. Nodes that the test has not ended end with the block."""
 
-    def __init__(self, folder: Path, machines: Sequence[Machine] = ()) -> None:
-        """machines: for the head and each node that is added, in this order."""
+    def __init__(
+        self, folder: Path, machines: Sequence[Machine] = (), environment: Mapping[str, str] = ENVIRONMENT
+    ) -> None:
+        """machines: for the head and each node that is added, in this order. environment: of all of them."""
+        self._environment = environment
         self.folder = folder
         self._machines = machines
         self.nodes: list[Node] = []
@@ -99,7 +102,7 @@ class Nodes:
         log = self.folder / f"node{len(self.nodes)}.log"
         machine = self._machines[len(self.nodes)] if self._machines else Machine(prefix=(), options=())
         ray = [RAY, "start", "--block", "--disable-usage-stats", "--object-store-memory=100000000"]
-        node = Node(log, [*machine.prefix, *ray, *machine.options, *words])
+        node = Node(log, [*machine.prefix, *ray, *machine.options, *words], self._environment)
         self.nodes.append(node)
         return node
 

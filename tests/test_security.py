@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 import lori_dist
 from lori_dist import config, folder
 from lori_dist.cluster.status import status
-from lori_dist.errors import ConfigError, JobError, redacted
+from lori_dist.errors import ConfigError, JobError, is_secret, redacted
 from lori_dist.jobs import Job
 
 PACKAGE = Path(lori_dist.__file__).parent
@@ -149,6 +150,49 @@ def test_a_url_s_secrets_are_in_no_message_and_no_file(
     path = tmp_path_factory.mktemp("file") / "summary.json"
     folder.write_json(path, {"path": url, "jobs": {"x": {"error": f"{url}: no answer"}}})
     assert json.loads(path.read_text()) == {"path": shown, "jobs": {"x": {"error": f"{shown}: no answer"}}}
+
+
+SECRETS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=8, max_size=20)
+NAMES = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "db_password", "API_KEYS")
+
+
+@given(secret=SECRETS.filter(lambda text: "*" not in text), name=st.sampled_from(NAMES))
+def test_a_secret_of_the_environment_is_in_no_message_and_no_file(
+    tmp_path_factory: pytest.TempPathFactory, secret: str, name: str
+) -> None:
+    path = tmp_path_factory.mktemp("file") / "job.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name, secret)
+        patch.setenv("KEY", secret[:7])  # too short to be one: it would be a part of many texts
+        message = str(JobError(f"store: refused {secret!s}"))
+        folder.write_json(path, {"error": f"store: refused {secret}"})
+    assert message == "store: refused ***"
+    assert json.loads(path.read_text(encoding="utf-8")) == {"error": "store: refused ***"}
+
+
+@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "RAY_AUTH_TOKEN_PATH", "HOME", "SSL_KEY_FILE"])
+def test_other_variables_are_no_secrets(name: str) -> None:
+    assert not is_secret(name)
+
+
+@given(name=HOSTILE)
+def test_a_plan_s_job_is_refused_or_stays_in_the_run_s_folder(name: str) -> None:
+    try:
+        job = Job(name=name, kind="train", fingerprint="")
+    except ConfigError as error:
+        assert str(error).startswith("multitask: the plan has a job called")
+        return
+    for place in (job.name, f"{folder.PARTIAL}{job.name}", f"{folder.REPLACED}{job.name}", f"logs/{job.name}.log"):
+        assert os.path.normpath(place) == place
+        assert place.count("/") == place.startswith("logs/")
+        assert place.isascii()
+        assert place.isprintable()
+
+
+@pytest.mark.parametrize("name", ["", "..", "logs", "train-a\n", "train/a", "/etc", ".partial-a", "a" * 201, "é"])
+def test_names_of_jobs_that_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="multitask"):
+        Job(name=name, kind="train", fingerprint="")
 
 
 @given(text=st.text(st.sampled_from("ab:/ .@'\""), max_size=30).filter(lambda text: "@" not in text))

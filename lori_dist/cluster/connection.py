@@ -8,11 +8,12 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from lori_dist.cluster.schedule import Resources
 from lori_dist.config import Run
-from lori_dist.errors import ConfigError, JobError
+from lori_dist.errors import ConfigError, JobError, is_secret
 
 # Ray is imported by functions, after the environment it reads while it is imported has been set.
 
@@ -55,7 +56,8 @@ def connected(run: Run) -> Iterator[Callable[[], list[Resources]]]:
         except (ConnectionError, ray.exceptions.RayError) as error:
             raise JobError(
                 f"cluster.address: no Ray cluster answers at {run.cluster.address!r} ({error}); start one with "
-                "`ray start --head`, or use `local`; RAY_AUTH_MODE and the token must be the same here and there"
+                "`ray start --head`, or use `local`. Where it wants a token, set RAY_AUTH_TOKEN_PATH to "
+                "the file that has it"
             ) from error
         try:
             with _stopped_by_sigterm(), _token_file(run) if is_open else contextlib.nullcontext():
@@ -150,12 +152,26 @@ def _settings(run: Run, environment: Mapping[str, str]) -> dict[str, str]:
         # Despite its name: without it, all sockets are loopback only.
         wanted["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0" if run.cluster.bind == LOOPBACK else "1"
         wanted["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
-        if "RAY_AUTH_MODE" not in environment:
+        mode = environment.get("RAY_AUTH_MODE")
+        if mode is None or (mode == "token" and not _has_token(environment)):  # Ray would write one for all to read
             wanted.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)
     else:
-        wanted["RAY_AUTH_MODE"] = "disabled"
+        wanted["RAY_AUTH_MODE"] = authentication(environment)
         wanted["RAY_gcs_server_port_wait_time_s"] = "1"  # one try of 40 seconds, not twenty
     return {name: value for name, value in wanted.items() if name not in environment}
+
+
+def authentication(environment: Mapping[str, str]) -> str:
+    """Ray's mode for a cluster that is there: as the user says, or else `token` if the user has one. A cluster that
+    wants none takes it as well."""
+    return environment.get("RAY_AUTH_MODE") or ("token" if _has_token(environment) else "disabled")
+
+
+def _has_token(environment: Mapping[str, str]) -> bool:
+    """Whether there is one in a place where Ray looks."""
+    if environment.get("RAY_AUTH_TOKEN") or environment.get("RAY_AUTH_TOKEN_PATH"):
+        return True
+    return (Path.home() / ".ray" / "auth_token").is_file()
 
 
 @contextlib.contextmanager
@@ -185,9 +201,10 @@ FORWARDED = (
 def runtime_env(run: Run) -> dict[str, Any]:
     """What processes on other machines are to find in their environment. Our own cluster inherits all of ours.
 
-    Tokens are left out: Ray shows a job's environment in its logs and its dashboard.
+    Secrets are left out: Ray shows a job's environment in its logs and its dashboard. How its own processes know each
+    other is for the cluster to say, which has started them with its token, or without.
     """
     if run.cluster.address == "local":
         return {}
-    names = [name for name in os.environ if name.startswith(FORWARDED) and "TOKEN" not in name]
-    return {"env_vars": {name: os.environ[name] for name in ["RAY_AUTH_MODE", *sorted(names)]}}
+    names = [name for name in os.environ if name.startswith(FORWARDED) and not is_secret(name)]
+    return {"env_vars": {name: os.environ[name] for name in sorted(names)}}

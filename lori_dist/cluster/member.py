@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
-from lori_dist.errors import JobError
+from lori_dist.errors import JobError, redacted
 from lori_dist.training.rendezvous import rendezvous
 
 if TYPE_CHECKING:  # they need torch, and a mistake is to be answered before that is loaded
@@ -196,4 +196,4 @@ def _digest(message: str) -> str:
 def _print(text: str) -> None:
     """In one piece, as all ranks write to the same place, and after what has been printed before."""
     sys.stdout.flush()
-    print(f"{text}\n", end="", file=sys.stderr, flush=True)
+    print(f"{redacted(text)}\n", end="", file=sys.stderr, flush=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lori_dist import config
+from lori_dist.cluster.connection import authentication
 from lori_dist.errors import ConfigError, JobError
 
 # Ray is imported by functions, as it takes a second.
@@ -67,7 +68,7 @@ def submit(path: str, overrides: list[str], address: str) -> int:
 
 
 def _client(address: str) -> Any:
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # or a file that another program left would decide
+    os.environ["RAY_AUTH_MODE"] = authentication(os.environ)
     from ray.job_submission import JobSubmissionClient
 
     dashboard = "ray.dashboard.modules"

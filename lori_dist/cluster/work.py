@@ -16,6 +16,7 @@ from lori_dist.cluster import schedule
 from lori_dist.cluster.connection import runtime_env
 from lori_dist.cluster.summary import ADAPTER
 from lori_dist.config import Run
+from lori_dist.errors import Redacting, redacted
 from lori_dist.folder import Attempt
 from lori_dist.jobs import Job
 from lori_dist.training.metrics import recorded
@@ -134,7 +135,7 @@ def working(assignment: Assignment, rank: int) -> Iterator[Run]:
             )
             yield config.validate(assignment.tree)
         except BaseException:
-            traceback.print_exc()
+            print(redacted(traceback.format_exc()), end="", file=sys.stderr)
             raise
 
 
@@ -184,7 +185,7 @@ def _logged(file: Path) -> Iterator[None]:
     target = os.open(file, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
     kept = [(number, os.dup(number)) for number in (1, 2)]
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(Redacting("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     package = logging.getLogger("lori_dist")
     level, propagate = package.level, package.propagate
     package.addHandler(handler)

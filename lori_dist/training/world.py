@@ -1,8 +1,10 @@
 """The processes that train together, and this one among them."""
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -78,7 +80,8 @@ def _make_group() -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     launcher = rendezvous(os.environ)
     if launcher is None:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)  # type: ignore[attr-defined]
+        with _on_loopback():
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)  # type: ignore[attr-defined]
         return
     os.environ.update(launcher)  # libraries look there as well, and srun leaves them unset
     if backend == "nccl":
@@ -92,6 +95,20 @@ def _make_group() -> None:
             f"environment: the ranks did not find each other at {place} ({found}); start all {launcher['WORLD_SIZE']} "
             f"of them within {TIMEOUT.seconds // 60} minutes, with a MASTER_PORT that is free on rank 0's machine"
         ) from error
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """gloo listens on this machine's own name, which others may reach, unless it is told an interface."""
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    if loopback is None or "GLOO_SOCKET_IFNAME" in os.environ:
+        yield
+        return
+    os.environ["GLOO_SOCKET_IFNAME"] = loopback
+    try:
+        yield
+    finally:
+        del os.environ["GLOO_SOCKET_IFNAME"]
 
 
 def _cuda(local_rank: int) -> torch.device:
