@@ -112,8 +112,9 @@ class Adapter:
     """One A for all tasks: merges keep the rank, tasks are kept apart only by their B."""
     dtype: Dtype = "float32"
     """Of A."""
-    projection: Literal["cached", "recomputed"] = "cached"
-    """A stays in memory, rank * in_features entries a layer, or is made anew in each product, which takes time."""
+    projection: Literal["cached", "recomputed", "trained"] = "cached"
+    """A stays in memory, rank * in_features entries a layer, or is made anew in each product, which takes time; or it
+    is trained, as in LoRA, and is then part of the file."""
 
 
 @section

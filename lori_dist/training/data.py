@@ -50,12 +50,17 @@ class Batch:
     input_ids: Tensor  # (rows, length), int64
     attention_mask: Tensor  # (rows, length), int64, 0 on padding
     labels: Tensor  # (rows, length), int64, IGNORED outside the response
+    tasks: tuple[int, ...] | None = None
+    """Of several tasks trained together: each row's, ascending, from 0."""
+    weights: Tensor | None = None  # (tasks,): what a target of each counts in the loss
 
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(
             input_ids=self.input_ids.to(device, non_blocking=True),
             attention_mask=self.attention_mask.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
+            tasks=self.tasks,
+            weights=None if self.weights is None else self.weights.to(device, non_blocking=True),
         )
 
 
