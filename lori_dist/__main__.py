@@ -94,8 +94,9 @@ def train(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace, watch: "Callable[[World], None]") -> tuple[Path, bool]:
     """Returns the adapter's file, and whether this is rank 0."""
     described = config.load(arguments.config, arguments.settings)
-    if arguments.task not in described.tasks:
-        known, near = ", ".join(described.tasks), plugin.nearest(arguments.task, described.tasks)
+    trainings = list(_trainings(described))
+    if arguments.task not in trainings:
+        known, near = ", ".join(trainings), plugin.nearest(arguments.task, trainings)
         raise ConfigError(f"--task: there is no task {arguments.task!r}; there are {known}.{near}")
     import torch.distributed as dist
 
@@ -109,6 +110,13 @@ def _train(arguments: argparse.Namespace, watch: "Callable[[World], None]") -> t
         path = train_task(described, arguments.task, world, progress=show_progress)
     dist.destroy_process_group()
     return path, world.rank == 0
+
+
+def _trainings(described: config.Run) -> Iterator[str]:
+    """The names of the adapters that a run trains: its tasks, unless its plan is another one."""
+    plan = plugin.find("multitask", described.multitask.name, "plan", "multitask")
+    jobs = plan.load()(described, **plan.bind(described.multitask.options, "multitask"))
+    return (job.settings["task"] for job in jobs if job.kind == "train")
 
 
 def merge(arguments: argparse.Namespace) -> None:

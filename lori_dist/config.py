@@ -570,6 +570,18 @@ def _methods(run: Run) -> Iterator[str]:
             yield from str(error).split("\n")
 
 
+def _projections(run: Run) -> Iterator[str]:
+    if run.adapter.projection != "trained":
+        return
+    if run.adapter.share_projection:
+        yield (
+            "adapter.share_projection: makes one A for all tasks, and with adapter.projection trained each adapter "
+            "gets its own; leave one out"
+        )
+    if run.adapter.dtype != "float32":
+        yield f"adapter.dtype: {run.adapter.dtype} was given, and a trained A is float32; leave it out"
+
+
 def _lengths(run: Run) -> Iterator[str]:
     if (run.train.steps is None) == (run.train.epochs is None):
         given = "neither is given" if run.train.steps is None else "both are given"
@@ -769,6 +781,7 @@ def _searches(run: Run) -> Iterator[str]:
 
 RULES: tuple[Callable[[Run], Iterator[str]], ...] = (
     _methods,
+    _projections,
     _lengths,
     _inputs,
     _positions,

@@ -54,6 +54,7 @@ def train_rank(settings: dict[str, Any]) -> None:
             assignment.attempt.partial,
             fingerprint=assignment.job.fingerprint,
             still_mine=assignment.attempt.check,
+            joint=assignment.job.settings.get("joint"),
         )
         if world.rank == 0:
             folder.write_json(assignment.attempt.partial / RESULT, result)

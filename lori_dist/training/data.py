@@ -8,7 +8,7 @@ import math
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,8 @@ IGNORED = -100
 """Label of a token that is no target."""
 LISTED = 20
 """Malformed rows that an error shows."""
+
+Row = TypeVar("Row")
 
 log = logging.getLogger(__name__)
 
@@ -313,7 +315,7 @@ def rows_of_step(step: int, *, num_rows: int, batch_size: int, seed: int, epochs
     return rows
 
 
-def micro_batches(rows: Sequence[int], world_rank: int, world_size: int, micro_batch_size: int) -> list[list[int]]:
+def micro_batches(rows: Sequence[Row], world_rank: int, world_size: int, micro_batch_size: int) -> list[list[Row]]:
     """A rank's share of a global batch, in pieces of at most micro_batch_size rows.
 
     Every rank gets the same number of pieces, as each is a round of collectives; some may be empty.

@@ -18,7 +18,7 @@ from lori_dist.adapter.attach import separate_tasks
 from lori_dist.adapter.per_task import PerTask, is_a, module_of
 from lori_dist.interference import place
 from lori_dist.training.data import Batch
-from lori_dist.training.engine import Part
+from lori_dist.training.engine import Part, trained
 from lori_dist.training.exchange import Exchange
 from lori_dist.training.world import World
 
@@ -39,7 +39,7 @@ class Conflicts:
     shares: Mapping[tuple[str, str], float]
     """Two tasks -> the share of units where they oppose each other."""
     layers: Mapping[tuple[str, str], tuple[float, ...]]
-    """Two tasks -> cosine in each layer, in the order of `Surgery.layers`."""
+    """Two tasks -> cosine in each layer, in the order of `layers_of`."""
     removed: float
     """|taken out| / |sum of the gradients|; of `mean`, as if it were `sum`."""
     sent_bytes: int
@@ -57,8 +57,6 @@ class Surgery:
     granularity: Granularity
     reduce: Reduce
     seed: int
-    layers: tuple[str, ...] = ()
-    """Of the model; known after the first step."""
     conflicts: Conflicts | None = None
     """Of the last step."""
     _exchange: Exchange | None = field(default=None, init=False)
@@ -76,7 +74,6 @@ class Surgery:
         """
         if self._exchange is None:
             self._exchange = Exchange(parts, len(self.tasks), self.world)
-            self.layers = tuple(dict.fromkeys(place(module_of(name))[0] for name in parts))
         names, exchange = list(parts), self._exchange
         own = exchange.reduce(self.per_task.sums)
         gram = exchange.add(gram_matrices(names, own, len(self.tasks), self.world.device)).cpu()
@@ -133,6 +130,11 @@ def surgery(
         reduce=reduce,
         seed=seed,
     )
+
+
+def layers_of(model: nn.Module) -> tuple[str, ...]:
+    """The layers where something is trained, in the model's order."""
+    return tuple(dict.fromkeys(place(module_of(name))[0] for name in trained(model)))
 
 
 # --- units -----------------------------------------------------------------------------------------------------------
