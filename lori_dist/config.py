@@ -246,10 +246,19 @@ class Cluster:
     """`local` starts Ray on this machine; `auto` or host:port joins a cluster."""
     workers: Positive = 1
     """Ranks of each train job."""
+    min_workers: Positive | None = None
+    """Where nodes are lost, a train job goes on with as few as that; by default it waits for `workers`."""
     cpus_per_worker: Rate = 1.0
     gpus_per_worker: Count = 0
+    """A rank computes on the first of them."""
+    placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
+    """A gang on few nodes, on many, on one, or on as many as it has workers: Ray's placement strategies."""
+    max_concurrent: Positive | None = None
+    """Jobs that run side by side; by default as many as there is room for."""
     retries: Count = 1
     """How often a failed gang is started again; it continues from its last checkpoint."""
+    patience: Rate = 600.0
+    """Seconds that a job waits for nodes that the cluster has lost."""
 
 
 @section
@@ -750,6 +759,12 @@ def _merges(run: Run) -> Iterator[str]:
         yield "tasks.base: the name stands for the model without an adapter; give the task another name"
 
 
+def _workers(run: Run) -> Iterator[str]:
+    least, most = run.cluster.min_workers, run.cluster.workers
+    if least is not None and least > most:
+        yield f"cluster.min_workers: {least} was given for {most} workers; give at most cluster.workers"
+
+
 def _searches(run: Run) -> Iterator[str]:
     for name, merge in run.merges.items():
         search, path = merge.search, f"merges.{name}"
@@ -790,4 +805,5 @@ RULES: tuple[Callable[[Run], Iterator[str]], ...] = (
     _labels,
     _merges,
     _searches,
+    _workers,
 )

@@ -296,6 +296,18 @@ def ready(jobs: Iterable[Job], finished: Collection[str], running: Collection[st
     return [job for job in jobs if job.name not in started and set(finished).issuperset(job.needs)]
 
 
+def path_lengths(jobs: Sequence[Job]) -> dict[str, int]:
+    """Job -> how many jobs there are on the longest way from it to the end of the run, itself among them.
+
+    jobs: in the order that `order` gives.
+    """
+    lengths = {job.name: 1 for job in jobs}
+    for job in reversed(jobs):
+        for need in job.needs:
+            lengths[need] = max(lengths[need], lengths[job.name] + 1)
+    return lengths
+
+
 def dependents(jobs: Iterable[Job], failed: Collection[str]) -> Iterator[Job]:
     """The jobs that need a failed one, directly or through others. jobs: in the order that `order` gives."""
     out = set(failed)

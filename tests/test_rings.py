@@ -40,7 +40,7 @@ LIBRARIES = {
     "engines": {"torch", "numpy", "transformers", "accelerate"},
     "evaluation": {"torch", "numpy", "transformers", "accelerate"},
     "cluster/connection.py": {"ray"},
-    "cluster/gang.py": {"ray"},
+    "cluster/gang.py": {"torch", "ray"},
     "cluster/trials.py": {"torch", "ray"},
     "cluster/work.py": {"torch", "ray"},
     "cluster/search.py": {"numpy", "cma"},

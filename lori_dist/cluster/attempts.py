@@ -1,85 +1,89 @@
 """One job with all its attempts: how each ends, and whether there is another."""
 
+import contextlib
 import json
 import logging
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lori_dist import config, folder
-from lori_dist.cluster import gang, schedule
+from lori_dist.cluster import gang, schedule, trials
+from lori_dist.cluster.gang import Broken, Gangs
 from lori_dist.cluster.schedule import Failure
-from lori_dist.cluster.summary import CHECKPOINTS
+from lori_dist.cluster.summary import ATTEMPTS, CHECKPOINTS, METRICS, attempts_of
 from lori_dist.cluster.trials import TRIED
-from lori_dist.cluster.work import FAILURE, RESULT, Assignment, log_file
+from lori_dist.cluster.work import Assignment, evaluate_model, log_file, merge_adapters, train_rank
 from lori_dist.config import Run
 from lori_dist.errors import JobError
-from lori_dist.folder import Attempt
 from lori_dist.jobs import Job, check_inputs
 
-DIED = "the process died: it was killed, or its machine ran out of memory or was lost"
+BACKOFF_SECONDS = 1.0
+"""Before a job is started again."""
 
-WITHOUT_A_WORD = frozenset({"RayActorError", "WorkerHealthCheckFailedError", "WorkerHealthCheckTimeoutError"})
-"""What Ray says of a process that is gone."""
-
-BACKOFF_SECONDS = 10.0
-"""Before a job is started again: what is left of a gang lives up to 6 seconds longer than its controller."""
+CUT_OFF = "cut off with its driver"
 
 log = logging.getLogger(__name__)
 
 
-def do(run: Run, job: Job, inputs: Mapping[str, Any], stopping: threading.Event) -> dict[str, Any]:
+def do(run: Run, job: Job, inputs: Mapping[str, Any], gangs: Gangs) -> dict[str, Any]:
     """One job with all its attempts. Returns what its job.json holds. inputs: digests of what it reads of others."""
     start = time.monotonic()
     partial = folder.open(run.folder, job)
     number = 0
     while True:
         number += 1
-        attempt = new_attempt(partial)
-        assignment = Assignment(tree=config.dump(run), job=job, attempt=attempt)
+        assignment = Assignment(tree=config.dump(run), job=job, attempt=folder.attempt(partial))
+        history = History(partial, assignment.attempt.number)
         try:
-            (gang.run_training if job.kind == "train" else gang.run_task)(run, assignment)
-            result = _result(assignment)
+            result = _result(run, assignment, gangs, history)
             break
         except Exception as error:
-            failure = _failure(assignment, error)
-            log.debug("%s: attempt %d failed", job.name, attempt.number, exc_info=error)
-            if stopping.is_set() or not schedule.retry(failure, number, run.cluster.retries):
+            failure = _failure(error)
+            log.debug("%s: attempt %d failed", job.name, assignment.attempt.number, exc_info=error)
+            if not gangs.stopping.is_set():
+                history.end(failure.message)
+            if gangs.stopping.is_set() or not schedule.retry(failure, number, run.cluster.retries):
                 raise JobError(_described(run, job, failure)) from error
             again = f"it is started again ({number} of {run.cluster.retries})"
             log.warning("%s: %s; %s", job.name, failure.message, again)
-            stopping.wait(BACKOFF_SECONDS)
-    attempt.check()
+            gangs.stopping.wait(BACKOFF_SECONDS)
+    assignment.attempt.check()
     check_inputs(run, job)
+    history.end(None)
     seconds = round(time.monotonic() - start, 3)
-    record = {"seconds": seconds, "attempts": attempt.number, "inputs": dict(inputs), "result": result}
-    folder.publish(run.folder, job, record, scratch=[CHECKPOINTS, TRIED])
+    record = {"seconds": seconds, "attempts": history.attempts, "inputs": dict(inputs), "result": result}
+    folder.publish(run.folder, job, record, scratch=[CHECKPOINTS, TRIED, ATTEMPTS])
     published = folder.finished(run.folder, job)
     assert published is not None
     return published
 
 
-def new_attempt(partial: Path) -> Attempt:
-    """A new attempt in a folder that `folder.open` gave, without what earlier ones have left for a driver."""
-    attempt = folder.attempt(partial)
-    for left in (partial / RESULT, *partial.glob(f"{FAILURE}*")):
-        left.unlink(missing_ok=True)
-    return attempt
+def _result(run: Run, assignment: Assignment, gangs: Gangs, history: "History") -> dict[str, Any]:
+    """What the job's rank 0 returns. Raises Broken, or what goes wrong in this process."""
+    job = assignment.job
+    if job.kind == "train":
+        ranks = gangs.take(job, run.cluster)
+        history.begin(workers=ranks.shape.count)
+        try:
+            result: dict[str, Any] = ranks.run(train_rank, assignment, gangs.stopping)
+        except BaseException:
+            ranks.close()
+            raise
+        gangs.give_back(ranks)
+        return result
+    history.begin(workers=1)
+    if "search" in job.settings:
+        assignment = trials.searched(run, assignment)
+    function = {"merge": merge_adapters, "evaluate": evaluate_model}[job.kind]
+    return dict(gang.result(gang.remote(run, job, function)(assignment)))
 
 
-def _result(assignment: Assignment) -> dict[str, Any]:
-    """What the job's rank 0 returned."""
-    file = assignment.attempt.partial / RESULT
-    try:
-        result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise JobError(
-            f"{file}: is not there though the job ended well; `output` must be on storage that all nodes share"
-        ) from error
-    file.unlink()
-    return result
+def _failure(error: Exception) -> Failure:
+    if isinstance(error, Broken):
+        return error.failure
+    return schedule.failure_of(schedule.record_of(error, None, time.time()))
 
 
 def _described(run: Run, job: Job, failure: Failure) -> str:
@@ -87,23 +91,63 @@ def _described(run: Run, job: Job, failure: Failure) -> str:
     return f"{failure.message}{where}; see {log_file(run.folder, job, failure.rank or 0)}"
 
 
-def _failure(assignment: Assignment, error: Exception) -> Failure:
-    """What brought an attempt down, from what its processes wrote and what Ray saw."""
-    reported = []
-    for file in assignment.attempt.partial.glob(f"{FAILURE}*.json"):
-        record = json.loads(file.read_text(encoding="utf-8"))
-        if record["attempt"] == assignment.attempt.number:
-            reported.append(schedule.failure_of(record))
-        file.unlink()
-    ranks = {failure.rank for failure in reported}
-    lost = []
-    for rank, seen in sorted(getattr(error, "worker_failures", {}).items()):
-        failure = schedule.failure_of(schedule.record_of(seen, rank, time.time()))
-        if rank in ranks:
-            continue
-        if WITHOUT_A_WORD.isdisjoint(failure.types):  # its own report could not be written
-            reported.append(failure)
-        else:
-            lost.append(Failure(rank=rank, time=0.0, types=(), message=DIED))
-    other = schedule.failure_of(schedule.record_of(error, None, 0.0))
-    return schedule.cause(reported, lost) or other
+class History:
+    """What became of each attempt at a job, those of earlier drivers among them. For summary.json and job.json.
+
+    Of each: its number; when it started, in seconds since the epoch; how many seconds it took, waiting for room among
+    them; how many workers it had; the error that ended it; and of a training the step from which it went on, the last
+    it reached, and how many seconds after the end of the attempt before it had done one. None where that is not known.
+    """
+
+    def __init__(self, partial: Path, number: int) -> None:
+        self._partial = partial
+        self.attempts = attempts_of(partial)
+        if self.attempts and self.attempts[-1]["seconds"] is None:
+            self._close(CUT_OFF)
+        self.attempts.append(
+            {
+                "number": number,
+                "started": time.time(),
+                "seconds": None,
+                "workers": None,
+                "error": None,
+                "resumed_at": None,
+                "reached": None,
+                "recovery_seconds": None,
+            }
+        )
+        self._write()
+
+    def begin(self, *, workers: int) -> None:
+        self.attempts[-1]["workers"] = workers
+        self._write()
+
+    def end(self, error: str | None) -> None:
+        self._close(error)
+        self._write()
+
+    def _close(self, error: str | None) -> None:
+        entry = self.attempts[-1]
+        steps = [step for step in _steps(self._partial) if step.get("time", 0.0) >= entry["started"]]
+        now = steps[-1]["time"] if error == CUT_OFF and steps else time.time()
+        entry.update(seconds=round(now - entry["started"], 3), error=error)
+        if steps:
+            entry["resumed_at"] = {"phase": steps[0]["phase"], "step": steps[0]["step"] - 1}
+            entry["reached"] = {"phase": steps[-1]["phase"], "step": steps[-1]["step"]}
+            if len(self.attempts) > 1:
+                before = self.attempts[-2]
+                ended = before["started"] + before["seconds"]
+                entry["recovery_seconds"] = round(steps[0]["time"] - ended, 3)
+
+    def _write(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk is for the job itself to tell
+            folder.write_json(self._partial / ATTEMPTS, {"attempts": self.attempts})
+
+
+def _steps(partial: Path) -> list[dict[str, Any]]:
+    """What a training's metrics say, but for a line that a kill has cut short."""
+    try:
+        lines = (partial / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -13,9 +13,9 @@ from typing import Any
 from lori_dist import folder
 from lori_dist.cluster import schedule
 from lori_dist.cluster.schedule import Resources
-from lori_dist.cluster.summary import ADAPTER, METRICS, summarize
+from lori_dist.cluster.summary import ADAPTER, METRICS, attempts_of, summarize
 from lori_dist.config import Run
-from lori_dist.jobs import Job, dependents, ready
+from lori_dist.jobs import Job, dependents, path_lengths, ready
 
 SUMMARY = "summary.json"
 
@@ -77,18 +77,24 @@ class Board:
     def unfinished(self) -> list[Job]:
         return [job for job in self.jobs if self.states[job.name]["state"] != "finished"]
 
-    def startable(self, nodes: Sequence[Resources]) -> list[Job]:
+    def ready(self) -> list[Job]:
+        """What could start now, what most jobs wait for in a row first, and else in the plan's order."""
+        lengths = path_lengths(self.jobs)
         possible = ready(self.jobs, self.names("finished"), self.names("running") | self.names("failed"))
-        return schedule.admit(possible, self.named("running"), self.run.cluster, nodes)
+        return sorted(possible, key=lambda job: -lengths[job.name])
+
+    def startable(self, nodes: Sequence[Resources]) -> list[Job]:
+        return schedule.admit(self.ready(), self.named("running"), self.run.cluster, nodes)
 
     def start(self, job: Job) -> None:
         self.started[job.name] = time.monotonic()
-        self._change(job, "running")
+        self._change(job, "running", started=time.time())
+        self.write()
 
     def finish(self, job: Job, record: Mapping[str, Any]) -> None:
         self.results[job.name] = record["result"]
         self.made[job.name] = record["sha256"].get(ADAPTER, "")
-        self._change(job, "finished", seconds=record["seconds"], attempts=record["attempts"])
+        self._change(job, "finished", **self._started(job), seconds=record["seconds"], attempts=record["attempts"])
         self.write()
 
     def interrupt(self) -> None:
@@ -98,12 +104,17 @@ class Board:
             self.write()
 
     def fail(self, job: Job, error: str) -> None:
-        self._change(job, "failed", seconds=self.seconds(job), error=error)
+        attempts = attempts_of(self.run.folder / f"{folder.PARTIAL}{job.name}")
+        self._change(job, "failed", **self._started(job), seconds=self.seconds(job), error=error, attempts=attempts)
         for blocked in dependents(self.jobs, self.names("failed")):
             if self.states[blocked.name]["state"] == "waiting":
                 out = self.names("failed") | self.names("blocked")
                 self._change(blocked, "blocked", seconds=0.0, needs=[name for name in blocked.needs if name in out])
         self.write()
+
+    def _started(self, job: Job) -> dict[str, float]:
+        """When, in seconds since the epoch, as the run's timeline shows it."""
+        return {key: value for key, value in self.states[job.name].items() if key == "started"}
 
     def seconds(self, job: Job) -> float:
         return round(time.monotonic() - self.started[job.name], 3) if job.name in self.started else 0.0

@@ -7,7 +7,7 @@ import secrets
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lori_dist.cluster.schedule import Resources
@@ -26,8 +26,8 @@ REACH_SECONDS = 10.0
 
 
 @contextlib.contextmanager
-def connected(run: Run) -> Iterator[list[Resources]]:
-    """A connection to the run's cluster: gives its nodes."""
+def connected(run: Run) -> Iterator[Callable[[], list[Resources]]]:
+    """A connection to the run's cluster. Gives what tells the nodes that it has now."""
     local = run.cluster.address == "local"
     with _environment(_settings(local, os.environ)):
         import ray
@@ -51,13 +51,19 @@ def connected(run: Run) -> Iterator[list[Resources]]:
             ) from error
         try:
             with _stopped_by_sigterm():
-                yield [
-                    Resources(cpus=node["Resources"].get("CPU", 0.0), gpus=node["Resources"].get("GPU", 0.0))
-                    for node in ray.nodes()
-                    if node["Alive"]
-                ]
+                yield _nodes
         finally:
             disconnect()
+
+
+def _nodes() -> list[Resources]:
+    import ray
+
+    return [
+        Resources(cpus=node["Resources"].get("CPU", 0.0), gpus=node["Resources"].get("GPU", 0.0))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
 
 
 @contextlib.contextmanager

@@ -1,52 +1,425 @@
-"""A job's processes on the cluster: a gang for a training, one for anything else."""
+"""A gang: the processes of one training, placed together, started together and ended together.
 
-import shutil
+They are actors of Ray in one placement group. After a training that went well they wait for the next one of the same
+shape, with all that is heavy imported.
+"""
 
-from lori_dist.cluster import schedule, trials
+import contextlib
+import functools
+import gc
+import logging
+import os
+import socket
+import struct
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lori_dist.cluster import schedule
 from lori_dist.cluster.connection import runtime_env
-from lori_dist.cluster.work import Assignment, evaluate_model, merge_adapters, train_rank
-from lori_dist.config import Run
+from lori_dist.cluster.schedule import Failure, Resources, Shape
+from lori_dist.config import Cluster, Run
+from lori_dist.errors import JobError
+from lori_dist.jobs import Job
 
-RAY = ".ray"
+DIED = "the process died: it was killed, or its machine ran out of memory or was lost"
+
+PLACE_SECONDS = 15.0
+"""After which a gang that found no place asks anew: nodes may have gone that Ray had counted on."""
+POLL_SECONDS = 1.0
+MAX_STARTS = 3
+"""How often the processes of one attempt may die before they have begun."""
+START_SECONDS = 300.0
+"""In which a process must have started. It may have to wait until its machine has fetched the program."""
+GRACE_SECONDS = 2.0
+"""In which the others tell their errors, once one process has failed."""
+END_SECONDS = 10.0
+"""For which the end of a gang's processes is awaited."""
+
+log = logging.getLogger(__name__)
 
 
-def run_training(run: Run, assignment: Assignment) -> None:
-    """Runs a training on all its ranks and waits for its end."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+class Unplaced(Exception):
+    """There was no room for a gang."""
 
-    _, part = schedule.processes(assignment.job, run.cluster)
-    storage = run.folder / RAY
-    # A name of its own: one that was used before would bring back what Ray remembers of then.
-    name = f"{assignment.job.name}-{assignment.attempt.token}"
-    trainer = TorchTrainer(
-        train_rank,
-        train_loop_config={"assignment": assignment},
-        torch_config=TorchConfig(timeout_s=300),
-        scaling_config=ScalingConfig(
-            num_workers=run.cluster.workers,
-            use_gpu=part.gpus > 0,
-            resources_per_worker={"CPU": part.cpus} | ({"GPU": part.gpus} if part.gpus else {}),
-        ),
-        run_config=RunConfig(
-            name=name,
-            storage_path=str(storage),
-            # Ray would retry mistakes as well as lost nodes: whether to retry is decided here.
-            failure_config=FailureConfig(max_failures=0),
-            worker_runtime_env=runtime_env(run),
-        ),
-    )
+
+class Broken(Exception):
+    """A job's processes have ended without its result."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What a process says at its end."""
+
+    result: Any = None
+    failure: dict[str, Any] | None = None
+    """As `schedule.record_of` writes it."""
+
+
+def outcome_of(rank: int, function: Callable[..., Any], *arguments: Any) -> Outcome:
+    """Calls a function. What it raises comes back as data: Ray would wrap it, and ask for its class elsewhere."""
     try:
-        trainer.fit()
-    finally:
-        shutil.rmtree(storage / name, ignore_errors=True)
+        return Outcome(result=function(*arguments))
+    except BaseException as error:
+        return Outcome(failure=schedule.record_of(error, rank, time.time()))
 
 
-def run_task(run: Run, assignment: Assignment) -> None:
-    """Runs a merge or an evaluation and waits for its end."""
+# --- in each process -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where a process found itself."""
+
+    node: str
+    address: str
+    """Of the node."""
+    port: int
+    """On which this process listens, should it become rank 0."""
+    gpus: tuple[str, ...]
+    """Its own, as CUDA_VISIBLE_DEVICES names them."""
+
+
+class Process:
+    """One process of a gang. An actor of Ray."""
+
+    def __init__(self) -> None:
+        self._listening: socket.socket | None = None
+        self._store: Any = None
+
+    def place(self) -> Place:
+        """Before each training."""
+        import ray
+
+        context = ray.get_runtime_context()
+        address = ray.util.get_node_ip_address()
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._listening = socket.create_server((address, 0), family=family, backlog=1024)
+        return Place(
+            node=context.get_node_id(),
+            address=address,
+            port=self._listening.getsockname()[1],
+            gpus=tuple(map(str, context.get_accelerator_ids().get("GPU", ()))),
+        )
+
+    def run(self, variables: Mapping[str, str], function: Callable[..., Any], argument: Any) -> Outcome:
+        """Calls function(argument) as the rank that the variables describe."""
+        os.environ.update(variables)
+        rank = int(variables["RANK"])
+        if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface(variables["NODE_ADDRESS"])):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+        return outcome_of(rank, self._run, rank, function, argument)
+
+    def _run(self, rank: int, function: Callable[..., Any], argument: Any) -> Any:
+        assert self._listening is not None
+        if rank == 0:
+            self._serve(self._listening)
+        self._listening.close()
+        result = function(argument)
+        _leave()
+        return result
+
+    def _serve(self, listening: socket.socket) -> None:
+        """The store at which all ranks meet, on a socket that nobody can have taken meanwhile, and on no other
+        interface than the node's own."""
+        import torch.distributed as dist
+
+        host, port = listening.getsockname()[:2]
+        self._store = dist.TCPStore(  # type: ignore[attr-defined]
+            host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
+        )
+
+
+def _leave() -> None:
+    """Makes the process ready for another world."""
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if "lori_dist.engines.deepspeed" in sys.modules:
+        from lori_dist.engines.deepspeed import forget_groups
+
+        forget_groups()
+    gc.collect()  # models and engines refer to themselves
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def interface(address: str) -> str | None:
+    """The network interface that has an IPv4 address. gloo would look up the machine's name, which may stand for
+    another address that no other machine reaches."""
+    if sys.platform != "linux" or ":" in address:
+        return None
+    import fcntl
+
+    get_address = 0x8915  # SIOCGIFADDR of ioctl_list(2)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has no address
+                answer = fcntl.ioctl(probe.fileno(), get_address, struct.pack("256s", name.encode()[:15]))
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return None
+
+
+# --- in the driver ---------------------------------------------------------------------------------------------------
+
+
+def ranked(places: Sequence[Place]) -> list[int]:
+    """The processes in the order of their ranks: node by node as they come, on a node by GPU."""
+    nodes = list(dict.fromkeys(place.node for place in places))
+
+    def key(number: int) -> tuple[int, list[tuple[int, str]], int]:
+        place = places[number]
+        return nodes.index(place.node), [(len(gpu), gpu) for gpu in place.gpus], number
+
+    return sorted(range(len(places)), key=key)
+
+
+def variables(places: Sequence[Place]) -> list[dict[str, str]]:
+    """What each rank finds in its environment, as of torchrun. places: by rank."""
+    nodes = list(dict.fromkeys(place.node for place in places))
+    sizes = Counter(place.node for place in places)
+    seen: Counter[str] = Counter()
+    found = []
+    for rank, place in enumerate(places):
+        there = [other.gpus for other in places if other.node == place.node]
+        # All GPUs of the gang on the node, each rank's first one at the index of its local rank: libraries look there.
+        visible = [gpus[index] for index in range(len(there[0])) for gpus in there]
+        found.append(
+            {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(len(places)),
+                "LOCAL_RANK": str(seen[place.node]),
+                "LOCAL_WORLD_SIZE": str(sizes[place.node]),
+                "GROUP_RANK": str(nodes.index(place.node)),
+                "MASTER_ADDR": places[0].address,
+                "MASTER_PORT": str(places[0].port),
+                "NODE_ADDRESS": place.address,
+                # The store is there already: nobody else is to open one.
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "TORCHELASTIC_RESTART_COUNT": "0",
+                **({"CUDA_VISIBLE_DEVICES": ",".join(visible)} if visible else {}),
+            }
+        )
+        seen[place.node] += 1
+    return found
+
+
+class Gang:
+    """Processes that wait for a training."""
+
+    def __init__(self, shape: Shape, environment: Mapping[str, Any]) -> None:
+        """Raises Unplaced if there is no room now, Broken if the processes did not start."""
+        import ray
+        from ray.util.placement_group import placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        self.shape = shape
+        self._processes: list[Any] = []
+        self._group = placement_group([_bundle(shape.part)] * shape.count, strategy=shape.placement.upper())
+        try:
+            if not self._group.wait(PLACE_SECONDS):
+                raise Unplaced("no node has room")
+            amounts = {"num_cpus": shape.part.cpus, "num_gpus": shape.part.gpus}
+            kind = ray.remote(**amounts, max_restarts=0, runtime_env=dict(environment))(Process)
+            self._processes = [
+                kind.options(
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(
+                        self._group, placement_group_bundle_index=index
+                    )
+                ).remote()
+                for index in range(shape.count)
+            ]
+            self._place()
+        except BaseException:
+            self.close()
+            raise
+
+    def _place(self) -> None:
+        import ray
+
+        try:
+            places = ray.get([process.place.remote() for process in self._processes], timeout=START_SECONDS)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            raise Broken(Failure(rank=None, time=time.time(), types=(), message=_said(error))) from error
+        order = ranked(places)
+        self._processes = [self._processes[number] for number in order]
+        self._variables = variables([places[number] for number in order])
+
+    def run(self, function: Callable[[Any], Any], argument: Any, stopping: threading.Event) -> Any:
+        """Calls function(argument) as each rank of a world. Returns what it returns on rank 0.
+
+        Raises Broken for the failure that brought the others down, as soon as one rank has failed.
+        """
+        calls = {
+            process.run.remote(self._variables[rank], function, argument): rank
+            for rank, process in enumerate(self._processes)
+        }
+        outcomes: dict[int, Outcome | None] = {}
+        for rank, outcome in _ended(calls, stopping):
+            outcomes[rank] = outcome
+        failure = _cause(outcomes)
+        if failure is not None:
+            raise Broken(failure)
+        first = outcomes[0]
+        assert first is not None
+        return first.result
+
+    def again(self) -> None:
+        """Makes ready for another training. Raises Broken if a process has gone meanwhile."""
+        self._place()
+
+    def close(self) -> None:
+        """Ends the processes, and waits for that."""
+        import ray
+
+        for process in self._processes:
+            ray.kill(process)
+        gone = [process.__ray_ready__.remote() for process in self._processes]
+        ray.wait(gone, num_returns=len(gone), timeout=END_SECONDS) if gone else None
+        ray.util.remove_placement_group(self._group)
+
+
+def _said(error: Exception) -> str:
+    """Of a process that did not start. Where the program itself could not be loaded, the last line is the reason."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"a process of the gang did not start: {lines[-1] if lines else type(error).__name__}"
+
+
+def _bundle(part: Resources) -> dict[str, float]:
+    return {"CPU": part.cpus} | ({"GPU": part.gpus} if part.gpus else {})
+
+
+def _ended(calls: dict[Any, int], stopping: threading.Event) -> Iterator[tuple[int, Outcome | None]]:
+    """Rank and outcome, or None for a process that died, as they come; after the first failure only for a while."""
     import ray
 
-    if "search" in assignment.job.settings:
-        assignment = trials.searched(run, assignment)
-    function = {"merge": merge_adapters, "evaluate": evaluate_model}[assignment.job.kind]
-    ray.get(trials.remote(run, assignment.job, function).remote(assignment))
+    end = float("inf")
+    while calls and time.monotonic() < end and not stopping.is_set():
+        done, _ = ray.wait(list(calls), num_returns=1, timeout=1.0)
+        for call in done:
+            rank = calls.pop(call)
+            try:
+                outcome = ray.get(call)
+            except ray.exceptions.RayActorError as error:
+                log.debug("rank %d", rank, exc_info=error)
+                outcome = None
+            if outcome is None or outcome.failure is not None:
+                end = min(end, time.monotonic() + GRACE_SECONDS)
+            yield rank, outcome
+    if stopping.is_set():
+        raise Broken(Failure(rank=None, time=time.time(), types=(), message="stopped"))
+
+
+def _cause(outcomes: Mapping[int, Outcome | None]) -> Failure | None:
+    """What brought a gang down, from what its processes said."""
+    reported, lost = [], []
+    for rank, outcome in sorted(outcomes.items()):
+        if outcome is None:
+            lost.append(Failure(rank=rank, time=0.0, types=(), message=DIED))
+        elif outcome.failure is not None:
+            reported.append(schedule.failure_of(outcome.failure))
+    return schedule.cause(reported, lost)
+
+
+@dataclass(kw_only=True, slots=True)
+class Gangs:
+    """Those of a run: a gang that has ended a training well waits here for another of its shape."""
+
+    environment: Mapping[str, Any]
+    """Ray's runtime_env for all of them."""
+    nodes: Callable[[], Sequence[Resources]]
+    """The cluster's, now."""
+    stopping: threading.Event = field(default_factory=threading.Event)
+    """Set when the run is to end."""
+    _idle: list[Gang] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def take(self, job: Job, cluster: Cluster) -> Gang:
+        """A gang for a training, as soon as there is room for one, one that waits or a new one.
+
+        Raises JobError if the cluster's nodes are too few for it for longer than cluster.patience, or the run is to
+        end; Broken if its processes end while they start, again and again.
+        """
+        enough = time.monotonic()
+        num_starts = 0
+        while not self.stopping.is_set():
+            nodes = self.nodes()
+            shape = schedule.possible(job, cluster, nodes)
+            if shape is not None:
+                enough = time.monotonic()
+                try:
+                    return self._waiting(shape) or Gang(shape, self.environment)
+                except Unplaced as error:
+                    log.info("%s: waits for room (%s)", job.name, error)
+                except Broken:  # a node may have been lost at that moment
+                    num_starts += 1
+                    if num_starts == MAX_STARTS:
+                        raise
+            elif time.monotonic() - enough > cluster.patience:
+                raise JobError(f"{schedule.no_room(job, cluster, nodes)} (waited {cluster.patience:g} s for more)")
+            self.stopping.wait(POLL_SECONDS)
+        raise JobError("stopped")
+
+    def give_back(self, gang: Gang) -> None:
+        with self._lock:
+            self._idle.append(gang)
+
+    def keep(self, count: int) -> None:
+        """Ends all that wait but so many: others need the room."""
+        with self._lock:
+            extra, self._idle[:] = self._idle[count:], self._idle[:count]
+        for gang in extra:
+            gang.close()
+
+    def _waiting(self, shape: Shape) -> Gang | None:
+        with self._lock:
+            found = next((gang for gang in self._idle if gang.shape == shape), None)
+            if found is None:
+                return None
+            self._idle.remove(found)
+        try:
+            found.again()
+        except Broken as error:
+            log.debug("a gang that waited has gone", exc_info=error)
+            found.close()
+            return None
+        return found
+
+
+# --- jobs of one process ---------------------------------------------------------------------------------------------
+
+
+def remote(run: Run, job: Job, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function as a Ray task, with the room that one process of the job takes. Gives what `result` takes."""
+    import ray
+
+    part = schedule.wanted(job, run.cluster).part
+    options = {"num_cpus": part.cpus, "num_gpus": part.gpus, "max_retries": 0, "runtime_env": runtime_env(run)}
+    task = ray.remote(**options)(outcome_of)
+    return functools.partial(task.remote, 0, function)
+
+
+def result(reference: Any) -> Any:
+    """What a task returned. Waits for its end. Raises Broken with its failure."""
+    import ray
+
+    try:
+        outcome: Outcome = ray.get(reference)
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.LocalRayletDiedError):
+        raise Broken(Failure(rank=0, time=time.time(), types=(), message=DIED)) from None
+    if outcome.failure is not None:
+        raise Broken(schedule.failure_of(outcome.failure))
+    return outcome.result

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lori_dist import folder, plugin
-from lori_dist.cluster.attempts import new_attempt
+from lori_dist.cluster.attempts import History
 from lori_dist.cluster.run import with_absolute_paths
-from lori_dist.cluster.summary import ADAPTER, CHECKPOINTS, path
+from lori_dist.cluster.summary import ADAPTER, ATTEMPTS, CHECKPOINTS, path
 from lori_dist.config import Run
 from lori_dist.errors import ConfigError, JobError
 from lori_dist.folder import Attempt
@@ -29,6 +29,9 @@ def train_task(run: Run, task: str, world: World, *, progress: Callable[[Record]
     if attempt is None:
         return path(run, job)
     start = time.monotonic()
+    if world.rank == 0:
+        history = History(attempt.partial, attempt.number)
+        history.begin(workers=world.size)
     result = train(
         run,
         task,
@@ -41,10 +44,11 @@ def train_task(run: Run, task: str, world: World, *, progress: Callable[[Record]
     )
     if world.rank == 0:
         seconds = round(time.monotonic() - start, 3)
-        record = {"seconds": seconds, "attempts": attempt.number, "inputs": inputs, "result": result}
+        history.end(None)
+        record = {"seconds": seconds, "attempts": history.attempts, "inputs": inputs, "result": result}
         attempt.check()
         check_inputs(run, job)
-        folder.publish(run.folder, job, record, scratch=[CHECKPOINTS])
+        folder.publish(run.folder, job, record, scratch=[CHECKPOINTS, ATTEMPTS])
     return path(run, job)
 
 
@@ -62,4 +66,4 @@ def _begin(run: Run, task: str) -> Begun:
         if found is None:
             raise JobError(f"{job.name}: needs {need}, which is not finished; train that one first")
         inputs[need] = found["sha256"].get(ADAPTER, "")
-    return job, new_attempt(folder.open(run.folder, job)), inputs
+    return job, folder.attempt(folder.open(run.folder, job)), inputs

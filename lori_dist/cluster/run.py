@@ -7,8 +7,8 @@ in files, so that nothing is lost with a process, a node or the cluster: the sam
 import dataclasses
 import logging
 import queue
-import shutil
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from typing import Any
 from lori_dist import folder, plugin
 from lori_dist.cluster import attempts, schedule
 from lori_dist.cluster.board import Board, Progress
-from lori_dist.cluster.connection import connected, disconnect
-from lori_dist.cluster.gang import RAY
+from lori_dist.cluster.connection import connected, disconnect, runtime_env
+from lori_dist.cluster.gang import Gangs
 from lori_dist.cluster.schedule import Resources
-from lori_dist.cluster.summary import CHECKPOINTS
+from lori_dist.cluster.summary import ATTEMPTS, CHECKPOINTS
 from lori_dist.cluster.trials import TRIED
 from lori_dist.config import Run
 from lori_dist.errors import JobError
@@ -43,13 +43,12 @@ def execute(run: Run, *, progress: Callable[[Progress], None] | None = None) -> 
     method = plugin.find("multitask", run.multitask.name, "plan", "multitask")
     jobs = order(method.load()(run, **method.bind(run.multitask.options, "multitask")))
     with folder.lock(run.folder):
-        folder.clean(run.folder, scratch=[CHECKPOINTS, TRIED])
-        shutil.rmtree(run.folder / RAY, ignore_errors=True)  # of a driver that was killed
+        folder.clean(run.folder, scratch=[CHECKPOINTS, TRIED, ATTEMPTS])
         board = Board(run=run, jobs=jobs, progress=progress or (lambda event: None))
         board.write()
         if board.unfinished():
             with connected(run) as nodes:
-                schedule.check_room(board.unfinished(), run.cluster, nodes)
+                schedule.check_room(board.unfinished(), run.cluster, nodes())
                 _work(board, nodes)
         board.report = write_of_run(board.summary(), run.folder)
         board.write()
@@ -79,15 +78,15 @@ def with_absolute_paths(run: Run) -> Run:
     return dataclasses.replace(run, output=absolute(run.output), model=model, tasks=tasks)
 
 
-def _work(board: Board, nodes: Sequence[Resources]) -> None:
+def _work(board: Board, nodes: Callable[[], Sequence[Resources]]) -> None:
     """Starts what can start, until nothing runs and nothing more can."""
     ended: queue.Queue[tuple[Job, dict[str, Any] | str]] = queue.Queue()
-    stopping = threading.Event()
+    gangs = Gangs(environment=runtime_env(board.run), nodes=nodes)
     watchers: list[threading.Thread] = []
 
     def watch(job: Job) -> None:
         try:
-            ended.put((job, attempts.do(board.run, job, board.inputs(job), stopping)))
+            ended.put((job, attempts.do(board.run, job, board.inputs(job), gangs)))
         except JobError as error:
             ended.put((job, str(error)))
         except BaseException as error:
@@ -95,13 +94,20 @@ def _work(board: Board, nodes: Sequence[Resources]) -> None:
             ended.put((job, f"{type(error).__name__}: {error}"))
 
     try:
-        while True:
-            for job in board.startable(nodes):
+        room = time.monotonic()
+        while board.named("running") or board.ready():
+            starting = board.startable(nodes())
+            if starting or board.named("running"):
+                room = time.monotonic()
+            elif time.monotonic() - room > board.run.cluster.patience:
+                for job in board.ready():
+                    board.fail(job, schedule.no_room(job, board.run.cluster, nodes()))
+            if starting:
+                gangs.keep(sum(job.kind == "train" for job in starting))
+            for job in starting:
                 board.start(job)
                 watchers.append(threading.Thread(target=watch, args=(job,), name=job.name, daemon=True))
                 watchers[-1].start()
-            if not board.named("running"):
-                return
             try:
                 job, outcome = ended.get(timeout=POLL_SECONDS)
             except queue.Empty:
@@ -112,7 +118,7 @@ def _work(board: Board, nodes: Sequence[Resources]) -> None:
             else:
                 board.finish(job, outcome)
     finally:
-        stopping.set()
+        gangs.stopping.set()
         if board.named("running"):
             log.warning("%s: stopped; the same command continues from here", board.run.name)
             disconnect()  # which ends what the watchers wait for

@@ -1,7 +1,7 @@
 """What the runner of jobs decides, as functions of data: what starts, why a job failed, whether it is tried again."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lori_dist.config import Cluster
@@ -41,49 +41,94 @@ class Failure:
 # --- room ------------------------------------------------------------------------------------------------------------
 
 
-def processes(job: Job, cluster: Cluster) -> tuple[int, Resources]:
-    """How many processes a job takes, and what each of them takes."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """What a job takes of the cluster."""
+
+    count: int
+    """Processes."""
+    part: Resources
+    """Of each of them."""
+    placement: str = "pack"
+    """A strategy of Ray's placement groups, in small letters."""
+
+    def room(self, nodes: Iterable[Resources]) -> int:
+        """How many such processes fit on the nodes, placed so."""
+        fitting = [node.fits(self.part) for node in nodes]
+        match self.placement:
+            case "strict_pack":
+                return max(fitting, default=0)
+            case "strict_spread":
+                return sum(number > 0 for number in fitting)
+        return sum(fitting)
+
+
+def wanted(job: Job, cluster: Cluster) -> Shape:
+    """What a job takes where nothing is missing."""
     if job.kind == "train":
-        return cluster.workers, Resources(cpus=cluster.cpus_per_worker, gpus=cluster.gpus_per_worker)
+        part = Resources(cpus=cluster.cpus_per_worker, gpus=cluster.gpus_per_worker)
+        return Shape(count=cluster.workers, part=part, placement=cluster.placement)
     if job.kind == "merge" and "search" not in job.settings:
         # Small matrices, one module at a time; has room wherever a training has.
-        return cluster.workers, Resources(cpus=min(1.0, cluster.cpus_per_worker))
+        return Shape(count=cluster.workers, part=Resources(cpus=min(1.0, cluster.cpus_per_worker)))
     # An evaluation, and a search, whose evaluations wait for each other's room, runs the model: as a training does.
-    return 1, Resources(cpus=1.0, gpus=min(1, cluster.gpus_per_worker))
+    return Shape(count=1, part=Resources(cpus=1.0, gpus=min(1, cluster.gpus_per_worker)))
+
+
+def possible(job: Job, cluster: Cluster, nodes: Iterable[Resources]) -> Shape | None:
+    """What a job takes of these nodes if it has them for itself: with fewer workers than wanted where the run allows
+    that. None if there is no room."""
+    shape = wanted(job, cluster)
+    room = shape.room(nodes)
+    if room >= shape.count:
+        return shape
+    if job.kind == "merge" and room > 0:  # its result does not depend on their number
+        return replace(shape, count=room)
+    if job.kind == "train" and cluster.min_workers is not None and room >= cluster.min_workers:
+        return replace(shape, count=room)
+    return None
 
 
 def check_room(jobs: Iterable[Job], cluster: Cluster, nodes: Sequence[Resources]) -> None:
     """Raises ConfigError for a job that would not fit even if it had the whole cluster for itself."""
     for job in jobs:
-        count, part = processes(job, cluster)
-        room = sum(node.fits(part) for node in nodes)
-        if room < count:
-            there = "; ".join(_text(node) for node in nodes) or "no node"
-            found = f"{job.name} takes {count} x ({_text(part)}), the cluster has room for {room} ({there})"
-            if job.kind == "train":
-                raise ConfigError(
-                    f"cluster.workers: {found}; lower it, or what a worker takes, or use a larger cluster"
-                )
-            raise ConfigError(f"cluster: {found}; use a larger cluster")
+        if possible(job, cluster, nodes) is None:
+            raise ConfigError(no_room(job, cluster, nodes))
 
 
-def admit(ready: Iterable[Job], running: Iterable[Job], cluster: Cluster, nodes: Sequence[Resources]) -> list[Job]:
+def no_room(job: Job, cluster: Cluster, nodes: Sequence[Resources]) -> str:
+    """Why the nodes are too few or too small for a job, with what can be done."""
+    shape = wanted(job, cluster)
+    there = "; ".join(_text(node) for node in nodes) or "no node"
+    where = {"strict_pack": " on one node", "strict_spread": ", each on its own node"}.get(shape.placement, "")
+    found = f"{job.name} takes {shape.count} x ({_text(shape.part)}){where}, the cluster has room for "
+    found += f"{shape.room(nodes)} ({there})"
+    if job.kind == "train":
+        return f"cluster.workers: {found}; lower it, or what a worker takes, or use a larger cluster"
+    return f"cluster: {found}; use a larger cluster"
+
+
+def admit(ready: Iterable[Job], running: Sequence[Job], cluster: Cluster, nodes: Sequence[Resources]) -> list[Job]:
     """The jobs to start now: of those that are ready, in their order, each that still finds room."""
-    taken = [_total(job, cluster) for job in running]
+    taken = [_total(possible(job, cluster, nodes) or wanted(job, cluster)) for job in running]
     cpus = sum(_units(node.cpus) for node in nodes) - sum(total[0] for total in taken)
     gpus = sum(_units(node.gpus) for node in nodes) - sum(total[1] for total in taken)
-    admitted = []
+    admitted: list[Job] = []
     for job in ready:
-        job_cpus, job_gpus = _total(job, cluster)
+        if cluster.max_concurrent is not None and len(running) + len(admitted) >= cluster.max_concurrent:
+            break
+        shape = possible(job, cluster, nodes)
+        if shape is None:
+            continue
+        job_cpus, job_gpus = _total(shape)
         if job_cpus <= cpus and job_gpus <= gpus:
             cpus, gpus = cpus - job_cpus, gpus - job_gpus
             admitted.append(job)
     return admitted
 
 
-def _total(job: Job, cluster: Cluster) -> tuple[int, int]:
-    count, part = processes(job, cluster)
-    return count * _units(part.cpus), count * _units(part.gpus)
+def _total(shape: Shape) -> tuple[int, int]:
+    return shape.count * _units(shape.part.cpus), shape.count * _units(shape.part.gpus)
 
 
 def _units(amount: float) -> int:

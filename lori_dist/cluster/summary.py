@@ -1,5 +1,6 @@
 """summary.json: what a run did, for programs."""
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from lori_dist.jobs import Job
 
 ADAPTER, METRICS, CHECKPOINTS = "adapter.safetensors", "metrics.jsonl", "checkpoints"
 """What trainings have in their folders. Stands here so that the driver of a run does without torch."""
+ATTEMPTS = "attempts.json"
+"""In an unfinished job's folder: what became of each attempt at it."""
 
 
 def summarize(
@@ -41,3 +44,12 @@ def summarize(
 def path(run: Run, job: Job) -> Path:
     """The adapter that a finished training or merge left."""
     return run.folder / job.name / ADAPTER
+
+
+def attempts_of(partial: Path) -> list[dict[str, Any]]:
+    """What became of each attempt at a job, from the folder in which it is being done."""
+    try:
+        attempts: list[dict[str, Any]] = json.loads((partial / ATTEMPTS).read_text(encoding="utf-8"))["attempts"]
+    except (OSError, ValueError, KeyError):  # none yet
+        return []
+    return attempts

@@ -4,13 +4,13 @@ import collections
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lori_dist import config
-from lori_dist.cluster import schedule, search
-from lori_dist.cluster.connection import runtime_env
+from lori_dist.cluster import search
+from lori_dist.cluster.gang import remote, result
 from lori_dist.cluster.summary import ADAPTER
 from lori_dist.cluster.work import Assignment, merged, working
 from lori_dist.config import Run
@@ -27,7 +27,7 @@ def searched(run: Run, assignment: Assignment) -> Assignment:
     job, partial = assignment.job, assignment.attempt.partial
     settings = job.settings["search"]
     trial = dataclasses.replace(assignment, tree=config.dump(_on_validation_rows(run, job, partial / TRIED)))
-    function = remote(run, job, _try)
+    try_ = remote(run, job, _try)
     along = search.axes(job.settings["tasks"], _projections(run, job) if settings["per"] == "projection" else None)
     known = search.read(partial / SEARCH)
 
@@ -38,11 +38,11 @@ def searched(run: Run, assignment: Assignment) -> Assignment:
         for point in points:
             if point not in known and point not in waiting.values():
                 weights = list(search.weights(point, along).values())
-                waiting[function.remote(trial, weights, f"{len(known) + len(waiting)}.safetensors")] = point
+                waiting[try_(trial, weights, f"{len(known) + len(waiting)}.safetensors")] = point
         try:
             while waiting:
                 [done], _ = ray.wait(list(waiting), num_returns=1)
-                metrics = ray.get(done)
+                metrics = result(done)
                 point = waiting.pop(done)
                 known[point] = search.mean(metrics, lower_is_better=settings["metric"] == "loss")
                 search.append(partial / SEARCH, point, along, metrics, known[point])
@@ -114,12 +114,3 @@ def _try(assignment: Assignment, weights: Sequence[Any], name: str) -> dict[str,
         finally:
             out.unlink()
         return {task: value for task, metrics in values.items() for value in metrics.values()}
-
-
-def remote(run: Run, job: Job, function: Callable[..., Any]) -> Any:
-    """A function as a Ray task, with the room that one process of the job takes."""
-    import ray
-
-    _, part = schedule.processes(job, run.cluster)
-    options = {"num_cpus": part.cpus, "num_gpus": part.gpus, "max_retries": 0, "runtime_env": runtime_env(run)}
-    return ray.remote(**options)(function)

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ from lori_dist.config import Run
 from lori_dist.folder import Attempt
 from lori_dist.jobs import Job
 
-RESULT, FAILURE = "result.json", "failure-"
-
 log = logging.getLogger(__name__)
 
 
@@ -34,40 +31,34 @@ class Assignment:
     attempt: Attempt
 
 
-def train_rank(settings: dict[str, Any]) -> None:
-    """One rank of a training, in a process that Ray Train started."""
-    import ray.train
-
-    assignment: Assignment = settings["assignment"]
-    with working(assignment, ray.train.get_context().get_world_rank()) as run:
+def train_rank(assignment: Assignment) -> dict[str, Any]:
+    """One rank of a training, in a process of a gang."""
+    with working(assignment, int(os.environ["RANK"])) as run:
         import torch
 
         from lori_dist.training.train import train
         from lori_dist.training.world import from_environment
 
         torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
-        world = from_environment()
-        result = train(
+        return train(
             run,
             assignment.job.settings["task"],
-            world,
+            from_environment(),
             assignment.attempt.partial,
             fingerprint=assignment.job.fingerprint,
             still_mine=assignment.attempt.check,
             joint=assignment.job.settings.get("joint"),
         )
-        if world.rank == 0:
-            folder.write_json(assignment.attempt.partial / RESULT, result)
 
 
-def merge_adapters(assignment: Assignment) -> None:
+def merge_adapters(assignment: Assignment) -> dict[str, Any]:
     with working(assignment, 0) as run:
         settings = assignment.job.settings
         weights = [dict(weight) if isinstance(weight, list) else weight for weight in settings["weights"]]
         spread = _spread(run, assignment.job)
         result = merged(run, assignment, weights, assignment.attempt.partial / ADAPTER, **spread)
         del result["path"]  # the folder is about to get another name
-        folder.write_json(assignment.attempt.partial / RESULT, {**result, **settings.get("found", {})})
+        return {**result, **settings.get("found", {})}
 
 
 def merged(run: Run, assignment: Assignment, weights: Sequence[Any], out: Path, **spread: Any) -> dict[str, Any]:
@@ -82,11 +73,11 @@ def _spread(run: Run, job: Job) -> dict[str, Any]:
     """How a merge is divided among workers, as `merge_files` takes it. Nothing where it has one."""
     import ray
 
-    count, part = schedule.processes(job, run.cluster)
-    if count == 1:
+    shape = schedule.wanted(job, run.cluster)
+    if shape.count == 1:
         return {}
     # The task that waits for them gives its own CPU back meanwhile.
-    call = ray.remote(num_cpus=part.cpus, max_retries=0, runtime_env=runtime_env(run))(_call)
+    call = ray.remote(num_cpus=shape.part.cpus, max_retries=0, runtime_env=runtime_env(run))(_call)
 
     def spread(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
         try:
@@ -94,14 +85,14 @@ def _spread(run: Run, job: Job) -> dict[str, Any]:
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
 
-    return {"num_ranges": count, "spread": spread}
+    return {"num_ranges": shape.count, "spread": spread}
 
 
 def _call(function: Callable[[Any], Any], item: Any) -> Any:
     return function(item)
 
 
-def evaluate_model(assignment: Assignment) -> None:
+def evaluate_model(assignment: Assignment) -> dict[str, Any]:
     with working(assignment, 0) as run:
         import torch
 
@@ -112,12 +103,12 @@ def evaluate_model(assignment: Assignment) -> None:
         adapter = None if name is None else run.folder / name / ADAPTER
         result = evaluate(run, adapter, device="cuda" if run.cluster.gpus_per_worker else "cpu")
         folder.write_json(assignment.attempt.partial / "evaluation.json", result)
-        folder.write_json(assignment.attempt.partial / RESULT, {"evaluation": result})
+        return {"evaluation": result}
 
 
 @contextlib.contextmanager
 def working(assignment: Assignment, rank: int) -> Iterator[Run]:
-    """The run, while all that this process writes goes to the job's log. What goes wrong is left for the driver."""
+    """The run, while all that this process writes goes to the job's log, also what goes wrong."""
     root = Path(assignment.tree["output"]) / assignment.tree["name"]
     with _logged(log_file(root, assignment.job, rank)):
         try:
@@ -126,12 +117,8 @@ def working(assignment: Assignment, rank: int) -> Iterator[Run]:
                 "%s: attempt %d, rank %d, process %d", assignment.job.name, assignment.attempt.number, rank, os.getpid()
             )
             yield config.validate(assignment.tree)
-        except BaseException as error:
+        except BaseException:
             traceback.print_exc()
-            record = schedule.record_of(error, rank, time.time())
-            file = assignment.attempt.partial / f"{FAILURE}{assignment.attempt.number}-{rank}.json"
-            with contextlib.suppress(OSError):  # the folder may be gone, which is then what the error says
-                folder.write_json(file, {**record, "attempt": assignment.attempt.number})
             raise
 
 

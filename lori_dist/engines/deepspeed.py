@@ -2,7 +2,8 @@
 
 The portable state and loading without a whole base need names that DeepSpeed does not document, which a test holds on
 to: `single_partition_of_fp32_groups`, `_lazy_init_hp_params_optimizer_state` and a parameter's `_hp_mapping` (stages 1
-and 2), `fp32_partitioned_groups_flat`, and `_convert_to_deepspeed_param` and a parameter's `ds_tensor` (stage 3).
+and 2), `fp32_partitioned_groups_flat`, and `_convert_to_deepspeed_param` and a parameter's `ds_tensor` (stage 3). So
+does training once more in the same processes: `comm.cdb`, `_WORLD_GROUP` and `_ZERO_PARAM_INTRA_PARALLEL_GROUP`.
 """
 
 import functools
@@ -20,6 +21,7 @@ from torch.autograd.function import once_differentiable
 if not torch.cuda.is_available():  # DeepSpeed looks for itself when it is imported, and warns if it finds none
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
+from deepspeed.comm import comm
 from deepspeed.utils import (
     groups,
     safe_get_local_fp32_param,
@@ -71,6 +73,13 @@ def build(
     """
     _check(world, stage, hpz, offload)
     return Partitioned(model, weights, train, world, state, stage, hpz, offload)
+
+
+def forget_groups() -> None:
+    """Makes DeepSpeed look for the process group anew: it keeps the first one, also when that was destroyed."""
+    comm.cdb = None
+    groups._WORLD_GROUP = None
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 
 
 def _check(world: World, stage: int, hpz: int, offload: bool) -> None:

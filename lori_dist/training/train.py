@@ -376,6 +376,7 @@ def _step(job: Job, phase: Phase, engine: Engine, step: int, tasks: Surgery | No
         "grad_norm": result.grad_norm,
         "tokens": num_targets + sum(len(example.prompt_ids) for example in examples),
         "seconds": time.monotonic() - start,
+        "time": time.time(),
         **_of_tasks(job, result, tasks),
     }
 

@@ -9,14 +9,16 @@ from hypothesis import strategies as st
 from lori_dist.cluster.schedule import (
     Failure,
     Resources,
+    Shape,
     admit,
     cause,
     check_room,
     failure_of,
     is_final,
-    processes,
+    possible,
     record_of,
     retry,
+    wanted,
 )
 from lori_dist.config import Cluster
 from lori_dist.errors import AdapterError, ConfigError, JobError
@@ -36,14 +38,44 @@ KINDS = {item.name: item for item in [*GANGS, *TASKS]}
 
 
 def test_what_jobs_take() -> None:
-    cluster = Cluster(workers=4, cpus_per_worker=2.0, gpus_per_worker=2)
-    assert processes(job("t", "train"), cluster) == (4, Resources(cpus=2.0, gpus=2))
-    assert processes(job("m", "merge"), cluster) == (4, Resources(cpus=1.0))
-    assert processes(job("m", "merge"), Cluster(cpus_per_worker=0.5)) == (1, Resources(cpus=0.5))
-    assert processes(job("e", "evaluate"), cluster) == (1, Resources(cpus=1.0, gpus=1))
+    cluster = Cluster(workers=4, cpus_per_worker=2.0, gpus_per_worker=2, placement="spread")
+    assert wanted(job("t", "train"), cluster) == Shape(count=4, part=Resources(cpus=2.0, gpus=2), placement="spread")
+    assert wanted(job("m", "merge"), cluster) == Shape(count=4, part=Resources(cpus=1.0))
+    assert wanted(job("m", "merge"), Cluster(cpus_per_worker=0.5)) == Shape(count=1, part=Resources(cpus=0.5))
+    assert wanted(job("e", "evaluate"), cluster) == Shape(count=1, part=Resources(cpus=1.0, gpus=1))
     searched = Job(name="m", kind="merge", fingerprint="m", settings={"search": {}})
-    assert processes(searched, cluster) == (1, Resources(cpus=1.0, gpus=1))
-    assert processes(job("e", "evaluate"), Cluster()) == (1, Resources(cpus=1.0))
+    assert wanted(searched, cluster) == Shape(count=1, part=Resources(cpus=1.0, gpus=1))
+    assert wanted(job("e", "evaluate"), Cluster()) == Shape(count=1, part=Resources(cpus=1.0))
+
+
+@pytest.mark.parametrize(
+    ("placement", "cpus", "room"),
+    [
+        ("pack", [3, 2, 0.5], 5),
+        ("spread", [3, 2, 0.5], 5),
+        ("strict_pack", [3, 2, 1], 3),
+        ("strict_spread", [3, 2, 0.5], 2),
+        ("strict_pack", [], 0),
+    ],
+)
+def test_room_depends_on_the_placement(placement: str, cpus: list[float], room: int) -> None:
+    nodes = [Resources(cpus=amount) for amount in cpus]
+    assert Shape(count=1, part=Resources(cpus=1.0), placement=placement).room(nodes) == room
+
+
+@pytest.mark.parametrize(("cpus", "count"), [(4, 4), (9, 4), (3, 3), (2, 2), (1, None)])
+def test_a_training_goes_on_with_fewer_workers_where_that_is_allowed(cpus: float, count: int | None) -> None:
+    found = possible(job("t"), Cluster(workers=4, min_workers=2), [Resources(cpus=cpus)])
+    assert (found and found.count) == count
+    alone = possible(job("t"), Cluster(workers=4), [Resources(cpus=cpus)])
+    assert (alone and alone.count) == (4 if cpus >= 4 else None)
+
+
+def test_no_more_jobs_run_side_by_side_than_the_run_asks_for() -> None:
+    cluster, nodes = Cluster(max_concurrent=2), [Resources(cpus=16)]
+    assert admit(GANGS, [], cluster, nodes) == GANGS[:2]
+    assert admit(GANGS[1:], GANGS[:1], cluster, nodes) == [GANGS[1]]
+    assert admit(GANGS[2:], GANGS[:2], cluster, nodes) == []
 
 
 @pytest.mark.parametrize(
@@ -81,7 +113,7 @@ def test_running_jobs_never_take_more_than_there_is(
     admitted = admit(waiting, running, cluster, nodes)
 
     def taken(jobs: list[Job]) -> float:
-        return sum(count * part.cpus for count, part in (processes(item, cluster) for item in jobs))
+        return sum(shape.count * shape.part.cpus for shape in (wanted(item, cluster) for item in jobs))
 
     assert taken([*running, *admitted]) <= sum(cpus) + 1e-9
     assert admitted == [item for item in waiting if item in admitted]
