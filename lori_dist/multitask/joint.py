@@ -1,5 +1,6 @@
 """One adapter for all tasks (Ortho-LoRA, arXiv 2601.09684; PCGrad, arXiv 2001.06782; or plain joint training)."""
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,7 @@ def plan(
     granularity: Literal["matrix", "layer", "type", "global"] = "matrix",
     reduce: Literal["sum", "mean"] = "sum",
     seed: Annotated[int, "[0, inf)"] = 0,
-    weights: dict[str, Annotated[float, "(0, inf)"]] | None = None,
+    weights: dict[str, float] | None = None,
 ) -> list[Job]:
     """One training on batches of all tasks, whose conflicting gradients are projected, and its evaluation.
 
@@ -56,10 +57,12 @@ def _problems(run: Run, weights: dict[str, float]) -> Iterator[str]:
             f"train.batch_size: {run.train.batch_size} was given for {len(run.tasks)} tasks, which all have rows in "
             "every batch; give at least as many"
         )
-    for task in weights:
+    for task, weight in weights.items():
         if task not in run.tasks:
             known = f"there are {', '.join(run.tasks)}.{nearest(task, run.tasks)}"
             yield f"multitask.weights.{task}: there is no such task; {known}"
+        if not 0 < weight < math.inf:
+            yield f"multitask.weights.{task}: {weight:g} was given; it should be a finite number above 0"
     for name, task_of_run in run.tasks.items():
         if task_of_run.seed is not None:
             yield f"tasks.{name}.seed: is of a task's own A, and joint training has one for all; give adapter.seed"
