@@ -1,6 +1,5 @@
 """A step of joint training with projected gradients against the same step without, and against a pass for each task."""
 
-import os
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from lori_dist import config
 from lori_dist.adapter.adapter import Spec
 from lori_dist.adapter.attach import attach, match
 from lori_dist.adapter.linear import features
-from lori_dist.benchmarks._timing import interleaved
+from lori_dist.benchmarks._timing import interleaved, one_thread
 from lori_dist.engines.ddp import Replicated, build
 from lori_dist.errors import ConfigError
 from lori_dist.training.data import Batch
@@ -50,7 +49,7 @@ def run(
 
     tasks: how many, one measurement each. rank: of the adapters. layers, hidden: of a Llama with random weights. rows,
     length: of a batch, the same for all numbers of tasks. steps: timed. dtype: of the base, by default bfloat16 on
-    CUDA, else float32.
+    CUDA, else float32. On CPU all run on one thread.
 
     plain: joint training without projection. joint: with it, from one backward pass. loop: as the paper prints it, a
     forward and a backward pass for each task, on its rows, then the gradients themselves projected, matrix by matrix.
@@ -64,7 +63,7 @@ def run(
     world = from_environment()
     table: list[dict[str, Any]] = []
     ratios: dict[str, Any] = {method: {} for method in METHODS}
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place, one_thread():
         base = Path(place)
         _make_base(base, layers, hidden, length)
         for method in METHODS:
@@ -195,8 +194,6 @@ def _row(method: str, num_tasks: int, name: str, times: Sequence[float], batch: 
         "way": name,
         "step_seconds": round(median, 4),
         "tokens_per_second": round(batch.input_ids.numel() / median),
-        "threads": torch.get_num_threads() if not torch.cuda.is_available() else 0,
-        "cores": os.cpu_count(),
     }
 
 

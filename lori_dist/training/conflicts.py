@@ -44,8 +44,9 @@ def over_steps(
     records: of steps, with `figures`. lines: of the same steps, with `of_layers` as `cosines`.
 
     Returns steps: how many; layers: their names; removed: mean of the steps'; pairs: a list of {tasks: two names,
-    cosine: mean of the steps', share: mean share of units in conflict, layers: {often: share of the steps in which
-    they opposed each other there, cosine: mean}, the items in the order of the layers}.
+    cosine: mean of the steps', share: mean share of units in conflict, layers: {cosine: mean, often: share of the
+    steps in which they opposed each other there, depth: mean cosine in these, 0 if there are none}, the items in the
+    order of the layers}.
     """
     records, lines = list(records), list(lines)
     pairs = [(a, b) for place, a in enumerate(tasks) for b in tasks[place + 1 :]]
@@ -58,8 +59,9 @@ def over_steps(
             "cosine": _mean(record["conflicts"][key]["cosine"] for record in records),
             "share": _mean(record["conflicts"][key]["share"] for record in records),
             "layers": {
-                "often": [_mean(cosine < 0 for cosine in column) for column in columns],
                 "cosine": [_mean(column) for column in columns],
+                "often": [_mean(cosine < 0 for cosine in column) for column in columns],
+                "depth": [_mean([cosine for cosine in column if cosine < 0] or [0.0]) for column in columns],
             },
         }
 
