@@ -187,18 +187,22 @@ def report(arguments: argparse.Namespace) -> None:
     if described is None and settings:
         raise ConfigError(f"{settings[0]}: changes a configuration, and none is given; add --run CONFIG")
     made = _finished_adapters(described) if described is not None else {}
-    named = {name: path for name, path in made.items() if described is not None and name in described.tasks}
+    trainings = set(_trainings(described)) if described is not None else set()
+    named = {name: path for name, path in made.items() if name in trainings}
     paths = adapters or list(named.values())
     if not paths:
         raise ConfigError("ADAPTER: none is given; give adapter files, or with --run a run that has finished some")
     matrix = described.folder / "summary.json" if described is not None else arguments.evaluation
     measured = None if matrix is None else _evaluation(matrix, "--run" if described is not None else "--evaluation")
     from lori_dist.adapter import file
-    from lori_dist.report import write
+    from lori_dist.report import conflicts_of, write
 
+    conflicts = conflicts_of(json.loads(matrix.read_text(encoding="utf-8"))) if matrix and described else {}
     names = None if adapters else list(named)
-    written = write([file.load(path) for path in paths], arguments.out, names=names, evaluation=measured)
-    if measured and not written["drops"]:
+    written = write(
+        [file.load(path) for path in paths], arguments.out, names=names, evaluation=measured, conflicts=conflicts
+    )
+    if measured and not written["drops"] and not conflicts:
         log.warning("%s: no model of it has the name of a task, and no merge was measured: there are no drops", matrix)
     print(arguments.out / "report.html")
 

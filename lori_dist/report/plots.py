@@ -234,7 +234,7 @@ def _drops(number: int, metric: str, found: Mapping[str, Any]) -> Plot:
 
 def _conflicts(number: int, name: str, found: Mapping[str, Any]) -> Iterator[Plot]:
     """How often, and how much: layers down, pairs of tasks across."""
-    pairs = ["+".join(pair["tasks"]) for pair in found["pairs"]]
+    pairs = ["+".join(_shown(task, 7) for task in pair["tasks"]) for pair in found["pairs"]]
     layers = short_layers(found["layers"])
 
     def table(key: str) -> list[tuple[float, ...]]:

@@ -15,8 +15,8 @@ from torch import Tensor
 from lori_dist.training.engine import Part
 from lori_dist.training.world import World
 
-ROUND = 2**22
-"""Entries of all tasks that a rank receives at once: bounds the memory of what is sent."""
+ROUND = 2**24
+"""Entries, of all tasks and for all ranks, that are sent at once: 64 MB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +48,7 @@ class Exchange:
             for rank, (held, same) in enumerate(zip(everyone, copies, strict=True))
         ]
         self.sizes = [sum(piece.numel for piece in pieces) for pieces in owned]
-        rounds = [list(_rounds(pieces, max(1, ROUND // num_tasks))) for pieces in owned]
+        rounds = [list(_rounds(pieces, max(1, ROUND // (num_tasks * world.size)))) for pieces in owned]
         self.rounds = [
             [of_rank[number] if number < len(of_rank) else [] for of_rank in rounds]
             for number in range(max(map(len, rounds)))

@@ -80,11 +80,11 @@ class Surgery:
         units = numbered(unit_of(name, self.granularity) for name in names)
         of_units = summed(gram, units)
         chosen = coefficients(of_units, order(len(self.tasks), self.seed, step), self.projection).sum(1)
-        self.conflicts = self._conflicts(names, gram, of_units, chosen, exchange.sent_bytes)
         scale = 1 / len(self.tasks) if self.reduce == "mean" else 1.0
-        of_tensors = dict(zip(names, (chosen * scale)[units], strict=True))
-        made = exchange.share([(name, of_tensors[name].to(g.device, g.dtype) @ g) for name, g in own])
+        of_tensors = dict(zip(names, (chosen * scale)[units].to(self.world.device), strict=True))
+        made = exchange.share([(name, of_tensors[name].to(g.dtype) @ g) for name, g in own])
         self.per_task.clear()
+        self.conflicts = self._conflicts(names, gram, of_units, chosen, exchange.sent_bytes)
         return made
 
     def _conflicts(

@@ -1,7 +1,7 @@
 """Several tasks trained together, as the paper prints it: a backward pass for each task over the whole batch, then the
 gradients themselves projected, without inner products of other gradients; and the same with an engine."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -131,8 +131,14 @@ def project(own: list[Tensor], in_order: list[int], projection: str) -> list[Ten
 
 
 def run(engine: Engine, tasks: Surgery | None, world: World) -> Course:
+    results = do(engine, tasks, world, range(STEPS))
+    return Course(results=tuple(results), state=collect(engine, world))
+
+
+def do(engine: Engine, tasks: Surgery | None, world: World, steps: Iterable[int]) -> list[StepResult]:
+    """Steps with an engine, on this rank's rows."""
     results = list[StepResult]()
-    for step in range(STEPS):
+    for step in steps:
         weights = torch.tensor([weight / count for weight, count in zip(WEIGHTS, counts_of(step), strict=True)])
         chosen = rows_of_step(step)
         batches = []
@@ -141,4 +147,4 @@ def run(engine: Engine, tasks: Surgery | None, world: World) -> Course:
             batch = batch_of(mine)
             batches.append(replace(batch, tasks=tuple(task for _, task in mine) or (0,), weights=weights))
         results.append(engine.step(batches, num_targets=1, lr=RATES[step], tasks=tasks))
-    return Course(results=tuple(results), state=collect(engine, world))
+    return results

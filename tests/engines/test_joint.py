@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 
 from lori_dist import plugin
+from lori_dist.benchmarks._traffic import Traffic
+from lori_dist.training.engine import trained
 from lori_dist.training.surgery import Conflicts, surgery
 from lori_dist.training.world import from_environment
 from tests.distributed import run_distributed
-from tests.engines.joint import SEED, TASKS, Way, one_process, run
+from tests.engines.joint import SEED, TASKS, Way, do, one_process, run
 from tests.engines.oracle import TRAIN, Course, difference
 from tests.models import on_meta
 
@@ -55,6 +57,39 @@ def train_all(name: str) -> Outcome:
         courses[title] = run(made, tasks, world)
         conflicts[title] = None if tasks is None else tasks.conflicts
     return Outcome(courses=courses, conflicts=conflicts)
+
+
+def count_bytes(name: str) -> tuple[int, int, int, int]:
+    """Of a second step: reduced, gathered, what the conflicts say, and entries that are trained."""
+    world = from_environment()
+    way = Way()
+    model, weights = on_meta(way.model())
+    num_values = sum(parameter.numel() for parameter in trained(model).values())
+    engine, options = ENGINES[name]
+    made = plugin.find("engines", engine, "build", "train.engine").load()(
+        model, weights, TRAIN, world, state=None, **options
+    )
+    tasks = surgery(model, TASKS, world)
+    do(made, tasks, world, [0])
+    with Traffic() as traffic:
+        do(made, tasks, world, [1])
+    assert tasks.conflicts is not None
+    return traffic.reduced, traffic.gathered, tasks.conflicts.sent_bytes, num_values
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp, base replicated", "deepspeed-2"])
+def test_ranks_send_summed_gradients_once_and_inner_products(name: str) -> None:
+    """And nothing that the engine would send of gradients: not their sum, and not what was projected of others."""
+    reduced, gathered, counted, num_values = run_distributed(count_bytes, name, world_size=2)[0]
+    num_tasks, num_matrices = len(TASKS), 13
+    summed, products = 4 * num_tasks * num_values, 8 * num_matrices * num_tasks * (num_tasks + 1) // 2
+    few = 64  # losses, a norm, entries that make shards equal
+    assert summed + products <= reduced <= summed + products + few * 16
+    if name == "ddp":
+        assert 4 * num_values <= gathered <= 4 * num_values + few
+        assert reduced + gathered - few <= counted <= reduced + gathered
+    else:
+        assert reduced - few <= counted <= reduced  # what is gathered are values, as without tasks
 
 
 @pytest.fixture(scope="module")
