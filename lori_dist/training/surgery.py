@@ -32,7 +32,10 @@ VANISHED = 1e-10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conflicts:
-    """How the tasks' gradients of one step stand to each other, before anything was taken out. Equal on all ranks."""
+    """How the tasks' gradients of one step stand to each other, before anything was taken out.
+
+    Equal on all ranks, but for sent_bytes where these hold unequal shares.
+    """
 
     cosines: Mapping[tuple[str, str], float]
     """Two tasks -> cosine of their gradients, over all that is trained. 0 where one is zero."""

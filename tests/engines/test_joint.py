@@ -1,6 +1,6 @@
 """Tasks trained together, on every engine, give what one process with a backward pass for each task gives."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -115,9 +115,15 @@ def test_weights_and_moments_are_those_of_one_process(
         assert ours.task_losses == pytest.approx(theirs.task_losses, rel=1e-5)
 
 
+def without_bytes(conflicts: Conflicts | None) -> Conflicts | None:
+    """Of hybrid shards, ranks hold unequal ones."""
+    return None if conflicts is None else replace(conflicts, sent_bytes=0)
+
+
 def test_all_ranks_see_the_same_conflicts(outcomes: list[Outcome]) -> None:
     for outcome in outcomes[1:]:
-        assert outcome.conflicts == outcomes[0].conflicts
+        for title, conflicts in outcome.conflicts.items():
+            assert without_bytes(conflicts) == without_bytes(outcomes[0].conflicts[title])
         assert [c.results for c in outcome.courses.values()] == [c.results for c in outcomes[0].courses.values()]
     for title, way in WAYS.items():
         conflicts = outcomes[0].conflicts[title]
