@@ -7,8 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -53,11 +56,23 @@ class Node:
         self._process.wait()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where a node is started, if not simply on this machine."""
+
+    prefix: tuple[str, ...]
+    """What stands before a command that is to run there."""
+    options: tuple[str, ...]
+    """Of `ray start`."""
+
+
 class Nodes:
     """A head without CPUs, and nodes that join it. Nodes that the test has not ended end with the block."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, machines: Sequence[Machine] = ()) -> None:
+        """machines: for the head and each node that is added, in this order."""
         self.folder = folder
+        self._machines = machines
         self.nodes: list[Node] = []
         self.head = self._start("--head", "--port=0", "--num-cpus=0", "--include-dashboard=false")
         self.address = self.head.said(r"--address='([^']+)'")
@@ -82,6 +97,47 @@ class Nodes:
 
     def _start(self, *words: str) -> Node:
         log = self.folder / f"node{len(self.nodes)}.log"
-        node = Node(log, [RAY, "start", "--block", "--disable-usage-stats", "--object-store-memory=100000000", *words])
+        machine = self._machines[len(self.nodes)] if self._machines else Machine(prefix=(), options=())
+        ray = [RAY, "start", "--block", "--disable-usage-stats", "--object-store-memory=100000000"]
+        node = Node(log, [*machine.prefix, *ray, *machine.options, *words])
         self.nodes.append(node)
         return node
+
+
+@contextlib.contextmanager
+def machines(count: int, folder: Path) -> Iterator[list[Machine]]:
+    """As if there were several machines: network namespaces with addresses of their own, joined by a bridge.
+
+    Needs the rights to make them; skips the test without. folder: a short path, as sockets have their names in it.
+    """
+    name = f"lori{os.getpid() % 10000}"
+    subnet = f"10.{os.getpid() % 200 + 20}.7"
+    made: list[list[str]] = []
+
+    def ip(*words: str, undo: Sequence[str] = ()) -> None:
+        done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
+        if done.returncode and not made:
+            pytest.skip(f"cannot make a network: {done.stderr.strip()}")
+        assert done.returncode == 0, done.stderr
+        if undo:
+            made.append(["ip", *undo])
+
+    try:
+        ip("link", "add", name, "type", "bridge", undo=("link", "del", name))
+        ip("addr", "add", f"{subnet}.1/24", "dev", name)
+        ip("link", "set", name, "up")
+        found = []
+        for number in range(count):
+            space, address = f"{name}n{number}", f"{subnet}.{number + 10}"
+            ip("netns", "add", space, undo=("netns", "del", space))
+            ip("link", "add", f"{name}v{number}", "type", "veth", "peer", "name", "eth0", "netns", space)
+            ip("link", "set", f"{name}v{number}", "master", name, "up")
+            for words in (("addr", "add", f"{address}/24", "dev", "eth0"), ("link", "set", "lo", "up")):
+                ip("-n", space, *words)
+            ip("-n", space, "link", "set", "eth0", "up")
+            options = (f"--node-ip-address={address}", f"--temp-dir={folder}/{number}")
+            found.append(Machine(prefix=("ip", "netns", "exec", space), options=options))
+        yield found
+    finally:
+        for words in reversed(made):
+            subprocess.run(words, capture_output=True, check=False)

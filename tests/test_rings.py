@@ -48,6 +48,7 @@ LIBRARIES = {
     "benchmarks/merge.py": {"torch", "peft"},
     "benchmarks/_methods.py": {"torch", "numpy", "transformers", "peft"},
     "benchmarks/train.py": {"torch", "safetensors", "numpy", "transformers"},
+    "benchmarks/orchestration.py": {"ray"},
     "cluster": {"torch", "numpy"},
     "integrations": {"torch", "safetensors", "numpy", "transformers", "accelerate"},
     "benchmarks": {"torch", "numpy", "transformers"},

@@ -96,12 +96,14 @@ class Process:
         self._store: Any = None
 
     def place(self) -> Place:
-        """Before each training."""
+        """Opens a port anew with every call."""
         import ray
 
         context = ray.get_runtime_context()
         address = ray.util.get_node_ip_address()
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        if self._listening is not None:
+            self._listening.close()
         self._listening = socket.create_server((address, 0), family=family, backlog=1024)
         return Place(
             node=context.get_node_id(),
@@ -240,12 +242,13 @@ class Gang:
                 ).remote()
                 for index in range(shape.count)
             ]
-            self._place()
+            self.meet()
         except BaseException:
             self.close()
             raise
 
-    def _place(self) -> None:
+    def meet(self) -> None:
+        """Gives the processes their ranks. Raises Broken if one of them is gone."""
         import ray
 
         try:
@@ -263,6 +266,7 @@ class Gang:
 
         Raises Broken for the failure that brought the others down, as soon as one rank has failed.
         """
+        self.meet()
         calls = {
             process.run.remote(self._variables[rank], function, argument): rank
             for rank, process in enumerate(self._processes)
@@ -276,10 +280,6 @@ class Gang:
         first = outcomes[0]
         assert first is not None
         return first.result
-
-    def again(self) -> None:
-        """Makes ready for another training. Raises Broken if a process has gone meanwhile."""
-        self._place()
 
     def close(self) -> None:
         """Ends the processes, and waits for that."""
@@ -391,7 +391,7 @@ class Gangs:
                 return None
             self._idle.remove(found)
         try:
-            found.again()
+            found.meet()
         except Broken as error:
             log.debug("a gang that waited has gone", exc_info=error)
             found.close()

@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from lori_dist import config
 from tests.cluster.trained import OTHER_WORLD, assert_undisturbed, attempts, described, driven, last_step, process_of
-from tests.raylets import Nodes
+from tests.raylets import Nodes, machines
 
 pytestmark = pytest.mark.ray
 
@@ -25,9 +26,10 @@ from lori_dist.jobs import Job
 
 def variables(argument):
     import ray
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "CUDA_VISIBLE_DEVICES")
-    own = {name: os.environ.get(name) for name in names}
+    names = "MASTER_ADDR RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK CUDA_VISIBLE_DEVICES"
+    own = {name: os.environ.get(name) for name in names.split()}
     own["node"] = ray.get_runtime_context().get_node_id()
+    own["address"] = ray.util.get_node_ip_address()
     own["own"] = ray.get_runtime_context().get_accelerator_ids()["GPU"]
     import torch, torch.distributed as dist
     dist.init_process_group("gloo")
@@ -101,10 +103,35 @@ def test_a_run_on_three_nodes_goes_on_with_two(nodes: Nodes, tmp_path: Path) -> 
     assert_undisturbed(run, tmp_path, world_size=3, tolerance=OTHER_WORLD)
 
 
-def in_a_process(program: str, tree: Any) -> Any:
+@pytest.mark.slow
+def test_nodes_with_networks_of_their_own(tmp_path: Path) -> None:
+    """As on several machines: the head has no ranks, and a node that computes is lost."""
+    with (
+        tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as short,
+        machines(4, Path(short)) as places,
+        Nodes(tmp_path, places) as nodes,
+    ):
+        workers = nodes.add(3, cpus=1)
+        run = described(tmp_path, address=nodes.address, workers=3, min_workers=2, placement="spread")
+        [ranks] = in_a_process(
+            GANGS, {"run": config.dump(run), "gangs": [{"workers": 3, "placement": "strict_spread"}]}, places[0].prefix
+        )
+        assert len({rank["address"] for rank in ranks}) == 3
+        assert {rank["MASTER_ADDR"] for rank in ranks} == {ranks[0]["address"]}
+        assert ranks[0]["address"] != nodes.address.partition(":")[0]
+        assert [rank["LOCAL_WORLD_SIZE"] for rank in ranks] == ["1", "1", "1"]
+        with driven(run, tmp_path, places[0].prefix) as driver:
+            driver.until(lambda: last_step(run) >= ("train", 15))
+            workers[1].kill()
+            assert driver.ends() == 0, driver.said()
+    assert [attempt["workers"] for attempt in attempts(run)] == [3, 2]
+    assert_undisturbed(run, tmp_path, world_size=3, tolerance=OTHER_WORLD)
+
+
+def in_a_process(program: str, tree: Any, prefix: Sequence[str] = ()) -> Any:
     """What a program prints as JSON. Ray reads its environment only once in a process."""
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [*prefix, sys.executable, "-c", program],
         input=json.dumps(tree).encode(),
         capture_output=True,
         env=dict(os.environ),

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,10 @@ def described(folder: Path, **cluster: Any) -> config.Run:
 class Driver:
     """`lori run` in a process of its own."""
 
-    def __init__(self, run: config.Run, folder: Path) -> None:
+    def __init__(self, run: config.Run, folder: Path, prefix: Sequence[str] = ()) -> None:
         self._log = folder / "driver.log"
         (folder / "run.yaml").write_text(json.dumps(config.dump(run)))
-        words = [sys.executable, "-m", "lori_dist", "run", str(folder / "run.yaml")]
+        words = [*prefix, sys.executable, "-m", "lori_dist", "run", str(folder / "run.yaml")]
         with self._log.open("wb") as stream:
             self.process = subprocess.Popen(words, stdout=stream, stderr=stream)
 
@@ -77,8 +77,9 @@ class Driver:
 
 
 @contextmanager
-def driven(run: config.Run, folder: Path) -> Iterator[Driver]:
-    driver = Driver(run, folder)
+def driven(run: config.Run, folder: Path, prefix: Sequence[str] = ()) -> Iterator[Driver]:
+    """prefix: before its command, to run it somewhere else."""
+    driver = Driver(run, folder, prefix)
     try:
         yield driver
     finally:
