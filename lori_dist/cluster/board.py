@@ -164,7 +164,7 @@ def _last_step(root: Path, job: Job) -> dict[str, Any]:
     try:
         with (root / f"{folder.PARTIAL}{job.name}" / METRICS).open("rb") as file:
             file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 4096))
+            file.seek(max(0, file.tell() - 65536))  # records of many tasks together are long
             *_, last, _ = file.read().split(b"\n")
             record = json.loads(last)
     except (OSError, ValueError):  # none yet, or a line that is being written

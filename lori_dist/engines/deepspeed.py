@@ -3,7 +3,8 @@
 The portable state and loading without a whole base need names that DeepSpeed does not document, which a test holds on
 to: `single_partition_of_fp32_groups`, `_lazy_init_hp_params_optimizer_state` and a parameter's `_hp_mapping` (stages 1
 and 2), `fp32_partitioned_groups_flat`, and `_convert_to_deepspeed_param` and a parameter's `ds_tensor` (stage 3). So
-does training once more in the same processes: `comm.cdb`, `_WORLD_GROUP` and `_ZERO_PARAM_INTRA_PARALLEL_GROUP`.
+do gradients of tasks together, `_index_in_param_group` (stages 1 and 2), and training once more in the same processes:
+`comm.cdb`, `_WORLD_GROUP` and `_ZERO_PARAM_INTRA_PARALLEL_GROUP`.
 """
 
 import functools
