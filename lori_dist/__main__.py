@@ -122,8 +122,9 @@ def train(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace, watch: "Callable[[World], None]") -> tuple[Path, bool]:
     """Returns the adapter's file, and whether this is rank 0."""
     described = config.load(arguments.config, arguments.settings)
-    if arguments.task not in described.tasks:
-        known, near = ", ".join(described.tasks), plugin.nearest(arguments.task, described.tasks)
+    trainings = list(_trainings(described))
+    if arguments.task not in trainings:
+        known, near = ", ".join(trainings), plugin.nearest(arguments.task, trainings)
         raise ConfigError(f"--task: there is no task {arguments.task!r}; there are {known}.{near}")
     import torch.distributed as dist
 
@@ -137,6 +138,13 @@ def _train(arguments: argparse.Namespace, watch: "Callable[[World], None]") -> t
         path = train_task(described, arguments.task, world, progress=show_progress)
     dist.destroy_process_group()
     return path, world.rank == 0
+
+
+def _trainings(described: config.Run) -> Iterator[str]:
+    """The names of the adapters that a run trains: its tasks, unless its plan is another one."""
+    plan = plugin.find("multitask", described.multitask.name, "plan", "multitask")
+    jobs = plan.load()(described, **plan.bind(described.multitask.options, "multitask"))
+    return (job.settings["task"] for job in jobs if job.kind == "train")
 
 
 def merge(arguments: argparse.Namespace) -> None:
@@ -207,20 +215,22 @@ def report(arguments: argparse.Namespace) -> None:
     if described is None and settings:
         raise ConfigError(f"{settings[0]}: changes a configuration, and none is given; add --run CONFIG")
     made = _finished_adapters(described) if described is not None else {}
-    named = {name: path for name, path in made.items() if described is not None and name in described.tasks}
+    trainings = set(_trainings(described)) if described is not None else set()
+    named = {name: path for name, path in made.items() if name in trainings}
     paths = adapters or list(named.values())
     if not paths:
         raise ConfigError("ADAPTER: none is given; give adapter files, or with --run a run that has finished some")
     matrix = described.folder / "summary.json" if described is not None else arguments.evaluation
     measured = None if matrix is None else _evaluation(matrix, "--run" if described is not None else "--evaluation")
     from lori_dist.adapter import source
-    from lori_dist.report import write
+    from lori_dist.report import conflicts_of, write
 
+    conflicts = conflicts_of(json.loads(matrix.read_text(encoding="utf-8"))) if matrix and described else {}
     names = None if adapters else list(named)
     jobs = json.loads(matrix.read_text(encoding="utf-8")).get("jobs") if described is not None and matrix else None
     opened = [source.opened(Path(path)) for path in paths]
-    written = write(opened, arguments.out, names=names, evaluation=measured, jobs=jobs)
-    if measured and not written["drops"]:
+    written = write(opened, arguments.out, names=names, evaluation=measured, jobs=jobs, conflicts=conflicts)
+    if measured and not written["drops"] and not conflicts:
         log.warning("%s: no model of it has the name of a task, and no merge was measured: there are no drops", matrix)
     print(arguments.out / "report.html")
 

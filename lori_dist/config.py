@@ -112,8 +112,9 @@ class Adapter:
     """One A for all tasks: merges keep the rank, tasks are kept apart only by their B."""
     dtype: Dtype = "float32"
     """Of A."""
-    projection: Literal["cached", "recomputed"] = "cached"
-    """A stays in memory, rank * in_features entries a layer, or is made anew in each product, which takes time."""
+    projection: Literal["cached", "recomputed", "trained"] = "cached"
+    """A stays in memory, rank * in_features entries a layer, or is made anew in each product, which takes time; or it
+    is trained, as in LoRA, and is then part of the file."""
 
 
 @section
@@ -603,6 +604,18 @@ def _methods(run: Run) -> Iterator[str]:
             yield from str(error).split("\n")
 
 
+def _projections(run: Run) -> Iterator[str]:
+    if run.adapter.projection != "trained":
+        return
+    if run.adapter.share_projection:
+        yield (
+            "adapter.share_projection: makes one A for all tasks, and with adapter.projection trained each adapter "
+            "gets its own; leave one out"
+        )
+    if run.adapter.dtype != "float32":
+        yield f"adapter.dtype: {run.adapter.dtype} was given, and a trained A is float32; leave it out"
+
+
 def _lengths(run: Run) -> Iterator[str]:
     if (run.train.steps is None) == (run.train.epochs is None):
         given = "neither is given" if run.train.steps is None else "both are given"
@@ -862,6 +875,7 @@ def _trackers(run: Run) -> Iterator[str]:
 
 RULES: tuple[Rule, ...] = (
     _methods,
+    _projections,
     _lengths,
     _tasks,
     _inputs,

@@ -22,7 +22,10 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,199}", re.ASCII)
 """Of jobs: nothing in it can leave the run's folder."""
 
 PLACEMENT = ("engine", "micro_batch_size", "activation_checkpointing", "checkpoint_every", "keep", "projection")
-"""Settings of training and of the adapter that change the result by rounding at most."""
+"""Settings of training and of the adapter that change the result by rounding at most; but for a trained projection."""
+
+JOINT = "joint"
+"""The adapter that tasks have together has this name in the place of a task's."""
 
 WEIGHTS = (".safetensors", ".bin")
 TEXTS = (".json", ".txt", ".model", ".jinja")
@@ -36,7 +39,7 @@ class Job:
     """One piece of a run, whose results are one folder."""
 
     name: str
-    """`train-TASK`, `merge-NAME` or `evaluate-MODEL`."""
+    """`train-TASK`, `train-joint`, `merge-NAME` or `evaluate-MODEL`."""
     kind: Kind
     needs: tuple[str, ...] = ()
     """Names of the jobs whose results it reads."""
@@ -59,8 +62,7 @@ def task_seed(run: config.Run, task: str) -> int:
 
     Below 2**53. The same on every machine, whatever other tasks there are.
     """
-    own = run.tasks[task].seed
-    if own is not None:
+    if task in run.tasks and (own := run.tasks[task].seed) is not None:
         return own
     if run.adapter.share_projection:
         return run.adapter.seed
@@ -87,12 +89,38 @@ def train_job(run: config.Run, task: str, after: Sequence[Job] = ()) -> Job:
             "template": rows["template"],
             **({"held_out": held_out} if held_out else {}),  # a run without a search has the fingerprints it had
         },
-        adapter={
-            key: value for key, value in tree["adapter"].items() if key not in ("seed", "share_projection", *PLACEMENT)
-        },
-        train={key: value for key, value in tree["train"].items() if key not in PLACEMENT},
-        **_code("adapter.mask", run.adapter.mask.name),
+        **_protocol(run),
     )
+
+
+def joint_job(run: config.Run, joint: Mapping[str, Any]) -> Job:
+    """The training of one adapter on all tasks together. joint: how, as `training.joint.Joint` takes it."""
+    tree = config.dump(run)
+    return _job(
+        "train",
+        JOINT,
+        [],
+        task=JOINT,
+        seed=task_seed(run, JOINT),
+        model=_model(run.model),
+        tasks={
+            name: {"rows": sha256(task["train"]), "template": task["template"]} for name, task in tree["tasks"].items()
+        },
+        joint=dict(joint),
+        **_protocol(run),
+    )
+
+
+def _protocol(run: config.Run) -> dict[str, Any]:
+    """How an adapter is trained, whatever its rows."""
+    tree = config.dump(run)
+    is_trained = {"projection": "trained"} if run.adapter.projection == "trained" else {}
+    outside = ("seed", "share_projection", *PLACEMENT)
+    return {
+        "adapter": {**{key: value for key, value in tree["adapter"].items() if key not in outside}, **is_trained},
+        "train": {key: value for key, value in tree["train"].items() if key not in PLACEMENT},
+        **_code("adapter.mask", run.adapter.mask.name),
+    }
 
 
 def merge_job(run: config.Run, name: str, trained: Mapping[str, Job]) -> Job:
@@ -180,7 +208,7 @@ def check_inputs(run: config.Run, job: Job) -> None:
         if "search" not in job.settings:
             return
         read = job.settings["search"]
-    planned = {read["task"]: read["data"]} if job.kind == "train" else read["tasks"]
+    planned = {read["task"]: read["data"]} if "data" in read else read["tasks"]
     for task, data in planned.items():
         part = data.get("part", "train" if job.kind == "train" else "test")
         if sha256(getattr(run.tasks[task], part)) != data["rows"]:

@@ -379,6 +379,17 @@ def test_train_writes_where_a_run_looks_and_does_nothing_twice(
     assert path.stat().st_mtime_ns == written
 
 
+def test_train_of_tasks_together_makes_their_adapter(folder: Path, tmp_path: Path) -> None:
+    words = ["train", "run.yaml", f"output={tmp_path}", "multitask=joint", "merges={}"]
+    path = tmp_path / "demo" / "train-joint" / "adapter.safetensors"
+    result = lori(*words, "--task", "joint", cwd=folder)
+    assert (result.returncode, result.stdout) == (0, f"{path}\n"), result.stderr
+    assert [block.name for block in load_adapter(path).blocks] == ["joint"]
+    result = lori(*words, "--task", "first", cwd=folder)
+    assert result.returncode == 2
+    assert result.stderr == "--task: there is no task 'first'; there are joint.\n"
+
+
 def test_evaluate_without_adapters_takes_what_the_run_has_finished(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -427,7 +427,15 @@ print(sorted({"torch", "transformers", "numpy", "ray", "deepspeed"} & set(sys.mo
         ("adapter.seed=-1", "adapter.seed: -1 was given; it should be greater than or equal to 0"),
         ("adapter.targets=5", "adapter.targets: 5 was given; wanted all-linear or wanted a list"),
         ("adapter.targets=[5]", "adapter.targets.0: 5 was given; wanted text; put it in quotes"),
-        ("adapter.projection=resident", "adapter.projection: 'resident' was given; wanted cached or recomputed"),
+        (
+            "adapter.projection=resident",
+            "adapter.projection: 'resident' was given; wanted cached or recomputed or trained",
+        ),
+        (
+            "adapter={projection: trained, share_projection: true}",
+            "adapter.share_projection: makes one A for all tasks, and with adapter.projection trained each .*",
+        ),
+        ("adapter={projection: trained, dtype: bfloat16}", "adapter.dtype: bfloat16 was given, and a trained A is .*"),
         ("adapter.dtype=fp16", "adapter.dtype: 'fp16' was given; wanted float32 or bfloat16 or float16.*"),
         ("adapter.mask=5", "adapter.mask: 5 was given; wanted a method's name, or a mapping with its name and options"),
         ("adapter.mask={seed: 5}", "adapter.mask.name: nothing was given; wanted text"),

@@ -23,7 +23,7 @@ def blocks(language: str) -> list[str]:
 
 def test_the_settings_are_all_there_are_with_their_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Given a value for each `...`, the block is a configuration equal to one that gives nothing else."""
-    (text,) = [block for block in blocks("yaml") if "multitask:" in block]
+    (text,) = [block for block in blocks("yaml") if "cluster:" in block]
     listed = yaml.safe_load(text)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text("{}")
@@ -92,6 +92,19 @@ def test_every_merge_is_in_the_table() -> None:
     table = README.partition("\n## Merges\n")[2].partition("\n## ")[0]
     for name in plugin.names("merges"):
         assert re.search(rf"^\|[^|]*`{name}`[^|]*\|", table, re.MULTILINE), name
+
+
+def test_every_plan_is_in_the_table() -> None:
+    table = README.partition("\n## Tasks together\n")[2].partition("\n## ")[0]
+    for name in plugin.names("multitask"):
+        assert re.search(rf"^\|[^|]*`{name}`[^|]*\|", table, re.MULTILINE), name
+
+
+def test_the_options_of_joint_training_are_all_there_are_with_their_defaults() -> None:
+    (text,) = [block for block in blocks("yaml") if block.startswith("multitask:\n")]
+    listed = yaml.safe_load(text)["multitask"]
+    options = plugin.find("multitask", listed.pop("name"), "plan", "multitask").options
+    assert listed == {name: option.default for name, option in options.items()} | {"weights": {"math": 2.0}}
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,9 @@ class Spec:
     """Module names, patterns, or `all-linear`."""
     dtype: torch.dtype = torch.float32
     """Of A: formed in fp32 and cast once, so casting the model never changes what was trained."""
-    projection: Literal["cached", "recomputed"] = "cached"
-    """Whether A is made once and kept, or is made anew in each product and takes no memory. Equal up to rounding."""
+    projection: Literal["cached", "recomputed", "trained"] = "cached"
+    """Whether A is made once and kept, or is made anew in each product and takes no memory, which is equal up to
+    rounding; or is trained as B is, from the A of the seed on (LoRA)."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -38,8 +39,8 @@ class Spec:
             raise AdapterError(f"alpha: {self.alpha} was given; wanted a finite number above 0")
         if not self.targets or (not isinstance(self.targets, str) and not all(self.targets)):
             raise AdapterError(f"targets: {self.targets!r} was given; name at least one layer, or give 'all-linear'")
-        if self.projection not in ("cached", "recomputed"):
-            raise AdapterError(f"projection: {self.projection!r} was given; wanted 'cached' or 'recomputed'")
+        if self.projection not in ("cached", "recomputed", "trained"):
+            raise AdapterError(f"projection: {self.projection!r} was given; wanted 'cached', 'recomputed' or 'trained'")
 
     @property
     def scale(self) -> float:
@@ -84,7 +85,7 @@ class Block:
     name: str
     """The task it was trained on."""
     seed: int | None
-    """A is generated from it. None: A was computed, as by an SVD, and is in `projections`."""
+    """A is generated from it. None: A was computed, as by an SVD, or trained, and is in `projections`."""
     rank: int
     """Rows of A. Where they differ between the modules of a block without a seed: the most that one has."""
     alpha: float

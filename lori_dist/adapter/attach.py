@@ -7,8 +7,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from lori_dist.adapter import per_task
 from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec
 from lori_dist.adapter.linear import AdaptedLinear, Delta, features, is_conv1d
+from lori_dist.adapter.per_task import PerTask
 from lori_dist.adapter.projection import checksum
 from lori_dist.errors import AdapterError
 from lori_dist.plugin import nearest
@@ -119,12 +121,35 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def trainable_projections(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Module path -> the A being trained, (rank * in_features,); none where A is frozen."""
+    return {
+        path: delta.trained_a
+        for path, layer in adapted(model).items()
+        for delta in layer.deltas
+        if delta.trained_a is not None and delta.trained_a.requires_grad
+    }
+
+
+def separate_tasks(model: nn.Module, num_tasks: int) -> PerTask:
+    """From here on backward passes give each task's gradient to what this returns, and none to the parameters."""
+    gradients = PerTask(num_tasks=num_tasks)
+    for layer in _attached(model).values():
+        for delta in layer.deltas:
+            delta.per_task = gradients
+    return gradients
+
+
 def projection_checksums(model: nn.Module) -> dict[str, str]:
     """Module path -> checksum of the A in memory, of a model with one trained update per target.
 
-    Where A is recomputed, it is made for this, a module at a time.
+    Where A is recomputed, it is made for this, a module at a time. A trained A counts as it was at the start.
     """
-    return {path: checksum(layer.deltas[0].a()) for path, layer in adapted(model).items()}
+    return {
+        path: checksum(delta.a() if delta.trained_a is None else delta.recipe.make(device="cpu"))
+        for path, layer in adapted(model).items()
+        for delta in layer.deltas[:1]
+    }
 
 
 def extract(
@@ -137,26 +162,32 @@ def extract(
     """The adapter that a model being trained holds.
 
     name: of the task. values: module path -> (kept,) on the CPU replaces the parameters, for engines that shard them;
-    they are not copied. base: identity of the base model.
+    they are not copied. A trained A, (rank * in_features,), has the key `per_task.of_a(path)`. base: identity of the
+    base model.
     Raises AdapterError for a model whose adapter was attached ready-made.
     """
     layers, spec = _attached(model), getattr(model, ATTACHED)
     if isinstance(spec, Adapter):
         raise AdapterError("model: holds an adapter that was trained before; save that one itself, or attach a Spec")
-    values = {path: _cpu(parameter) for path, parameter in trainable(model).items()} if values is None else values
+    if values is None:
+        of_a = {per_task.of_a(path): a for path, a in trainable_projections(model).items()}
+        values = {name: _cpu(parameter) for name, parameter in {**trainable(model), **of_a}.items()}
     entries = {
         path: Entries(index=_index(layer.deltas[0]), values=values[path])
         for path, layer in layers.items()
         if layer.deltas[0].kept
     }
+    is_trained = spec.projection == "trained"
+    projections = {path: values[per_task.of_a(path)].view(spec.rank, -1) for path in entries} if is_trained else {}
     block = Block(
         name=name,
-        seed=spec.seed,
+        seed=None if is_trained else spec.seed,
         rank=spec.rank,
         alpha=spec.alpha,
-        dtype=spec.dtype,
+        dtype=torch.float32 if is_trained else spec.dtype,
         entries=entries,
-        checksums=projection_checksums(model),
+        checksums={path: checksum(a) for path, a in projections.items()} if is_trained else projection_checksums(model),
+        projections=projections,
     )
     shapes = {path: features(layer.base) for path, layer in layers.items()}
     return Adapter(shapes=shapes, blocks=(block,), targets=spec.targets, base=dict(base or {}))
@@ -209,6 +240,7 @@ def _delta(path: str, base: nn.Module, spec: Spec, masks: Mapping[str, Tensor] |
         index=index,
         device=_device(base),
         cached=spec.projection == "cached",
+        trains_a=spec.projection == "trained",
     )
 
 

@@ -1,4 +1,4 @@
-"""The adapted layer: `y = W0 x + scale * B (A x)`, with A regenerated from a seed and B sparse.
+"""The adapted layer: `y = W0 x + scale * B (A x)`, with A regenerated from a seed, or trained, and B sparse.
 
 Source: LoRI (arXiv 2504.07448), section 3.
 """
@@ -9,8 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lori_dist.adapter import product
+from lori_dist.adapter.per_task import PerTask, Segments, of_a
 from lori_dist.adapter.projection import Recipe
 
 
@@ -23,26 +25,32 @@ class _Update(torch.autograd.Function):
         x: Tensor,  # (..., in_features)
         y: Tensor,  # (..., out_features); its dtype is the one computed in
         values: Tensor,  # (kept,)
-        a: Tensor | None,  # (rank, in_features); None: made from the recipe in each product
+        a: Tensor | None,  # rank * in_features entries; None: made from the recipe in each product
         recipe: Recipe,
         index: Tensor | None,  # (kept,) int32; None: all entries of B are kept
         scale: float,
+        per_task: PerTask | None,
     ) -> Tensor:
-        reduced, b = _operands(ctx, x, values, a, recipe, index, scale, y.shape[-1], y.dtype)
+        trains_a = ctx.needs_input_grad[3]
+        reduced, b = _operands(ctx, x, values, a, recipe, index, scale, per_task, trains_a, y.shape[-1], y.dtype)
         return torch.addmm(_rows(y), reduced, b.t(), alpha=scale).view(y.shape)
 
     @staticmethod
     @once_differentiable  # A x is saved without its graph: a second derivative would miss x
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        reduced, values, a, index = ctx.saved_tensors
-        needs_x, needs_y, needs_values = ctx.needs_input_grad[:3]
+        x, reduced, values, a, index = ctx.saved_tensors
+        needs_x, needs_y, needs_values, needs_a = ctx.needs_input_grad[:4]
         flat = _rows(grad)
         grad_values = _grad_values(ctx, flat, reduced, values, index) if needs_values else None
-        grad_x = None
+        grad_x = grad_a = None
+        if needs_x or needs_a:
+            grad_reduced = _grad_reduced(ctx, flat, values, index)
+        if needs_a:
+            grad_a = _grad_a(ctx, grad_reduced, x, a)
         if needs_x:
-            grad_x = _up(_grad_reduced(ctx, flat, values, index), a, ctx.recipe)
+            grad_x = _up(grad_reduced, a, ctx.recipe)
             grad_x = grad_x.to(ctx.x_dtype).view(*grad.shape[:-1], ctx.recipe.in_features)
-        return grad_x, grad if needs_y else None, grad_values, None, None, None, None
+        return grad_x, grad if needs_y else None, grad_values, grad_a, None, None, None, None
 
 
 class _Adapted(torch.autograd.Function):
@@ -64,30 +72,38 @@ class _Adapted(torch.autograd.Function):
         recipe: Recipe,
         index: Tensor | None,
         scale: float,
+        per_task: PerTask | None,
     ) -> Tensor:
         y = nn.functional.linear(_rows(x), weight.t() if transposed else weight, bias)
         # The weight itself, not a view of it: engines take its memory away, and give it back for the backward pass.
-        reduced, b = _operands(ctx, x, values, a, recipe, index, scale, y.shape[-1], y.dtype, weight)
+        trains_a = ctx.needs_input_grad[5]
+        reduced, b = _operands(
+            ctx, x, values, a, recipe, index, scale, per_task, trains_a, y.shape[-1], y.dtype, weight
+        )
         ctx.transposed = transposed
         return y.addmm_(reduced, b.t(), alpha=scale).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        reduced, values, a, index, weight = ctx.saved_tensors
+        x, reduced, values, a, index, weight = ctx.saved_tensors
         flat = _rows(grad)
-        grad_values = _grad_values(ctx, flat, reduced, values, index) if ctx.needs_input_grad[4] else None
-        grad_x = None
-        if ctx.needs_input_grad[0]:
+        needs_x, needs_values, needs_a = (ctx.needs_input_grad[number] for number in (0, 4, 5))
+        grad_values = _grad_values(ctx, flat, reduced, values, index) if needs_values else None
+        grad_x = grad_a = None
+        if needs_x or needs_a:
+            grad_reduced = _grad_reduced(ctx, flat, values, index)
+        if needs_a:
+            grad_a = _grad_a(ctx, grad_reduced, x, a)
+        if needs_x:
             weight = weight.to(flat.dtype)  # which autocast does for the forward pass alone
             grad_x = flat @ (weight.t() if ctx.transposed else weight)
-            grad_reduced = _grad_reduced(ctx, flat, values, index)
             if a is None:
                 grad_x.add_(product.up(grad_reduced, ctx.recipe))
             else:
-                grad_x.addmm_(grad_reduced, a.to(flat.dtype))
+                grad_x.addmm_(grad_reduced, _matrix(a, ctx.recipe, flat.dtype))
             grad_x = grad_x.to(ctx.x_dtype).view(*grad.shape[:-1], ctx.recipe.in_features)
-        return grad_x, None, None, None, grad_values, None, None, None, None
+        return grad_x, None, None, None, grad_values, grad_a, None, None, None, None
 
 
 def _operands(
@@ -98,21 +114,56 @@ def _operands(
     recipe: Recipe,
     index: Tensor | None,
     scale: float,
+    per_task: PerTask | None,
+    trains_a: bool,
     out_features: int,
     dtype: torch.dtype,
     *more: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """A x, (tokens, rank), and B, (out_features, rank). Keeps what the backward pass needs, and `more`."""
-    reduced = _down(_rows(x).to(dtype), a, recipe)
-    ctx.save_for_backward(reduced, values, a, index, *more)
-    ctx.recipe, ctx.scale, ctx.x_dtype = recipe, scale, x.dtype
+    flat = _rows(x).to(dtype)
+    reduced = _down(flat, a, recipe)
+    ctx.save_for_backward(x if trains_a else None, reduced, values, a, index, *more)
+    ctx.recipe, ctx.scale, ctx.x_dtype, ctx.per_task = recipe, scale, x.dtype, per_task
+    # Kept, as the pass backward may come after other batches.
+    ctx.segments = per_task.of(recipe.module, len(flat)) if per_task is not None else None
     return reduced, _dense(values, index, out_features, recipe.rank, dtype)
 
 
-def _grad_values(ctx: Any, grad: Tensor, reduced: Tensor, values: Tensor, index: Tensor | None) -> Tensor:
+def _grad_values(ctx: Any, grad: Tensor, reduced: Tensor, values: Tensor, index: Tensor | None) -> Tensor | None:
+    """None where it goes to the tasks' own sums."""
+    if ctx.per_task is not None:
+        _add_products(ctx.per_task.sum_of(ctx.recipe.module, values), grad, reduced, index, ctx.scale, ctx.segments)
+        return None
     grad_b = (grad.t() @ reduced).view(-1)  # dense only until its kept entries are picked
     picked = grad_b if index is None else grad_b.index_select(0, index)
     return picked.to(values.dtype).mul_(ctx.scale)
+
+
+def _grad_a(ctx: Any, grad_reduced: Tensor, x: Tensor, a: Tensor) -> Tensor | None:
+    """As `_grad_values`, of a trained A, flat. The scale is in grad_reduced."""
+    flat = _rows(x).to(grad_reduced.dtype)
+    if ctx.per_task is not None:
+        _add_products(ctx.per_task.sum_of(of_a(ctx.recipe.module), a), grad_reduced, flat, None, 1.0, ctx.segments)
+        return None
+    return (grad_reduced.t() @ flat).view_as(a).to(a.dtype)
+
+
+def _add_products(
+    sums: Tensor,  # (tasks, entries)
+    left: Tensor,  # (tokens, rows)
+    right: Tensor,  # (tokens, columns)
+    index: Tensor | None,
+    scale: float,
+    segments: Segments,
+) -> None:
+    """Adds scale * left^T right over each task's tokens, or of it the entries that are kept, to the task's sum."""
+    for task, tokens in segments:
+        if index is None and left.dtype == sums.dtype:
+            sums[task].view(left.shape[1], -1).addmm_(left[tokens].t(), right[tokens], alpha=scale)
+        else:
+            made = (left[tokens].t() @ right[tokens]).view(-1)
+            sums[task].add_(made if index is None else made.index_select(0, index), alpha=scale)
 
 
 def _grad_reduced(ctx: Any, grad: Tensor, values: Tensor, index: Tensor | None) -> Tensor:
@@ -127,11 +178,16 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _down(x: Tensor, a: Tensor | None, recipe: Recipe) -> Tensor:
-    return product.down(x, recipe) if a is None else x @ a.to(x.dtype).t()
+    return product.down(x, recipe) if a is None else x @ _matrix(a, recipe, x.dtype).t()
 
 
 def _up(u: Tensor, a: Tensor | None, recipe: Recipe) -> Tensor:
-    return product.up(u, recipe) if a is None else u @ a.to(u.dtype)
+    return product.up(u, recipe) if a is None else u @ _matrix(a, recipe, u.dtype)
+
+
+def _matrix(a: Tensor, recipe: Recipe, dtype: torch.dtype) -> Tensor:
+    """A, (rank, in_features), which is kept flat where it is trained."""
+    return a.view(recipe.rank, recipe.in_features).to(dtype)
 
 
 def _dense(values: Tensor, index: Tensor | None, out_features: int, rank: int, dtype: torch.dtype) -> Tensor:
@@ -147,10 +203,12 @@ class Delta(nn.Module):
 
     The only parameter is `values`, the kept entries of B; a Delta that keeps none has no parameter, because engines
     cannot shard empty ones. A and the index are non-persistent buffers, so they are in no checkpoint and on every rank.
-    With cached=False there is no A: it is made anew in each product.
+    With cached=False there is no A: it is made anew in each product. With trains_a=True it is a second parameter, flat
+    as engines shard it evenly then, which begins as the A of the seed.
     """
 
     values: nn.Parameter | None  # (kept,), fp32
+    trained_a: nn.Parameter | None  # (rank * in_features,), fp32
     projection: Tensor | None  # (rank, in_features); None unless cached
     index: Tensor | None  # (kept,) int32, ascending positions in the flat (out_features, rank); None: all
 
@@ -168,14 +226,16 @@ class Delta(nn.Module):
         device: torch.device,
         cached: bool = True,
         stored: Tensor | None = None,  # A, where no seed makes it
+        trains_a: bool = False,
     ) -> None:
         super().__init__()
         self.is_stored = stored is not None
+        self.per_task: PerTask | None = None
         # Of a stored A, the recipe says the shape alone.
         self.recipe = Recipe(seed=seed or 0, module=module, rank=rank, in_features=in_features, dtype=dtype)
         self.rank, self.scale = rank, scale
         self.in_features, self.out_features = in_features, out_features
-        a = self.recipe.make(device=device) if cached and stored is None else None
+        a = self.recipe.make(device=device) if cached and not trains_a and stored is None else None
         self.register_buffer("projection", a if stored is None else stored.to(device, copy=True), persistent=False)
         if index is not None:  # which nothing could make again, so it stays real even on the meta device
             index = index.to(index.device if device.type == "meta" else device, torch.int32)
@@ -183,21 +243,33 @@ class Delta(nn.Module):
         self.kept = out_features * rank if index is None else index.numel()
         values = torch.zeros(self.kept, dtype=torch.float32, device=device) if self.kept else None
         self.register_parameter("values", None if values is None else nn.Parameter(values))
+        start = self._start(device) if trains_a and self.kept else None
+        self.register_parameter("trained_a", None if start is None else nn.Parameter(start))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if self.values is None:
             return y
         apply = cast(Callable[..., Tensor], _Update.apply)
-        return apply(x, y, self.values, self.projection, self.recipe, self.index, self.scale)
+        return apply(x, y, self.values, self._held_a, self.recipe, self.index, self.scale, self.per_task)
 
     def adapted(self, x: Tensor, base: nn.Module) -> Tensor:
         """What `forward` gives after a base that `is_plain`, in one."""
         apply = cast(Callable[..., Tensor], _Adapted.apply)
-        mine = (self.values, self.projection, self.recipe, self.index, self.scale)
+        mine = (self.values, self._held_a, self.recipe, self.index, self.scale, self.per_task)
         return apply(x, base.weight, base.bias, is_conv1d(base), *mine)
 
+    @property
+    def _held_a(self) -> Tensor | None:
+        return self.projection if self.trained_a is None else self.trained_a
+
+    def _start(self, device: torch.device) -> Tensor:
+        """What a trained A begins as."""
+        return self.recipe.make(device=device).view(-1).to(torch.float32)
+
     def a(self) -> Tensor:
-        """A, (rank, in_features), on the layer's device: the cached one, or one made for the caller."""
+        """A, (rank, in_features), on the layer's device: that in memory, or one made for the caller."""
+        if self.trained_a is not None:
+            return self.trained_a.detach().view(self.rank, self.in_features)
         return self.recipe.make(device=self._device) if self.projection is None else self.projection
 
     def weight(self, values: Tensor | None) -> Tensor:
@@ -214,7 +286,8 @@ class Delta(nn.Module):
 
     def extra_repr(self) -> str:
         kept = f"{self.kept} of {self.out_features * self.rank}"
-        projection = "recomputed" if self.projection is None else "cached"
+        is_trained = self.trained_a is not None
+        projection = "trained" if is_trained else "recomputed" if self.projection is None else "cached"
         made = "A is stored" if self.is_stored else f"seed={self.recipe.seed}, projection={projection}"
         return f"rank={self.rank}, kept={kept}, {made}"
 
@@ -234,12 +307,20 @@ class Delta(nn.Module):
                 return tensor.to(result.device)
             if tensor is self.index:
                 return tensor if result.is_meta else tensor.to(result.device)
+            if tensor is self.trained_a and tensor.is_meta and not result.is_meta:
+                start = self._start(result.device)
+                # Each rank makes all of it and keeps its share: nothing is sent.
+                return start if not isinstance(tensor, DTensor) else _share(start, tensor)
             if tensor.is_meta and not result.is_meta:
                 return torch.zeros_like(tensor, device=result.device)
             return result if result.dtype.itemsize >= 4 else tensor.to(result.device)
 
         super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def _share(whole: Tensor, like: DTensor) -> DTensor:
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
 class AdaptedLinear(nn.Module):

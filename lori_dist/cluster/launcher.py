@@ -40,6 +40,7 @@ def train_task(run: Run, task: str, world: World, *, progress: Callable[[Record]
         fingerprint=job.fingerprint,
         still_mine=attempt.check,
         progress=progress,
+        joint=job.settings.get("joint"),
     )
     if world.rank == 0:
         seconds = round(time.monotonic() - start, 3)

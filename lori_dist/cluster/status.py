@@ -36,7 +36,7 @@ def status(root: Path) -> dict[str, Any]:
     `jobs`. Of each job, in the plan's order: `name`, `state` (waiting, running, finished, failed, blocked, or
     interrupted: it ran, and its driver has gone), `needs`, `seconds`, `attempts` (how many; 0 where it was finished
     before), `error` (of the last attempt that has ended with one) and, of a training that runs, `phase`, `step`,
-    `num_steps`, `steps_per_second`, `tokens_per_second` and `eta_seconds`, until the end of the phase. None where that
+    `num_steps`, `steps_per_second`, `tokens_per_second` and `eta_seconds`, until the end of its last phase. None where that
     is not known. Raises JobError if there is no run in the folder.
     """
     driver = folder.owner(root)  # before the summary, which a driver writes before it goes
@@ -108,7 +108,7 @@ def _steps(records: list[dict[str, Any]], *, is_running: bool) -> dict[str, Any]
     pace = statistics.median(gaps) if gaps else 0.0
     if is_running and pace > 0.0:
         found["steps_per_second"] = 1 / pace
-        found["eta_seconds"] = round((last["num_steps"] - last["step"]) * pace, 1)
+        found["eta_seconds"] = round(last["steps_left"] * pace, 1)
         if all("tokens" in record for record in steps):
             found["tokens_per_second"] = statistics.fmean(record["tokens"] for record in steps) / pace
     return found

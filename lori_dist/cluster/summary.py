@@ -22,23 +22,25 @@ def summarize(
     """The tree of summary.json.
 
     states: job -> what goes under "jobs", at least its "state". results: finished job -> what it returned. Models are
-    in the order base, tasks, merges.
+    in the order base, tasks, other adapters, merges.
     """
     jobs = list(jobs)
     done = [(job, results[job.name]) for job in jobs if job.name in results]
 
     def files(kind: str, key: str, names: Iterable[str]) -> dict[str, Any]:
         made = {job.settings[key]: (job, result) for job, result in done if job.kind == kind}
-        return {name: {**made[name][1], "path": str(path(run, made[name][0]))} for name in names if name in made}
+        ordered = dict.fromkeys([*names, *made])
+        return {name: {**made[name][1], "path": str(path(run, made[name][0]))} for name in ordered if name in made}
 
     measured = {job.settings["subject"]: result["evaluation"] for job, result in done if job.kind == "evaluate"}
+    adapters, merges = files("train", "task", run.tasks), files("merge", "merge", run.merges)
     return {
         "run": run.name,
         "jobs": {job.name: dict(states[job.name]) for job in jobs},
         "needs": {job.name: list(job.needs) for job in jobs},
-        "adapters": files("train", "task", run.tasks),
-        "merges": files("merge", "merge", run.merges),
-        "evaluation": {name: measured[name] for name in ("base", *run.tasks, *run.merges) if name in measured},
+        "adapters": adapters,
+        "merges": merges,
+        "evaluation": {name: measured[name] for name in ("base", *adapters, *merges) if name in measured},
     }
 
 
@@ -56,7 +58,7 @@ def attempts_of(partial: Path) -> list[dict[str, Any]]:
     return attempts
 
 
-LAST_BYTES = 16384
+LAST_BYTES = 2**16
 """Of a training's metrics: the last fifty steps or so."""
 
 

@@ -53,6 +53,7 @@ def train_rank(assignment: Assignment) -> dict[str, Any]:
             fingerprint=assignment.job.fingerprint,
             still_mine=assignment.attempt.check,
             progress=_pushing(run, assignment),
+            joint=assignment.job.settings.get("joint"),
         )
 
 

@@ -13,6 +13,7 @@ from lori_dist.training.engine import (
     Quantity,
     State,
     StepResult,
+    TaskGradients,
     adamw,
     clip,
     finish,
@@ -21,7 +22,7 @@ from lori_dist.training.engine import (
     start_moments,
     trained,
 )
-from lori_dist.training.loss import loss_sum
+from lori_dist.training.loss import task_loss_sums
 from lori_dist.training.weights import Weights, fill, materialize, whole
 from lori_dist.training.world import World
 
@@ -52,14 +53,22 @@ class Replicated:
         start_moments(self.optimizer, self.parameters.values(), self.num_steps)
         restore(self, state)
 
-    def step(self, micro_batches: Sequence[Batch], *, num_targets: int, lr: float) -> StepResult:
+    def step(
+        self, micro_batches: Sequence[Batch], *, num_targets: int, lr: float, tasks: TaskGradients | None = None
+    ) -> StepResult:
         set_learning_rate(self.optimizer, lr)
         losses = []
         for i, batch in enumerate(micro_batches):
-            with nullcontext() if i == len(micro_batches) - 1 else self.model.no_sync():
-                loss = loss_sum(self.model, batch.to(self.world.device)) / num_targets
-                (loss * self.world.size).backward()  # gradients become means over the ranks, the loss is a sum
+            if tasks is not None:
+                tasks.begin(batch)
+            with nullcontext() if i == len(micro_batches) - 1 and tasks is None else self.model.no_sync():
+                loss = task_loss_sums(self.model, batch.to(self.world.device)) / num_targets
+                # Gradients become means over the ranks, the loss is a sum.
+                (loss.sum() * (self.world.size if tasks is None else 1)).backward()
             losses.append(loss.detach())
+        if tasks is not None:
+            for path, gradient in tasks.gradient(self.parts("values"), self.num_steps).items():
+                self.parameters[path].grad = gradient
         norm = clip(self.parameters.values(), self.max_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -3,7 +3,8 @@
 The portable state and loading without a whole base need names that DeepSpeed does not document, which a test holds on
 to: `single_partition_of_fp32_groups`, `_lazy_init_hp_params_optimizer_state` and a parameter's `_hp_mapping` (stages 1
 and 2), `fp32_partitioned_groups_flat`, and `_convert_to_deepspeed_param` and a parameter's `ds_tensor` (stage 3). So
-does training once more in the same processes: `comm.cdb`, `_WORLD_GROUP` and `_ZERO_PARAM_INTRA_PARALLEL_GROUP`.
+do gradients of tasks together, `_index_in_param_group` (stages 1 and 2), and training once more in the same processes:
+`comm.cdb`, `_WORLD_GROUP` and `_ZERO_PARAM_INTRA_PARALLEL_GROUP`.
 """
 
 import functools
@@ -11,6 +12,7 @@ import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Annotated, Any, Literal
 
 import torch
@@ -21,7 +23,12 @@ if not torch.cuda.is_available():  # DeepSpeed looks for itself when it is impor
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
 from deepspeed.comm import comm
-from deepspeed.utils import groups, safe_get_local_fp32_param, safe_get_local_optimizer_state
+from deepspeed.utils import (
+    groups,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_local_grad,
+)
 
 from lori_dist.config import Train
 from lori_dist.errors import ConfigError
@@ -31,6 +38,7 @@ from lori_dist.training.engine import (
     Quantity,
     State,
     StepResult,
+    TaskGradients,
     adamw,
     finish,
     restore,
@@ -38,7 +46,7 @@ from lori_dist.training.engine import (
     start_moments,
     trained,
 )
-from lori_dist.training.loss import loss_sum
+from lori_dist.training.loss import task_loss_sums
 from lori_dist.training.weights import Weights, fill, materialize, on, whole
 from lori_dist.training.world import World
 
@@ -115,15 +123,25 @@ class Partitioned:
         self.num_steps = state.step if state else 0
         self._restore(state)
 
-    def step(self, micro_batches: Sequence[Batch], *, num_targets: int, lr: float) -> StepResult:
+    def step(
+        self, micro_batches: Sequence[Batch], *, num_targets: int, lr: float, tasks: TaskGradients | None = None
+    ) -> StepResult:
         set_learning_rate(self.optimizer, lr)
         losses = []
-        for i, batch in enumerate(micro_batches):
-            # Told for each, as steps have different numbers of them.
-            self.model.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
-            loss = loss_sum(self.model, batch.to(self.world.device)) / num_targets
-            self.model.backward(loss * self.world.size)  # gradients become means over the ranks, the loss is a sum
-            losses.append(loss.detach())
+        with nullcontext() if tasks is None else self.model.coalesce_grad_reduction():
+            for i, batch in enumerate(micro_batches):
+                if tasks is not None:
+                    tasks.begin(batch)
+                # Told for each, as steps have different numbers of them.
+                self.model.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
+                loss = task_loss_sums(self.model, batch.to(self.world.device)) / num_targets
+                # Gradients become means over the ranks, the loss is a sum.
+                self.model.backward(loss.sum() * (self.world.size if tasks is None else 1))
+                losses.append(loss.detach())
+        if tasks is not None:
+            for path, gradient in tasks.gradient(self.parts("values"), self.num_steps).items():
+                self._put_gradient(self.parameters[path], gradient)
+            self.model.set_gradient_accumulation_boundary(True)
         self.model.step()
         self.num_steps += 1
         return finish(losses, torch.as_tensor(self.model.get_global_grad_norm()))
@@ -131,6 +149,16 @@ class Partitioned:
     def parts(self, quantity: Quantity) -> Mapping[str, Part]:
         part = self._part_of_three if self.stage == 3 else _part_of_one_and_two
         return {path: part(parameter, quantity) for path, parameter in self.parameters.items()}
+
+    def _put_gradient(self, parameter: Any, gradient: Tensor) -> None:
+        """In the place of what DeepSpeed has reduced, which is nothing."""
+        if self.stage == 3:
+            padded = gradient.new_zeros(parameter.ds_tensor.numel())
+            padded[: gradient.numel()] = gradient
+            safe_set_local_grad(parameter, padded)
+        elif parameter._hp_mapping is not None:
+            held = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
+            held.view(-1)[: gradient.numel()].copy_(gradient)
 
     def _part_of_three(self, parameter: Any, quantity: Quantity) -> Part:
         is_value = quantity == "values"

@@ -19,6 +19,7 @@ from lori_dist.training.engine import (
     Quantity,
     State,
     StepResult,
+    TaskGradients,
     adamw,
     finish,
     restore,
@@ -26,7 +27,7 @@ from lori_dist.training.engine import (
     start_moments,
     trained,
 )
-from lori_dist.training.loss import loss_sum
+from lori_dist.training.loss import task_loss_sums
 from lori_dist.training.weights import Weights, fill, materialize, on, whole
 from lori_dist.training.world import World
 
@@ -93,14 +94,22 @@ class FullySharded:
         start_moments(self.optimizer, self.parameters.values(), self.num_steps)
         restore(self, state)
 
-    def step(self, micro_batches: Sequence[Batch], *, num_targets: int, lr: float) -> StepResult:
+    def step(
+        self, micro_batches: Sequence[Batch], *, num_targets: int, lr: float, tasks: TaskGradients | None = None
+    ) -> StepResult:
         set_learning_rate(self.optimizer, lr)
         losses = []
         for i, batch in enumerate(micro_batches):
-            self.model.set_requires_gradient_sync(i == len(micro_batches) - 1)
-            loss = loss_sum(self.model, batch.to(self.world.device)) / num_targets
-            (loss * self.world.size).backward()  # gradients become means over the ranks, the loss is a sum
+            if tasks is not None:
+                tasks.begin(batch)
+            self.model.set_requires_gradient_sync(i == len(micro_batches) - 1 and tasks is None)
+            loss = task_loss_sums(self.model, batch.to(self.world.device)) / num_targets
+            # Gradients become means over the ranks, the loss is a sum.
+            (loss.sum() * (self.world.size if tasks is None else 1)).backward()
             losses.append(loss.detach())
+        if tasks is not None:
+            for path, gradient in tasks.gradient(self.parts("values"), self.num_steps).items():
+                self.parameters[path].grad = _like(self.parameters[path], gradient)
         norm = self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -148,6 +157,15 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
             "modules they are (_no_split_modules); use ddp or deepspeed"
         )
     return blocks[::-1]
+
+
+def _like(parameter: DTensor, flat: Tensor) -> DTensor:
+    """A DTensor as the parameter, of this rank's share."""
+    local = flat.to(parameter.to_local().device).view(parameter.to_local().shape)
+    shape, stride = parameter.shape, parameter.stride()
+    return DTensor.from_local(
+        local, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
+    )
 
 
 def _part(tensor: Tensor) -> Part:

@@ -28,12 +28,14 @@ def write(
     names: Sequence[str] | None = None,
     evaluation: Evaluation | None = None,
     jobs: Mapping[str, Mapping[str, Any]] | None = None,
+    conflicts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes report.json, report.html and report-NAME.png into a folder, in place of those of an earlier report.
 
     names: as of `interference`. evaluation: with it the report has the drop of each task under each merge. jobs: of a
-    summary.json; with them the page has their timeline, and adapters may be missing.
-    Returns what report.json holds: the tree of `interference`, and under `drops` that of `drops`.
+    summary.json; with them the page has their timeline, and adapters may be missing. conflicts: of adapters that tasks
+    were trained together for, what the trainings' results say of them.
+    Returns what report.json holds: the tree of `interference`, under `drops` that of `drops`, and `conflicts`.
     """
     from lori_dist.report.page import page  # draws with matplotlib, which takes a second to import
     from lori_dist.report.plots import plots
@@ -42,6 +44,8 @@ def write(
     of_jobs = rows(jobs or {})
     found = NOTHING if of_jobs and not adapters else interference(adapters, names=names)
     report = {**found, "drops": drops(evaluation or {})}
+    if conflicts:
+        report["conflicts"] = dict(conflicts)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -61,18 +65,31 @@ def write_of_run(summary: Mapping[str, Any], out: Path) -> dict[str, str] | None
     """The report of a run's adapters and jobs beside its summary. A run does not fail by its report.
 
     Returns {"path": of the page}, or {"error": why there is none}, or None for a run with less than two adapters whose
-    jobs have no times.
+    jobs have no times, if no tasks were trained together.
     """
     paths, jobs = {name: made["path"] for name, made in summary["adapters"].items()}, summary.get("jobs", {})
+    conflicts = conflicts_of(summary)
     try:
         from lori_dist.report.timeline import rows
 
-        if len(paths) < 2 and not rows(jobs):
+        if len(paths) < 2 and not rows(jobs) and not conflicts:
             return None
         adapters = [file.opened(path) for path in paths.values()]
-        write(adapters, out, names=list(paths), evaluation=summary["evaluation"], jobs=jobs)
+        write(
+            adapters,
+            out,
+            names=list(paths),
+            evaluation=summary["evaluation"],
+            jobs=jobs,
+            conflicts=conflicts,
+        )
     except Exception as error:
         log.warning("%s: no report could be made: %s", out, error)
         log.debug("", exc_info=error)
         return {"error": f"{type(error).__name__}: {error}"}
     return {"path": str(out / PAGE)}
+
+
+def conflicts_of(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Adapter -> the conflicts of the tasks that were trained together for it."""
+    return {name: made["conflicts"] for name, made in summary["adapters"].items() if "conflicts" in made}

@@ -33,7 +33,9 @@ def page(
 ) -> str:
     """The page. Everything that comes from files is escaped. over_time: the timeline of the jobs."""
     count = len(report["adapters"])
-    title = f"Interference of {count} adapters" if count else "A run without adapters"
+    title = (
+        "A run without adapters" if not count else "One adapter" if count == 1 else f"Interference of {count} adapters"
+    )
     parts = [
         f"<h1>{as_html(title)}</h1>",
         *_summary(report),
@@ -41,6 +43,7 @@ def page(
         *(_section("Jobs", [_figure(over_time), *_jobs(jobs)]) if over_time else ()),
         *(_section("Pairs of adapters", _pairs(report)) if report["pairs"] else ()),
         *(_section("Drop of each task under each merge", _drops(report["drops"])) if report.get("drops") else ()),
+        *(_section("Conflicts in training", _conflicts(report["conflicts"])) if report.get("conflicts") else ()),
         *(_section("Adapters and norms", _adapters(report)) if count else ()),
         *(_section("How to read it", [_meanings()]) if report["pairs"] else ()),
     ]
@@ -73,7 +76,8 @@ def _figure(plot: Plot) -> str:
 def _summary(report: Mapping[str, Any]) -> Iterator[str]:
     names = ", ".join(adapter["name"] for adapter in report["adapters"])
     yield f'<p class="note">{as_html(names)}</p>'
-    lines = [*_of_cosines(report["pairs"]), *_of_drops(report.get("drops", {}))]
+    conflicts = report.get("conflicts", {})
+    lines = [*_of_cosines(report["pairs"]), *_of_drops(report.get("drops", {})), *_of_conflicts(conflicts)]
     if len(report["adapters"]) == 1:
         lines.append("There is one adapter only, and nothing to compare it with.")
     yield f"<ul>{''.join(f'<li>{as_html(line)}</li>' for line in lines)}</ul>"
@@ -97,6 +101,16 @@ def _of_drops(drops: Mapping[str, Any]) -> Iterator[str]:
         if kept:
             best = max(kept, key=lambda name: kept[name])
             yield f"By {metric}, {best} keeps most: {_percent(kept[best])} of what the tasks' own adapters reach."
+
+
+def _of_conflicts(conflicts: Mapping[str, Any]) -> Iterator[str]:
+    for name, found in conflicts.items():
+        worst = max(found["pairs"], key=lambda pair: pair["share"])
+        yield (
+            f"While {name} was trained, {' and '.join(worst['tasks'])} were most often in conflict: on average in "
+            f"{_percent(worst['share'])} of the places that are compared. Of the sum of all gradients, "
+            f"{_percent(found['removed'])} was taken out."
+        )
 
 
 def _meanings() -> str:
@@ -195,6 +209,22 @@ def _merge(name: str, merge: Mapping[str, Any], tasks: Sequence[str]) -> tuple[s
     score, drop = merge["score"], merge["drop"]
     cells = (f"{_number(score[task])} ({_number(drop[task], sign=True)})" if task in score else "-" for task in tasks)
     return (name, *cells, _number(sum(drop.values()) / len(drop), sign=True), _percent(merge["kept"]))
+
+
+def _conflicts(conflicts: Mapping[str, Any]) -> Iterator[str]:
+    for name, found in conflicts.items():
+        rows = [
+            (
+                " and ".join(pair["tasks"]),
+                _number(pair["cosine"], sign=True),
+                _percent(pair["share"]),
+                _number(min(pair["layers"]["depth"])),
+            )
+            for pair in found["pairs"]
+        ]
+        caption = f"Gradients of two tasks of {name}, before anything was taken out: means over {found['steps']} steps"
+        titles = ("pair", "cosine, over everything", "places in conflict", "deepest, of a layer")
+        yield _table(caption, titles, rows)
 
 
 def _adapters(report: Mapping[str, Any]) -> Iterator[str]:

@@ -142,6 +142,8 @@ def plots(report: Mapping[str, Any]) -> Iterator[Plot]:
         yield from _norms(report)
         for number, (metric, found) in enumerate(report.get("drops", {}).items(), 1):
             yield _drops(number, metric, found)
+        for number, (name, found) in enumerate(report.get("conflicts", {}).items(), 1):
+            yield from _conflicts(number, name, found)
 
 
 def _energy(space: str, pair: Mapping[str, Any], side: int) -> float | None:
@@ -226,6 +228,38 @@ def _drops(number: int, metric: str, found: Mapping[str, Any]) -> Plot:
         "orange, it is worse.",
         figure=_heat_map(
             f"Drop in {shown(metric, 24)}", merges, tasks, values, text, lambda value: _signed(-value, steps)
+        ),
+    )
+
+
+def _conflicts(number: int, name: str, found: Mapping[str, Any]) -> Iterator[Plot]:
+    """How often, and how much: layers down, pairs of tasks across."""
+    pairs = ["+".join(shown(task, 7) for task in pair["tasks"]) for pair in found["pairs"]]
+    layers = short_layers(found["layers"])
+
+    def table(key: str) -> list[tuple[float, ...]]:
+        return list(zip(*(pair["layers"][key] for pair in found["pairs"]), strict=True))
+
+    yield Plot(
+        name=f"conflicts-{number}",
+        alternative=f"Heat map of how often two tasks of {name} opposed each other, layers down, pairs across.",
+        caption="Share of the steps in which the gradients of two tasks, in a layer, had a negative inner product.",
+        figure=_heat_map(
+            f"Conflicts: {shown(name, 24)}",
+            layers,
+            pairs,
+            table("often"),
+            _percent,
+            _rising(SHARES),
+            down="layer",
+        ),
+    )
+    yield Plot(
+        name=f"conflicts-depth-{number}",
+        alternative=f"Heat map of how much two tasks of {name} opposed each other, layers down, pairs across.",
+        caption="Mean cosine of the two gradients in these steps: at -1 one task's step is the other's step back.",
+        figure=_heat_map(
+            f"Depth of conflicts: {shown(name, 20)}", layers, pairs, table("depth"), _short, _signed, down="layer"
         ),
     )
 

@@ -8,7 +8,7 @@ import math
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,8 @@ IGNORED = -100
 """Label of a token that is no target."""
 LISTED = 20
 """Malformed rows that an error shows."""
+
+Row = TypeVar("Row")
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +52,17 @@ class Batch:
     input_ids: Tensor  # (rows, length), int64
     attention_mask: Tensor  # (rows, length), int64, 0 on padding
     labels: Tensor  # (rows, length), int64, IGNORED outside the response
+    tasks: tuple[int, ...] | None = None
+    """Of several tasks trained together: each row's, ascending, from 0."""
+    weights: Tensor | None = None  # (tasks,): what a target of each counts in the loss
 
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(
             input_ids=self.input_ids.to(device, non_blocking=True),
             attention_mask=self.attention_mask.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
+            tasks=self.tasks,
+            weights=None if self.weights is None else self.weights.to(device, non_blocking=True),
         )
 
 
@@ -308,7 +315,7 @@ def rows_of_step(step: int, *, num_rows: int, batch_size: int, seed: int, epochs
     return rows
 
 
-def micro_batches(rows: Sequence[int], world_rank: int, world_size: int, micro_batch_size: int) -> list[list[int]]:
+def micro_batches(rows: Sequence[Row], world_rank: int, world_size: int, micro_batch_size: int) -> list[list[Row]]:
     """A rank's share of a global batch, in pieces of at most micro_batch_size rows.
 
     Every rank gets the same number of pieces, as each is a round of collectives; some may be empty.

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lori_dist.adapter.attach import adapted, trainable
+from lori_dist.adapter.attach import adapted, trainable, trainable_projections
+from lori_dist.adapter.per_task import of_a
 from lori_dist.config import Train
 from lori_dist.training.data import Batch
 from lori_dist.training.world import World
@@ -61,6 +62,8 @@ class StepResult:
     """Mean negative log-likelihood of a target token, in nats, over the global batch."""
     grad_norm: float
     """Of the whole gradient, before clipping."""
+    task_losses: tuple[float, ...] = ()
+    """Of tasks trained together: each one's part of the loss."""
 
 
 class Engine(Protocol):
@@ -76,10 +79,13 @@ class Engine(Protocol):
         """Optimizer steps done, those before a resumption included."""
         ...
 
-    def step(self, micro_batches: Sequence[Batch], *, num_targets: int, lr: float) -> StepResult:
+    def step(
+        self, micro_batches: Sequence[Batch], *, num_targets: int, lr: float, tasks: "TaskGradients | None" = None
+    ) -> StepResult:
         """One optimizer step over this rank's micro-batches, of which every rank has the same number.
 
-        num_targets: of the global batch, over all ranks. lr: for this step.
+        num_targets: of the global batch, over all ranks; 1 where the batches have weights. lr: for this step. tasks:
+        what sums up gradients over batches and ranks and makes the step's gradient, in the engine's place.
         """
         ...
 
@@ -96,10 +102,23 @@ class Engine(Protocol):
         ...
 
 
+class TaskGradients(Protocol):
+    """What makes the gradient of a step that trains several tasks together; see `surgery`."""
+
+    def begin(self, batch: Batch) -> None:
+        """A batch is to run, whose backward pass gives the parameters no gradient."""
+        ...
+
+    def gradient(self, parts: Mapping[str, Part], step: int) -> Mapping[str, Tensor]:
+        """Name -> the gradient, over all ranks, of what this one holds, flat. step: of the training, from 0."""
+        ...
+
+
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Module path -> the kept entries of an adapted model; of another one, name -> parameter that needs a gradient."""
+    """Module path -> the kept entries of an adapted model, and `of_a(path)` -> a trained A; of another one, name ->
+    parameter that needs a gradient."""
     if adapted(model):
-        return trainable(model)
+        return {**trainable(model), **{of_a(path): a for path, a in trainable_projections(model).items()}}
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -136,12 +155,12 @@ def clip(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
 def finish(losses: Sequence[Tensor], norm: Tensor) -> StepResult:
     """A step's result, from the losses of this rank's micro-batches and the norm: one collective, one copy to the host.
 
-    norm: 0-dim, equal on all ranks.
+    losses: of each micro-batch, (tasks,). norm: 0-dim, equal on all ranks.
     """
-    loss = torch.stack(list(losses)).sum()
+    loss = torch.stack(list(losses)).sum(0)
     dist.all_reduce(loss)
-    found, grad_norm = torch.stack([loss, norm.to(loss.device, loss.dtype)]).tolist()
-    return StepResult(loss=found, grad_norm=grad_norm)
+    *found, grad_norm = torch.cat([loss, norm.to(loss.device, loss.dtype).view(1)]).tolist()
+    return StepResult(loss=sum(found), grad_norm=grad_norm, task_losses=tuple(found) if len(found) > 1 else ())
 
 
 # --- state -----------------------------------------------------------------------------------------------------------

@@ -21,11 +21,24 @@ def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
     return _losses(model, batch).sum()
 
 
+def task_loss_sums(model: nn.Module, batch: Batch) -> Tensor:
+    """As `loss_sum`, for each of the batch's tasks, times its weight: (tasks,), or (1,) where there is one."""
+    if batch.tasks is None or batch.weights is None:
+        return loss_sum(model, batch).view(1)
+    losses = _losses(model, batch)
+    tasks = torch.tensor(batch.tasks, device=losses.device)[_rows(batch)]
+    return losses.new_zeros(len(batch.weights)).index_add_(0, tasks, losses) * batch.weights
+
+
 def log_likelihoods(model: nn.Module, batch: Batch) -> Tensor:
     """log p(response | prompt) of each row, (rows,), fp32, in nats."""
     losses = _losses(model, batch)
-    rows = (batch.labels[:, 1:] != IGNORED).nonzero()[:, 0]  # of each target
-    return losses.new_zeros(batch.labels.shape[0]).index_add_(0, rows, -losses)
+    return losses.new_zeros(batch.labels.shape[0]).index_add_(0, _rows(batch), -losses)
+
+
+def _rows(batch: Batch) -> Tensor:
+    """Of each target, in the order of `_losses`."""
+    return (batch.labels[:, 1:] != IGNORED).nonzero()[:, 0]
 
 
 def _losses(model: nn.Module, batch: Batch) -> Tensor:

@@ -16,9 +16,10 @@ METRICS = "metrics.jsonl"
 Record = dict[str, Any]
 """A line. `time`: when it was written, in seconds since 1970.
 
-Of a step of a training: phase, step (steps done), num_steps, loss, lr, grad_norm, tokens (of all ranks, no padding),
-seconds (of the step), tokens_per_second, mfu (of `flops.utilisation`, or null), memory (bytes, of rank 0: the peak of
-its device in this phase, or, without one, the resident set) and data_wait (seconds that rank 0 made batches).
+Of a step of a training: phase, step (steps done), num_steps, steps_left (of all phases), loss, lr, grad_norm, tokens
+(of all ranks, no padding), seconds (of the step), tokens_per_second, mfu (of `flops.utilisation`, or null), memory
+(bytes, of rank 0: the peak of its device in this phase, or, without one, the resident set) and data_wait (seconds that
+rank 0 made batches).
 Of an evaluation: metric, task, value, seconds. Of a merge: kept, total, density, bytes, rank, seconds.
 """
 
@@ -46,15 +47,15 @@ def append(folder: Path, record: Record) -> None:
         stream.write(json.dumps(record) + "\n")
 
 
-def read(folder: Path) -> list[Record]:
-    """All lines but one that a kill has cut short; none where there is no file."""
-    path = folder / METRICS
+def read(folder: Path, name: str = METRICS) -> list[Record]:
+    """All lines of a file but one that a kill has cut short; none where there is no file."""
+    path = folder / name
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def rewrite(folder: Path, records: Iterable[Record]) -> None:
+def rewrite(folder: Path, records: Iterable[Record], name: str = METRICS) -> None:
     """Puts records in place of those that are there, at once."""
-    partial = folder / f".{METRICS}.partial"
+    partial = folder / f".{name}.partial"
     partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    os.replace(partial, folder / METRICS)
+    os.replace(partial, folder / name)

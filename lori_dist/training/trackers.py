@@ -33,7 +33,7 @@ ARGUMENTS: Mapping[str, Callable[[Run, str, int], dict[str, Any]]] = {
 }
 """How each is told the name of the run, that of what it draws (a job, or a phase of one), and the step it begins at."""
 
-NOT_DRAWN = ("step", "num_steps", "time")
+NOT_DRAWN = ("step", "num_steps", "steps_left", "time")
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 """In the names of environment variables whose values are nobody else's business."""
 

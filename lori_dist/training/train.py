@@ -21,15 +21,20 @@ from lori_dist import config, plugin
 from lori_dist.adapter import file
 from lori_dist.adapter.adapter import Adapter, Spec
 from lori_dist.adapter.attach import attach, extract, projection_checksums
+from lori_dist.adapter.per_task import is_a
 from lori_dist.config import Run, held_out
 from lori_dist.errors import JobError
-from lori_dist.jobs import task_seed, train_job
-from lori_dist.training import checkpoint, data, flops, metrics
+from lori_dist.jobs import joint_job, task_seed, train_job
+from lori_dist.training import checkpoint, conflicts, data, flops, metrics
 from lori_dist.training.data import Example
-from lori_dist.training.engine import Engine, gather
+from lori_dist.training.engine import Engine, StepResult, gather
+from lori_dist.training.joint import Joint, rows_of_step
+from lori_dist.training.joint import batches as joint_batches
+from lori_dist.training.metrics import METRICS
 from lori_dist.training.metrics import Record as Record
 from lori_dist.training.model import check, identity, load_tokenizer
 from lori_dist.training.schedule import learning_rate
+from lori_dist.training.surgery import Surgery, layers_of, surgery
 from lori_dist.training.trackers import forget, tracked
 from lori_dist.training.weights import Weights, skeleton
 from lori_dist.training.world import World, agree, from_first
@@ -51,6 +56,8 @@ class Phase:
     num_steps: int
     epochs: float | None
     lr: float
+    steps_after: int = 0
+    """Of the phase that follows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,10 +74,12 @@ class Job:
     track: Callable[[Record], None]
     """To the run's trackers."""
     progress: Callable[[Record], None]
-    examples: Sequence[Example]
+    examples: Sequence[Sequence[Example]]
+    """Of each task: one, or those of `joint`."""
     pad_id: int
     origin: Mapping[str, Any]
     """What the result follows from."""
+    joint: Joint | None
 
 
 def train(
@@ -82,24 +91,28 @@ def train(
     fingerprint: str,
     still_mine: Callable[[], None] = lambda: None,
     progress: Callable[[Record], None] = lambda record: None,
+    joint: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Trains one task's adapter and writes it to folder/adapter.safetensors. Every rank calls this.
+    """Trains an adapter, of one task or of several, and writes it to folder/adapter.safetensors. Every rank calls this.
 
     With density 1 there is one dense phase (LoRI-D). Below that, a dense phase calibrates, its B gives the mask, and
     the kept entries are trained from zero, with the same A and a new optimizer (LoRI-S).
 
     folder: on storage that all ranks see; an earlier attempt's calibration and checkpoints in it are continued.
     fingerprint: of all that determines the result; files of another one are refused. still_mine: called before each
-    write, raises JobError where a newer attempt has taken over. progress: gets each step's record, on rank 0.
-    Returns kept, total, bytes, steps, loss (of the last step) and seconds (of this attempt).
+    write, raises JobError where a newer attempt has taken over. progress: gets each step's record, on rank 0. joint:
+    how tasks are trained together, in the place of the one, which is then the adapter's name; as `Joint` takes it.
+    Returns kept, total, bytes, steps, loss (of the last step), seconds (of this attempt) and, where tasks' gradients
+    were projected, conflicts.
     Raises ConfigError for rows or a model that cannot be used, JobError if ranks disagree or the loss is not finite.
     Source: LoRI (arXiv 2504.07448), section 3, but for A, which the authors' code draws again for the second phase.
     """
     start = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(run.model)
-    rows = _rows(run, task)
-    planned = train_job(run, task)
+    tasks = joint["tasks"] if joint is not None else (task,)
+    rows = {name: _rows(run, name) for name in tasks}
+    planned = joint_job(run, joint) if joint is not None else train_job(run, task)
     with tracked(run, planned.name) as track:
         job = Job(
             run=run,
@@ -111,11 +124,15 @@ def train(
             still_mine=still_mine,
             track=track,
             progress=progress,
-            examples=data.encode(rows, tokenizer, run.train.max_length, where=f"tasks.{task}.train"),
+            examples=[
+                data.encode(of_task, tokenizer, run.train.max_length, where=f"tasks.{name}.train")
+                for name, of_task in rows.items()
+            ],
             pad_id=data.pad_id(tokenizer),
             origin={"fingerprint": fingerprint, **planned.settings},
+            joint=None if joint is None else Joint(**joint),
         )
-        *calibration, last = phases(run.train, run.adapter.density, len(job.examples))
+        *calibration, last = phases(run.train, run.adapter.density, sum(map(len, job.examples)))
         masks = _masks(job, calibration[0]) if calibration else None
         gc.collect()  # models and engines refer to themselves, and two bases may not fit
         model, engine = _fit(job, last, masks)
@@ -131,6 +148,7 @@ def train(
             "steps": last.num_steps,
             "loss": metrics.read(folder)[-1]["loss"],
             "seconds": time.monotonic() - start,
+            **_conflicts(job, model),
         }
 
     return from_first(world, summary)
@@ -162,10 +180,9 @@ def write_adapter(path: Path, model: nn.Module, engine: Engine, job: Job) -> Ada
 def phases(train: config.Train, density: float, num_rows: int) -> list[Phase]:
     """What is done, in order: calibrate and train, or only train for a dense adapter."""
 
-    def phase(name: str, steps: int | None, epochs: float | None, lr: float) -> Phase:
-        return Phase(
-            name=name, num_steps=data.num_steps(num_rows, train.batch_size, steps, epochs), epochs=epochs, lr=lr
-        )
+    def phase(name: str, steps: int | None, epochs: float | None, lr: float, steps_after: int = 0) -> Phase:
+        num_steps = data.num_steps(num_rows, train.batch_size, steps, epochs)
+        return Phase(name=name, num_steps=num_steps, epochs=epochs, lr=lr, steps_after=steps_after)
 
     last = phase(TRAIN, train.steps, train.epochs, train.lr)
     if density == 1.0:
@@ -173,8 +190,8 @@ def phases(train: config.Train, density: float, num_rows: int) -> list[Phase]:
     calibrate = train.calibrate
     lr = train.lr / 10 if calibrate.lr is None else calibrate.lr
     if calibrate.steps is None and calibrate.epochs is None:
-        return [phase(CALIBRATE, train.steps, train.epochs, lr), last]
-    return [phase(CALIBRATE, calibrate.steps, calibrate.epochs, lr), last]
+        return [phase(CALIBRATE, train.steps, train.epochs, lr, last.num_steps), last]
+    return [phase(CALIBRATE, calibrate.steps, calibrate.epochs, lr, last.num_steps), last]
 
 
 # --- one phase -------------------------------------------------------------------------------------------------------
@@ -192,7 +209,8 @@ def _masks(job: Job, phase: Phase) -> dict[str, Tensor]:
 
     def choose() -> dict[str, tuple[torch.Size, bytes]]:
         state = checkpoint.read(path, CALIBRATE, origin=_origin(job, phase))
-        dense = {module: values.view(-1, job.run.adapter.rank) for module, values in state.values.items()}
+        of_b = {module: values for module, values in state.values.items() if not is_a(module)}
+        dense = {module: values.view(-1, job.run.adapter.rank) for module, values in of_b.items()}
         masks = method.load()(dense, density=job.run.adapter.density, **options)
         return {module: (mask.shape, np.packbits(mask.numpy()).tobytes()) for module, mask in masks.items()}
 
@@ -241,15 +259,21 @@ def _fit(job: Job, phase: Phase, masks: Mapping[str, Tensor] | None) -> tuple[Pr
     chosen = job.run.train.engine
     method = plugin.find("engines", chosen.name, "build", "train.engine")
     options = method.bind(chosen.options, "train.engine")
+    tasks = _surgery(job, model)
     engine: Engine = method.load()(model, weights, job.run.train, job.world, state=found, **options)
     checksums = json.dumps(projection_checksums(model))
     agree(job.world, checksums, "projection A", "install the same version of the program on all machines")
     if job.world.rank == 0:
         _rewind(job, phase, first)
     for step in range(first, phase.num_steps):
-        record = _step(job, phase, engine, step, mfu)
+        record = _step(job, phase, engine, step, tasks, mfu)
         if job.world.rank == 0:
-            _write(job, record)
+            if tasks is not None and tasks.conflicts is not None:
+                line = {"phase": phase.name, "step": step + 1, "cosines": conflicts.of_layers(tasks.conflicts)}
+                _append(job, conflicts.FILE, line)
+            _append(job, METRICS, record)
+            job.track(record)
+            job.progress(record)
         if _is_due(job, phase, step + 1):
             keep, folder = job.run.train.keep, job.folder / CHECKPOINTS
             checkpoint.save(folder, phase.name, engine, job.world, origin=origin, keep=keep, still_mine=job.still_mine)
@@ -282,7 +306,8 @@ def _adapted_model(job: Job, masks: Mapping[str, Tensor] | None) -> tuple[PreTra
     """The base without its weights, with an adapter whose values are zero; and the weights."""
     adapter = job.run.adapter
     model, weights = skeleton(job.run.model)
-    check(job.examples, model)
+    for examples in job.examples:
+        check(examples, model)
     spec = Spec(
         rank=adapter.rank,
         alpha=adapter.alpha,
@@ -311,33 +336,55 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
                     setattr(module, name, 0.0)
 
 
-def _step(job: Job, phase: Phase, engine: Engine, step: int, mfu: flops.Utilisation) -> Record:
+def _surgery(job: Job, model: nn.Module) -> Surgery | None:
+    """What makes one gradient of the tasks', where that is asked for."""
+    joint = job.joint
+    if joint is None or joint.projection == "none":
+        return None
+    return surgery(
+        model,
+        joint.tasks,
+        job.world,
+        projection=joint.projection,
+        granularity=joint.granularity,
+        reduce=joint.reduce,
+        seed=joint.seed,
+    )
+
+
+def _step(job: Job, phase: Phase, engine: Engine, step: int, tasks: Surgery | None, mfu: flops.Utilisation) -> Record:
     start = time.monotonic()
     train, world = job.run.train, job.world
     # Whatever draws random numbers draws the same ones in a training that was resumed.
     torch.manual_seed(_draw_seed(train.seed, phase.name, step, world.rank))
-    rows = data.rows_of_step(
-        step, num_rows=len(job.examples), batch_size=train.batch_size, seed=train.seed, epochs=phase.epochs
-    )
+    rows = _rows_of_step(job, phase, step)
+    examples = [job.examples[task][row] for task, row in rows]
     pieces = data.micro_batches(rows, world.rank, world.size, train.micro_batch_size)
-    batches = [data.collate([job.examples[row] for row in piece], job.pad_id) for piece in pieces]
+    if job.joint is None:
+        batches = [data.collate([job.examples[0][row] for _, row in piece], job.pad_id) for piece in pieces]
+    else:
+        batches = joint_batches(rows, job.examples, job.joint.weights, pieces, job.pad_id)
     lr = learning_rate(
         step, num_steps=phase.num_steps, lr=phase.lr, schedule=train.schedule, warmup_steps=train.warmup_steps
     )
-    num_targets = sum(len(job.examples[row].response_ids) for row in rows)  # of all ranks, and nothing is sent
+    num_targets = sum(len(example.response_ids) for example in examples)  # of all ranks, and nothing is sent
     data_wait = time.monotonic() - start
-    result = engine.step(batches, num_targets=num_targets, lr=lr)
+    if tasks is None:
+        result = engine.step(batches, num_targets=num_targets if job.joint is None else 1, lr=lr)
+    else:
+        result = engine.step(batches, num_targets=1, lr=lr, tasks=tasks)
     seconds = time.monotonic() - start
     if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
         raise JobError(
             f"{job.task}: at step {step + 1} of {phase.num_steps} of phase {phase.name} the loss is {result.loss} and "
             f"the gradient's norm {result.grad_norm}; lower the learning rate (here {lr:g}) or use model.dtype float32"
         )
-    num_tokens = num_targets + sum(len(job.examples[row].prompt_ids) for row in rows)
+    num_tokens = num_targets + sum(len(example.prompt_ids) for example in examples)
     return {
         "phase": phase.name,
         "step": step + 1,
         "num_steps": phase.num_steps,
+        "steps_left": phase.num_steps - step - 1 + phase.steps_after,
         "loss": result.loss,
         "lr": lr,
         "grad_norm": result.grad_norm,
@@ -348,7 +395,28 @@ def _step(job: Job, phase: Phase, engine: Engine, step: int, mfu: flops.Utilisat
         "memory": _memory(world.device),
         "data_wait": data_wait,
         "time": time.time(),
+        **_of_tasks(job, result, tasks),
     }
+
+
+def _rows_of_step(job: Job, phase: Phase, step: int) -> list[tuple[int, int]]:
+    """(task, row)."""
+    train, num_rows = job.run.train, [len(examples) for examples in job.examples]
+    if job.joint is not None:
+        return rows_of_step(step, num_rows=num_rows, batch_size=train.batch_size, seed=train.seed)
+    rows = data.rows_of_step(
+        step, num_rows=num_rows[0], batch_size=train.batch_size, seed=train.seed, epochs=phase.epochs
+    )
+    return [(0, row) for row in rows]
+
+
+def _of_tasks(job: Job, result: StepResult, tasks: Surgery | None) -> Record:
+    """What the record of a joint training has besides."""
+    if job.joint is None:
+        return {}
+    weighted = zip(job.joint.tasks, result.task_losses, job.joint.weights, strict=True)
+    losses = {"task_losses": {task: loss / weight for task, loss, weight in weighted}}
+    return losses if tasks is None or tasks.conflicts is None else {**losses, **conflicts.figures(tasks.conflicts)}
 
 
 def _draw_seed(seed: int, phase: str, step: int, rank: int) -> int:
@@ -364,23 +432,23 @@ def _is_due(job: Job, phase: Phase, num_done: int) -> bool:
 # --- metrics ---------------------------------------------------------------------------------------------------------
 
 
-def _write(job: Job, record: Record) -> None:
+def _append(job: Job, name: str, line: Mapping[str, Any]) -> None:
     job.still_mine()
-    metrics.append(job.folder, record)
-    job.track(record)
-    job.progress(record)
+    with (job.folder / name).open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(line) + "\n")
 
 
 def _rewind(job: Job, phase: Phase, first: int) -> None:
     """Drops what an earlier attempt wrote about steps that are done again."""
-    written = metrics.read(job.folder)
-    records = [record for record in written if record["phase"] != phase.name or record["step"] <= first]
-    if phase.name == CALIBRATE:
-        records = [record for record in records if record["phase"] == CALIBRATE]
-    job.still_mine()
-    metrics.rewrite(job.folder, records)
-    if not records:
-        forget(job.run, job.name)
+    for name in (METRICS,) if job.joint is None else (METRICS, conflicts.FILE):
+        lines = metrics.read(job.folder, name)
+        kept = [line for line in lines if line["phase"] != phase.name or line["step"] <= first]
+        if phase.name == CALIBRATE:
+            kept = [line for line in kept if line["phase"] == CALIBRATE]
+        job.still_mine()
+        metrics.rewrite(job.folder, kept, name)
+        if not kept and name == METRICS:
+            forget(job.run, job.name)
 
 
 def _memory(device: torch.device) -> int:
@@ -388,3 +456,14 @@ def _memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _conflicts(job: Job, model: nn.Module) -> Record:
+    """Those of the last phase, over all of its steps."""
+    if job.joint is None or job.joint.projection == "none":
+        return {}
+    records, lines = (
+        [line for line in metrics.read(job.folder, name) if line["phase"] == TRAIN]
+        for name in (METRICS, conflicts.FILE)
+    )
+    return {"conflicts": conflicts.over_steps(job.joint.tasks, layers_of(model), records, lines)}

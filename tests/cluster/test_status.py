@@ -30,7 +30,9 @@ with folder.lock(root) as owner:
 
 
 def record(step: int, *, at: float, phase: str = "train", tokens: int = 100) -> str:
-    return json.dumps({"phase": phase, "step": step, "num_steps": 50, "loss": 1.0, "tokens": tokens, "time": at}) + "\n"
+    left = 50 - step + (50 if phase == "calibrate" else 0)
+    steps = {"phase": phase, "step": step, "num_steps": 50, "steps_left": left}
+    return json.dumps({**steps, "loss": 1.0, "tokens": tokens, "time": at}) + "\n"
 
 
 @pytest.fixture

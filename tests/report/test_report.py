@@ -263,3 +263,41 @@ def summary_of(folder: Path, made: list[Adapter]) -> dict[str, Any]:
         "adapters": {name: {"path": str(folder / f"{name}.safetensors")} for name in names},
         "evaluation": evaluation(*names),
     }
+
+
+CONFLICTS = {
+    "joint": {
+        "steps": 20,
+        "layers": ["model.layers.0", "model.layers.1"],
+        "removed": 0.125,
+        "pairs": [
+            {
+                "tasks": ["math", other],
+                "cosine": -0.25,
+                "share": share,
+                "layers": {"cosine": [0.1, -0.3], "often": [share, 0.0], "depth": [-0.4, 0.0]},
+            }
+            for other, share in (("code", 0.5), (HOSTILE[0], 0.75))
+        ],
+    }
+}
+
+
+def test_conflicts_of_a_joint_training_are_in_all_of_it(tmp_path: Path) -> None:
+    made = report.write(tasks("joint"), tmp_path, conflicts=CONFLICTS)
+    assert made["conflicts"] == CONFLICTS == json.loads((tmp_path / "report.json").read_text())["conflicts"]
+    assert {"report-conflicts-1.png", "report-conflicts-depth-1.png"} <= {path.name for path in tmp_path.glob("*.png")}
+    page = Page((tmp_path / "report.html").read_text())
+    assert not page.all("script")
+    assert f"math and {HOSTILE[0]} were most often in conflict: on average in 75.0%" in page.words
+    assert "12.5% was taken out" in page.words
+    assert {"conflicts-1", "conflicts-depth-1"} <= {figure.get("id") for figure in page.all("figure")}
+
+
+def test_a_run_of_one_adapter_has_a_report_if_tasks_shared_it(tmp_path: Path) -> None:
+    save_adapter(tasks("joint")[0], tmp_path / "joint.safetensors")
+    made = {"path": str(tmp_path / "joint.safetensors")}
+    evaluation_of_joint = {"joint": {"math": {"loss": 1.0}}}
+    assert report.write_of_run({"adapters": {"joint": made}, "evaluation": evaluation_of_joint}, tmp_path) is None
+    shared = {"adapters": {"joint": {**made, "conflicts": CONFLICTS["joint"]}}, "evaluation": evaluation_of_joint}
+    assert report.write_of_run(shared, tmp_path) == {"path": str(tmp_path / "report.html")}

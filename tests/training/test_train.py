@@ -242,7 +242,7 @@ def test_metrics_are_those_of_the_global_batch(run: Run, tmp_path: Path) -> None
     assert steps(records, "calibrate") == list(range(1, CALIBRATION_STEPS + 1))
     assert steps(records, "train") == list(range(1, STEPS + 1))
     first = records[CALIBRATION_STEPS]
-    assert set(first) == {"phase", "step", "num_steps", "loss", "lr", "grad_norm", "tokens"} | MEASURED
+    assert set(first) == {"phase", "step", "num_steps", "steps_left", "loss", "lr", "grad_norm", "tokens"} | MEASURED
     assert first["num_steps"] == STEPS
     for record in records:
         assert record["tokens_per_second"] == record["tokens"] / record["seconds"]
@@ -304,7 +304,7 @@ def plan(density: float = 0.1, **train: Any) -> list[Phase]:
 
 def test_calibration_is_as_long_as_training_at_a_tenth_of_its_rate() -> None:
     assert plan(steps=50) == [
-        Phase(name="calibrate", num_steps=50, epochs=None, lr=1e-4),
+        Phase(name="calibrate", num_steps=50, epochs=None, lr=1e-4, steps_after=50),
         Phase(name="train", num_steps=50, epochs=None, lr=1e-3),
     ]
     assert [phase.num_steps for phase in plan(epochs=2.0)] == [5, 5]
@@ -312,10 +312,11 @@ def test_calibration_is_as_long_as_training_at_a_tenth_of_its_rate() -> None:
 
 def test_calibration_may_have_its_own_length_and_rate() -> None:
     assert plan(epochs=2.0, calibrate={"steps": 3, "lr": 7e-4}) == [
-        Phase(name="calibrate", num_steps=3, epochs=None, lr=7e-4),
+        Phase(name="calibrate", num_steps=3, epochs=None, lr=7e-4, steps_after=5),
         Phase(name="train", num_steps=5, epochs=2.0, lr=1e-3),
     ]
-    assert plan(steps=50, calibrate={"epochs": 1.0})[0] == Phase(name="calibrate", num_steps=3, epochs=1.0, lr=1e-4)
+    [first, _] = plan(steps=50, calibrate={"epochs": 1.0})
+    assert first == Phase(name="calibrate", num_steps=3, epochs=1.0, lr=1e-4, steps_after=50)
 
 
 def test_a_dense_adapter_has_no_calibration() -> None:

@@ -1,0 +1,79 @@
+"""Gradients of several tasks from one backward pass over rows of all of them.
+
+The rows of a batch do not meet in a transformer, so a task's gradient is what its rows add to the sum that a weight's
+gradient is. Source: Ortho-LoRA (arXiv 2601.09684), section 3, for what they are needed; the one pass is our own.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from lori_dist.errors import AdapterError
+
+Segments = tuple[tuple[int, slice], ...]
+"""The tasks that have tokens in a batch, each with where these are."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PerTask:
+    """Told which rows a batch has, it gets from every adapted layer's backward pass each task's gradient.
+
+    While a model has one, its backward pass gives trained parameters no gradient: what they get is made of these.
+    """
+
+    num_tasks: int
+    segments: Segments = ()
+    """Of the batch that runs."""
+    num_tokens: int = 0
+    """Of the batch that runs, padding included."""
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    """Name of a trained parameter -> (num_tasks, entries): the sum over all batches since `clear`, of this process."""
+
+    def begin(self, tasks: Sequence[int], length: int) -> None:
+        """A batch is to run. tasks: of its rows, each from 0, ascending. length: tokens of a row."""
+        if list(tasks) != sorted(tasks):
+            raise AdapterError(f"tasks: {list(tasks)} was given; rows of a task must follow each other, in order")
+        counts = [(task, sum(1 for _ in rows)) for task, rows in itertools.groupby(tasks)]
+        ends = list(itertools.accumulate((count * length for _, count in counts), initial=0))
+        pairs = zip(counts, itertools.pairwise(ends), strict=True)
+        self.segments = tuple((task, slice(*edges)) for (task, _), edges in pairs)
+        self.num_tokens = len(tasks) * length
+
+    def of(self, module: str, num_tokens: int) -> Segments:
+        """Where each task's tokens are in the input of a layer, its dimensions but the last in one.
+
+        Raises AdapterError where a layer does not see every token of the batch.
+        """
+        if num_tokens != self.num_tokens:
+            raise AdapterError(
+                f"{module}: sees {num_tokens} of the batch's {self.num_tokens} tokens, so the tasks' gradients cannot "
+                "be told apart there; leave it out of adapter.targets"
+            )
+        return self.segments
+
+    def sum_of(self, name: str, like: Tensor) -> Tensor:
+        """(num_tasks, entries of `like`), to be added to."""
+        if name not in self.sums:
+            self.sums[name] = like.new_zeros(self.num_tasks, like.numel())
+        return self.sums[name]
+
+    def clear(self) -> None:
+        """Before a step's first batch."""
+        for tensor in self.sums.values():
+            tensor.zero_()
+
+
+def of_a(module: str) -> str:
+    """The name of a module's trained A among trained parameters; its kept entries of B have the module's own."""
+    return f"{module}:A"
+
+
+def is_a(name: str) -> bool:
+    return name.endswith(":A")
+
+
+def module_of(name: str) -> str:
+    """The module of a trained tensor."""
+    return name.removesuffix(":A")

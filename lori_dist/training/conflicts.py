@@ -1,0 +1,81 @@
+"""What joint training says of conflicts between tasks: as a part of a step's record, as a line of a file of its own,
+and at the end, for people, over all steps."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from lori_dist.training.surgery import Conflicts
+
+FILE = "conflicts.jsonl"
+DIGITS = 4
+"""Of cosines in files."""
+
+
+def figures(conflicts: Conflicts) -> dict[str, Any]:
+    """A part of a step's record.
+
+    conflicts: two tasks, joined by `+` -> the cosine of their gradients and the share of units where they oppose each
+    other. removed: |taken out| / |sum of gradients|. exchanged_bytes: what the projection made ranks send.
+    """
+    return {
+        "conflicts": {
+            "+".join(pair): {"cosine": _short(cosine), "share": _short(conflicts.shares[pair])}
+            for pair, cosine in conflicts.cosines.items()
+        },
+        "removed": _short(conflicts.removed),
+        "exchanged_bytes": conflicts.sent_bytes,
+    }
+
+
+def of_layers(conflicts: Conflicts) -> dict[str, list[float]]:
+    """Two tasks, joined by `+` -> the cosine of their gradients in each layer."""
+    return {"+".join(pair): [_short(cosine) for cosine in cosines] for pair, cosines in conflicts.layers.items()}
+
+
+def over_steps(
+    tasks: Sequence[str],
+    layers: Sequence[str],
+    records: Iterable[Mapping[str, Any]],
+    lines: Iterable[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """How often and how much tasks stood in each other's way.
+
+    records: of steps, with `figures`. lines: of the same steps, with `of_layers` as `cosines`.
+
+    Returns steps: how many; layers: their names; removed: mean of the steps'; pairs: a list of {tasks: two names,
+    cosine: mean of the steps', share: mean share of units in conflict, layers: {cosine: mean, often: share of the
+    steps in which they opposed each other there, depth: mean cosine in these, 0 if there are none}, the items in the
+    order of the layers}.
+    """
+    records, lines = list(records), list(lines)
+    pairs = [(a, b) for place, a in enumerate(tasks) for b in tasks[place + 1 :]]
+
+    def of_pair(pair: tuple[str, str]) -> dict[str, Any]:
+        key = "+".join(pair)
+        columns = list(zip(*(line["cosines"][key] for line in lines), strict=True))
+        return {
+            "tasks": list(pair),
+            "cosine": _mean(record["conflicts"][key]["cosine"] for record in records),
+            "share": _mean(record["conflicts"][key]["share"] for record in records),
+            "layers": {
+                "cosine": [_mean(column) for column in columns],
+                "often": [_mean(cosine < 0 for cosine in column) for column in columns],
+                "depth": [_mean([cosine for cosine in column if cosine < 0] or [0.0]) for column in columns],
+            },
+        }
+
+    return {
+        "steps": len(records),
+        "layers": list(layers),
+        "removed": _mean(record["removed"] for record in records),
+        "pairs": [of_pair(pair) for pair in pairs],
+    }
+
+
+def _mean(values: Iterable[float]) -> float:
+    return _short(fmean(values))
+
+
+def _short(value: float) -> float:
+    return round(value, DIGITS)

@@ -1,0 +1,121 @@
+"""The plan of joint training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lori_dist import config
+from lori_dist.errors import ConfigError
+from lori_dist.jobs import Job
+from lori_dist.multitask.joint import plan
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "response": "b"}))
+    rows = str(tmp_path / "rows.jsonl")
+    return {
+        "name": "demo",
+        "model": {"path": str(tmp_path)},
+        "tasks": {name: {"train": rows, "test": rows} for name in ("math", "code", "nlu")},
+        "train": {"steps": 1},
+        "multitask": "joint",
+    }
+
+
+def planned(tree: dict[str, Any]) -> dict[str, Job]:
+    run = config.validate(tree)
+    return {job.name: job for job in plan(run, **run.multitask.options)}
+
+
+def with_options(tree: dict[str, Any], **options: Any) -> dict[str, Any]:
+    return {**tree, "multitask": {"name": "joint", **options}}
+
+
+def test_one_adapter_is_trained_and_measured_beside_the_base(tree: dict[str, Any]) -> None:
+    jobs = planned(tree)
+    assert {name: job.needs for name, job in jobs.items()} == {
+        "train-joint": (),
+        "evaluate-base": (),
+        "evaluate-joint": ("train-joint",),
+    }
+    assert set(jobs["evaluate-joint"].settings["tasks"]) == {"math", "code", "nlu"}
+
+
+def test_the_training_knows_how(tree: dict[str, Any]) -> None:
+    options = {"projection": "in_place", "granularity": "global", "reduce": "mean", "seed": 4, "weights": {"code": 2.5}}
+    settings = planned(with_options(tree, **options))["train-joint"].settings
+    assert settings["joint"] == {**options, "tasks": ["math", "code", "nlu"], "weights": [1.0, 2.5, 1.0]}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"projection": "none"}, {"granularity": "layer"}, {"reduce": "mean"}, {"seed": 1}, {"weights": {"nlu": 2.0}}],
+)
+def test_another_way_is_another_training(tree: dict[str, Any], options: dict[str, Any]) -> None:
+    before, after = planned(tree), planned(with_options(tree, **options))
+    assert before["train-joint"].fingerprint != after["train-joint"].fingerprint
+    assert before["evaluate-base"].fingerprint == after["evaluate-base"].fingerprint
+
+
+def test_the_order_of_the_tasks_counts(tree: dict[str, Any]) -> None:
+    """It is that of the rows in a batch, and of what the seed draws."""
+    before = planned(tree)["train-joint"].fingerprint
+    tree["tasks"] = dict(reversed(tree["tasks"].items()))
+    assert planned(tree)["train-joint"].fingerprint != before
+
+
+def test_a_trained_a_is_another_training_and_a_recomputed_one_is_not(tree: dict[str, Any]) -> None:
+    prints = {
+        projection: planned({**tree, "adapter": {"projection": projection}})["train-joint"].fingerprint
+        for projection in ("cached", "recomputed", "trained")
+    }
+    assert prints["cached"] == prints["recomputed"] != prints["trained"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"merges": {"all": {"method": "concat"}}}, "merges: all was given, and joint training makes one adapter"),
+        ({"train": {"steps": 1, "batch_size": 2}}, "train.batch_size: 2 was given for 3 tasks"),
+        ({"multitask": {"name": "joint", "weights": {"cod": 2}}}, r"multitask\.weights\.cod: .* Did you mean 'code'\?"),
+    ],
+)
+def test_what_it_cannot_be_is_refused(tree: dict[str, Any], change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        planned({**tree, **change})
+
+
+def test_all_mistakes_are_told_at_once(tree: dict[str, Any]) -> None:
+    [task] = {"math"}
+    tree["tasks"] = {"joint": {**tree["tasks"][task], "seed": 4}}
+    with pytest.raises(ConfigError) as error:
+        planned(tree)
+    assert [line.partition(":")[0] for line in str(error.value).split("\n")] == [
+        "tasks",
+        "tasks.joint",
+        "tasks.joint.seed",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"projection": "orignal"},
+            r"multitask\.projection: 'orignal' was given; it should be 'original', 'in_place' or",
+        ),
+        ({"granularity": "row"}, r"multitask\.granularity: 'row' was given"),
+        ({"weights": {"code": 0}}, r"multitask\.weights\.code: 0 was given; it should be a finite number above 0"),
+        ({"weights": {"code": "x"}}, r"multitask\.weights: .* was given"),
+        ({"project": "none"}, r"multitask\.project: joint has no such option; .* Did you mean 'projection'\?"),
+    ],
+)
+def test_an_option_that_is_wrong_is_refused_with_the_configuration(
+    tree: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        planned(with_options(tree, **options))
