@@ -36,8 +36,8 @@ def status(root: Path) -> dict[str, Any]:
     `jobs`. Of each job, in the plan's order: `name`, `state` (waiting, running, finished, failed, blocked, or
     interrupted: it ran, and its driver has gone), `needs`, `seconds`, `attempts` (how many; 0 where it was finished
     before), `error` (of the last attempt that has ended with one) and, of a training that runs, `phase`, `step`,
-    `num_steps`, `steps_per_second`, `tokens_per_second` and `eta_seconds`, until the end of its last phase. None where that
-    is not known. Raises JobError if there is no run in the folder.
+    `num_steps`, `steps_per_second`, `tokens_per_second` and `eta_seconds`, until its end. None where that is not known.
+    Raises JobError if there is no run in the folder.
     """
     driver = folder.owner(root)  # before the summary, which a driver writes before it goes
     summary = _summary(root)
