@@ -22,6 +22,7 @@ from lori_dist.jobs import (
     fingerprint,
     merge_job,
     order,
+    path_lengths,
     ready,
     sha256,
     task_seed,
@@ -390,6 +391,15 @@ def test_doing_what_is_ready_does_everything_once(plan: list[Job], random: Any) 
 def test_what_runs_or_waits_for_others_is_not_ready() -> None:
     plan = [job("a"), job("b", "a"), job("c", "a", "d"), job("d"), job("e")]
     assert [item.name for item in ready(plan, ["a"], ["d"])] == ["b", "e"]
+
+
+@given(plan=plans())
+def test_the_longest_way_to_the_end(plan: list[Job]) -> None:
+    ordered = order(plan)
+    lengths = path_lengths(ordered)
+    for job in ordered:
+        after = [lengths[other.name] for other in ordered if job.name in other.needs]
+        assert lengths[job.name] == 1 + max(after, default=0)
 
 
 @given(plans(), st.data())

@@ -192,7 +192,7 @@ def test_a_slurm_job_that_runs_out_of_time_is_queued_again_and_goes_on(
     assert (folder / f"requeued-{job['SLURM_JOB_ID']}").exists()
     launched = run_all([["bash", *words]], folder, tmp_path / "log", [job])
     assert launched.codes == [0], launched.output
-    assert json.loads(adapter_of(tmp_path).with_name("job.json").read_text())["attempts"] == 2
+    assert len(json.loads(adapter_of(tmp_path).with_name("job.json").read_text())["attempts"]) == 2
     assert_equal(load_adapter(adapter_of(tmp_path)), alone)
 
 

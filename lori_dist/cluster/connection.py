@@ -17,6 +17,8 @@ from lori_dist.errors import ConfigError, JobError, is_secret
 
 # Ray is imported by functions, after the environment it reads while it is imported has been set.
 
+log = logging.getLogger(__name__)
+
 TOKEN = secrets.token_hex(32)
 """Lets nobody else on this machine into the cluster that we start. Ray reads it once in a process."""
 
@@ -52,13 +54,16 @@ def connected(run: Run) -> Iterator[Callable[[], list[Resources]]]:
         own: dict[str, Any] = {"include_dashboard": True, "object_store_memory": OBJECT_STORE_BYTES}
         own = {**own, "dashboard_host": run.cluster.bind} if local else {}
         try:
-            ray.init(address=run.cluster.address, log_to_driver=False, logging_level=logging.ERROR, **own)
+            context = ray.init(address=run.cluster.address, log_to_driver=False, logging_level=logging.ERROR, **own)
         except (ConnectionError, ray.exceptions.RayError) as error:
             raise JobError(
                 f"cluster.address: no Ray cluster answers at {run.cluster.address!r} ({error}); start one with "
                 "`ray start --head`, or use `local`. Where it wants a token, set RAY_AUTH_TOKEN_PATH to "
                 "the file that has it"
             ) from error
+        if context.dashboard_url:
+            # That of a cluster which outlives the run is looked up in logs as well.
+            log.log(logging.INFO if local else logging.WARNING, "Ray's dashboard: http://%s", context.dashboard_url)
         try:
             with _stopped_by_sigterm(), _token_file(run) if is_open else contextlib.nullcontext():
                 yield _nodes
