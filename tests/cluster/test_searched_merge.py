@@ -125,7 +125,7 @@ def test_the_scores_are_those_of_the_validation_rows_and_of_the_last_train_rows(
 
 def test_nothing_that_was_tried_is_left(first: Searched) -> None:
     left = {path.name for path in (first.run.folder / "merge-found").iterdir()}
-    assert left == {"adapter.safetensors", "job.json", "search.jsonl"}
+    assert left == {"adapter.safetensors", "job.json", "metrics.jsonl", "search.jsonl"}
 
 
 @pytest.fixture(scope="module")
