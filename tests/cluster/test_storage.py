@@ -6,13 +6,14 @@ import os
 import shutil
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from lori_dist import storage
+from lori_dist import config, storage
 from tests.cluster.trained import assert_undisturbed, attempts, described, driven, process_of
-from tests.raylets import Machine, Nodes
+from tests.raylets import Machine, Node, Nodes
 
 pytestmark = pytest.mark.ray
 
@@ -42,11 +43,10 @@ def test_a_url_gives_the_bytes_a_path_gives_also_after_a_kill(tmp_path: Path) ->
             shutil.rmtree(run.folder.parent)
 
 
-@pytest.mark.slow
-def test_nodes_with_no_disk_in_common_work(tmp_path: Path) -> None:
-    """Each node's place for mirrors is a disk of its own; a training's two ranks are on two nodes."""
-    run = described(tmp_path, workers=2, cpus_per_worker=1, placement="strict_spread")
-    run = dataclasses.replace(run, output=(tmp_path / "store").as_uri())
+@contextlib.contextmanager
+def apart(run: config.Run, folder: Path, count: int) -> Iterator[tuple[Nodes, list[Node], config.Run]]:
+    """A head, nodes of a CPU each, and the run on them. Each node's place for mirrors is a disk of its own."""
+    run = dataclasses.replace(run, output=(folder / "store").as_uri())
     place = storage.mirror_folder(run.output, run.name).parent.parent
     place.mkdir(mode=0o700, exist_ok=True)
     script = f'mount -t tmpfs -o mode=700 tmpfs "{place}" && exec "$@"'
@@ -54,13 +54,41 @@ def test_nodes_with_no_disk_in_common_work(tmp_path: Path) -> None:
     if subprocess.run([*own.prefix, "true"], capture_output=True, check=False).returncode:
         pytest.skip("cannot give a process disks of its own")
     try:
-        with Nodes(tmp_path, [own] * 3) as nodes:
-            nodes.add(2, cpus=1)
-            run = dataclasses.replace(run, cluster=dataclasses.replace(run.cluster, address=nodes.address))
-            with driven(run, tmp_path) as driver:
-                assert driver.ends() == 0, driver.said()
-        assert not list(run.folder.glob(".partial-*/checkpoints/*"))
-        assert_undisturbed(run, tmp_path, world_size=2)
+        with Nodes(folder, [own] * (count + 1)) as nodes:
+            workers = nodes.add(count, cpus=1)
+            cluster = dataclasses.replace(run.cluster, address=nodes.address)
+            yield nodes, workers, dataclasses.replace(run, cluster=cluster)
     finally:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(run.folder.parent)
+
+
+def sees(node: Node, path: Path) -> bool:
+    """Whether there is such a file on the disks of that node."""
+    return Path(f"/proc/{node.pids()[0]}/root{path}").exists()
+
+
+@pytest.mark.slow
+def test_nodes_with_no_disk_in_common_work(tmp_path: Path) -> None:
+    """A training's two ranks are on two nodes."""
+    run = described(tmp_path, workers=2, cpus_per_worker=1, placement="strict_spread")
+    with apart(run, tmp_path, 2) as (_, _, run), driven(run, tmp_path) as driver:
+        assert driver.ends() == 0, driver.said()
+        assert not list(run.folder.glob(".partial-*/checkpoints/*"))
+        assert_undisturbed(run, tmp_path, world_size=2)
+
+
+@pytest.mark.slow
+def test_a_node_goes_on_from_what_a_lost_one_has_put_on_storage(tmp_path: Path) -> None:
+    """The node that trains is killed; the other has never seen the run, and resumes from a checkpoint it fetches."""
+    run = described(tmp_path, workers=1, cpus_per_worker=1, retries=2)
+    checkpoints = tmp_path / "store" / "demo" / ".partial-train-copy" / "checkpoints"
+    with apart(run, tmp_path, 2) as (_, workers, run), driven(run, tmp_path) as driver:
+        driver.until(lambda: any(checkpoints.glob("*-*.safetensors")))
+        [lost] = [node for node in workers if sees(node, run.folder / "logs" / "train-copy.rank0.log")]
+        lost.kill()
+        assert driver.ends() == 0, driver.said()
+        first, second = attempts(run)
+        assert first["error"] and not second["error"]
+        assert second["resumed_at"]["step"] > 0
+        assert_undisturbed(run, tmp_path, world_size=1)
