@@ -115,8 +115,8 @@ def train(arguments: argparse.Namespace) -> None:
 
     with member(functools.partial(_told, verbose=arguments.verbose)) as watch:
         path, is_first = _train(arguments, watch)
-    if is_first:
-        print(path)
+        if is_first:
+            print(path)
 
 
 def _train(arguments: argparse.Namespace, watch: "Callable[[World], None]") -> tuple[Path, bool]:

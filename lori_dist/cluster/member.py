@@ -2,7 +2,8 @@
 
 A rank that fails by itself speaks at once. A mistake that all ranks make is told by rank 0, which the others give the
 time to do so. A rank that fails only because another one has ended says no more than that. All exit without the
-interpreter's clean-up, in which the threads of communication libraries may wait for ranks that are gone.
+interpreter's clean-up, in which the threads of communication libraries may wait for ranks that are gone. Those that are
+done do so as well: a thread of gloo's that lets go of its last tensor in the midst of a clean-up aborts the process.
 """
 
 import hashlib
@@ -39,7 +40,7 @@ def member(told: Told) -> Iterator[Callable[["World"], None]]:
     """Surrounds all that a rank does. Gives what every rank calls when the process group is there.
 
     told: the message and the exit code for an error raised on purpose, None for any other. Where a launcher has started
-    several ranks, an error does not leave this: the process ends here. A single process sees nothing of it.
+    several ranks, nothing leaves this: the process ends here, well or not. A single process sees nothing of it.
     """
     try:
         place = rendezvous(os.environ)
@@ -73,9 +74,12 @@ class Member:
 
         self.peers = watch(world, self._leave)
 
-    def done(self) -> None:
+    def done(self) -> NoReturn:
         if self.peers is not None:
             self.peers.close()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
     def end(self, error: BaseException) -> NoReturn:
         """Says why, unless another has said it, and exits."""

@@ -125,7 +125,7 @@ def _work(board: Board, nodes: Callable[[], Sequence[Resources]], owner: str) ->
         gangs.stopping.set()
         if board.named("running"):
             log.warning("%s: stopped; the same command continues from here", board.run.name)
+            board.interrupt()  # first, as Ray may end the driver of a job that has left it
             disconnect()  # which ends what the watchers wait for
-            board.interrupt()
         for watcher in watchers:
             watcher.join(timeout=STOP_SECONDS)
