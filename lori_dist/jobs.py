@@ -73,8 +73,8 @@ def task_seed(run: config.Run, task: str) -> int:
 # --- the jobs there are ----------------------------------------------------------------------------------------------
 
 
-def train_job(run: config.Run, task: str, after: Sequence[Job] = ()) -> Job:
-    """The training of one task's adapter."""
+def train_job(run: config.Run, task: str, after: Sequence[Job] = (), sequel: Mapping[str, Any] | None = None) -> Job:
+    """The training of one task's adapter. sequel: to what it is added, as `training.train.train` takes it."""
     tree = config.dump(run)
     rows, held_out = tree["tasks"][task], config.held_out(run, task)
     return _job(
@@ -89,6 +89,7 @@ def train_job(run: config.Run, task: str, after: Sequence[Job] = ()) -> Job:
             "template": rows["template"],
             **({"held_out": held_out} if held_out else {}),  # a run without a search has the fingerprints it had
         },
+        **({} if sequel is None else {"sequel": dict(sequel)}),
         **_protocol(run),
     )
 

@@ -17,7 +17,7 @@ PACKAGE = Path(lori_dist.__file__).parent
 # file's own line goes before its folder's.
 RINGS = (
     {"__init__.py", "adapter", "masks", "merges", "interference.py", "tensors.py", "plugin.py", "errors.py"},
-    {"config.py", "jobs.py", "folder.py", "storage.py", "multitask"},
+    {"config.py", "jobs.py", "folder.py", "storage.py", "multitask", "scores.py"},
     {"training", "engines", "evaluation"},
     {"cluster", "integrations", "benchmarks", "report", "describe.py", "progress.py", "__main__.py"},
 )
@@ -36,6 +36,7 @@ LIBRARIES = {
     "folder.py": {"pydantic", "yaml"},
     "storage.py": {"fsspec", "pydantic", "yaml"},
     "multitask": {"pydantic", "yaml"},
+    "scores.py": set(),
     "engines/deepspeed.py": {"torch", "numpy", "transformers", "deepspeed"},
     "training": {"torch", "safetensors", "numpy", "transformers", "accelerate"},
     "engines": {"torch", "numpy", "transformers", "accelerate"},

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lori_dist.adapter import per_task
 from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec
-from lori_dist.adapter.linear import AdaptedLinear, Delta, features, is_conv1d
+from lori_dist.adapter.linear import AdaptedLinear, Delta, Kept, features, is_conv1d
 from lori_dist.adapter.per_task import PerTask
 from lori_dist.adapter.projection import checksum
 from lori_dist.errors import AdapterError
@@ -27,12 +27,17 @@ class HasOutputEmbeddings(Protocol):
 
 
 def attach(
-    model: nn.Module, what: Spec | Adapter, *, masks: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    what: Spec | Adapter,
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+    before: Adapter | None = None,
 ) -> dict[str, AdaptedLinear]:
     """Puts an adapter on a model, in place. Returns module path -> the layer that replaced it, in the model's order.
 
     With a Spec: something to train. The whole base is frozen; every target gets the update scale * B A whose B starts
     at zero. masks: module path -> (out_features, rank) bool, the entries of B that exist; without masks, all do.
+    before: what was trained on the same A earlier. It stays as it is, and what is trained is added to it.
     With an Adapter: its trained updates, frozen; A is made again and compared with the adapter's checksums.
 
     Raises AdapterError for targets that match nothing or are no linear layers, for shapes that differ, for a layer
@@ -42,9 +47,11 @@ def attach(
     if isinstance(what, Adapter):
         if masks is not None:
             raise AdapterError("masks: were given with an adapter, which brings its own; leave them out")
+        if before is not None:
+            raise AdapterError("before: was given with an adapter; merge the two instead")
         layers = _from_adapter(model, what)
     else:
-        layers = _from_spec(model, what, masks)
+        layers = _from_spec(model, what, masks, before)
     model.requires_grad_(False)
     for path, layer in layers.items():
         parent, _, name = path.rpartition(".")
@@ -208,15 +215,49 @@ def _attached(model: nn.Module) -> dict[str, AdaptedLinear]:
     return adapted(model)
 
 
-def _from_spec(model: nn.Module, spec: Spec, masks: Mapping[str, Tensor] | None) -> dict[str, AdaptedLinear]:
+def _from_spec(
+    model: nn.Module, spec: Spec, masks: Mapping[str, Tensor] | None, before: Adapter | None
+) -> dict[str, AdaptedLinear]:
     bases = match(model, spec.targets)
+    if before is not None:
+        _refuse_other_projection(before, spec, {path: features(base) for path, base in bases.items()})
     for path in masks or {}:
         if path not in bases:
             raise AdapterError(f"masks: there is a mask for {path}, which is not a target; {_listing(bases)}")
-    return {path: AdaptedLinear(base, [_delta(path, base, spec, masks)]) for path, base in bases.items()}
+    return {path: AdaptedLinear(base, [_delta(path, base, spec, masks, before)]) for path, base in bases.items()}
 
 
-def _delta(path: str, base: nn.Module, spec: Spec, masks: Mapping[str, Tensor] | None) -> Delta:
+def _refuse_other_projection(before: Adapter, spec: Spec, shapes: Mapping[str, tuple[int, int]]) -> None:
+    wanted = {"seed": spec.seed, "rank": spec.rank, "scale": spec.scale, "dtype": spec.dtype}
+    for block in before.blocks:
+        found = {"seed": block.seed, "rank": block.rank, "scale": block.scale, "dtype": block.dtype}
+        other = next((key for key in wanted if found[key] != wanted[key]), None)
+        if other is not None:
+            raise AdapterError(
+                f"before: {block.name} has {other} {found[other]}, what is to be added to it {wanted[other]}; only "
+                "entries on the same A can be added"
+            )
+    if dict(before.shapes) != dict(shapes):
+        other = next(path for path in {**before.shapes, **shapes} if before.shapes.get(path) != shapes.get(path))
+        raise AdapterError(
+            f"before: {other} is {before.shapes.get(other)} there and {shapes.get(other)} here; give the same targets"
+        )
+
+
+def _sum(adapter: Adapter, path: str) -> Kept | None:
+    """B of a module, of all blocks together; None where it is zero."""
+    entries = [block.entries[path] for block in adapter.blocks if path in block.entries]
+    if len(entries) < 2:
+        return (entries[0].index, entries[0].values) if entries else None
+    out_features, _ = adapter.shapes[path]
+    flat = torch.stack([one.dense(out_features, adapter.blocks[0].rank).flatten() for one in entries]).sum(0)
+    if any(one.index is None for one in entries):
+        return None, flat
+    index = torch.unique(torch.cat([one.index for one in entries if one.index is not None]))
+    return index, flat[index.long()]
+
+
+def _delta(path: str, base: nn.Module, spec: Spec, masks: Mapping[str, Tensor] | None, before: Adapter | None) -> Delta:
     out_features, in_features = features(base)
     index = None
     if masks is not None:
@@ -241,6 +282,7 @@ def _delta(path: str, base: nn.Module, spec: Spec, masks: Mapping[str, Tensor] |
         device=_device(base),
         cached=spec.projection == "cached",
         trains_a=spec.projection == "trained",
+        before=None if before is None else _sum(before, path),
     )
 
 

@@ -15,6 +15,9 @@ from lori_dist.adapter import product
 from lori_dist.adapter.per_task import PerTask, Segments, of_a
 from lori_dist.adapter.projection import Recipe
 
+Kept = tuple[Tensor | None, Tensor]
+"""Entries of B: their ascending flat positions, or None for all of them, and their values."""
+
 
 class _Update(torch.autograd.Function):
     """y + scale * B (A x), saving A x, which is rank wide, instead of x. y comes from a base of any kind."""
@@ -24,14 +27,16 @@ class _Update(torch.autograd.Function):
         ctx: Any,
         x: Tensor,  # (..., in_features)
         y: Tensor,  # (..., out_features); its dtype is the one computed in
-        values: Tensor,  # (kept,)
+        values: Tensor | None,  # (kept,); None: there are only those of before
         a: Tensor | None,  # rank * in_features entries; None: made from the recipe in each product
         recipe: Recipe,
         index: Tensor | None,  # (kept,) int32; None: all entries of B are kept
+        before: Kept | None,  # what B is without the values
         scale: float,
         per_task: PerTask | None,
     ) -> Tensor:
         trains_a = ctx.needs_input_grad[3]
+        ctx.before = before
         reduced, b = _operands(ctx, x, values, a, recipe, index, scale, per_task, trains_a, y.shape[-1], y.dtype)
         return torch.addmm(_rows(y), reduced, b.t(), alpha=scale).view(y.shape)
 
@@ -50,7 +55,7 @@ class _Update(torch.autograd.Function):
         if needs_x:
             grad_x = _up(grad_reduced, a, ctx.recipe)
             grad_x = grad_x.to(ctx.x_dtype).view(*grad.shape[:-1], ctx.recipe.in_features)
-        return grad_x, grad if needs_y else None, grad_values, grad_a, None, None, None, None
+        return grad_x, grad if needs_y else None, grad_values, grad_a, None, None, None, None, None
 
 
 class _Adapted(torch.autograd.Function):
@@ -67,16 +72,18 @@ class _Adapted(torch.autograd.Function):
         weight: Tensor,  # (out_features, in_features), or transposed; frozen
         bias: Tensor | None,  # (out_features,), frozen
         transposed: bool,
-        values: Tensor,
+        values: Tensor | None,
         a: Tensor | None,
         recipe: Recipe,
         index: Tensor | None,
+        before: Kept | None,
         scale: float,
         per_task: PerTask | None,
     ) -> Tensor:
         y = nn.functional.linear(_rows(x), weight.t() if transposed else weight, bias)
         # The weight itself, not a view of it: engines take its memory away, and give it back for the backward pass.
         trains_a = ctx.needs_input_grad[5]
+        ctx.before = before
         reduced, b = _operands(
             ctx, x, values, a, recipe, index, scale, per_task, trains_a, y.shape[-1], y.dtype, weight
         )
@@ -103,13 +110,13 @@ class _Adapted(torch.autograd.Function):
             else:
                 grad_x.addmm_(grad_reduced, _matrix(a, ctx.recipe, flat.dtype))
             grad_x = grad_x.to(ctx.x_dtype).view(*grad.shape[:-1], ctx.recipe.in_features)
-        return grad_x, None, None, None, grad_values, grad_a, None, None, None, None
+        return grad_x, None, None, None, grad_values, grad_a, None, None, None, None, None
 
 
 def _operands(
     ctx: Any,
     x: Tensor,
-    values: Tensor,
+    values: Tensor | None,
     a: Tensor | None,
     recipe: Recipe,
     index: Tensor | None,
@@ -127,7 +134,7 @@ def _operands(
     ctx.recipe, ctx.scale, ctx.x_dtype, ctx.per_task = recipe, scale, x.dtype, per_task
     # Kept, as the pass backward may come after other batches.
     ctx.segments = per_task.of(recipe.module, len(flat)) if per_task is not None else None
-    return reduced, _dense(values, index, out_features, recipe.rank, dtype)
+    return reduced, _dense(values, index, ctx.before, out_features, recipe.rank, dtype)
 
 
 def _grad_values(ctx: Any, grad: Tensor, reduced: Tensor, values: Tensor, index: Tensor | None) -> Tensor | None:
@@ -166,9 +173,9 @@ def _add_products(
             sums[task].add_(made if index is None else made.index_select(0, index), alpha=scale)
 
 
-def _grad_reduced(ctx: Any, grad: Tensor, values: Tensor, index: Tensor | None) -> Tensor:
+def _grad_reduced(ctx: Any, grad: Tensor, values: Tensor | None, index: Tensor | None) -> Tensor:
     """The gradient of A x, (tokens, rank)."""
-    b = _dense(values, index, grad.shape[-1], ctx.recipe.rank, grad.dtype)
+    b = _dense(values, index, ctx.before, grad.shape[-1], ctx.recipe.rank, grad.dtype)
     return (grad @ b).mul_(ctx.scale)
 
 
@@ -190,12 +197,17 @@ def _matrix(a: Tensor, recipe: Recipe, dtype: torch.dtype) -> Tensor:
     return a.view(recipe.rank, recipe.in_features).to(dtype)
 
 
-def _dense(values: Tensor, index: Tensor | None, out_features: int, rank: int, dtype: torch.dtype) -> Tensor:
+def _dense(
+    values: Tensor | None, index: Tensor | None, before: Kept | None, out_features: int, rank: int, dtype: torch.dtype
+) -> Tensor:
     """B, (out_features, rank). Rebuilt when it is needed: keeping it would cost 1/density times the values."""
-    if index is None:
-        return values.view(out_features, rank).to(dtype)
-    flat = torch.zeros(out_features * rank, dtype=dtype, device=values.device)
-    return flat.index_add_(0, index, values.to(dtype)).view(out_features, rank)
+    parts = [part for part in (before, None if values is None else (index, values)) if part is not None]
+    if [where for where, _ in parts] == [None]:
+        return parts[0][1].view(out_features, rank).to(dtype)
+    flat = torch.zeros(out_features * rank, dtype=dtype, device=parts[0][1].device)
+    for where, what in parts:
+        flat = flat.add_(what.to(dtype)) if where is None else flat.index_add_(0, where, what.to(dtype))
+    return flat.view(out_features, rank)
 
 
 class Delta(nn.Module):
@@ -203,6 +215,7 @@ class Delta(nn.Module):
 
     The only parameter is `values`, the kept entries of B; a Delta that keeps none has no parameter, because engines
     cannot shard empty ones. A and the index are non-persistent buffers, so they are in no checkpoint and on every rank.
+    So is what B was `before`, to which the values are added: entries of earlier tasks on the same A, which stay.
     With cached=False there is no A: it is made anew in each product. With trains_a=True it is a second parameter, flat
     as engines shard it evenly then, which begins as the A of the seed.
     """
@@ -211,6 +224,8 @@ class Delta(nn.Module):
     trained_a: nn.Parameter | None  # (rank * in_features,), fp32
     projection: Tensor | None  # (rank, in_features); None unless cached
     index: Tensor | None  # (kept,) int32, ascending positions in the flat (out_features, rank); None: all
+    before_index: Tensor | None  # as index
+    before_values: Tensor | None  # fp32
 
     def __init__(
         self,
@@ -227,6 +242,7 @@ class Delta(nn.Module):
         cached: bool = True,
         stored: Tensor | None = None,  # A, where no seed makes it
         trains_a: bool = False,
+        before: Kept | None = None,
     ) -> None:
         super().__init__()
         self.is_stored = stored is not None
@@ -237,9 +253,12 @@ class Delta(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         a = self.recipe.make(device=device) if cached and not trains_a and stored is None else None
         self.register_buffer("projection", a if stored is None else stored.to(device, copy=True), persistent=False)
-        if index is not None:  # which nothing could make again, so it stays real even on the meta device
-            index = index.to(index.device if device.type == "meta" else device, torch.int32)
-        self.register_buffer("index", index, persistent=False)
+        given = {"index": index, "before_index": before and before[0], "before_values": before and before[1]}
+        for name, tensor in given.items():
+            if tensor is not None:  # which nothing could make again, so it stays real even on the meta device
+                exact = torch.float32 if name == "before_values" else torch.int32
+                tensor = tensor.to(tensor.device if device.type == "meta" else device, exact)
+            self.register_buffer(name, tensor, persistent=False)
         self.kept = out_features * rank if index is None else index.numel()
         values = torch.zeros(self.kept, dtype=torch.float32, device=device) if self.kept else None
         self.register_parameter("values", None if values is None else nn.Parameter(values))
@@ -247,16 +266,28 @@ class Delta(nn.Module):
         self.register_parameter("trained_a", None if start is None else nn.Parameter(start))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        if self.values is None:
+        if self.is_empty:
             return y
         apply = cast(Callable[..., Tensor], _Update.apply)
-        return apply(x, y, self.values, self._held_a, self.recipe, self.index, self.scale, self.per_task)
+        return apply(x, y, *self._operands)
 
     def adapted(self, x: Tensor, base: nn.Module) -> Tensor:
         """What `forward` gives after a base that `is_plain`, in one."""
         apply = cast(Callable[..., Tensor], _Adapted.apply)
-        mine = (self.values, self._held_a, self.recipe, self.index, self.scale, self.per_task)
-        return apply(x, base.weight, base.bias, is_conv1d(base), *mine)
+        return apply(x, base.weight, base.bias, is_conv1d(base), *self._operands)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether B is zero, and stays so."""
+        return self.values is None and self.before_values is None
+
+    @property
+    def _operands(self) -> tuple[Any, ...]:
+        return self.values, self._held_a, self.recipe, self.index, self._before, self.scale, self.per_task
+
+    @property
+    def _before(self) -> Kept | None:
+        return None if self.before_values is None else (self.before_index, self.before_values)
 
     @property
     def _held_a(self) -> Tensor | None:
@@ -274,14 +305,15 @@ class Delta(nn.Module):
 
     def weight(self, values: Tensor | None) -> Tensor:
         """The update of the base's weight, (out_features, in_features), fp32, for these values of the kept entries."""
-        if values is None:
+        if self.is_empty:
             return torch.zeros(self.out_features, self.in_features, device=self._device)
-        b = _dense(values.detach().to(self._device), self.index, self.out_features, self.rank, torch.float32)
+        there = None if values is None else values.detach().to(self._device)
+        b = _dense(there, self.index, self._before, self.out_features, self.rank, torch.float32)
         return (b @ self.a().float()).mul_(self.scale)
 
     @property
     def _device(self) -> torch.device:
-        held = (self.projection, self.values, self.index)  # a layer without values has an index
+        held = (self.projection, self.values, self.index)  # a layer that has no values has an index
         return next(tensor.device for tensor in held if tensor is not None)
 
     def extra_repr(self) -> str:
@@ -305,7 +337,7 @@ class Delta(nn.Module):
                 if tensor.is_meta and not result.is_meta:
                     return self.recipe.make(device=result.device)
                 return tensor.to(result.device)
-            if tensor is self.index:
+            if any(tensor is other for other in (self.index, self.before_index, self.before_values)):
                 return tensor if result.is_meta else tensor.to(result.device)
             if tensor is self.trained_a and tensor.is_meta and not result.is_meta:
                 start = self._start(result.device)
@@ -345,7 +377,7 @@ class AdaptedLinear(nn.Module):
         return self.base.bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.folded is None and len(self.deltas) == 1 and self.deltas[0].values is not None and is_plain(self.base):
+        if self.folded is None and len(self.deltas) == 1 and not self.deltas[0].is_empty and is_plain(self.base):
             return self.deltas[0].adapted(x, self.base)
         y: Tensor = self.base(x)
         if self.folded is not None:

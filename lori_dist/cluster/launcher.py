@@ -41,6 +41,7 @@ def train_task(run: Run, task: str, world: World, *, progress: Callable[[Record]
         still_mine=attempt.check,
         progress=progress,
         joint=job.settings.get("joint"),
+        sequel=job.settings.get("sequel"),
     )
     if world.rank == 0:
         seconds = round(time.monotonic() - start, 3)

@@ -9,6 +9,7 @@ from typing import Any
 
 from lori_dist.config import Run
 from lori_dist.jobs import Job
+from lori_dist.scores import transfer
 
 ADAPTER, METRICS, CHECKPOINTS = "adapter.safetensors", "metrics.jsonl", "checkpoints"
 """What trainings have in their folders. Stands here so that the driver of a run does without torch."""
@@ -22,7 +23,8 @@ def summarize(
     """The tree of summary.json.
 
     states: job -> what goes under "jobs", at least its "state". results: finished job -> what it returned. Models are
-    in the order base, tasks, other adapters, merges.
+    in the order base, tasks, other adapters, merges. Of tasks trained one after another: `transfer`, as
+    `scores.transfer` has it.
     """
     jobs = list(jobs)
     done = [(job, results[job.name]) for job in jobs if job.name in results]
@@ -34,13 +36,16 @@ def summarize(
 
     measured = {job.settings["subject"]: result["evaluation"] for job, result in done if job.kind == "evaluate"}
     adapters, merges = files("train", "task", run.tasks), files("merge", "merge", run.merges)
+    evaluation = {name: measured[name] for name in ("base", *adapters, *merges) if name in measured}
+    chain = [job.settings["task"] for job in jobs if "sequel" in job.settings]
     return {
         "run": run.name,
         "jobs": {job.name: dict(states[job.name]) for job in jobs},
         "needs": {job.name: list(job.needs) for job in jobs},
         "adapters": adapters,
         "merges": merges,
-        "evaluation": {name: measured[name] for name in ("base", *adapters, *merges) if name in measured},
+        "evaluation": evaluation,
+        **({"transfer": transfer(chain, evaluation)} if chain else {}),
     }
 
 

@@ -54,6 +54,7 @@ def train_rank(assignment: Assignment) -> dict[str, Any]:
             still_mine=assignment.attempt.check,
             progress=_pushing(run, assignment),
             joint=assignment.job.settings.get("joint"),
+            sequel=assignment.job.settings.get("sequel"),
         )
 
 

@@ -1,5 +1,6 @@
 """The interference of adapters as JSON, as a page to read and as pictures."""
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from lori_dist.adapter import file
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.errors import AdapterError
 from lori_dist.interference import interference
-from lori_dist.report.drop import Evaluation, drops
+from lori_dist.scores import Evaluation, drops
 
 __all__ = ["write", "write_of_run"]
 
@@ -29,13 +30,15 @@ def write(
     evaluation: Evaluation | None = None,
     jobs: Mapping[str, Mapping[str, Any]] | None = None,
     conflicts: Mapping[str, Any] | None = None,
+    transfer: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes report.json, report.html and report-NAME.png into a folder, in place of those of an earlier report.
 
     names: as of `interference`. evaluation: with it the report has the drop of each task under each merge. jobs: of a
     summary.json; with them the page has their timeline, and adapters may be missing. conflicts: of adapters that tasks
-    were trained together for, what the trainings' results say of them.
-    Returns what report.json holds: the tree of `interference`, under `drops` that of `drops`, and `conflicts`.
+    were trained together for, what the trainings' results say of them. transfer: between tasks that were trained one
+    after another, as `scores.transfer` has it.
+    Returns what report.json holds: the tree of `interference`, under `drops` that of `drops`, `conflicts`, `transfer`.
     """
     from lori_dist.report.page import page  # draws with matplotlib, which takes a second to import
     from lori_dist.report.plots import plots
@@ -46,6 +49,8 @@ def write(
     report = {**found, "drops": drops(evaluation or {})}
     if conflicts:
         report["conflicts"] = dict(conflicts)
+    if transfer:
+        report["transfer"] = dict(transfer)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -75,6 +80,8 @@ def write_of_run(summary: Mapping[str, Any], out: Path) -> dict[str, str] | None
         if len(paths) < 2 and not rows(jobs) and not conflicts:
             return None
         adapters = [file.opened(path) for path in paths.values()]
+        if "transfer" in summary:
+            adapters = adapters and _blocks(adapters[-1])
         write(
             adapters,
             out,
@@ -82,12 +89,18 @@ def write_of_run(summary: Mapping[str, Any], out: Path) -> dict[str, str] | None
             evaluation=summary["evaluation"],
             jobs=jobs,
             conflicts=conflicts,
+            transfer=summary.get("transfer"),
         )
     except Exception as error:
         log.warning("%s: no report could be made: %s", out, error)
         log.debug("", exc_info=error)
         return {"error": f"{type(error).__name__}: {error}"}
     return {"path": str(out / PAGE)}
+
+
+def _blocks(adapter: Adapter) -> list[Adapter]:
+    """What each task added, where an adapter has grown from task to task."""
+    return [dataclasses.replace(adapter, blocks=(block,)) for block in adapter.blocks]
 
 
 def conflicts_of(summary: Mapping[str, Any]) -> dict[str, Any]:

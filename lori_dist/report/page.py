@@ -43,6 +43,7 @@ def page(
         *(_section("Jobs", [_figure(over_time), *_jobs(jobs)]) if over_time else ()),
         *(_section("Pairs of adapters", _pairs(report)) if report["pairs"] else ()),
         *(_section("Drop of each task under each merge", _drops(report["drops"])) if report.get("drops") else ()),
+        *(_section("One task after another", _transfers(report["transfer"])) if report.get("transfer") else ()),
         *(_section("Conflicts in training", _conflicts(report["conflicts"])) if report.get("conflicts") else ()),
         *(_section("Adapters and norms", _adapters(report)) if count else ()),
         *(_section("How to read it", [_meanings()]) if report["pairs"] else ()),
@@ -78,6 +79,7 @@ def _summary(report: Mapping[str, Any]) -> Iterator[str]:
     yield f'<p class="note">{as_html(names)}</p>'
     conflicts = report.get("conflicts", {})
     lines = [*_of_cosines(report["pairs"]), *_of_drops(report.get("drops", {})), *_of_conflicts(conflicts)]
+    lines += _of_transfer(report.get("transfer", {}))
     if len(report["adapters"]) == 1:
         lines.append("There is one adapter only, and nothing to compare it with.")
     yield f"<ul>{''.join(f'<li>{as_html(line)}</li>' for line in lines)}</ul>"
@@ -110,6 +112,14 @@ def _of_conflicts(conflicts: Mapping[str, Any]) -> Iterator[str]:
             f"While {name} was trained, {' and '.join(worst['tasks'])} were most often in conflict: on average in "
             f"{_percent(worst['share'])} of the places that are compared. Of the sum of all gradients, "
             f"{_percent(found['removed'])} was taken out."
+        )
+
+
+def _of_transfer(transfer: Mapping[str, Any]) -> Iterator[str]:
+    for metric, found in transfer.items():
+        yield (
+            f"By {metric}, earlier tasks forgot {_number(found['forgetting'])} of their best on average, and tasks "
+            f"that were still to come had gained {_number(found['forward'])} over the base."
         )
 
 
@@ -150,6 +160,11 @@ MEANINGS = (
         "Energy",
         "Share of the squared norm of the first update that lies in the row space (input) or column space (output) "
         "of the second, and the other way round. The square of the cosine is never above it.",
+    ),
+    (
+        "Forgetting, transfer",
+        "Forgetting: the best score of a task after its training, less that after the last task's. Backward: the last "
+        "score less that right after its training. Forward: the score before its training less that of the base.",
     ),
     ("Drop", "Score of the task's own adapter less that of the merge; kept: mean of merged / own over the tasks."),
 )
@@ -225,6 +240,27 @@ def _conflicts(conflicts: Mapping[str, Any]) -> Iterator[str]:
         caption = f"Gradients of two tasks of {name}, before anything was taken out: means over {found['steps']} steps"
         titles = ("pair", "cosine, over everything", "places in conflict", "deepest, of a layer")
         yield _table(caption, titles, rows)
+
+
+def _transfers(transfer: Mapping[str, Any]) -> Iterator[str]:
+    for metric, found in transfer.items():
+        tasks = list(found["scores"]["base"])
+        rows = [
+            ("base" if model == "base" else f"after {model}", *(_number(scores[task]) for task in tasks))
+            for model, scores in found["scores"].items()
+        ]
+        better = "lower" if found["lower_is_better"] else "higher"
+        yield _table(f"{metric} on each task, {better} is better", ("model", *tasks), rows)
+    titles = ("metric", "average", "forgetting", "backward transfer", "forward transfer")
+    figures = [
+        (
+            metric,
+            _number(found["average"]),
+            *(_number(found[key], sign=True) for key in ("forgetting", "backward", "forward")),
+        )
+        for metric, found in transfer.items()
+    ]
+    yield _table("Over all tasks, after the last; transfer above zero is for the better", titles, figures)
 
 
 def _adapters(report: Mapping[str, Any]) -> Iterator[str]:

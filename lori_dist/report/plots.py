@@ -142,6 +142,8 @@ def plots(report: Mapping[str, Any]) -> Iterator[Plot]:
         yield from _norms(report)
         for number, (metric, found) in enumerate(report.get("drops", {}).items(), 1):
             yield _drops(number, metric, found)
+        for number, (metric, found) in enumerate(report.get("transfer", {}).items(), 1):
+            yield _gains(number, metric, found)
         for number, (name, found) in enumerate(report.get("conflicts", {}).items(), 1):
             yield from _conflicts(number, name, found)
 
@@ -216,18 +218,19 @@ def _norms(report: Mapping[str, Any]) -> Iterator[Plot]:
 def _drops(number: int, metric: str, found: Mapping[str, Any]) -> Plot:
     tasks, merges = list(found["single"]), list(found["merges"])
     values = [[found["merges"][merge]["drop"].get(task) for task in tasks] for merge in merges]
-    largest = max((abs(value) for row in values for value in row if value is not None), default=0.0)
-    steps = [largest * step for step in (0.05, 0.25, 0.5, 0.75)]
-    unit = "in points of a hundred" if _is_share(found) else "in its own unit"
-    text: Callable[[float], str] = (lambda v: f"{100 * v:+.1f}") if _is_share(found) else (lambda v: f"{v:+.2g}")
     better = "lower" if found["lower_is_better"] else "higher"
     return Plot(
         name=f"drop-{number}",
         alternative=f"Heat map of the drop of each task in {metric} under each merge; the table of drops has it.",
-        caption=f"What the merge loses against the task's own adapter, {unit} ({better} is better): above zero, "
-        "orange, it is worse.",
+        caption=f"What the merge loses against the task's own adapter, {_unit(found)} ({better} is better): above "
+        "zero, orange, it is worse.",
         figure=_heat_map(
-            f"Drop in {shown(metric, 24)}", merges, tasks, values, text, lambda value: _signed(-value, steps)
+            f"Drop in {shown(metric, 24)}",
+            merges,
+            tasks,
+            values,
+            _change(found),
+            lambda value: _signed(-value, _steps(values)),
         ),
     )
 
@@ -264,8 +267,48 @@ def _conflicts(number: int, name: str, found: Mapping[str, Any]) -> Iterator[Plo
     )
 
 
+def _gains(number: int, metric: str, found: Mapping[str, Any]) -> Plot:
+    """What each training of a sequence did: models down, tasks across."""
+    base, *stages = found["scores"].items()
+    tasks, sign = list(base[1]), -1 if found["lower_is_better"] else 1
+    values = [[sign * (scores[task] - base[1][task]) for task in tasks] for _, scores in stages]
+    return Plot(
+        name=f"transfer-{number}",
+        alternative=f"Heat map of the gain over the base in {metric}, after each training and on each task.",
+        caption=f"Gain over the base {_unit(found)}, on each task, after the training of the row's task: above zero, "
+        "blue, it is better. Down a column one sees what later tasks do to an earlier one.",
+        figure=_heat_map(
+            f"Gain in {shown(metric, 24)}",
+            [f"+ {name}" for name, _ in stages],
+            tasks,
+            values,
+            _change(found),
+            lambda value: _signed(value, _steps(values)),
+        ),
+    )
+
+
+def _steps(values: Sequence[Sequence[float | None]]) -> list[float]:
+    """Where the colour changes: at shares of the largest value."""
+    largest = max((abs(value) for row in values for value in row if value is not None), default=0.0)
+    return [largest * step for step in (0.05, 0.25, 0.5, 0.75)]
+
+
+def _unit(found: Mapping[str, Any]) -> str:
+    return "in points of a hundred" if _is_share(found) else "in its own unit"
+
+
+def _change(found: Mapping[str, Any]) -> Callable[[float], str]:
+    return (lambda v: f"{100 * v:+.1f}") if _is_share(found) else (lambda v: f"{v:+.2g}")
+
+
 def _is_share(found: Mapping[str, Any]) -> bool:
-    scores = [*found["single"].values(), *(v for merge in found["merges"].values() for v in merge["score"].values())]
+    """Whether all scores of a metric are parts of one."""
+    if "scores" in found:
+        scores = [score for of_tasks in found["scores"].values() for score in of_tasks.values()]
+    else:
+        merged = (score for merge in found["merges"].values() for score in merge["score"].values())
+        scores = [*found["single"].values(), *merged]
     return not found["lower_is_better"] and all(0 <= score <= 1 for score in scores)
 
 

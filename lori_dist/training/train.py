@@ -1,5 +1,6 @@
 """One task's training: LoRI's protocol from rows of text to an adapter file, on one rank of a gang."""
 
+import dataclasses
 import gc
 import hashlib
 import json
@@ -43,6 +44,8 @@ ADAPTER = "adapter.safetensors"
 CALIBRATED = "calibrated.safetensors"
 CHECKPOINTS = "checkpoints"
 CALIBRATE, TRAIN = "calibrate", "train"
+TINY = 1e-45
+"""What an entry that calibration left at zero counts as where others are not to be had."""
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +83,10 @@ class Job:
     origin: Mapping[str, Any]
     """What the result follows from."""
     joint: Joint | None
+    before: Adapter | None
+    """To whose entries those of this one are added."""
+    is_disjoint: bool
+    """From the entries of `before`."""
 
 
 def train(
@@ -92,6 +99,7 @@ def train(
     still_mine: Callable[[], None] = lambda: None,
     progress: Callable[[Record], None] = lambda record: None,
     joint: Mapping[str, Any] | None = None,
+    sequel: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Trains an adapter, of one task or of several, and writes it to folder/adapter.safetensors. Every rank calls this.
 
@@ -102,6 +110,8 @@ def train(
     fingerprint: of all that determines the result; files of another one are refused. still_mine: called before each
     write, raises JobError where a newer attempt has taken over. progress: gets each step's record, on rank 0. joint:
     how tasks are trained together, in the place of the one, which is then the adapter's name; as `Joint` takes it.
+    sequel: `before`, the tasks that were trained one after another, to whose entries those of this one are added, and
+    `masks`: whether these may be anywhere (independent) or where none of theirs are (disjoint).
     Returns kept, total, bytes, steps, loss (of the last step), seconds (of this attempt) and, where tasks' gradients
     were projected, conflicts.
     Raises ConfigError for rows or a model that cannot be used, JobError if ranks disagree or the loss is not finite.
@@ -112,7 +122,7 @@ def train(
     tokenizer = load_tokenizer(run.model)
     tasks = joint["tasks"] if joint is not None else (task,)
     rows = {name: _rows(run, name) for name in tasks}
-    planned = joint_job(run, joint) if joint is not None else train_job(run, task)
+    planned = joint_job(run, joint) if joint is not None else train_job(run, task, sequel=sequel)
     with tracked(run, planned.name) as track:
         job = Job(
             run=run,
@@ -131,6 +141,8 @@ def train(
             pad_id=data.pad_id(tokenizer),
             origin={"fingerprint": fingerprint, **planned.settings},
             joint=None if joint is None else Joint(**joint),
+            before=None if sequel is None else _before(run, sequel["before"]),
+            is_disjoint=sequel is not None and sequel["masks"] == "disjoint",
         )
         *calibration, last = phases(run.train, run.adapter.density, sum(map(len, job.examples)))
         masks = _masks(job, calibration[0]) if calibration else None
@@ -163,6 +175,11 @@ def _rows(run: Run, task: str) -> list[tuple[str, str]]:
     return rows[: len(rows) - count]
 
 
+def _before(run: Run, tasks: Sequence[str]) -> Adapter | None:
+    """What the last of the tasks left: the entries of all of them."""
+    return file.load(run.folder / f"train-{tasks[-1]}" / ADAPTER) if tasks else None
+
+
 def write_adapter(path: Path, model: nn.Module, engine: Engine, job: Job) -> Adapter | None:
     """Writes what was trained to a file, and returns it on rank 0, which alone has it. Every rank calls this.
 
@@ -173,6 +190,8 @@ def write_adapter(path: Path, model: nn.Module, engine: Engine, job: Job) -> Ada
         return None
     job.still_mine()
     adapter = extract(model, name=job.task, values=values, base=identity(job.run.model))
+    if job.before is not None:
+        adapter = dataclasses.replace(adapter, blocks=(*job.before.blocks, *adapter.blocks))
     file.save(adapter, path)
     return adapter
 
@@ -211,11 +230,39 @@ def _masks(job: Job, phase: Phase) -> dict[str, Tensor]:
         state = checkpoint.read(path, CALIBRATE, origin=_origin(job, phase))
         of_b = {module: values for module, values in state.values.items() if not is_a(module)}
         dense = {module: values.view(-1, job.run.adapter.rank) for module, values in of_b.items()}
-        masks = method.load()(dense, density=job.run.adapter.density, **options)
+        if job.before is None or not job.is_disjoint:
+            masks = method.load()(dense, density=job.run.adapter.density, **options)
+        else:
+            taken = {module: taken_by(job.before, module) for module in dense}
+            for module, values in dense.items():
+                values.masked_fill_(values == 0, TINY).masked_fill_(taken[module], 0.0)  # zeros are kept last
+            masks = method.load()(dense, density=job.run.adapter.density, **options)
+            _refuse_taken(chosen.name, masks, taken)
         return {module: (mask.shape, np.packbits(mask.numpy()).tobytes()) for module, mask in masks.items()}
 
     # On one rank: nobody else needs B, and what is sent are bits.
     return {module: _unpacked(*packed) for module, packed in from_first(job.world, choose).items()}
+
+
+def taken_by(adapter: Adapter, module: str) -> Tensor:
+    """Which entries of a module's B its blocks keep, (out_features, rank)."""
+    shape = adapter.shapes[module][0], adapter.blocks[0].rank
+    taken = torch.zeros(shape, dtype=torch.bool)
+    for block in adapter.blocks:
+        if module in block.entries:
+            index = block.entries[module].index
+            taken.view(-1)[slice(None) if index is None else index.long()] = True
+    return taken
+
+
+def _refuse_taken(method: str, masks: Mapping[str, Tensor], taken: Mapping[str, Tensor]) -> None:
+    for module, mask in masks.items():
+        count = int((mask & taken[module]).sum())
+        if count:
+            raise JobError(
+                f"adapter.mask: {method} keeps {count} entries of {module} that earlier tasks have, as too few others "
+                "are left; give a lower adapter.density, a mask over the whole model, or masks: independent"
+            )
 
 
 def _unpacked(shape: torch.Size, packed: bytes) -> Tensor:
@@ -316,7 +363,7 @@ def _adapted_model(job: Job, masks: Mapping[str, Tensor] | None) -> tuple[PreTra
         dtype=getattr(torch, adapter.dtype),
         projection=adapter.projection,
     )
-    attach(model, spec, masks=masks)
+    attach(model, spec, masks=masks, before=job.before)
     if job.run.train.activation_checkpointing:
         checkpoint_activations(model)
     return model, weights

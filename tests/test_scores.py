@@ -2,7 +2,7 @@
 
 import pytest
 
-from lori_dist.report.drop import drops
+from lori_dist.scores import drops
 
 EVALUATION = {
     "base": {"math": {"loss": 3.0, "choice": 0.1}, "code": {"loss": 4.0}},

@@ -1,0 +1,43 @@
+"""One task after the other, on one A (continual LoRI, arXiv 2504.07448, section on safety and then a task)."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from lori_dist.config import Run
+from lori_dist.errors import ConfigError
+from lori_dist.jobs import Job, evaluate_job, train_job
+
+
+def plan(run: Run, *, masks: Literal["independent", "disjoint"] = "independent") -> list[Job]:
+    """A chain of trainings in the order of `tasks`, and after each of them the evaluation of what there is by then.
+
+    A training begins with the entries of B that earlier tasks have, which stay as they are, bit for bit: its own are
+    added to them. The adapter it leaves has those of all tasks so far, one block each. Its mask comes from calibration
+    on top of them, and is chosen among all entries (`independent`, as in the paper: at a shared place the values add
+    up) or among those that no earlier task has (`disjoint`).
+    Raises ConfigError, with every mistake, for a run that this cannot be.
+    """
+    problems = list(_problems(run, masks))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    chain: list[Job] = []
+    for task in run.tasks:
+        before = [job.settings["task"] for job in chain]
+        chain.append(train_job(run, task, chain[-1:], {"before": before, "masks": masks}))
+    stages = [evaluate_job(run, job.settings["task"], job) for job in chain]
+    return [*chain, evaluate_job(run, "base", None), *stages]
+
+
+def _problems(run: Run, masks: str) -> Iterator[str]:
+    if len(run.tasks) < 2:
+        yield f"tasks: a sequence was asked for, with {', '.join(run.tasks)} alone; give at least two"
+    if not run.adapter.share_projection:
+        yield "adapter.share_projection: is false, and tasks in sequence have one A; set it to true"
+    if run.merges:
+        yield f"merges: {', '.join(run.merges)} was given, and the last adapter has all tasks; leave merges out"
+    most = int(1 / run.adapter.density + 1e-9)
+    if masks == "disjoint" and len(run.tasks) > most:
+        yield (
+            f"adapter.density: {run.adapter.density:g} was given, and masks that have no entry in common are at most "
+            f"{most} then; give {1 / len(run.tasks):.3g} or less for {len(run.tasks)} tasks, or independent masks"
+        )
