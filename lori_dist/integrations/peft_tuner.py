@@ -97,6 +97,7 @@ class LoriLinear(nn.Module, BaseTunerLayer):
     """A linear layer and one `Delta` for each adapter. A is a buffer of it, so nothing that PEFT does can train it."""
 
     get_base_layer: Callable[[], nn.Linear]  # PEFT's, which is not typed
+    set_adapter: Callable[..., None]
     active_adapters: list[str]
 
     adapter_layer_names = ("lori_delta",)
