@@ -198,13 +198,13 @@ def export(arguments: argparse.Namespace) -> None:
 
         export_folded(arguments.base, adapter, arguments.out)
     else:
-        from lori_dist.integrations import official, peft
+        from lori_dist.integrations import model_card, official, peft
 
         base = arguments.base or adapter.base.get("name")
         if base is None:
             raise ConfigError("--base: is missing, and the adapter does not name its base model; name it")
         write = official.export if arguments.format == "official" else peft.export
-        write(adapter, arguments.out, base_model_name=str(base))
+        write(adapter, arguments.out, base_model_name=str(base), origin=model_card.origin(arguments.adapter))
     print(arguments.out)
 
 

@@ -8,9 +8,10 @@ from lori_dist.adapter.adapter import Adapter
 from lori_dist.errors import AdapterError
 from lori_dist.integrations import peft
 from lori_dist.integrations._folder import complete
+from lori_dist.integrations.model_card import UNKNOWN, Origin
 
 
-def export(adapter: Adapter, folder: Path, *, base_model_name: str) -> None:
+def export(adapter: Adapter, folder: Path, *, base_model_name: str, origin: Origin = UNKNOWN) -> None:
     """Writes the folder that the official scripts, PEFT, and `lori` read: A and B of every module, and B's mask.
 
     The mask is a dictionary of bool tensors, (out_features, rank), under the names of PEFT's parameters, in a file
@@ -31,7 +32,7 @@ def export(adapter: Adapter, folder: Path, *, base_model_name: str) -> None:
             "for all modules. Use --format peft"
         )
     with complete(folder) as partial:
-        peft.write(adapter, partial, list(adapter.shapes), base_model_name)
+        peft.write(adapter, partial, list(adapter.shapes), base_model_name, origin)
         if adapter.kept < adapter.total:
             torch.save(_mask(adapter), partial / f"{_sparsity(adapter)}_mask.pt")
 
