@@ -32,8 +32,8 @@ def origin(adapter: Path) -> Origin:
     if record["sha256"][adapter.name] != digest:
         return UNKNOWN
     evaluations = (_record(folder) for folder in sorted(adapter.parent.parent.glob("evaluate-*")))
-    of_this = (record["result"] for record in evaluations if digest in record.get("inputs", {}).values())
-    measured: Mapping[str, Any] = next(of_this, {}).get("evaluation", {})
+    of_this = (of["result"]["evaluation"] for of in evaluations if digest in of.get("inputs", {}).values())
+    measured: Mapping[str, Any] = next(of_this, UNKNOWN.measured)
     return Origin(settings=record["settings"], measured=measured)
 
 
@@ -47,7 +47,7 @@ def _record(folder: Path) -> dict[str, Any]:
 
 
 def text(adapter: Adapter, base_model_name: str, origin: Origin) -> str:
-    """A README.md: base model, tasks, how each block's A and B were made, and what the run says of data and measures."""
+    """A README.md: base model, tasks, how each block's A and B were made, and what the run says of its data."""
     metrics = sorted({metric for figures in origin.measured.values() for metric in figures})
     front = [
         "---",
