@@ -198,12 +198,13 @@ def export(arguments: argparse.Namespace) -> None:
 
         export_folded(arguments.base, adapter, arguments.out)
     else:
-        from lori_dist.integrations import peft
+        from lori_dist.integrations import model_card, official, peft
 
         base = arguments.base or adapter.base.get("name")
         if base is None:
             raise ConfigError("--base: is missing, and the adapter does not name its base model; name it")
-        peft.export(adapter, arguments.out, base_model_name=str(base))
+        write = official.export if arguments.format == "official" else peft.export
+        write(adapter, arguments.out, base_model_name=str(base), origin=model_card.origin(arguments.adapter))
     print(arguments.out)
 
 
@@ -519,6 +520,7 @@ example:
         "write an adapter in a form that other programs read",
         """\
 peft: a LoRA folder that peft.PeftModel.from_pretrained loads; its outputs are those of the adapter.
+official: the same of one task, in the layout of LoRI's own code, with B's mask as 0.9_mask.pt.
 folded: the base model with the adapter added to its weights, an ordinary transformers folder.
 
 examples:
@@ -528,8 +530,10 @@ examples:
     )
     verb.add_argument("adapter", metavar="ADAPTER", type=Path, help="an adapter file or a LoRA folder of PEFT")
     verb.add_argument("out", metavar="OUT", type=Path, help="the folder to write; must not exist, or be empty")
-    verb.add_argument("--format", required=True, choices=("peft", "folded"))
-    verb.add_argument("--base", metavar="PATH", help="the base model; for peft, by default the one the adapter names")
+    verb.add_argument("--format", required=True, choices=("peft", "official", "folded"))
+    verb.add_argument(
+        "--base", metavar="PATH", help="the base model; for a LoRA folder, by default the one the adapter names"
+    )
 
     verb = _add(
         verbs,

@@ -294,6 +294,14 @@ def test_export_to_peft_writes_a_lora_folder(folder: Path, tmp_path: Path) -> No
     torch.testing.assert_close(2.0 * b @ a, adapter.delta(module))
 
 
+def test_export_to_the_official_layout_is_read_again(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = lori("export", folder / "first.safetensors", out, "--format", "official", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} < {file.name for file in out.iterdir()}
+    assert "stored" in lori("show", out, cwd=folder).stdout
+
+
 def test_export_folded_writes_a_model_with_the_adapter_in_it(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "folded"
     words = ["export", folder / "first.safetensors", out, "--format", "folded", "--base", folder / "model"]

@@ -53,6 +53,7 @@ LIBRARIES = {
     "benchmarks/train.py": {"torch", "safetensors", "numpy", "transformers"},
     "benchmarks/orchestration.py": {"ray"},
     "cluster": {"torch", "numpy"},
+    "integrations/peft_tuner.py": {"torch", "peft"},
     "integrations": {"torch", "safetensors", "numpy", "transformers", "accelerate"},
     "benchmarks": {"torch", "numpy", "transformers"},
     "report/plots.py": {"matplotlib"},

@@ -1,5 +1,6 @@
 """Putting an adapter on a model, taking it off, and baking it in."""
 
+import dataclasses
 import fnmatch
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -32,16 +33,18 @@ def attach(
     *,
     masks: Mapping[str, Tensor] | None = None,
     before: Adapter | None = None,
+    train: bool = False,
 ) -> dict[str, AdaptedLinear]:
     """Puts an adapter on a model, in place. Returns module path -> the layer that replaced it, in the model's order.
 
     With a Spec: something to train. The whole base is frozen; every target gets the update scale * B A whose B starts
     at zero. masks: module path -> (out_features, rank) bool, the entries of B that exist; without masks, all do.
     before: what was trained on the same A earlier. It stays as it is, and what is trained is added to it.
-    With an Adapter: its trained updates, frozen; A is made again and compared with the adapter's checksums.
+    With an Adapter: its trained updates, frozen; A is made again and compared with the adapter's checksums. With train,
+    its kept entries go on from the values they have, and A stays the one it was, also where it is stored.
 
-    Raises AdapterError for targets that match nothing or are no linear layers, for shapes that differ, for a layer
-    used in two places, and for a model that has an adapter already.
+    Raises AdapterError for a merge of several blocks that is to be trained, for targets that match nothing or are no
+    linear layers, for shapes that differ, for a layer used in two places, and for a model that has an adapter already.
     """
     _refuse_adapted(model)
     if isinstance(what, Adapter):
@@ -49,6 +52,11 @@ def attach(
             raise AdapterError("masks: were given with an adapter, which brings its own; leave them out")
         if before is not None:
             raise AdapterError("before: was given with an adapter; merge the two instead")
+        if train and (len(what.blocks) != 1 or what.blocks[0].weight != 1.0):
+            raise AdapterError(
+                f"train: the adapter is a merge, of {len(what.blocks)} weighted blocks; train one of one task, or "
+                "merge them into one with another method"
+            )
         layers = _from_adapter(model, what)
     else:
         layers = _from_spec(model, what, masks, before)
@@ -57,7 +65,7 @@ def attach(
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, layer)
         for delta in layer.deltas:
-            delta.requires_grad_(isinstance(what, Spec))
+            delta.requires_grad_(train or isinstance(what, Spec))
     setattr(model, ATTACHED, what)
     return layers
 
@@ -171,10 +179,10 @@ def extract(
     name: of the task. values: module path -> (kept,) on the CPU replaces the parameters, for engines that shard them;
     they are not copied. A trained A, (rank * in_features,), has the key `per_task.of_a(path)`. base: identity of the
     base model.
-    Raises AdapterError for a model whose adapter was attached ready-made.
+    Raises AdapterError for a model whose adapter was attached ready-made and is not trained.
     """
     layers, spec = _attached(model), getattr(model, ATTACHED)
-    if isinstance(spec, Adapter):
+    if isinstance(spec, Adapter) and not trainable(model):
         raise AdapterError("model: holds an adapter that was trained before; save that one itself, or attach a Spec")
     if values is None:
         of_a = {per_task.of_a(path): a for path, a in trainable_projections(model).items()}
@@ -182,8 +190,11 @@ def extract(
     entries = {
         path: Entries(index=_index(layer.deltas[0]), values=values[path])
         for path, layer in layers.items()
-        if layer.deltas[0].kept
+        if layer.deltas and layer.deltas[0].kept
     }
+    if isinstance(spec, Adapter):
+        block = dataclasses.replace(spec.blocks[0], name=name, entries=entries)
+        return dataclasses.replace(spec, blocks=(block,), base=dict(base or spec.base))
     is_trained = spec.projection == "trained"
     projections = {path: values[per_task.of_a(path)].view(spec.rank, -1) for path in entries} if is_trained else {}
     block = Block(

@@ -10,20 +10,22 @@ from torch import Tensor
 
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.errors import AdapterError
+from lori_dist.integrations import model_card
 from lori_dist.integrations._folder import complete
+from lori_dist.integrations.model_card import UNKNOWN, Origin
 
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt")
 """Model types whose linear layers are `Conv1D`, with a weight of (in_features, out_features)."""
 
 
-def export(adapter: Adapter, folder: Path, *, base_model_name: str) -> None:
+def export(adapter: Adapter, folder: Path, *, base_model_name: str, origin: Origin = UNKNOWN) -> None:
     """Writes a LoRA folder that `peft.PeftModel.from_pretrained` loads with the outputs of this adapter.
 
-    It holds adapter_config.json and adapter_model.safetensors: A made from its seed, in its own dtype, and B dense in
-    fp32, for every module that keeps an entry; to leave out the others changes no output. Several blocks become one
-    LoRA of the sum of their ranks, their scales multiplied into B; a module where a block has fewer rows of A gets
-    zeros for the rest, as readers expect one rank of all modules. base_model_name: path or hub name of the base model,
-    written into the configuration.
+    It holds a model card (README.md), adapter_config.json and adapter_model.safetensors: A made from its seed, in its
+    own dtype, and B dense in fp32, for every module that keeps an entry; to leave out the others changes no output.
+    Several blocks become one LoRA of the sum of their ranks, their scales multiplied into B; a module where a block has
+    fewer rows of A gets zeros for the rest, as readers expect one rank of all modules. base_model_name: path or hub
+    name of the base model, written into the configuration. origin: what the card says of data, training and measures.
     The folder appears complete or not at all. Raises AdapterError if it holds anything already, or for an adapter
     without a kept entry.
     """
@@ -31,14 +33,20 @@ def export(adapter: Adapter, folder: Path, *, base_model_name: str) -> None:
     if not modules:
         raise AdapterError("export: the adapter keeps no entry of any module; there is nothing to export")
     with complete(folder) as partial:
-        tensors: dict[str, Tensor] = {}
-        for module in modules:
-            a, b = _factors(adapter, module)
-            tensors[f"base_model.model.{module}.lora_A.weight"] = a
-            tensors[f"base_model.model.{module}.lora_B.weight"] = b
-        save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-        text = json.dumps(_config(adapter, modules, base_model_name), indent=2) + "\n"
-        (partial / "adapter_config.json").write_text(text, encoding="utf-8")
+        write(adapter, partial, modules, base_model_name, origin)
+
+
+def write(adapter: Adapter, folder: Path, modules: list[str], base_model_name: str, origin: Origin = UNKNOWN) -> None:
+    """The files of `export`, of these modules, into a folder that is there."""
+    tensors: dict[str, Tensor] = {}
+    for module in modules:
+        a, b = _factors(adapter, module)
+        tensors[f"base_model.model.{module}.lora_A.weight"] = a
+        tensors[f"base_model.model.{module}.lora_B.weight"] = b
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    text = json.dumps(_config(adapter, modules, base_model_name), indent=2) + "\n"
+    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text(model_card.text(adapter, base_model_name, origin), encoding="utf-8")
 
 
 def _scales_as_it_is(adapter: Adapter) -> bool:

@@ -7,9 +7,13 @@ import pytest
 import torch
 
 from lori_dist.adapter import file, source
+from lori_dist.adapter.attach import attach, detach, extract, trainable
 from lori_dist.errors import AdapterError
+from lori_dist.merges import merge
 from tests.adapter.official import lora, lori_d, lori_s, mask_of
 from tests.adapter.test_peft_folder import MODULE, compare
+from tests.integrations.made import trained
+from tests.models import tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -124,3 +128,36 @@ def test_a_pickle_that_runs_a_program_is_not_read(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
     path.write_bytes(b"")
     refused(tmp_path / "s", r"0\.9_mask\.pt: holds more than tensors, or is damaged")
+
+
+def test_a_checkpoint_is_trained_further_with_its_stored_a(tmp_path: Path) -> None:
+    lori_s(tmp_path / "theirs")
+    before = source.opened(tmp_path / "theirs")
+    model = tiny_llama()
+    attach(model, before, train=True)
+    assert sum(values.numel() for values in trainable(model).values()) == before.kept
+    tokens = torch.arange(1, 25).view(2, 12)
+    optimizer = torch.optim.SGD(trainable(model).values(), lr=0.01)
+    first = model(input_ids=tokens, labels=tokens).loss
+    first.backward()
+    optimizer.step()
+    second = model(input_ids=tokens, labels=tokens)
+    assert second.loss < first
+    file.save(extract(model, name="further"), tmp_path / "further.safetensors")
+    detach(model)
+    after = file.load(tmp_path / "further.safetensors")
+    attach(model, after)
+    torch.testing.assert_close(model(input_ids=tokens).logits, second.logits)
+    for module, entries in after.blocks[0].entries.items():
+        width = before.shapes[module][1]
+        assert torch.equal(after.blocks[0].projection(module, width), before.blocks[0].projection(module, width))
+        assert entries.index is not None
+        assert torch.equal(entries.index, before.blocks[0].entries[module].index)  # type: ignore[arg-type]
+
+
+def test_a_merge_of_several_blocks_is_not_trained_further() -> None:
+    both = merge([trained(tiny_llama(), "one", seed=1), trained(tiny_llama(), "two", seed=2)], method="concat")
+    model = tiny_llama()
+    with pytest.raises(AdapterError, match="2 weighted blocks"):
+        attach(model, both, train=True)
+    assert all(parameter.requires_grad for parameter in model.parameters())

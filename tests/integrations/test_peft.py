@@ -142,3 +142,20 @@ def test_an_adapter_without_entries_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="export: the adapter keeps no entry of any module"):
         export(empty, tmp_path / "out", base_model_name="tiny")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_is_what_the_loader_of_vllm_asks_for(tmp_path: Path) -> None:
+    adapter = trained(tiny_llama(), targets=("q_proj", "down_proj"))
+    export(adapter, tmp_path / "out", base_model_name="tiny")
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert type(settings["r"]) is type(settings["lora_alpha"]) is int  # its required fields, with target_modules
+    assert settings["bias"] == "none" and not settings.get("modules_to_save") and not settings["use_dora"]
+    assert {module.rpartition(".")[2] for module in settings["target_modules"]} == {"q_proj", "down_proj"}
+    with safe_open(tmp_path / "out" / "adapter_model.safetensors", "pt") as held:
+        for name in held.keys():  # noqa: SIM118  # which is no mapping
+            prefix, kind = name.removesuffix(".weight").rsplit(".", 1)
+            module = prefix.removeprefix("base_model.model.")
+            assert prefix != module and module in settings["target_modules"] and kind in ("lora_A", "lora_B")
+            out_features, in_features = adapter.shapes[module]
+            wanted = (settings["r"], in_features) if kind == "lora_A" else (out_features, settings["r"])
+            assert tuple(held.get_slice(name).get_shape()) == wanted

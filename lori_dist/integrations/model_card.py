@@ -1,0 +1,109 @@
+"""A model card in the hub's form: front matter that programs read, and what is known of the adapter for people."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lori_dist.adapter.adapter import Adapter, Block
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """What a run knows of an adapter file. Empty where the file does not lie in a run."""
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of the job that made it: `data` and `train`, or the method of a merge."""
+    measured: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Task -> metric -> value on its test rows."""
+
+
+UNKNOWN = Origin()
+
+
+def origin(adapter: Path) -> Origin:
+    """Reads what the run left beside an adapter file. Only of jobs whose records have the hash of this very file."""
+    record = _record(adapter.parent)
+    if adapter.is_dir() or adapter.name not in record.get("sha256", {}):
+        return UNKNOWN
+    digest = hashlib.sha256(adapter.read_bytes()).hexdigest()
+    if record["sha256"][adapter.name] != digest:
+        return UNKNOWN
+    evaluations = (_record(folder) for folder in sorted(adapter.parent.parent.glob("evaluate-*")))
+    of_this = (of["result"]["evaluation"] for of in evaluations if digest in of.get("inputs", {}).values())
+    measured: Mapping[str, Any] = next(of_this, UNKNOWN.measured)
+    return Origin(settings=record["settings"], measured=measured)
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    path = folder / "job.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def text(adapter: Adapter, base_model_name: str, origin: Origin) -> str:
+    """A README.md: base model, tasks, how each block's A and B were made, and what the run says of its data."""
+    metrics = sorted({metric for figures in origin.measured.values() for metric in figures})
+    front = [
+        "---",
+        f"base_model: {json.dumps(base_model_name)}",  # a JSON string is one of YAML, whatever is in it
+        "library_name: peft",
+        "pipeline_tag: text-generation",
+        "tags: [lora, lori]",
+        *([f"metrics: {json.dumps(metrics)}"] if metrics else []),
+        "---",
+    ]
+    total = max(adapter.total, 1)
+    lines = [
+        "",
+        f"# {' + '.join(block.name for block in adapter.blocks)}",
+        "",
+        f"A LoRI adapter for `{base_model_name}`: {adapter.kept:,} of {total:,} entries of B are kept "
+        f"({adapter.kept / total:.1%}), over {len(adapter.shapes)} linear layers. A is random and frozen where it has "
+        "a seed.",
+        "",
+        "| task | rank | alpha | weight | A | kept entries |",
+        "|---|---|---|---|---|---|",
+        *(_row(block) for block in adapter.blocks),
+        *_training(origin.settings),
+        *_measures(origin.measured, metrics),
+        "",
+    ]
+    return "\n".join([*front, *lines])
+
+
+def _row(block: Block) -> str:
+    made = "stored" if block.seed is None else f"seed {block.seed}"
+    kept = sum(entries.kept for entries in block.entries.values())
+    name = block.name.replace("|", "\\|")
+    return f"| {name} | {block.rank} | {block.alpha:g} | {block.weight:g} | {made} | {kept:,} |"
+
+
+def _training(settings: Mapping[str, Any]) -> list[str]:
+    """The settings that say something of data and training, as the job's record has them."""
+    shown = {name: settings[name] for name in ("data", "train", "method", "options", "weights") if name in settings}
+    if not shown:
+        return []
+    return ["", "## Made with", "", "```json", json.dumps(shown, indent=2), "```"]
+
+
+def _measures(measured: Mapping[str, Mapping[str, float]], metrics: list[str]) -> list[str]:
+    if not metrics:
+        return []
+    rows = (
+        f"| {task} | {' | '.join(f'{figures[name]:.4g}' if name in figures else '' for name in metrics)} |"
+        for task, figures in measured.items()
+    )
+    head = [
+        "",
+        "## Measured on the test rows",
+        "",
+        f"| task | {' | '.join(metrics)} |",
+        "|---" * (1 + len(metrics)) + "|",
+    ]
+    return [*head, *rows]
