@@ -1,8 +1,10 @@
-"""What each merge costs each task."""
+"""What an evaluation says of merges and of sequences."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from lori_dist.scores import drops
+from lori_dist.scores import drops, transfer
 
 EVALUATION = {
     "base": {"math": {"loss": 3.0, "choice": 0.1}, "code": {"loss": 4.0}},
@@ -42,3 +44,52 @@ def test_a_task_whose_own_adapter_scores_nothing_is_not_in_the_mean() -> None:
 @pytest.mark.parametrize("models", [(), ("base",), ("base", "math", "code"), ("base", "both")])
 def test_without_adapters_and_merges_there_are_none(models: tuple[str, ...]) -> None:
     assert drops({model: EVALUATION[model] for model in models}) == {}
+
+
+def matrix(rows: dict[str, list[float]], metric: str = "score") -> dict[str, dict[str, dict[str, float]]]:
+    tasks = [name for name in rows if name != "base"]
+    return {
+        model: {task: {metric: value} for task, value in zip(tasks, values, strict=True)}
+        for model, values in rows.items()
+    }
+
+
+SEQUENCE = {"base": [0.1, 0.2, 0.3], "a": [0.9, 0.3, 0.3], "b": [0.95, 0.8, 0.4], "c": [0.5, 0.7, 0.6]}
+
+
+def test_transfer_is_that_of_the_definitions() -> None:
+    found = transfer(["a", "b", "c"], matrix(SEQUENCE))["score"]
+    assert found["average"] == pytest.approx(0.6)
+    assert found["forgetting"] == pytest.approx(((0.95 - 0.5) + (0.8 - 0.7)) / 2)
+    assert found["backward"] == pytest.approx(((0.5 - 0.9) + (0.7 - 0.8)) / 2)
+    assert found["forward"] == pytest.approx(((0.3 - 0.2) + (0.4 - 0.3)) / 2)
+    assert list(found["scores"]) == ["base", "a", "b", "c"]
+
+
+def test_a_loss_that_rises_is_forgetting() -> None:
+    worse = {model: [1 - value for value in values] for model, values in SEQUENCE.items()}
+    found, wanted = (
+        transfer(["a", "b", "c"], matrix(worse, "loss"))["loss"],
+        transfer(["a", "b", "c"], matrix(SEQUENCE)),
+    )
+    for key in ("forgetting", "backward", "forward"):
+        assert found[key] == pytest.approx(wanted["score"][key])
+    assert found["average"] == pytest.approx(0.4)
+
+
+def test_until_all_are_evaluated_there_is_no_transfer() -> None:
+    evaluation = matrix(SEQUENCE)
+    del evaluation["b"]
+    assert transfer(["a", "b", "c"], evaluation) == {}
+
+
+def test_a_metric_that_one_task_lacks_is_left_out() -> None:
+    evaluation = matrix(SEQUENCE)
+    evaluation["base"]["a"]["choice"] = 0.5
+    assert list(transfer(["a", "b", "c"], evaluation)) == ["score"]
+
+
+@given(st.lists(st.lists(st.floats(0, 1), min_size=3, max_size=3), min_size=4, max_size=4))
+def test_forgetting_is_at_least_what_backward_transfer_took(rows: list[list[float]]) -> None:
+    found = transfer(["a", "b", "c"], matrix(dict(zip(("base", "a", "b", "c"), rows, strict=True))))["score"]
+    assert found["forgetting"] >= -found["backward"] - 1e-12

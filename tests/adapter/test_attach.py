@@ -421,3 +421,90 @@ def test_a_stored_a_with_another_checksum_is_refused() -> None:
     wrong = dataclasses.replace(block, checksums={**block.checksums, path: "0" * 16})
     with pytest.raises(AdapterError, match=r"its A has checksum \w{16}, the adapter was trained with 0{16}"):
         attach(model, dataclasses.replace(adapter, blocks=(wrong,)))
+
+
+# --- what was trained before, on the same A --------------------------------------------------------------------------
+
+
+def trained_on(make: Callable[[], nn.Module], spec: Spec, seed: int) -> Adapter:
+    model = make()
+    attach(model, spec, masks=masks(model))
+    generator = torch.Generator().manual_seed(seed)
+    for values in trainable(model).values():
+        values.data.normal_(generator=generator)
+    return extract(model, name=f"task{seed}")
+
+
+@models
+def test_what_is_trained_is_added_to_what_was_before(make: Callable[[], nn.Module]) -> None:
+    before = trained_on(make, SPEC, 1)
+    model, wanted = make(), make()
+    attach(wanted, before)
+    attach(model, SPEC, masks=masks(model), before=before)
+    torch.testing.assert_close(logits(model), logits(wanted))
+    for values in trainable(model).values():
+        values.data.fill_(0.01)
+    added = extract(model, name="added")
+    both = dataclasses.replace(before, blocks=(*before.blocks, *added.blocks))
+    detach(wanted)
+    attach(wanted, both)
+    torch.testing.assert_close(logits(model), logits(wanted))
+    fold(model)
+    torch.testing.assert_close(logits(model), logits(wanted), rtol=1e-4, atol=1e-5)
+
+
+def test_only_the_new_entries_have_gradients_and_those_of_a_sum() -> None:
+    before = trained_on(tiny_llama, SPEC, 1)
+    model, dense = tiny_llama(), tiny_llama()
+    chosen = masks(model)
+    attach(model, SPEC, masks=chosen, before=before)
+    attach(dense, SPEC)
+    with torch.no_grad():
+        for path, values in trainable(dense).items():
+            entries = before.blocks[0].entries.get(path)
+            if entries is not None:
+                values.copy_(entries.dense(before.shapes[path][0], SPEC.rank).flatten())
+    for one in (model, dense):
+        one(IDS, labels=IDS).loss.backward()
+    assert {id(p) for p in model.parameters() if p.grad is not None} == {id(v) for v in trainable(model).values()}
+    for path, values in trainable(model).items():
+        wanted = trainable(dense)[path].grad
+        assert values.grad is not None and wanted is not None
+        torch.testing.assert_close(values.grad, wanted[chosen[path].flatten()], rtol=1e-4, atol=1e-6)
+
+
+def test_several_blocks_before_are_one_sum() -> None:
+    first, second = trained_on(tiny_llama, SPEC, 1), trained_on(tiny_llama, SPEC, 2)
+    both = dataclasses.replace(first, blocks=(*first.blocks, *second.blocks))
+    model, wanted = tiny_llama(), tiny_llama()
+    attach(model, SPEC, before=both)
+    attach(wanted, both)
+    torch.testing.assert_close(logits(model), logits(wanted))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            dataclasses.replace(SPEC, seed=12),
+            "before: task1 has seed 11, what is to be added to it 12; only",
+        ),
+        (dataclasses.replace(SPEC, rank=2), "before: task1 has rank 4, what is to be added to it 2"),
+        (dataclasses.replace(SPEC, alpha=4.0), "before: task1 has scale 2.0, what is to be added to it 1.0"),
+        (dataclasses.replace(SPEC, targets=("q_proj",)), r"before: model\.layers\.0\..* there and None here"),
+    ],
+)
+def test_entries_on_another_a_are_no_start(spec: Spec, message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        attach(tiny_llama(), spec, before=trained_on(tiny_llama, SPEC, 1))
+
+
+def test_what_was_before_survives_casts_and_a_trip_to_meta() -> None:
+    before = trained_on(tiny_llama, SPEC, 1)
+    model = tiny_llama()
+    layers = attach(model, SPEC, masks=masks(model), before=before)
+    kept = {path: layer.deltas[0].before_values for path, layer in layers.items()}
+    model.to(torch.bfloat16)
+    for path, layer in layers.items():
+        for there in (layer.deltas[0].before_values, layer.deltas[0].to("meta").before_values):
+            assert there is None or (kept[path] is not None and torch.equal(there, kept[path]))
