@@ -39,5 +39,5 @@ def _problems(run: Run, masks: str) -> Iterator[str]:
     if masks == "disjoint" and len(run.tasks) > most:
         yield (
             f"adapter.density: {run.adapter.density:g} was given, and masks that have no entry in common are at most "
-            f"{most} then; give {1 / len(run.tasks):.3g} or less for {len(run.tasks)} tasks, or independent masks"
+            f"{most} then; give {1000 // len(run.tasks) / 1000:g} or less for {len(run.tasks)} tasks, or independent masks"
         )
