@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lori_dist.training.weights import base_parameters, persistent_buffers
 
@@ -36,6 +36,43 @@ def tiny_gpt2() -> GPT2LMHeadModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return GPT2LMHeadModel(config).eval()
+
+
+def _of_kind(model_type: str, **more: Any) -> Any:
+    """A model of two layers with weights as its class draws them, but larger, so that updates are seen."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    made = AutoConfig.for_model(model_type, **{**sizes, **heads, **tokens, "initializer_range": 0.2, **more})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(made).eval()
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 6},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma": {"tie_word_embeddings": True},
+    "gemma2": {"tie_word_embeddings": True},
+    "phi": {},
+    "phi3": {},
+    "gpt_neox": {},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
+}
+"""Model type -> settings besides those of size."""
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2},
+}
+"""The same, of models whose experts are fused; gpt_oss has them transposed, and with bias."""
+
+
+def tiny(model_type: str) -> Any:
+    """A causal language model of one of KINDS or MIXTURES."""
+    return _of_kind(model_type, **{**KINDS, **MIXTURES}[model_type])
 
 
 class InMemory:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lori_dist.adapter import per_task
 from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec
+from lori_dist.adapter.experts import AdaptedExperts, Expert, is_experts, matrices
 from lori_dist.adapter.linear import AdaptedLinear, Delta, Kept, features, is_conv1d
 from lori_dist.adapter.per_task import PerTask
 from lori_dist.adapter.projection import checksum
@@ -61,9 +62,8 @@ def attach(
     else:
         layers = _from_spec(model, what, masks, before)
     model.requires_grad_(False)
-    for path, layer in layers.items():
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, layer)
+    _put(model, layers)
+    for layer in layers.values():
         for delta in layer.deltas:
             delta.requires_grad_(train or isinstance(what, Spec))
     setattr(model, ATTACHED, what)
@@ -85,10 +85,31 @@ def _refuse_adapted(model: nn.Module) -> None:
 
 def detach(model: nn.Module) -> None:
     """Takes the adapter off: the base layers stand where they stood. Updates folded into them stay folded."""
-    for path, layer in _attached(model).items():
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, layer.base)
+    _attached(model)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, AdaptedExperts) or (
+            isinstance(module, AdaptedLinear) and not isinstance(module.base, Expert)
+        ):
+            _set(model, path, module.base)
     setattr(model, ATTACHED, None)
+
+
+def _put(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> None:
+    """Each in the place of its base; those of experts, all of a layer in the place of its experts."""
+    of_experts: dict[str, dict[tuple[str, int], AdaptedLinear]] = {}
+    for path, layer in layers.items():
+        if isinstance(layer.base, Expert):
+            place = path.rsplit(".", 2)[0]
+            of_experts.setdefault(place, {})[layer.base.projection, layer.base.number] = layer
+        else:
+            _set(model, path, layer)
+    for path, matrices_of in of_experts.items():
+        _set(model, path, AdaptedExperts(model.get_submodule(path), matrices_of))
+
+
+def _set(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
 
 
 @torch.no_grad()
@@ -357,7 +378,8 @@ def match(model: nn.Module, targets: str | tuple[str, ...]) -> dict[str, nn.Modu
     """The linear layers that targets name, in the model's order.
 
     targets: `all-linear` (all but the output embedding), or names (`q_proj`), paths, or patterns over whole paths
-    (`model.layers.*.mlp.*`). Raises AdapterError for a target that matches nothing, listing what there is.
+    (`model.layers.*.mlp.*`). Fused experts count as a layer for each expert, named after the weight and the number
+    (`experts.down_proj.3`). Raises AdapterError for a target that matches nothing, listing what there is.
     """
     if targets == "all-linear":
         output = model.get_output_embeddings() if isinstance(model, HasOutputEmbeddings) else None
@@ -367,7 +389,7 @@ def match(model: nn.Module, targets: str | tuple[str, ...]) -> dict[str, nn.Modu
     else:
         wanted = (targets,) if isinstance(targets, str) else targets
         found = {path for target in wanted for path in _named(model, target)}
-        chosen = {path: module for path, module in model.named_modules() if path in found}
+        chosen = {path: module for path, module in _linear(model).items() if path in found}
     for path, module in chosen.items():
         _refuse_unadaptable(model, path, module)
     return chosen
@@ -379,35 +401,51 @@ def _named(model: nn.Module, target: str) -> list[str]:
         return [target]
     is_pattern = any(character in target for character in "*?[")
     paths = [
-        path for path in linear if (fnmatch.fnmatchcase(path, target) if is_pattern else path.endswith(f".{target}"))
+        path
+        for path, module in linear.items()
+        if (fnmatch.fnmatchcase(path, target) if is_pattern else f".{_weight(path, module)}".endswith(f".{target}"))
     ]
     if paths:
         return paths
     other = next((module for path, module in model.named_modules() if path and f".{path}".endswith(f".{target}")), None)
     if other is not None:
         raise AdapterError(f"targets: {target!r} is a {type(other).__name__}, no linear layer; {_listing(linear)}")
-    names = {path.rpartition(".")[2] for path in linear}
+    names = {_name(path, module) for path, module in linear.items()}
     raise AdapterError(f"targets: {target!r} matches nothing; {_listing(linear)}{nearest(target, names)}")
 
 
 def _linear(model: nn.Module) -> dict[str, nn.Module]:
-    return {
-        path: module for path, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)
-    }
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) or is_conv1d(module):
+            found[path] = module
+        elif is_experts(module):
+            found.update(matrices(path, module))
+    return found
+
+
+def _weight(path: str, module: nn.Module) -> str:
+    """A layer's path; of an expert's matrix, that of the weight it is in."""
+    return path.rpartition(".")[0] if isinstance(module, Expert) else path
+
+
+def _name(path: str, module: nn.Module) -> str:
+    return _weight(path, module).rpartition(".")[2]
 
 
 def _listing(paths: Mapping[str, nn.Module]) -> str:
-    names = sorted({path.rpartition(".")[2] for path in paths})
+    names = sorted({_name(path, module) for path, module in paths.items()})
     return f"the model's linear layers are called {', '.join(names) or '(there are none)'}."
 
 
 def _refuse_unadaptable(model: nn.Module, path: str, module: nn.Module) -> None:
-    if type(module) is not nn.Linear and not is_conv1d(module):
+    if type(module) is not nn.Linear and not is_conv1d(module) and not isinstance(module, Expert):
         raise AdapterError(
             f"targets: {path} is a {type(module).__name__}, a linear layer of a kind that is not supported "
             "(quantised layers are not); name other targets"
         )
-    places = [place for place, other in model.named_modules(remove_duplicate=False) if other is module]
+    held = module.experts if isinstance(module, Expert) else module
+    places = [place for place, other in model.named_modules(remove_duplicate=False) if other is held]
     if len(places) > 1:
         raise AdapterError(
             f"targets: {' and '.join(places)} are one and the same layer; A belongs to one path, "
@@ -420,13 +458,14 @@ def _refuse_unfoldable(model: nn.Module, bases: Mapping[str, nn.Module]) -> None
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     for path, base in bases.items():
-        weight = base.get_parameter("weight")
+        is_expert = isinstance(base, Expert)
+        weight = base.fused if is_expert else base.get_parameter("weight")
         if len(owners[id(weight)]) > 1:
             raise AdapterError(
                 f"{path}: its weight is tied to {', '.join(owners[id(weight)])}; folding would change all of them, "
                 "so untie it first or keep the adapter unfolded"
             )
-        if hasattr(weight, "placements") or tuple(weight.shape) not in (
+        if hasattr(weight, "placements") or tuple(weight.shape[1:] if is_expert else weight.shape) not in (
             features(base),
             features(base)[::-1],
         ):
@@ -452,4 +491,4 @@ def _values(delta: Delta) -> Tensor | None:
 
 
 def _device(base: nn.Module) -> torch.device:
-    return next(base.parameters()).device
+    return base.weight.device  # type: ignore[return-value]

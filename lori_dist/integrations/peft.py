@@ -1,6 +1,7 @@
 """Adapters for PEFT, and for all that reads its LoRA folders."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from lori_dist.integrations.model_card import UNKNOWN, Origin
 
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt")
 """Model types whose linear layers are `Conv1D`, with a weight of (in_features, out_features)."""
+
+EXPERT = re.compile(r"(.+)\.(gate_up_proj|up_proj|down_proj)\.([0-9]+)")
+"""Path of one expert's matrix of a fused weight."""
 
 
 def export(adapter: Adapter, folder: Path, *, base_model_name: str, origin: Origin = UNKNOWN) -> None:
@@ -39,10 +43,17 @@ def export(adapter: Adapter, folder: Path, *, base_model_name: str, origin: Orig
 def write(adapter: Adapter, folder: Path, modules: list[str], base_model_name: str, origin: Origin = UNKNOWN) -> None:
     """The files of `export`, of these modules, into a folder that is there."""
     tensors: dict[str, Tensor] = {}
-    for module in modules:
+    for module in _linear(modules):
         a, b = _factors(adapter, module)
         tensors[f"base_model.model.{module}.lora_A.weight"] = a
         tensors[f"base_model.model.{module}.lora_B.weight"] = b
+    for weight in (fused := _fused(modules)):
+        a, b = _factors_of_experts(adapter, weight)
+        # PEFT wraps the module for each of its weights; down_proj, which comes last, is the outermost.
+        experts, _, projection = weight.rpartition(".")
+        is_inner = projection != "down_proj" and f"{experts}.down_proj" in fused
+        tensors[f"base_model.model.{experts}{'.base_layer' if is_inner else ''}.lora_A.weight"] = a
+        tensors[f"base_model.model.{experts}{'.base_layer' if is_inner else ''}.lora_B.weight"] = b
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     text = json.dumps(_config(adapter, modules, base_model_name), indent=2) + "\n"
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
@@ -73,6 +84,27 @@ def _factors(adapter: Adapter, module: str) -> tuple[Tensor, Tensor]:
     return torch.cat(a).contiguous(), torch.cat(b, dim=1).contiguous()
 
 
+def _linear(modules: list[str]) -> list[str]:
+    return [module for module in modules if not EXPERT.fullmatch(module)]
+
+
+def _fused(modules: list[str]) -> list[str]:
+    """The fused weights that the matrices of experts are in."""
+    return list(dict.fromkeys(module.rpartition(".")[0] for module in modules if EXPERT.fullmatch(module)))
+
+
+def _factors_of_experts(adapter: Adapter, weight: str) -> tuple[Tensor, Tensor]:
+    """A, (experts * rank, in_features), and B, (out_features, rank * experts), experts the fastest to change."""
+    num_experts = sum(1 for module in adapter.shapes if module.rpartition(".")[0] == weight)
+    paths = [f"{weight}.{number}" for number in range(num_experts)]
+    if lacking := [path for path in paths if path not in adapter.shapes]:
+        raise AdapterError(
+            f"export: {lacking[0]} is no target, others of its experts are; PEFT knows all of them or none"
+        )
+    a, b = zip(*(_factors(adapter, path) for path in paths), strict=True)
+    return torch.cat(a), torch.stack(b, dim=-1).flatten(1)
+
+
 def _config(adapter: Adapter, modules: list[str], base_model_name: str) -> dict[str, Any]:
     rank = sum(block.rank for block in adapter.blocks)
     alpha = adapter.blocks[0].alpha if _scales_as_it_is(adapter) else float(rank)
@@ -88,5 +120,6 @@ def _config(adapter: Adapter, modules: list[str], base_model_name: str) -> dict[
         "use_rslora": False,
         "use_dora": False,
         "fan_in_fan_out": adapter.base.get("model_type") in CONV1D_MODELS or "fan_in_fan_out" in adapter.base,
-        "target_modules": modules,
+        "target_modules": _linear(modules),
+        **({"target_parameters": fused} if (fused := _fused(modules)) else {}),
     }

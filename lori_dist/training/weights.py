@@ -14,12 +14,15 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from lori_dist import config
-from lori_dist.adapter.attach import adapted
-from lori_dist.adapter.linear import Delta
+from lori_dist.adapter.experts import AdaptedExperts
+from lori_dist.adapter.linear import AdaptedLinear, Delta
 from lori_dist.errors import ConfigError
 from lori_dist.tensors import Stored, stored
 from lori_dist.training.engine import Part
 from lori_dist.training.model import loading, weight_files
+
+HOLDERS = (AdaptedLinear, AdaptedExperts)
+"""What an adapter puts in the place of modules of the base, which are then their `base`."""
 
 
 class Weights(Protocol):
@@ -205,7 +208,7 @@ def whole(parameter: Tensor) -> Part:
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name, as it was before an adapter was attached -> parameter that is not trained."""
-    inside = {f"{path}.base." for path in adapted(model)}
+    inside = {f"{path}.base." for path, module in model.named_modules() if isinstance(module, HOLDERS)}
 
     def name_before(name: str) -> str:
         prefix = next((prefix for prefix in _prefixes(name) if prefix in inside), None)
