@@ -20,8 +20,10 @@ class Expert(nn.Module):
         super().__init__()
         self.held = (experts,)  # in a tuple, so that it is no submodule
         self.projection, self.number = projection, number
+        self.is_transposed = bool(experts.is_transposed)
+        """Whether the weight is (experts, in_features, out_features)."""
         sizes = self.fused.shape[1:]
-        self.in_features, self.out_features = sizes if experts.is_transposed else sizes[::-1]
+        self.in_features, self.out_features = sizes if self.is_transposed else sizes[::-1]
 
     @property
     def experts(self) -> nn.Module:
@@ -35,7 +37,7 @@ class Expert(nn.Module):
     def weight(self) -> Tensor:
         """(out_features, in_features), a view."""
         matrix = self.fused[self.number]
-        return matrix.t() if self.experts.is_transposed else matrix
+        return matrix.t() if self.is_transposed else matrix
 
     @property
     def bias(self) -> Tensor | None:

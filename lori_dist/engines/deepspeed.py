@@ -28,8 +28,10 @@ from deepspeed.utils import (
     safe_get_local_fp32_param,
     safe_get_local_optimizer_state,
     safe_set_local_grad,
+    set_z3_leaf_modules,
 )
 
+from lori_dist.adapter.experts import AdaptedExperts
 from lori_dist.config import Train
 from lori_dist.errors import ConfigError
 from lori_dist.training.data import Batch
@@ -115,6 +117,8 @@ class Partitioned:
         else:
             materialize(model, world.device)
             fill(model, weights, whole)
+        if stage == 3 and any(isinstance(module, AdaptedExperts) for module in model.modules()):
+            set_z3_leaf_modules(model, [AdaptedExperts])  # their weights are used by others than their owner
         self.parameters: dict[str, Any] = trained(model)
         self.optimizer = adamw(self.parameters.values(), train)
         self.model: Any

@@ -1,7 +1,9 @@
 """The base model with an adapter baked into its weights."""
 
+import math
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +14,7 @@ from transformers import AutoConfig
 from lori_dist import config
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.adapter.attach import foldable
+from lori_dist.adapter.experts import Expert
 from lori_dist.adapter.linear import is_conv1d
 from lori_dist.adapter.update import Update, split
 from lori_dist.errors import AdapterError
@@ -52,41 +55,75 @@ def export_folded(run_model_path: str, adapter: Adapter, folder: Path) -> None:
         _copy_others(files[0].parent, partial)
 
 
-def _updated(base: config.Model, adapter: Adapter) -> dict[Stored, tuple[str, bool]]:
-    """Weight in a file -> the module whose update it gets, and whether it is stored as (in_features, out_features)."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Place:
+    """Rows of a stored tensor, seen as a matrix of its last dimension, and what they get."""
+
+    path: str
+    """The module whose update it is."""
+    num_rows: int
+    first: int
+    """Row of the update that goes to the first."""
+    is_transposed: bool
+    """Whether the rows are columns of the update."""
+
+
+def _updated(base: config.Model, adapter: Adapter) -> dict[Stored, list[_Place]]:
+    """Weight in a file -> what its rows get, from the first to the last."""
     model, weights = skeleton(base)
-    direct: Mapping[str, Stored] = cast(Any, weights).direct  # a model's names -> where files have those tensors
-    found = {}
+    files = cast(Any, weights)
+    direct: Mapping[str, Stored] = files.direct  # a model's names -> where files have those tensors
+    found: dict[Stored, list[_Place]] = {}
     for path, layer in foldable(model, adapter).items():
-        where = direct.get(f"{path}.weight")
-        if where is None:
+        name = path.rpartition(".")[0] if isinstance(layer, Expert) else f"{path}.weight"
+        where = direct.get(name)
+        if where is not None:
+            is_transposed = layer.is_transposed if isinstance(layer, Expert) else is_conv1d(layer)
+            place = _Place(path=path, num_rows=where.shape[-2], first=0, is_transposed=is_transposed)
+            found.setdefault(where, []).append(place)
+        elif not isinstance(layer, Expert) or layer.is_transposed:
             raise AdapterError(
                 f"{path}: its weight is not one tensor in the files of {base.path}, but made of several; "
                 "keep the adapter unfolded"
             )
-        found[where] = (path, is_conv1d(layer))
+        else:
+            for where, first in files.rows_of(name, layer.number).items():
+                found[where] = [_Place(path=path, num_rows=where.shape[-2], first=first, is_transposed=False)]
+    for where, places in found.items():
+        if sum(place.num_rows for place in places) != math.prod(where.shape[:-1]):
+            raise AdapterError(
+                f"{places[0].path}: other experts in the same weight are no targets; keep the adapter unfolded"
+            )
     return found
 
 
-def _folded(where: Stored, updated: Mapping[Stored, tuple[str, bool]], adapter: Adapter) -> Iterator[Tensor | Stored]:
+def _folded(where: Stored, updated: Mapping[Stored, list[_Place]], adapter: Adapter) -> Iterator[Tensor | Stored]:
     """The pieces of what a stored tensor becomes: itself, or some rows at a time of its sum with an update."""
-    if where not in updated:
+    places = updated.get(where, ())
+    updates = [split(adapter, place.path, adapter.shapes[place.path]) for place in places]
+    if not any(update.kept for update in updates):
         yield where
         return
-    path, is_transposed = updated[where]
-    update = split(adapter, path, adapter.shapes[path])
-    if not update.kept:
-        yield where
-        return
+    start = 0
+    for place, update in zip(places, updates, strict=True):
+        yield from _summed(where, start, place, update)
+        start += place.num_rows
+
+
+def _summed(where: Stored, start: int, place: _Place, update: Update) -> Iterator[Tensor]:
+    """Rows from `start` on of a stored tensor, with the update of one place."""
     dtype = torch.promote_types(where.dtype, torch.float32)
-    left, right = (factor.to(dtype) for factor in _factors(update, is_transposed))
-    num_rows, num_columns = where.shape
+    num_columns = where.shape[-1]
+    if update.kept:
+        left, right = (factor.to(dtype) for factor in _factors(update, place.is_transposed))
     step = max(1, PIECE_BYTES // (num_columns * dtype.itemsize))
-    for start in range(0, num_rows, step):
-        factor = left[start : start + step]
-        rows = torch.empty(len(factor), num_columns, dtype=where.dtype)
-        where.read(rows, start * num_columns)
-        yield rows.to(dtype).addmm_(factor, right).to(where.dtype)
+    for row in range(0, place.num_rows, step):
+        rows = torch.empty(min(step, place.num_rows - row), num_columns, dtype=where.dtype)
+        where.read(rows, (start + row) * num_columns)
+        if update.kept:
+            factor = left[place.first + row :][: len(rows)]
+            rows = rows.to(dtype).addmm_(factor, right).to(where.dtype)
+        yield rows
 
 
 def _factors(update: Update, is_transposed: bool) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,9 @@
 """The frozen base: first its structure, without memory; then its weights, read to where each rank keeps its share."""
 
 import copy
+import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -71,6 +72,7 @@ class _Files:
         self.model = model
         self.direct: dict[str, Stored] = {}
         self.converted: dict[str, _Conversion] = {}
+        self.rows: dict[str, list[dict[Stored, int]]] = {}
         shapes = model.state_dict()
         transforms = get_model_conversion_mapping(model)
         renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
@@ -128,6 +130,12 @@ class _Files:
             full = self.converted[name].make(self.model, "cpu")[name]
             into.copy_(full.reshape(-1)[start : start + into.numel()])
 
+    def rows_of(self, name: str, number: int) -> dict[Stored, int]:
+        """Tensors in files that one matrix of a 3-D weight is made of -> the row of the matrix where each begins."""
+        if name not in self.rows:
+            self.rows[name] = self.converted[name].rows_of(self.model)
+        return self.rows[name][number]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Conversion:
@@ -139,11 +147,38 @@ class _Conversion:
 
     def make(self, model: PreTrainedModel, device: str) -> dict[str, Tensor]:
         """The model's tensors that these become; on the meta device, their names and shapes alone."""
-        converter = copy.deepcopy(self.converter)
-        for source, pattern, where in self.sources:
+
+        def read(where: Stored) -> Tensor:
             tensor = torch.empty(where.shape, dtype=where.dtype, device=device)
             if not tensor.is_meta:
                 where.read(tensor)
+            return tensor
+
+        return self._convert(model, [read(where) for _, _, where in self.sources])
+
+    def rows_of(self, model: PreTrainedModel) -> list[dict[Stored, int]]:
+        """Of each matrix of the 3-D tensor that these become: the tensors that are rows of it, and where they begin.
+
+        One column of numbers is converted in the place of each tensor, so that it tells what becomes of its rows.
+        """
+        sizes = [where.shape[0] for _, _, where in self.sources]
+        starts = list(itertools.accumulate(sizes, initial=0))
+        columns = [torch.arange(start, end)[:, None] for start, end in itertools.pairwise(starts)]
+        of_start = {start: where for start, (_, _, where) in zip(starts, self.sources, strict=False)}
+        made = self._convert(model, columns)[self.name]
+        found = []
+        for numbers in made.flatten(1).tolist():
+            begins = {number: row for row, number in enumerate(numbers) if number in of_start}
+            if numbers != [start + row for start in begins for row in range(of_start[start].shape[0])]:
+                raise ConfigError(
+                    f"model.path: {self.name} is made of its tensors in files in another way than by rows"
+                )
+            found.append({of_start[number]: row for number, row in begins.items()})
+        return found
+
+    def _convert(self, model: PreTrainedModel, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        converter = copy.deepcopy(self.converter)
+        for (source, pattern, _), tensor in zip(self.sources, tensors, strict=True):
             converter.add_tensor(self.name, source, pattern, cast(Any, tensor))
         made = converter.convert(self.name, model=model, config=model.config)
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}

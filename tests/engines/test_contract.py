@@ -22,7 +22,7 @@ from lori_dist.training.train import checkpoint_activations
 from lori_dist.training.world import World, from_environment, from_first
 from tests.distributed import run_distributed
 from tests.engines.oracle import TRAIN, Course, adapt, difference, one_process, run
-from tests.models import on_meta, tiny_gpt2, tiny_llama
+from tests.models import on_meta, tiny, tiny_gpt2, tiny_llama
 
 TOLERANCE = 5e-6
 HALF = 3
@@ -98,6 +98,7 @@ VARIANTS = {
     "tied, unclipped": Variant(model=lambda: adapt(tiny_llama(tied=True)), clip=None),
     "checkpointed": Variant(model=lambda: adapt(tiny_llama()), checkpointed=True),
     "gpt2": Variant(model=lambda: adapt(tiny_gpt2())),
+    "mixture": Variant(model=lambda: adapt(tiny("mixtral"))),
     "one entry": Variant(model=lambda: adapt(tiny_llama(), kept=1)),
     "three entries": Variant(model=lambda: adapt(tiny_llama(), kept=3)),
 }
