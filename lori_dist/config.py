@@ -115,6 +115,8 @@ class Adapter:
     projection: Literal["cached", "recomputed", "trained"] = "cached"
     """A stays in memory, rank * in_features entries a layer, or is made anew in each product, which takes time; or it
     is trained, as in LoRA, and is then part of the file."""
+    modules_to_save: Annotated[tuple[Text, ...], pydantic.BeforeValidator(_listed)] = ()
+    """Paths, or their last parts, of modules that are trained whole and stored with the adapter."""
 
 
 @section
@@ -616,6 +618,23 @@ def _projections(run: Run) -> Iterator[str]:
         yield f"adapter.dtype: {run.adapter.dtype} was given, and a trained A is float32; leave it out"
 
 
+def _saved(run: Run) -> Iterator[str]:
+    if not run.adapter.modules_to_save:
+        return
+    if run.multitask.name != "independent":
+        yield (
+            f"adapter.modules_to_save: is given with multitask {run.multitask.name}, where tasks would share what is "
+            "trained whole; train them independent, or leave it out"
+        )
+    if run.merges:
+        yield (
+            f"adapter.modules_to_save: is given, and merges.{next(iter(run.merges))} cannot merge what each task has "
+            "trained whole; leave one of them out"
+        )
+    if run.model.dtype != "float32":
+        yield f"adapter.modules_to_save: needs model.dtype float32, {run.model.dtype} was given"
+
+
 def _lengths(run: Run) -> Iterator[str]:
     if (run.train.steps is None) == (run.train.epochs is None):
         given = "neither is given" if run.train.steps is None else "both are given"
@@ -876,6 +895,7 @@ def _trackers(run: Run) -> Iterator[str]:
 RULES: tuple[Rule, ...] = (
     _methods,
     _projections,
+    _saved,
     _lengths,
     _tasks,
     _inputs,

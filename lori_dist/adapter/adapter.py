@@ -31,6 +31,8 @@ class Spec:
     projection: Literal["cached", "recomputed", "trained"] = "cached"
     """Whether A is made once and kept, or is made anew in each product and takes no memory, which is equal up to
     rounding; or is trained as B is, from the A of the seed on (LoRA)."""
+    modules_to_save: tuple[str, ...] = ()
+    """Paths, or their last parts, of modules that are trained whole and stored with the adapter."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -133,6 +135,8 @@ class Adapter:
     base: Mapping[str, Any] = field(default_factory=dict)
     """Identity of the base model; empty when unknown."""
     generator: str = GENERATOR
+    saved: Mapping[str, Tensor | Elsewhere] = field(default_factory=dict)
+    """Name of a parameter that was trained whole -> its values, which take the place of the base's."""
 
     @property
     def kept(self) -> int:
@@ -160,7 +164,11 @@ class Adapter:
 
 def loaded(adapter: Adapter) -> Adapter:
     """The adapter with all in memory that lay in files."""
-    return dataclasses.replace(adapter, blocks=tuple(_loaded(block) for block in adapter.blocks))
+    return dataclasses.replace(
+        adapter,
+        blocks=tuple(_loaded(block) for block in adapter.blocks),
+        saved={name: in_memory(tensor) for name, tensor in adapter.saved.items()},
+    )
 
 
 def _loaded(block: Block) -> Block:

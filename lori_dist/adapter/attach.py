@@ -8,8 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lori_dist.adapter import per_task
-from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec
+from lori_dist.adapter import per_task, saved
+from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec, in_memory
 from lori_dist.adapter.experts import AdaptedExperts, Expert, is_experts, matrices
 from lori_dist.adapter.linear import AdaptedLinear, Delta, Kept, features, is_conv1d
 from lori_dist.adapter.per_task import PerTask
@@ -39,7 +39,7 @@ def attach(
     """Puts an adapter on a model, in place. Returns module path -> the layer that replaced it, in the model's order.
 
     With a Spec: something to train. The whole base is frozen; every target gets the update scale * B A whose B starts
-    at zero. masks: module path -> (out_features, rank) bool, the entries of B that exist; without masks, all do.
+    at zero; its modules_to_save are trained as they are. masks: module path -> (out_features, rank) bool, the entries of B that exist; without masks, all do.
     before: what was trained on the same A earlier. It stays as it is, and what is trained is added to it.
     With an Adapter: its trained updates, frozen; A is made again and compared with the adapter's checksums. With train,
     its kept entries go on from the values they have, and A stays the one it was, also where it is stored.
@@ -61,7 +61,16 @@ def attach(
         layers = _from_adapter(model, what)
     else:
         layers = _from_spec(model, what, masks, before)
+    whole = {} if isinstance(what, Adapter) else saved.match(model, what.modules_to_save)
+    saved.refuse_both(layers, whole)
+    if isinstance(what, Adapter):
+        saved.put(model, {name: in_memory(tensor) for name, tensor in what.saved.items()})
     model.requires_grad_(False)
+    if isinstance(what, Spec):
+        saved.train(model, whole)
+    elif train:
+        for parameter in saved.parameters(model).values():
+            parameter.requires_grad_(True)
     _put(model, layers)
     for layer in layers.values():
         for delta in layer.deltas:
@@ -84,8 +93,10 @@ def _refuse_adapted(model: nn.Module) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Takes the adapter off: the base layers stand where they stood. Updates folded into them stay folded."""
+    """Takes the adapter off: the base layers stand where they stood, and what was trained whole is as it was. Updates
+    folded into them stay folded."""
     _attached(model)
+    saved.take_back(model)
     for path, module in list(model.named_modules()):
         if isinstance(module, AdaptedExperts) or (
             isinstance(module, AdaptedLinear) and not isinstance(module.base, Expert)
@@ -198,24 +209,26 @@ def extract(
     """The adapter that a model being trained holds.
 
     name: of the task. values: module path -> (kept,) on the CPU replaces the parameters, for engines that shard them;
-    they are not copied. A trained A, (rank * in_features,), has the key `per_task.of_a(path)`. base: identity of the
-    base model.
+    they are not copied. A trained A, (rank * in_features,), has the key `per_task.of_a(path)`, and a parameter that is
+    trained whole, flat, `saved.key(name)`. base: identity of the base model.
     Raises AdapterError for a model whose adapter was attached ready-made and is not trained.
     """
     layers, spec = _attached(model), getattr(model, ATTACHED)
     if isinstance(spec, Adapter) and not trainable(model):
         raise AdapterError("model: holds an adapter that was trained before; save that one itself, or attach a Spec")
     if values is None:
-        of_a = {per_task.of_a(path): a for path, a in trainable_projections(model).items()}
-        values = {name: _cpu(parameter) for name, parameter in {**trainable(model), **of_a}.items()}
+        of_a: dict[str, Tensor] = {per_task.of_a(path): a for path, a in trainable_projections(model).items()}
+        heads: dict[str, Tensor] = {saved.key(name): parameter for name, parameter in saved.parameters(model).items()}
+        values = {name: _cpu(parameter) for name, parameter in {**trainable(model), **of_a, **heads}.items()}
     entries = {
         path: Entries(index=_index(layer.deltas[0]), values=values[path])
         for path, layer in layers.items()
         if layer.deltas and layer.deltas[0].kept
     }
+    whole = {name: values[saved.key(name)].view(shape) for name, shape in saved.shapes(model).items()}
     if isinstance(spec, Adapter):
         block = dataclasses.replace(spec.blocks[0], name=name, entries=entries)
-        return dataclasses.replace(spec, blocks=(block,), base=dict(base or spec.base))
+        return dataclasses.replace(spec, blocks=(block,), base=dict(base or spec.base), saved=whole)
     is_trained = spec.projection == "trained"
     projections = {path: values[per_task.of_a(path)].view(spec.rank, -1) for path in entries} if is_trained else {}
     block = Block(
@@ -229,7 +242,7 @@ def extract(
         projections=projections,
     )
     shapes = {path: features(layer.base) for path, layer in layers.items()}
-    return Adapter(shapes=shapes, blocks=(block,), targets=spec.targets, base=dict(base or {}))
+    return Adapter(shapes=shapes, blocks=(block,), targets=spec.targets, base=dict(base or {}), saved=whole)
 
 
 def _cpu(tensor: Tensor) -> Tensor:
@@ -250,7 +263,7 @@ def _attached(model: nn.Module) -> dict[str, AdaptedLinear]:
 def _from_spec(
     model: nn.Module, spec: Spec, masks: Mapping[str, Tensor] | None, before: Adapter | None
 ) -> dict[str, AdaptedLinear]:
-    bases = match(model, spec.targets)
+    bases = match(model, spec.targets, spec.modules_to_save)
     if before is not None:
         _refuse_other_projection(before, spec, {path: features(base) for path, base in bases.items()})
     for path in masks or {}:
@@ -374,16 +387,23 @@ def _trained(path: str, base: nn.Module, block: Block) -> Delta:
     return delta
 
 
-def match(model: nn.Module, targets: str | tuple[str, ...]) -> dict[str, nn.Module]:
+def match(
+    model: nn.Module, targets: str | tuple[str, ...], modules_to_save: tuple[str, ...] = ()
+) -> dict[str, nn.Module]:
     """The linear layers that targets name, in the model's order.
 
-    targets: `all-linear` (all but the output embedding), or names (`q_proj`), paths, or patterns over whole paths
+    targets: `all-linear` (all but the output embedding, and what is in modules_to_save), or names (`q_proj`), paths, or patterns over whole paths
     (`model.layers.*.mlp.*`). Fused experts count as a layer for each expert, named after the weight and the number
     (`experts.down_proj.3`). Raises AdapterError for a target that matches nothing, listing what there is.
     """
     if targets == "all-linear":
         output = model.get_output_embeddings() if isinstance(model, HasOutputEmbeddings) else None
-        chosen = {path: module for path, module in _linear(model).items() if module is not output}
+        whole = tuple(f"{name}." for name in modules_to_save)
+        chosen = {
+            path: module
+            for path, module in _linear(model).items()
+            if module is not output and not any(f".{name}" in f".{path}." for name in whole)
+        }
         if not chosen:
             raise AdapterError("targets: the model has no linear layer; name the modules to adapt")
     else:

@@ -16,13 +16,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lori_dist.adapter.adapter import Adapter, Block, Entries, loaded
+from lori_dist.adapter.adapter import Adapter, Block, Elsewhere, Entries, in_memory, loaded
 from lori_dist.adapter.projection import DTYPES, GENERATOR
 from lori_dist.adapter.stored import (
     DAMAGED,
     Place,
     StoredEntries,
     StoredProjection,
+    all_finite,
     as_bytes,
     digest,
     encode,
@@ -33,8 +34,9 @@ from lori_dist.errors import AdapterError
 from lori_dist.tensors import Stored, stored, write
 
 FORMAT = "lori_dist.adapter"
-VERSIONS = (1, 2)
-"""Read. Version 2 is written only where a block has no seed, so that all other files stay as they were."""
+VERSIONS = (1, 2, 3)
+"""Read. Version 2 is written only where a block has no seed, version 3 only where parameters were trained whole, so that
+all other files stay as they were."""
 DISTRIBUTION = "uniform"
 """Of the entries of A. Together with the generator it says what A is."""
 
@@ -51,7 +53,9 @@ _BLOCK_FIELDS = ("name", "seed", "rank", "alpha", "weight", "dtype")
 _MODULE_FIELDS = {
     1: ("shape", "kept", "projection", "digest"),
     2: ("shape", "rank", "kept", "projection", "digest"),
+    3: ("shape", "rank", "kept", "projection", "digest"),
 }
+_SAVED = "saved."  # begins the name of a tensor that was trained whole; those of blocks begin with a number
 
 
 def save(adapter: Adapter, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> None:
@@ -91,6 +95,7 @@ def opened(path: str | os.PathLike[str]) -> Adapter:
         with _opened(path) as file:
             header = _read_header(file)
         where = _places(path)
+        whole = {name.removeprefix(_SAVED): where.pop(name) for name in list(where) if name.startswith(_SAVED)}
         for name, place in where.items():
             _check_tensor(name, place, header)
         targets = header["targets"]
@@ -100,6 +105,7 @@ def opened(path: str | os.PathLike[str]) -> Adapter:
             targets=targets if isinstance(targets, str) else tuple(targets),
             base=header["base"],
             generator=header["generator"],
+            saved={name: _saved(name, about, whole[name], header) for name, about in header.get("saved", {}).items()},
         )
 
 
@@ -126,6 +132,8 @@ def block_bytes(path: str | os.PathLike[str]) -> tuple[int, ...]:
     with naming(path, "read"), _opened(path) as file:
         sizes = [0] * len(_read_header(file)["blocks"])
         for name in file.keys():  # noqa: SIM118  (a safetensors file is no mapping)
+            if name.startswith(_SAVED):
+                continue
             sizes[int(name.partition(".")[0])] += file.get_tensor(name).nbytes
         return tuple(sizes)
 
@@ -219,6 +227,7 @@ def _check_names(header: Mapping[str, Any], found: set[str]) -> None:
                 expected.add(f"{number}.{name}.mask")
             if kept and header["blocks"][number]["seed"] is None:
                 expected.add(f"{number}.{name}.a")
+    expected |= {f"{_SAVED}{name}" for name in header.get("saved", {})}
     if missing := expected - found:
         raise AdapterError(f"tensor {_named(min(missing))} is missing; {DAMAGED}")
     if superfluous := found - expected:
@@ -237,9 +246,9 @@ def _check_header(header: Any) -> None:
         raise AdapterError(f"header: format is not {FORMAT!r}; give an adapter file of lori_dist")
     version = header.get("version")
     if type(version) is not int or version not in VERSIONS:
-        known = " and ".join(map(str, VERSIONS))
+        known = " and ".join((", ".join(map(str, VERSIONS[:-1])), str(VERSIONS[-1])))
         raise AdapterError(f"header: version is {_shown(version)}, this program reads {known}; update lori_dist")
-    _check_fields("header", header, _FIELDS, version)
+    _check_fields("header", header, (*_FIELDS, *(("saved",) if version > 2 else ())), version)
     for field, known in (("generator", GENERATOR), ("distribution", DISTRIBUTION)):
         if header[field] != known:
             raise AdapterError(
@@ -256,6 +265,20 @@ def _check_header(header: Any) -> None:
     for name, module in modules.items():
         _check_name("header: modules", name)
         _check_module(f"header: module {_named(name)}", module, blocks, version)
+    if version > 2:
+        _check_saved(header["saved"])
+
+
+def _check_saved(parameters: Any) -> None:
+    _require(isinstance(parameters, dict) and len(parameters) > 0, "header: saved", parameters, "an object of tensors")
+    for name, about in parameters.items():
+        _check_name("header: saved", name)
+        where = f"header: saved {_named(name)}"
+        _check_fields(where, about, ("shape", "digest"), 3)
+        _require(isinstance(about["shape"], list), f"{where}: shape", about["shape"], "an array")
+        for size in about["shape"]:
+            _check_integer(f"{where}: shape", size, 1, _MAX_ENTRIES)
+        _check_hash(f"{where}: digest", about["digest"])
 
 
 def _check_targets(targets: Any) -> None:
@@ -363,6 +386,7 @@ def _describe(adapter: Adapter, dtype: torch.dtype) -> dict[str, Any]:
                 f"block {_named(block.name)} has {_named(min(unknown))}, which has no shape; add its shape"
             )
     targets, version = adapter.targets, 2 if any(block.seed is None for block in adapter.blocks) else 1
+    version = 3 if adapter.saved else version
     return {
         "format": FORMAT,
         "version": version,
@@ -396,7 +420,28 @@ def _describe(adapter: Adapter, dtype: torch.dtype) -> dict[str, Any]:
             }
             for name, shape in adapter.shapes.items()
         },
+        **({"saved": {name: _about_saved(name, t, dtype) for name, t in adapter.saved.items()}} if version > 2 else {}),
     }
+
+
+def _about_saved(name: str, tensor: Tensor | Elsewhere, dtype: torch.dtype) -> dict[str, Any]:
+    encoded = _encode_saved(name, tensor, dtype)
+    return {"shape": list(encoded.shape), "digest": digest(as_bytes(encoded.flatten()))}
+
+
+def _encode_saved(name: str, tensor: Tensor | Elsewhere, dtype: torch.dtype) -> Tensor:
+    """A parameter that was trained whole, as it is written. Raises AdapterError if it is not finite in dtype."""
+    encoded = in_memory(tensor).detach().to("cpu", dtype).contiguous()
+    if not all_finite(encoded):
+        raise AdapterError(f"{_named(name)} has values that are not finite as {dtype}; write it as float32")
+    return encoded
+
+
+def _saved(name: str, about: Mapping[str, Any], where: Stored, header: Mapping[str, Any]) -> StoredProjection:
+    dtype, shape = _VALUE_DTYPES[header["values_dtype"]], tuple(about["shape"])
+    if (where.dtype, tuple(where.shape)) != (dtype, shape):
+        raise AdapterError(f"tensor {_named(_SAVED + name)} is not {dtype} of {list(shape)}; {DAMAGED}")
+    return StoredProjection(about=_named(name), where=where, shape=shape, dtype=dtype, checksum=about["digest"])
 
 
 def _verify(adapter: Adapter, dtype: torch.dtype) -> None:
@@ -415,7 +460,9 @@ def _encode(adapter: Adapter, dtype: torch.dtype, modules: dict[str, Any]) -> di
 
     Those that lie in a file already, as they are to be written, stay there.
     """
-    tensors: dict[str, Tensor | Stored] = {}
+    tensors: dict[str, Tensor | Stored] = {
+        f"{_SAVED}{name}": _encode_saved(name, tensor, dtype) for name, tensor in adapter.saved.items()
+    }
     for number, block in enumerate(adapter.blocks):
         for name, entries in block.entries.items():
             about, rank = f"{_named(name)} in block {number}", block.rank_of(name)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from lori_dist import config
-from lori_dist.adapter.adapter import Adapter
+from lori_dist.adapter.adapter import Adapter, in_memory
 from lori_dist.adapter.attach import foldable
 from lori_dist.adapter.experts import Expert
 from lori_dist.adapter.linear import is_conv1d
@@ -45,12 +45,12 @@ def export_folded(run_model_path: str, adapter: Adapter, folder: Path) -> None:
         _refuse_other_base(run_model_path, adapter)
         base = config.Model(path=run_model_path, dtype=_dtype(run_model_path))
         load_tokenizer(base)  # a model without one is refused, and one on the hub is fetched
-        updated = _updated(base, adapter)
+        updated, whole = _updated(base, adapter)
         files = weight_files(base)
         for file in files:
             found = dict(sorted(stored(file).items(), key=lambda item: item[1].offset))
             layout = {name: (where.dtype, where.shape) for name, where in found.items()}
-            pieces = (piece for where in found.values() for piece in _folded(where, updated, adapter))
+            pieces = (piece for where in found.values() for piece in _folded(where, updated, adapter, whole))
             write(partial / file.name, layout, pieces, {"format": "pt", **metadata(file)})
         _copy_others(files[0].parent, partial)
 
@@ -68,8 +68,9 @@ class _Place:
     """Whether the rows are columns of the update."""
 
 
-def _updated(base: config.Model, adapter: Adapter) -> dict[Stored, list[_Place]]:
-    """Weight in a file -> what its rows get, from the first to the last."""
+def _updated(base: config.Model, adapter: Adapter) -> tuple[dict[Stored, list[_Place]], dict[Stored, str]]:
+    """Weight in a file -> what its rows get, from the first to the last; and -> the name under which the adapter has
+    it whole."""
     model, weights = skeleton(base)
     files = cast(Any, weights)
     direct: Mapping[str, Stored] = files.direct  # a model's names -> where files have those tensors
@@ -94,11 +95,22 @@ def _updated(base: config.Model, adapter: Adapter) -> dict[Stored, list[_Place]]
             raise AdapterError(
                 f"{places[0].path}: other experts in the same weight are no targets; keep the adapter unfolded"
             )
-    return found
+    lacking = next((name for name in adapter.saved if name not in direct), None)
+    if lacking is not None:
+        raise AdapterError(
+            f"{lacking}: was trained whole, and {base.path} has no such tensor; keep the adapter unfolded"
+        )
+    return found, {direct[name]: name for name in adapter.saved}
 
 
-def _folded(where: Stored, updated: Mapping[Stored, list[_Place]], adapter: Adapter) -> Iterator[Tensor | Stored]:
-    """The pieces of what a stored tensor becomes: itself, or some rows at a time of its sum with an update."""
+def _folded(
+    where: Stored, updated: Mapping[Stored, list[_Place]], adapter: Adapter, whole: Mapping[Stored, str]
+) -> Iterator[Tensor | Stored]:
+    """The pieces of what a stored tensor becomes: itself, some rows at a time of its sum with an update, or what was
+    trained in its place."""
+    if where in whole:
+        yield in_memory(adapter.saved[whole[where]]).to(where.dtype)
+        return
     places = updated.get(where, ())
     updates = [split(adapter, place.path, adapter.shapes[place.path]) for place in places]
     if not any(update.kept for update in updates):

@@ -24,6 +24,11 @@ def export(adapter: Adapter, folder: Path, *, base_model_name: str, origin: Orig
             f"export: the adapter has {len(adapter.blocks)} weighted blocks; the official layout holds one A and B. "
             "Use --format peft, or export each task"
         )
+    if adapter.saved:
+        raise AdapterError(
+            f"export: {next(iter(adapter.saved))} was trained whole, for which the official layout has no place. "
+            "Use --format peft"
+        )
     (block,) = adapter.blocks
     without = next((module for module in adapter.shapes if block.rank_of(module) != block.rank), None)
     if without is not None:

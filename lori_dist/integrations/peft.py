@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lori_dist.adapter.adapter import Adapter
+from lori_dist.adapter.adapter import Adapter, in_memory
 from lori_dist.errors import AdapterError
 from lori_dist.integrations import model_card
 from lori_dist.integrations._folder import complete
@@ -43,6 +44,7 @@ def export(adapter: Adapter, folder: Path, *, base_model_name: str, origin: Orig
 def write(adapter: Adapter, folder: Path, modules: list[str], base_model_name: str, origin: Origin = UNKNOWN) -> None:
     """The files of `export`, of these modules, into a folder that is there."""
     tensors: dict[str, Tensor] = {}
+    tensors.update({f"base_model.model.{name}": in_memory(values).float() for name, values in adapter.saved.items()})
     for module in _linear(modules):
         a, b = _factors(adapter, module)
         tensors[f"base_model.model.{module}.lora_A.weight"] = a
@@ -88,6 +90,10 @@ def _linear(modules: list[str]) -> list[str]:
     return [module for module in modules if not EXPERT.fullmatch(module)]
 
 
+def _modules(parameters: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
+
+
 def _fused(modules: list[str]) -> list[str]:
     """The fused weights that the matrices of experts are in."""
     return list(dict.fromkeys(module.rpartition(".")[0] for module in modules if EXPERT.fullmatch(module)))
@@ -110,7 +116,7 @@ def _config(adapter: Adapter, modules: list[str], base_model_name: str) -> dict[
     alpha = adapter.blocks[0].alpha if _scales_as_it_is(adapter) else float(rank)
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": None if adapter.saved else "CAUSAL_LM",  # what has a head of its own may be of any class
         "base_model_name_or_path": base_model_name,
         "inference_mode": True,
         "r": rank,
@@ -121,5 +127,6 @@ def _config(adapter: Adapter, modules: list[str], base_model_name: str) -> dict[
         "use_dora": False,
         "fan_in_fan_out": adapter.base.get("model_type") in CONV1D_MODELS or "fan_in_fan_out" in adapter.base,
         "target_modules": _linear(modules),
+        **({"modules_to_save": saved} if (saved := _modules(adapter.saved)) else {}),
         **({"target_parameters": fused} if (fused := _fused(modules)) else {}),
     }

@@ -31,6 +31,12 @@ def check(adapters: Sequence[Adapter], weights: Sequence[Weight]) -> None:
     ]
     if problems:
         raise ConfigError("\n".join(problems))
+    for name, adapter in zip(labels, adapters, strict=True):
+        if adapter.saved:
+            raise AdapterError(
+                f"merge: {name} has {next(iter(adapter.saved))}, which was trained whole (modules_to_save): no merge "
+                "is defined for it; merge adapters without such modules"
+            )
     for before, adapter in enumerate(adapters):
         for other in adapters[:before]:
             _refuse_unlike(other, adapter)

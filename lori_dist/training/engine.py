@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lori_dist.adapter import saved
 from lori_dist.adapter.attach import adapted, trainable, trainable_projections
 from lori_dist.adapter.per_task import of_a
 from lori_dist.config import Train
@@ -115,10 +116,12 @@ class TaskGradients(Protocol):
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Module path -> the kept entries of an adapted model, and `of_a(path)` -> a trained A; of another one, name ->
-    parameter that needs a gradient."""
+    """Module path -> the kept entries of an adapted model, `of_a(path)` -> a trained A, `saved.key(name)` -> a parameter
+    that is trained whole; of another one, name -> parameter that needs a gradient."""
     if adapted(model):
-        return {**trainable(model), **{of_a(path): a for path, a in trainable_projections(model).items()}}
+        of_projections = {of_a(path): a for path, a in trainable_projections(model).items()}
+        whole = {saved.key(name): parameter for name, parameter in saved.parameters(model).items()}
+        return {**trainable(model), **of_projections, **whole}
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 

@@ -23,6 +23,7 @@ from lori_dist.adapter import file
 from lori_dist.adapter.adapter import Adapter, Spec
 from lori_dist.adapter.attach import attach, extract, projection_checksums
 from lori_dist.adapter.per_task import is_a
+from lori_dist.adapter.saved import is_saved
 from lori_dist.config import Run, held_out
 from lori_dist.errors import JobError
 from lori_dist.jobs import joint_job, task_seed, train_job
@@ -228,7 +229,7 @@ def _masks(job: Job, phase: Phase) -> dict[str, Tensor]:
 
     def choose() -> dict[str, tuple[torch.Size, bytes]]:
         state = checkpoint.read(path, CALIBRATE, origin=_origin(job, phase))
-        of_b = {module: values for module, values in state.values.items() if not is_a(module)}
+        of_b = {module: values for module, values in state.values.items() if not is_a(module) and not is_saved(module)}
         dense = {module: values.view(-1, job.run.adapter.rank) for module, values in of_b.items()}
         if job.before is None or not job.is_disjoint:
             masks = method.load()(dense, density=job.run.adapter.density, **options)
@@ -362,6 +363,7 @@ def _adapted_model(job: Job, masks: Mapping[str, Tensor] | None) -> tuple[PreTra
         targets=adapter.targets,
         dtype=getattr(torch, adapter.dtype),
         projection=adapter.projection,
+        modules_to_save=adapter.modules_to_save,
     )
     attach(model, spec, masks=masks, before=job.before)
     if job.run.train.activation_checkpointing:

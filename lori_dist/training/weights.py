@@ -15,6 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from lori_dist import config
+from lori_dist.adapter import saved
 from lori_dist.adapter.experts import AdaptedExperts
 from lori_dist.adapter.linear import AdaptedLinear, Delta
 from lori_dist.errors import ConfigError
@@ -242,14 +243,15 @@ def whole(parameter: Tensor) -> Part:
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name, as it was before an adapter was attached -> parameter that is not trained."""
+    """Name, as it was before an adapter was attached -> parameter that is not trained, or trained whole."""
     inside = {f"{path}.base." for path, module in model.named_modules() if isinstance(module, HOLDERS)}
 
     def name_before(name: str) -> str:
         prefix = next((prefix for prefix in _prefixes(name) if prefix in inside), None)
         return name if prefix is None else name.replace(prefix, prefix.removesuffix("base."), 1)
 
-    return {name_before(name): p for name, p in model.named_parameters() if not p.requires_grad}
+    whole = saved.parameters(model)
+    return {name_before(name): p for name, p in model.named_parameters() if not p.requires_grad or name in whole}
 
 
 def _prefixes(name: str) -> Iterator[str]:

@@ -977,7 +977,7 @@ def test_what_is_no_safetensors_is_refused(path: Path, content: bytes) -> None:
     ("keys", "value", "match"),
     [
         (["format"], "pt", "format is not 'lori_dist.adapter'"),
-        (["version"], 3, "version is 3, this program reads 1 and 2; update lori_dist"),
+        (["version"], 4, "version is 4, this program reads 1, 2 and 3; update lori_dist"),
         (["version"], 2, "module q: rank is missing"),
         (["version"], True, "version is True"),
         (["version"], "1", "version is '1'"),

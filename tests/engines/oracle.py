@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lori_dist.adapter.adapter import Spec
-from lori_dist.adapter.attach import attach, match, trainable
+from lori_dist.adapter.attach import attach, match
 from lori_dist.adapter.linear import features
 from lori_dist.config import Train
 from lori_dist.training.data import Batch, Example, collate, micro_batches
-from lori_dist.training.engine import Engine, State, StepResult, collect
+from lori_dist.training.engine import Engine, State, StepResult, collect, trained
 from lori_dist.training.world import World
 
 SPEC = Spec(rank=4, alpha=8.0, seed=9)
@@ -39,7 +39,7 @@ def examples() -> list[Example]:
     return [Example(prompt="", response="", prompt_ids=tokens(9), response_ids=tokens(12)) for _ in range(24)]
 
 
-def adapt(model: Any, *, kept: int | None = None) -> Any:
+def adapt(model: Any, *, kept: int | None = None, modules_to_save: tuple[str, ...] = ()) -> Any:
     """Attaches an adapter that keeps some entries of most modules, all of one and none of another.
 
     kept: keeps only so many of the whole adapter, in its last module.
@@ -54,7 +54,7 @@ def adapt(model: Any, *, kept: int | None = None) -> Any:
     if kept is not None:
         masks = {path: torch.zeros_like(mask) for path, mask in masks.items()}
         masks[last].view(-1)[:kept] = True
-    attach(model, SPEC, masks=masks)
+    attach(model, replace(SPEC, modules_to_save=modules_to_save), masks=masks)
     return model
 
 
@@ -70,7 +70,7 @@ class Course:
 
 def one_process(model: nn.Module, num_steps: int, *, clip: float | None = TRAIN.clip) -> Course:
     """Trains on one process: whole batches, plain torch."""
-    parameters = trainable(model)
+    parameters = trained(model)
     optimizer = torch.optim.AdamW(
         parameters.values(), betas=TRAIN.betas, eps=TRAIN.eps, weight_decay=TRAIN.weight_decay, foreach=False
     )
@@ -121,7 +121,7 @@ def _mean_loss(model: nn.Module, batch: Batch) -> Tensor:
 def _state(step: int, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> State:
     return State(
         step=step,
-        values={path: p.detach().clone() for path, p in parameters.items()},
-        exp_avg={path: optimizer.state[p]["exp_avg"].clone() for path, p in parameters.items()},
-        exp_avg_sq={path: optimizer.state[p]["exp_avg_sq"].clone() for path, p in parameters.items()},
+        values={path: p.detach().flatten().clone() for path, p in parameters.items()},
+        exp_avg={path: optimizer.state[p]["exp_avg"].flatten().clone() for path, p in parameters.items()},
+        exp_avg_sq={path: optimizer.state[p]["exp_avg_sq"].flatten().clone() for path, p in parameters.items()},
     )

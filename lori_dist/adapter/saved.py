@@ -1,0 +1,117 @@
+"""Modules that are trained whole, such as the head of a classifier, and stored with the adapter."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lori_dist.errors import AdapterError
+from lori_dist.plugin import nearest
+
+SAVED = "lori_saved"
+"""Where an adapted model keeps what such parameters were before."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Before:
+    """A parameter as it was: its shape, which engines take away, and its values."""
+
+    shape: tuple[int, ...]
+    values: Tensor
+
+
+def key(name: str) -> str:
+    """The name of such a parameter among trained tensors, where those of modules are their paths."""
+    return f"{name}:saved"
+
+
+def is_saved(name: str) -> bool:
+    return name.endswith(":saved")
+
+
+def match(model: nn.Module, modules: Sequence[str]) -> dict[str, nn.Parameter]:
+    """Name -> parameter of the modules that are named, by path or by its last part.
+
+    Raises AdapterError for a name that fits no module, for one without parameters, and for parameters that are not
+    float32, which training would round, or are used by other modules too.
+    """
+    chosen: dict[str, nn.Parameter] = {}
+    for wanted in modules:
+        paths = [path for path, _ in model.named_modules() if f".{path}".endswith(f".{wanted}")]
+        if not paths:
+            known = {path.rpartition(".")[2] for path, module in model.named_modules() if [*module.parameters()]}
+            raise AdapterError(f"modules_to_save: {wanted!r} is no module.{nearest(wanted, known - {''})}")
+        found = {
+            f"{path}.{name}": parameter
+            for path in paths
+            for name, parameter in model.get_submodule(path).named_parameters()
+        }
+        if not found:
+            raise AdapterError(f"modules_to_save: {wanted} has no parameter; name a module that can be trained")
+        chosen.update(found)
+    for name, parameter in chosen.items():
+        if parameter.dtype != torch.float32:
+            raise AdapterError(
+                f"modules_to_save: {name} is {parameter.dtype}; load the model in float32, or that module alone"
+            )
+        places = [place for place, other in model.named_parameters(remove_duplicate=False) if other is parameter]
+        if len(places) > 1:
+            raise AdapterError(f"modules_to_save: {' and '.join(places)} are one parameter; untie it or leave it out")
+    return chosen
+
+
+def train(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> None:
+    """Lets parameters be trained, and keeps what they were."""
+    for parameter in chosen.values():
+        parameter.requires_grad_(True)
+    before = {
+        name: Before(shape=tuple(parameter.shape), values=parameter.detach().clone())
+        for name, parameter in chosen.items()
+    }
+    setattr(model, SAVED, before)
+
+
+@torch.no_grad()
+def put(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Gives parameters the values that were saved. Raises AdapterError for a model that has no such parameters."""
+    there = dict(model.named_parameters(remove_duplicate=False))
+    before = {}
+    for name, tensor in tensors.items():
+        if name not in there or there[name].shape != tensor.shape:
+            found = f"one of {tuple(there[name].shape)}" if name in there else "none of that name"
+            raise AdapterError(
+                f"{name}: the adapter has this parameter, of {tuple(tensor.shape)}, and the model {found}; use the "
+                "base model it was trained on, in the same class"
+            )
+        before[name] = Before(shape=tuple(tensor.shape), values=there[name].detach().clone())
+        there[name].copy_(tensor)
+    setattr(model, SAVED, before)
+
+
+@torch.no_grad()
+def take_back(model: nn.Module) -> None:
+    """Gives parameters the values they had."""
+    there = dict(model.named_parameters(remove_duplicate=False))
+    for name, before in getattr(model, SAVED, {}).items():
+        there[name].copy_(before.values)
+        there[name].requires_grad_(False)
+    setattr(model, SAVED, {})
+
+
+def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter that is trained whole."""
+    names = getattr(model, SAVED, {})
+    return {name: parameter for name, parameter in model.named_parameters() if name in names}
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name -> shape, whatever an engine made of the parameter."""
+    return {name: before.shape for name, before in getattr(model, SAVED, {}).items()}
+
+
+def refuse_both(targets: Mapping[str, nn.Module], chosen: Mapping[str, nn.Parameter]) -> None:
+    """Raises AdapterError for a layer that would get an update and be trained whole."""
+    for path in targets:
+        if any(name.startswith(f"{path}.") for name in chosen):
+            raise AdapterError(f"targets: {path} is also in modules_to_save; leave it out of one of them")
