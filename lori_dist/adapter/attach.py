@@ -39,7 +39,8 @@ def attach(
     """Puts an adapter on a model, in place. Returns module path -> the layer that replaced it, in the model's order.
 
     With a Spec: something to train. The whole base is frozen; every target gets the update scale * B A whose B starts
-    at zero; its modules_to_save are trained as they are. masks: module path -> (out_features, rank) bool, the entries of B that exist; without masks, all do.
+    at zero; its modules_to_save are trained as they are. masks: module path -> (out_features, rank) bool, the entries of
+    B that exist; without masks, all do.
     before: what was trained on the same A earlier. It stays as it is, and what is trained is added to it.
     With an Adapter: its trained updates, frozen; A is made again and compared with the adapter's checksums. With train,
     its kept entries go on from the values they have, and A stays the one it was, also where it is stored.
@@ -392,7 +393,8 @@ def match(
 ) -> dict[str, nn.Module]:
     """The linear layers that targets name, in the model's order.
 
-    targets: `all-linear` (all but the output embedding, and what is in modules_to_save), or names (`q_proj`), paths, or patterns over whole paths
+    targets: `all-linear` (all but the output embedding, and what is in modules_to_save), or names (`q_proj`), paths, or
+    patterns over whole paths
     (`model.layers.*.mlp.*`). Fused experts count as a layer for each expert, named after the weight and the number
     (`experts.down_proj.3`). Raises AdapterError for a target that matches nothing, listing what there is.
     """

@@ -35,8 +35,8 @@ from lori_dist.tensors import Stored, stored, write
 
 FORMAT = "lori_dist.adapter"
 VERSIONS = (1, 2, 3)
-"""Read. Version 2 is written only where a block has no seed, version 3 only where parameters were trained whole, so that
-all other files stay as they were."""
+"""Read. Version 2 is written only where a block has no seed, version 3 only where parameters were trained whole: all
+other files stay as they were."""
 DISTRIBUTION = "uniform"
 """Of the entries of A. Together with the generator it says what A is."""
 

@@ -116,7 +116,7 @@ class TaskGradients(Protocol):
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Module path -> the kept entries of an adapted model, `of_a(path)` -> a trained A, `saved.key(name)` -> a parameter
+    """Module path -> kept entries of an adapted model, `of_a(path)` -> a trained A, `saved.key(name)` -> a parameter
     that is trained whole; of another one, name -> parameter that needs a gradient."""
     if adapted(model):
         of_projections = {of_a(path): a for path, a in trainable_projections(model).items()}

@@ -46,7 +46,7 @@ def adapt(model: Any, *, kept: int | None = None, modules_to_save: tuple[str, ..
     """
     generator = torch.Generator().manual_seed(11)
     masks: dict[str, Tensor] = {}
-    for path, base in match(model, SPEC.targets).items():
+    for path, base in match(model, SPEC.targets, modules_to_save).items():
         masks[path] = torch.rand(features(base)[0], SPEC.rank, generator=generator) < 0.15
     first, second, *_, last = masks
     masks[first][:] = False

@@ -98,7 +98,7 @@ VARIANTS = {
     "tied, unclipped": Variant(model=lambda: adapt(tiny_llama(tied=True)), clip=None),
     "checkpointed": Variant(model=lambda: adapt(tiny_llama()), checkpointed=True),
     "gpt2": Variant(model=lambda: adapt(tiny_gpt2())),
-    "norm": Variant(model=lambda: adapt(tiny_llama(), modules_to_save=("model.norm", "lm_head"))),
+    "norm": Variant(model=lambda: adapt(tiny_llama(), modules_to_save=("model.norm", "layers.1.self_attn.o_proj"))),
     "mixture": Variant(model=lambda: adapt(tiny("mixtral"))),
     "one entry": Variant(model=lambda: adapt(tiny_llama(), kept=1)),
     "three entries": Variant(model=lambda: adapt(tiny_llama(), kept=3)),
