@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 import yaml
 
-from lori_dist import plugin, storage
+from lori_dist import plugin, storage, tables
 from lori_dist.errors import ConfigError
 
 Name = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
@@ -125,16 +125,21 @@ class Template:
 
     prompt: str = "{prompt}"
     response: str = "{response}"
+    messages: Text | None = None
+    """Instead of both: the field with a list of messages, `role` and `content` each, of which the tokenizer's chat
+    template makes text. The last, the assistant's, is the response; those before are the prompt."""
 
 
 @section
 class Task:
-    """One task: its rows (JSON lines) and how they read."""
+    """One task: its rows and how they read. Rows are in JSON lines, JSON, CSV or Parquet files, or `hub:NAME:SPLIT`."""
 
     train: FilePath
     test: FilePath
     validation: FilePath | None = None
     """For the search for weights of merges, which never sees test rows."""
+    mixture: dict[FilePath, Fraction] = field(default_factory=dict)
+    """More files to train on: path -> share of the rows that are trained on. `train` has the rest."""
     template: Template = field(default_factory=Template)
     labels: tuple[str, ...] | None = None
     """For classification: all values of the one field in template.response. Choice accuracy is measured over them."""
@@ -168,6 +173,8 @@ class Train:
     """Rows a rank runs at once; more are accumulated."""
     max_length: Annotated[int, pydantic.Field(ge=2), NotBool] = 512
     """Tokens of a row, at least 2. Longer prompts lose their beginning, longer responses their end."""
+    pack: bool = False
+    """Short rows of a micro-batch share a sequence of up to max_length tokens, without seeing each other."""
     lr: Rate = 5e-4
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Count = 0
@@ -654,11 +661,52 @@ def _tasks(run: Run) -> Iterator[str]:
             yield f"tasks.{name}.seed: is given, but adapter.share_projection makes one A for all; leave one out"
 
 
+def _mixtures(run: Run) -> Iterator[str]:
+    for name, task in run.tasks.items():
+        if sum(task.mixture.values()) >= 1:
+            yield (
+                f"tasks.{name}.mixture: its shares add up to {sum(task.mixture.values()):g}; give less than 1, as train "
+                "has the rest"
+            )
+        if task.train in task.mixture:
+            yield f"tasks.{name}.mixture: {task.train!r} is also tasks.{name}.train, which has the rest; leave it out"
+        if task.mixture and run.multitask.name == "joint":
+            yield f"tasks.{name}.mixture: is given with multitask joint, which mixes tasks evenly; leave one out"
+        if task.template.messages is not None and task.labels is not None:
+            yield f"tasks.{name}.labels: are for template.response, and template.messages is given; leave one out"
+
+
+PACKED = (
+    "gemma", "gemma2", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe",
+)  # fmt: skip
+"""Model types whose attention keeps packed rows apart, as tests show; others, such as gpt_oss, do not."""
+
+
+def _packing(run: Run) -> Iterator[str]:
+    if not run.train.pack:
+        return
+    if run.multitask.name == "joint":
+        yield "train.pack: is given with multitask joint, which tells tasks apart by their rows; leave one out"
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # the job says what is wrong with config.json
+        settings = json.loads((Path(run.model.path) / "config.json").read_text(encoding="utf-8"))
+        yield from unpackable(str(settings.get("model_type")))
+
+
+def unpackable(model_type: str) -> Iterator[str]:
+    """What is wrong with packing rows for a model."""
+    if model_type not in PACKED:
+        yield (
+            f"train.pack: it is not known that {model_type} keeps packed rows apart, as {', '.join(PACKED)} do; "
+            "leave it out"
+        )
+
+
 def _inputs(run: Run) -> Iterator[str]:
     for name, task in run.tasks.items():
-        for part in PARTS:
-            path = getattr(task, part)
-            if path is not None and not os.path.isfile(path):
+        for part, path in files(task):
+            if problem := tables.problem_of(path):
+                yield f"tasks.{name}.{part}: {problem}"
+            elif not tables.is_hub(path) and not os.path.isfile(path):
                 yield f"tasks.{name}.{part}: there is no file {path!r}; paths are relative to {Path.cwd()}"
     is_hub_name = run.model.path.count("/") == 1 and not run.model.path.startswith((".", "/", "~"))
     is_local = not is_hub_name or Path(run.model.path).parent.is_dir()
@@ -693,10 +741,10 @@ def in_a_job() -> bool:
 def relative_paths(run: Run) -> Iterator[str]:
     """What is wrong with a run that is to work on machines which share no current directory with this one."""
     paths = {"output": run.output, "model.path": run.model.path}
-    paths |= {f"tasks.{name}.{part}": str(path) for name, task in run.tasks.items() for part, path in _files(task)}
+    paths |= {f"tasks.{name}.{part}": path for name, task in run.tasks.items() for part, path in files(task)}
     for place, path in paths.items():
         is_hub_name = place == "model.path" and path.count("/") == 1 and not path.startswith(".")
-        is_elsewhere = place == "output" and storage.is_url(path)
+        is_elsewhere = (place == "output" and storage.is_url(path)) or tables.is_hub(path)
         if not (Path(path).is_absolute() or is_hub_name or is_elsewhere):
             yield f"{place}: {path!r} was given, which no other machine finds; give an absolute path that all nodes see"
 
@@ -738,9 +786,10 @@ def _templates(run: Run) -> Iterator[str]:
 def _fields(run: Run) -> Iterator[str]:
     """Looks at the first row only: the usual mistake shows there, and a file may have gigabytes."""
     for name, task in run.tasks.items():
-        rows = {part: _first_row(path) for part, path in _files(task)}
-        for text in ("prompt", "response"):
-            for wanted in _names(getattr(task.template, text)):
+        rows = {part: _first_row(path) for part, path in files(task)}
+        messages = task.template.messages
+        for text in ("prompt", "response") if messages is None else ("messages",):
+            for wanted in _names(getattr(task.template, text)) if messages is None else [messages]:
                 lacking = [part for part, row in rows.items() if row is not None and wanted not in row]
                 if lacking:
                     row = rows[lacking[0]] or {}
@@ -758,7 +807,7 @@ def _labels(run: Run) -> Iterator[str]:
             continue
         if task.labels is None or len(names) != 1:
             continue
-        rows = ((part, *row) for part, path in _files(task) for row in _rows(path, LOOKED_AT))
+        rows = ((part, *row) for part, path in files(task) for row in _rows(path, LOOKED_AT))
         found = ((part, number, row.get(names[0])) for part, number, row in rows)
         for part, number, label in found:
             if isinstance(label, str) and label not in task.labels:
@@ -772,35 +821,37 @@ def _labels(run: Run) -> Iterator[str]:
 PARTS = ("train", "test", "validation")
 
 
-def _files(task: Task) -> Iterator[tuple[str, Path]]:
+def files(task: Task) -> Iterator[tuple[str, str]]:
+    """Place in the task's section, and path."""
     for part in PARTS:
         if getattr(task, part) is not None:
-            yield part, Path(getattr(task, part))
+            yield part, getattr(task, part)
+    yield from (("mixture", path) for path in task.mixture)
 
 
 LOOKED_AT = 10_000
 """Rows of a file whose labels are compared before anything starts: a fraction of a second."""
 
 
-def _first_row(path: Path) -> dict[str, Any] | None:
+def _first_row(path: str) -> dict[str, Any] | None:
     return next((row for _, row in _rows(path, 1)), None)
 
 
-def _num_rows(path: Path, most: int) -> int:
-    """Lines that are not blank, counted up to `most`; 0 if there is no such file."""
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        return sum(1 for _ in itertools.islice((line for line in file if line.strip()), most))
+def _num_rows(path: str, most: int) -> int:
+    """Rows, counted up to `most`; 0 if there is no such file."""
+    with contextlib.suppress(OSError, ConfigError):
+        return sum(1 for _ in itertools.islice(tables.read(path), most))
     return 0
 
 
-def _rows(path: Path, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The first lines, numbered, that are rows. What is wrong with the others is for the job to say."""
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        for number, line in enumerate(itertools.islice(file, count), start=1):
-            with contextlib.suppress(ValueError, RecursionError):
-                row = json.loads(line.decode("utf-8-sig"))
-                if isinstance(row, dict):
-                    yield number, row
+def _rows(path: str, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Those of the first rows, numbered, that are some. What is wrong with the others is for the job to say."""
+    if tables.is_hub(path):
+        return  # which takes a network, and time
+    with contextlib.suppress(OSError, ConfigError):
+        for number, row in itertools.islice(tables.read(path), count):
+            if isinstance(row, dict):
+                yield number, row
 
 
 def _names(template: str) -> list[str]:
@@ -859,7 +910,7 @@ def _searches(run: Run) -> Iterator[str]:
             low, high = search.bounds
             yield f"{path}.search.bounds: [{low:g}, {high:g}] was given; the second must be larger than the first"
         for task_name, task in tasks.items():
-            found = _num_rows(Path(task.train), search.rows + 1) if task.validation is None else None
+            found = _num_rows(task.train, search.rows + 1) if task.validation is None else None
             if found is not None and 0 < found <= search.rows:
                 yield (
                     f"{path}.search.rows: {search.rows} was given, and tasks.{task_name}.train, whose last rows are "
@@ -898,6 +949,8 @@ RULES: tuple[Rule, ...] = (
     _saved,
     _lengths,
     _tasks,
+    _mixtures,
+    _packing,
     _inputs,
     _in_a_job,
     _positions,

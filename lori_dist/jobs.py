@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from lori_dist import config, plugin
+from lori_dist import config, plugin, tables
 from lori_dist.errors import ConfigError, JobError
 
 Kind = Literal["train", "merge", "evaluate"]
@@ -21,7 +21,7 @@ FORMAT = 1
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,199}", re.ASCII)
 """Of jobs: nothing in it can leave the run's folder."""
 
-PLACEMENT = ("engine", "micro_batch_size", "activation_checkpointing", "checkpoint_every", "keep", "projection")
+PLACEMENT = ("engine", "micro_batch_size", "activation_checkpointing", "checkpoint_every", "keep", "projection", "pack")
 """Settings of training and of the adapter that change the result by rounding at most; but for a trained projection."""
 
 JOINT = "joint"
@@ -86,7 +86,8 @@ def train_job(run: config.Run, task: str, after: Sequence[Job] = (), sequel: Map
         model=_model(run.model),
         data={
             "rows": sha256(rows["train"]),
-            "template": rows["template"],
+            "template": _template(rows),
+            **({"mixture": _mixture(rows["mixture"])} if rows["mixture"] else {}),
             **({"held_out": held_out} if held_out else {}),  # a run without a search has the fingerprints it had
         },
         **({} if sequel is None else {"sequel": dict(sequel)}),
@@ -105,7 +106,7 @@ def joint_job(run: config.Run, joint: Mapping[str, Any]) -> Job:
         seed=task_seed(run, JOINT),
         model=_model(run.model),
         tasks={
-            name: {"rows": sha256(task["train"]), "template": task["template"]} for name, task in tree["tasks"].items()
+            name: {"rows": sha256(task["train"]), "template": _template(task)} for name, task in tree["tasks"].items()
         },
         joint=dict(joint),
         **_protocol(run),
@@ -116,12 +117,21 @@ def _protocol(run: config.Run) -> dict[str, Any]:
     """How an adapter is trained, whatever its rows."""
     tree = config.dump(run)
     is_trained = {"projection": "trained"} if run.adapter.projection == "trained" else {}
-    outside = ("seed", "share_projection", *PLACEMENT)
+    outside = ("seed", "share_projection", *(() if run.adapter.modules_to_save else ("modules_to_save",)), *PLACEMENT)
     return {
         "adapter": {**{key: value for key, value in tree["adapter"].items() if key not in outside}, **is_trained},
         "train": {key: value for key, value in tree["train"].items() if key not in PLACEMENT},
         **_code("adapter.mask", run.adapter.mask.name),
     }
+
+
+def _mixture(shares: Mapping[str, float]) -> list[list[Any]]:
+    return [[sha256(path), share] for path, share in shares.items()]
+
+
+def _template(task: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs without messages have the fingerprints they had."""
+    return {key: value for key, value in task["template"].items() if key != "messages" or value is not None}
 
 
 def merge_job(run: config.Run, name: str, trained: Mapping[str, Job]) -> Job:
@@ -154,7 +164,7 @@ def _search(run: config.Run, search: config.Search, tasks: Sequence[str]) -> dic
     def data(name: str) -> dict[str, Any]:
         task = config.dump(run)["tasks"][name]
         part = "train" if task["validation"] is None else "validation"
-        return {"part": part, "rows": sha256(task[part]), "template": task["template"], "labels": task["labels"]}
+        return {"part": part, "rows": sha256(task[part]), "template": _template(task), "labels": task["labels"]}
 
     return {
         **{item.name: getattr(search, item.name) for item in fields(search)},
@@ -177,7 +187,7 @@ def evaluate_job(run: config.Run, model: str, adapter: Job | None) -> Job:
         adapter=adapter.name if adapter else None,
         model=_model(run.model),
         tasks={
-            name: {"rows": sha256(task["test"]), "template": task["template"], "labels": task["labels"]}
+            name: {"rows": sha256(task["test"]), "template": _template(task), "labels": task["labels"]}
             for name, task in tree["tasks"].items()
         },
         evaluate={key: value for key, value in tree["evaluate"].items() if key != "batch_size"},
@@ -215,6 +225,8 @@ def check_inputs(run: config.Run, job: Job) -> None:
         if sha256(getattr(run.tasks[task], part)) != data["rows"]:
             where = f"tasks.{task}.{part}"
             raise JobError(f"{where}: the file has changed since the run began; give the same command again")
+        if "mixture" in data and data["mixture"] != _mixture(run.tasks[task].mixture):
+            raise JobError(f"tasks.{task}.mixture: a file has changed since the run began; give the same command again")
     if model_content(run.model.path) != read["model"]["content"]:
         raise JobError("model.path: the model has changed since the run began; give the same command again")
 
@@ -230,7 +242,9 @@ def fingerprint(kind: str, settings: Mapping[str, Any], upstream: Sequence[str])
 
 
 def sha256(path: str | Path) -> str:
-    """Of a file's content, which is read once as long as the file stays as it is."""
+    """Of a file's content, read once as long as the file stays as it is; of a data set on the hub, of its name."""
+    if tables.is_hub(str(path)):
+        return hashlib.sha256(str(path).encode()).hexdigest()
     return _digest(str(Path(path).absolute()), _state(path), None)
 
 

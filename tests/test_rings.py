@@ -17,7 +17,7 @@ PACKAGE = Path(lori_dist.__file__).parent
 # file's own line goes before its folder's.
 RINGS = (
     {"__init__.py", "adapter", "masks", "merges", "interference.py", "tensors.py", "plugin.py", "errors.py"},
-    {"config.py", "jobs.py", "folder.py", "storage.py", "multitask", "scores.py"},
+    {"config.py", "tables.py", "rows.py", "jobs.py", "folder.py", "storage.py", "multitask", "scores.py"},
     {"training", "engines", "evaluation"},
     {"cluster", "integrations", "benchmarks", "report", "describe.py", "progress.py", "__main__.py"},
 )
@@ -32,6 +32,8 @@ LIBRARIES = {
     "merges": {"torch", "safetensors", "numpy"},
     "interference.py": {"torch"},
     "config.py": {"pydantic", "yaml"},
+    "tables.py": {"datasets"},
+    "rows.py": {"pydantic", "yaml"},
     "jobs.py": {"pydantic", "yaml"},
     "folder.py": {"pydantic", "yaml"},
     "storage.py": {"fsspec", "pydantic", "yaml"},

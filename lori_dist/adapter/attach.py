@@ -39,8 +39,8 @@ def attach(
     """Puts an adapter on a model, in place. Returns module path -> the layer that replaced it, in the model's order.
 
     With a Spec: something to train. The whole base is frozen; every target gets the update scale * B A whose B starts
-    at zero; its modules_to_save are trained as they are. masks: module path -> (out_features, rank) bool, the entries of
-    B that exist; without masks, all do.
+    at zero; its modules_to_save are trained as they are. masks: module path -> (out_features, rank) bool, the entries
+    of B that exist; without masks, all do.
     before: what was trained on the same A earlier. It stays as it is, and what is trained is added to it.
     With an Adapter: its trained updates, frozen; A is made again and compared with the adapter's checksums. With train,
     its kept entries go on from the values they have, and A stays the one it was, also where it is stored.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lori_dist import folder, plugin, storage
+from lori_dist import folder, plugin, rows, storage, tables
 from lori_dist.cluster import attempts, schedule
 from lori_dist.cluster.board import Board, Progress
 from lori_dist.cluster.connection import connected, disconnect, runtime_env
@@ -48,6 +48,7 @@ def execute(run: Run, *, progress: Callable[[Progress], None] | None = None) -> 
         board = Board(run=run, jobs=jobs, progress=progress or (lambda event: None))
         board.write()
         if board.unfinished():
+            rows.check(run)
             with connected(run) as nodes:
                 schedule.check_room(board.unfinished(), run.cluster, nodes())
                 _work(board, nodes, owner)
@@ -63,7 +64,7 @@ def with_absolute_paths(run: Run) -> Run:
     """The same run for a process that works in another folder."""
 
     def absolute(name: str) -> str:
-        return str(Path(name).absolute())
+        return name if tables.is_hub(name) else str(Path(name).absolute())
 
     tasks = {
         name: dataclasses.replace(
@@ -71,6 +72,7 @@ def with_absolute_paths(run: Run) -> Run:
             train=absolute(task.train),
             test=absolute(task.test),
             validation=None if task.validation is None else absolute(task.validation),
+            mixture={absolute(path): share for path, share in task.mixture.items()},
         )
         for name, task in run.tasks.items()
     }

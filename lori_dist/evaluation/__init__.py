@@ -61,11 +61,11 @@ def evaluate(
     seconds of each.
     Raises ConfigError for test rows that cannot be used, and AdapterError if the adapter was trained on another base.
     """
-    rows = _test_rows(run)
+    tokenizer = load_tokenizer(run.model)
+    rows = _test_rows(run, tokenizer)
     metrics = {
         name: plugin.find("evaluation", name, "score", "evaluate.metrics").load() for name in run.evaluate.metrics
     }
-    tokenizer = load_tokenizer(run.model)
     model = _model(run.model, adapter).to(device)
     subjects = {name: _subject(run, name, rows[name], model, tokenizer) for name in run.tasks}
     values: dict[str, dict[str, float]] = {name: {} for name in run.tasks}
@@ -137,13 +137,14 @@ def _describe(base: Mapping[str, Any]) -> str:
     return f"{base.get('name', 'a model without a name')} (weights {base['weights']})"
 
 
-def _test_rows(run: config.Run) -> dict[str, Rows]:
+def _test_rows(run: config.Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, Rows]:
     """Read before anything slow happens, with the mistakes of all tasks at once."""
     rows: dict[str, Rows] = {}
     problems: list[str] = []
     for name, task in run.tasks.items():
         try:
-            rows[name] = read(task.test, task.template, where=f"tasks.{name}.test")[: run.evaluate.rows]
+            found = read(task.test, task.template, where=f"tasks.{name}.test", tokenizer=tokenizer)
+            rows[name] = found[: run.evaluate.rows]
         except ConfigError as error:
             problems.append(str(error))
             continue

@@ -1,14 +1,12 @@
 """Rows of text as batches of tokens: which rows a step takes is a function of the seed and the step alone."""
 
-import codecs
 import functools
-import json
 import logging
 import math
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,13 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lori_dist import config
+from lori_dist import config, rows
 from lori_dist.errors import ConfigError
 
 IGNORED = -100
 """Label of a token that is no target."""
-LISTED = 20
-"""Malformed rows that an error shows."""
 
 Row = TypeVar("Row")
 
@@ -55,6 +51,7 @@ class Batch:
     tasks: tuple[int, ...] | None = None
     """Of several tasks trained together: each row's, ascending, from 0."""
     weights: Tensor | None = None  # (tasks,): what a target of each counts in the loss
+    position_ids: Tensor | None = None  # (rows, length), of packed rows: each row's own, from 0
 
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(
@@ -63,118 +60,60 @@ class Batch:
             labels=self.labels.to(device, non_blocking=True),
             tasks=self.tasks,
             weights=None if self.weights is None else self.weights.to(device, non_blocking=True),
+            position_ids=None if self.position_ids is None else self.position_ids.to(device, non_blocking=True),
         )
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def read(path: str, template: config.Template, *, where: str = "") -> list[tuple[str, str]]:
-    """The (prompt, response) of every row of a JSON lines file, in its order; blank lines are skipped.
+def read(
+    path: str, template: config.Template, *, where: str = "", tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[tuple[str, str]]:
+    """The (prompt, response) of every row of a file, in its order; blank lines are skipped.
 
-    where: the file's place in the configuration (`tasks.sst2.train`), for messages.
-    Raises ConfigError that names every row that cannot be used by its line: not JSON, no object, without a field that
-    the template takes, or with an empty response.
+    where: the file's place in the configuration (`tasks.sst2.train`), for messages. tokenizer: whose chat template
+    makes text of messages; bos and eos, which `encode` adds, are left out.
+    Raises ConfigError as `rows.read`, and for messages that the tokenizer cannot make text of.
     """
+    texts = rows.read(path, template, where=where)
+    if template.messages is None:
+        return cast(list[tuple[str, str]], texts)
+    assert tokenizer is not None
     prefix = f"{where}: " if where else ""
-    prompt, response = _renderer(template.prompt, prefix), _renderer(template.response, prefix)
-    rows, problems = [], []
-    try:
-        with open(path, "rb") as file:  # as bytes: lines end at \n only, not at the separators inside a JSON string
-            for number, raw in enumerate(file, start=1):
-                line = raw.removeprefix(codecs.BOM_UTF8).strip()
-                if not line:
-                    continue
-                try:
-                    row = _parse(line)
-                    rows.append((prompt(row), _not_empty(response(row))))
-                except ConfigError as error:
-                    problems.append(f"{prefix}{path}:{number}: {error}")
-    except OSError as error:
-        raise ConfigError(
-            f"{prefix}{path} cannot be read ({error.strerror}); give the path of a JSON lines file"
-        ) from error
-    if len(problems) > LISTED:
-        rest = f"{prefix}{path}: {len(problems) - LISTED} more of {len(rows) + len(problems)} rows cannot be used"
-        problems = [*problems[:LISTED], rest]
-    if problems:
-        raise ConfigError("\n".join(problems))
-    if not rows:
-        raise ConfigError(f"{prefix}{path}: holds no rows; wanted one JSON object a line")
-    return rows
+    if not tokenizer.chat_template:
+        raise ConfigError(f"{prefix}model.path: the tokenizer has no chat template, which template.messages needs")
+    found = []
+    for number, messages in enumerate(texts, start=1):
+        try:
+            found.append(_of_messages(cast(Sequence[rows.Message], messages), tokenizer))
+        except Exception as error:  # templates raise errors of their own
+            raise ConfigError(f"{prefix}{path}: row {number}: the chat template refuses it ({error})") from error
+    return found
+
+
+def _of_messages(messages: Sequence[rows.Message], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """All but the last as prompt, and what the last adds to their text as response."""
+    context = [dict(message) for message in messages]
+    prompt = str(tokenizer.apply_chat_template(context[:-1], tokenize=False, add_generation_prompt=True))
+    whole = str(tokenizer.apply_chat_template(context, tokenize=False))
+    if not whole.startswith(prompt):
+        raise ConfigError("it changes what was before when an answer follows, so the answer cannot be told from it")
+    response, eos = whole[len(prompt) :].rstrip("\n"), str(tokenizer.eos_token)
+    if tokenizer.bos_token and _adds_bos(tokenizer):
+        prompt = prompt.removeprefix(tokenizer.bos_token)
+    return prompt, response.removesuffix(eos)
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    [ids] = _tokens(["a"], tokenizer, special=True)
+    return ids[0] == tokenizer.bos_token_id
 
 
 def responses(labels: Sequence[str], template: config.Template) -> tuple[str, ...]:
     """The response for each label: template.response with the label in the place of its one field."""
     pieces = list(string.Formatter().parse(template.response))
     return tuple("".join(text + (label if name is not None else "") for text, name, _, _ in pieces) for label in labels)
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    try:
-        # Numbers with a point stay as they are written: 1.50 is not 1.5 in a text.
-        row = json.loads(line.decode(), parse_float=str, parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"is not JSON ({error}); wanted one JSON object on each line") from error
-    if not isinstance(row, dict):
-        raise ConfigError(f"holds {_kind(row)}; wanted a JSON object such as {{'prompt': ..., 'response': ...}}")
-    return row
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON value; a missing value is often written so")
-
-
-def _renderer(template: str, prefix: str) -> Callable[[Mapping[str, Any]], str]:
-    """Only `{field}`: nothing of a row is looked into or formatted, so a file of rows cannot do anything."""
-    pieces = list(string.Formatter().parse(template))
-    for _, name, form, conversion in pieces:
-        if name is not None and (form or conversion or not name.isidentifier()):
-            raise ConfigError(f"{prefix}{template!r} has more than the name of a field in braces; write {{text}}")
-
-    def render(row: Mapping[str, Any]) -> str:
-        return "".join(literal + (_text(row, name) if name is not None else "") for literal, name, _, _ in pieces)
-
-    return render
-
-
-def _text(row: Mapping[str, Any], name: str) -> str:
-    if name not in row:
-        raise ConfigError(f"has no field {name!r}; there are {', '.join(sorted(row)) or 'none'}")
-    value = row[name]
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int):
-        return str(value)
-    if not isinstance(value, str):
-        raise ConfigError(f"field {name!r} is {_kind(value)}; wanted text or a number")
-    if not _encodable(value):
-        raise ConfigError(f"field {name!r} has half of a surrogate pair; wanted Unicode text")
-    return value
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _not_empty(response: str) -> str:
-    if not response.strip():
-        raise ConfigError("its response is empty; wanted text to learn")
-    return response
-
-
-def _kind(value: Any) -> str:
-    return (
-        "null"
-        if value is None
-        else {"dict": "an object", "list": "a list", "str": "text"}.get(type(value).__name__, "a number")
-    )
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------
@@ -269,9 +208,14 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return next(token for token in candidates if isinstance(token, int))
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> Batch:
+def collate(examples: Sequence[Example], pad_id: int, pack: int | None = None) -> Batch:
     """Rows padded on the right to the longest. No examples give one row of padding without targets, so that a rank
-    with nothing to do can take part in every collective."""
+    with nothing to do can take part in every collective.
+
+    pack: rows share sequences of at most so many tokens, see `packed`.
+    """
+    if pack is not None and examples:
+        return packed(examples, pad_id, pack)
     rows = [(example.prompt_ids, example.response_ids) for example in examples] or [((pad_id, pad_id), ())]
     length = max(len(before) + len(after) for before, after in rows)
     input_ids = np.full((len(rows), length), pad_id, dtype=np.int64)
@@ -286,6 +230,43 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
         input_ids=torch.from_numpy(input_ids),
         attention_mask=torch.from_numpy(attention_mask),
         labels=torch.from_numpy(labels),
+    )
+
+
+def packed(examples: Sequence[Example], pad_id: int, length: int) -> Batch:
+    """Rows one after the other in sequences of at most `length` tokens, each with positions from 0 on.
+
+    From these transformers makes an attention mask in blocks, so that no row sees another one; padding is a row of its
+    own at the end. Every row goes into the first sequence with room for it, longest first.
+    """
+    sequences: list[list[Example]] = []
+    room: list[int] = []
+    for example in sorted(examples, key=lambda one: -one.num_tokens):
+        place = next((i for i, left in enumerate(room) if left >= example.num_tokens), None)
+        if place is None:
+            place = len(room)
+            sequences.append([])
+            room.append(length)
+        sequences[place].append(example)
+        room[place] -= example.num_tokens
+    width = length - min(room)
+    input_ids = np.full((len(sequences), width), pad_id, dtype=np.int64)
+    labels = np.full((len(sequences), width), IGNORED, dtype=np.int64)
+    position_ids = np.zeros((len(sequences), width), dtype=np.int64)
+    for row, sequence in enumerate(sequences):
+        start = 0
+        for example in sequence:
+            end = start + example.num_tokens
+            input_ids[row, start:end] = example.prompt_ids + example.response_ids
+            labels[row, start + len(example.prompt_ids) : end] = example.response_ids
+            position_ids[row, start:end] = np.arange(end - start)
+            start = end
+        position_ids[row, start:] = np.arange(width - start)
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.ones(input_ids.shape, dtype=torch.int64),
+        labels=torch.from_numpy(labels),
+        position_ids=torch.from_numpy(position_ids),
     )
 
 
@@ -315,6 +296,57 @@ def rows_of_step(step: int, *, num_rows: int, batch_size: int, seed: int, epochs
     return rows
 
 
+def mixed_rows_of_step(
+    step: int,
+    *,
+    num_rows: tuple[int, ...],
+    shares: tuple[float, ...],
+    batch_size: int,
+    seed: int,
+    epochs: float | None,
+) -> list[int]:
+    """As `rows_of_step`, of rows that are of several files, one after the other, of which each has a share.
+
+    An epoch is as many rows as there are, of each file its share: the file's rows are taken in permutations that go on
+    from one epoch to the next, so that a small share leaves out none and a large one takes them more often.
+    """
+    total = sum(num_rows)
+    counts = _shares(total, shares)
+    offsets = np.cumsum((0, *num_rows))
+    start, end = step * batch_size, (step + 1) * batch_size
+    if epochs is not None:
+        end = min(end, _total_rows(total, epochs))
+    rows = []
+    for place in range(start, end):
+        epoch, position = divmod(place, total)
+        file, drawn = _draws(total, counts, seed, epoch)
+        which = int(file[position])
+        draw = epoch * counts[which] + int(drawn[position])
+        of_file, row = divmod(draw, num_rows[which])
+        rows.append(int(offsets[which] + _permutation(num_rows[which], seed + which + 1, of_file)[row]))
+    return rows
+
+
+def _shares(total: int, shares: tuple[float, ...]) -> tuple[int, ...]:
+    """Whole numbers that sum to the total, by largest remainder."""
+    exact = [total * share for share in shares]
+    counts = [math.floor(number) for number in exact]
+    largest = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])[: total - sum(counts)]
+    return tuple(count + (i in largest) for i, count in enumerate(counts))
+
+
+@functools.lru_cache(maxsize=2)
+def _draws(
+    total: int, counts: tuple[int, ...], seed: int, epoch: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Of each place in an epoch: its file, and how many of the epoch's rows before it are of the same file."""
+    file = np.repeat(np.arange(len(counts)), counts)[_permutation(total, seed, epoch)]
+    drawn = np.empty(total, dtype=np.int64)
+    for which, count in enumerate(counts):
+        drawn[file == which] = np.arange(count)
+    return file, drawn
+
+
 def micro_batches(rows: Sequence[Row], world_rank: int, world_size: int, micro_batch_size: int) -> list[list[Row]]:
     """A rank's share of a global batch, in pieces of at most micro_batch_size rows.
 
@@ -329,7 +361,7 @@ def _total_rows(num_rows: int, epochs: float) -> int:
     return max(1, round(num_rows * epochs))
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=16)
 def _permutation(num_rows: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     """Order of the rows in one epoch: ranks of random words. NumPy guarantees Philox's raw stream, but not what a
     Generator makes of it, and a resumed run may meet another NumPy."""

@@ -43,7 +43,10 @@ def _rows(batch: Batch) -> Tensor:
 
 def _losses(model: nn.Module, batch: Batch) -> Tensor:
     """-log p of every target, (targets,), fp32, row by row."""
-    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    if batch.position_ids is None:
+        output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    else:  # a mask would hide from transformers that rows are packed
+        output = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
     labels = batch.labels[:, 1:]
     chosen = labels != IGNORED
     # Chosen before the cast: prompts and padding would need four bytes an entry of the vocabulary for nothing.

@@ -10,13 +10,14 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lori_dist import config, plugin
 from lori_dist.adapter import file
@@ -25,7 +26,7 @@ from lori_dist.adapter.attach import attach, extract, projection_checksums
 from lori_dist.adapter.per_task import is_a
 from lori_dist.adapter.saved import is_saved
 from lori_dist.config import Run, held_out
-from lori_dist.errors import JobError
+from lori_dist.errors import ConfigError, JobError
 from lori_dist.jobs import joint_job, task_seed, train_job
 from lori_dist.training import checkpoint, conflicts, data, flops, metrics
 from lori_dist.training.data import Example
@@ -80,6 +81,8 @@ class Job:
     progress: Callable[[Record], None]
     examples: Sequence[Sequence[Example]]
     """Of each task: one, or those of `joint`."""
+    mixture: Sequence[int]
+    """Of one task whose rows are of several files: how many are of each, in their order."""
     pad_id: int
     origin: Mapping[str, Any]
     """What the result follows from."""
@@ -122,7 +125,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(run.model)
     tasks = joint["tasks"] if joint is not None else (task,)
-    rows = {name: _rows(run, name) for name in tasks}
+    rows = {name: _rows(run, name, tokenizer) for name in tasks}
     planned = joint_job(run, joint) if joint is not None else train_job(run, task, sequel=sequel)
     with tracked(run, planned.name) as track:
         job = Job(
@@ -136,9 +139,10 @@ def train(
             track=track,
             progress=progress,
             examples=[
-                data.encode(of_task, tokenizer, run.train.max_length, where=f"tasks.{name}.train")
-                for name, of_task in rows.items()
+                data.encode([*chain(*parts)], tokenizer, run.train.max_length, where=f"tasks.{name}.train")
+                for name, parts in rows.items()
             ],
+            mixture=[] if len(rows[tasks[0]]) == 1 else [len(part) for part in rows[tasks[0]]],
             pad_id=data.pad_id(tokenizer),
             origin={"fingerprint": fingerprint, **planned.settings},
             joint=None if joint is None else Joint(**joint),
@@ -167,13 +171,17 @@ def train(
     return from_first(world, summary)
 
 
-def _rows(run: Run, task: str) -> list[tuple[str, str]]:
-    """Prompt and response of the rows to train on: all, but for those on which weights of merges are searched."""
-    where, count = f"tasks.{task}.train", held_out(run, task)
-    rows = data.read(run.tasks[task].train, run.tasks[task].template, where=where)
+def _rows(run: Run, task: str, tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[str, str]]]:
+    """Prompt and response of the rows to train on, file by file: all, but for those on which weights of merges are
+    searched."""
+    where, count, settings = f"tasks.{task}.train", held_out(run, task), run.tasks[task]
+    rows, *others = (
+        data.read(path, settings.template, where=place, tokenizer=tokenizer)
+        for place, path in [(where, settings.train), *((f"tasks.{task}.mixture", path) for path in settings.mixture)]
+    )
     if count:
         log.info("%s: the last %d of %d rows are held out for the search for weights", where, count, len(rows))
-    return rows[: len(rows) - count]
+    return [rows[: len(rows) - count], *others]
 
 
 def _before(run: Run, tasks: Sequence[str]) -> Adapter | None:
@@ -354,6 +362,8 @@ def _adapted_model(job: Job, masks: Mapping[str, Tensor] | None) -> tuple[PreTra
     """The base without its weights, with an adapter whose values are zero; and the weights."""
     adapter = job.run.adapter
     model, weights = skeleton(job.run.model)
+    if job.run.train.pack and (problems := list(config.unpackable(model.config.model_type))):
+        raise ConfigError("\n".join(problems))
     for examples in job.examples:
         check(examples, model)
     spec = Spec(
@@ -410,7 +420,8 @@ def _step(job: Job, phase: Phase, engine: Engine, step: int, tasks: Surgery | No
     examples = [job.examples[task][row] for task, row in rows]
     pieces = data.micro_batches(rows, world.rank, world.size, train.micro_batch_size)
     if job.joint is None:
-        batches = [data.collate([job.examples[0][row] for _, row in piece], job.pad_id) for piece in pieces]
+        length = train.max_length if train.pack else None
+        batches = [data.collate([job.examples[0][row] for _, row in piece], job.pad_id, length) for piece in pieces]
     else:
         batches = joint_batches(rows, job.examples, job.joint.weights, pieces, job.pad_id)
     lr = learning_rate(
@@ -453,6 +464,17 @@ def _rows_of_step(job: Job, phase: Phase, step: int) -> list[tuple[int, int]]:
     train, num_rows = job.run.train, [len(examples) for examples in job.examples]
     if job.joint is not None:
         return rows_of_step(step, num_rows=num_rows, batch_size=train.batch_size, seed=train.seed)
+    if job.mixture:
+        shares = tuple(job.run.tasks[job.task].mixture.values())
+        rows = data.mixed_rows_of_step(
+            step,
+            num_rows=tuple(job.mixture),
+            shares=(1 - sum(shares), *shares),
+            batch_size=train.batch_size,
+            seed=train.seed,
+            epochs=phase.epochs,
+        )
+        return [(0, row) for row in rows]
     rows = data.rows_of_step(
         step, num_rows=num_rows[0], batch_size=train.batch_size, seed=train.seed, epochs=phase.epochs
     )
