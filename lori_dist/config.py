@@ -665,8 +665,8 @@ def _mixtures(run: Run) -> Iterator[str]:
     for name, task in run.tasks.items():
         if sum(task.mixture.values()) >= 1:
             yield (
-                f"tasks.{name}.mixture: its shares add up to {sum(task.mixture.values()):g}; give less than 1, as train "
-                "has the rest"
+                f"tasks.{name}.mixture: its shares add up to {sum(task.mixture.values()):g}; give less than 1, as "
+                "train has the rest"
             )
         if task.train in task.mixture:
             yield f"tasks.{name}.mixture: {task.train!r} is also tasks.{name}.train, which has the rest; leave it out"

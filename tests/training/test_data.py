@@ -1,3 +1,4 @@
+import itertools
 import json
 import logging
 import random
@@ -11,7 +12,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
 
+from lori_dist import config
 from lori_dist.config import Template
 from lori_dist.errors import ConfigError
 from lori_dist.training.data import (
@@ -20,11 +23,16 @@ from lori_dist.training.data import (
     collate,
     encode,
     micro_batches,
+    mixed_rows_of_step,
     num_steps,
+    packed,
     pad_id,
     read,
     rows_of_step,
 )
+from lori_dist.training.loss import loss_sum
+from tests.engines.oracle import examples
+from tests.models import tiny
 from tests.tokenizers import tiny_tokenizer
 
 BOS, EOS = 1, 2
@@ -148,7 +156,12 @@ def test_all_bad_rows_are_named_at_once_and_a_flood_is_counted(tmp_path: Path) -
         read(path, Template(), where="tasks.t.train")
     lines = str(caught.value).split("\n")
     assert len(lines) == 21
-    assert lines[-1] == f"tasks.t.train: {path}: 280 more of 600 rows cannot be used"
+    others = ", ".join(map(str, range(42, 601, 2)))
+    assert lines[-1] == f"tasks.t.train: {path}: 280 more of 600 rows cannot be used, in lines {others}"
+
+    path = rows_file(tmp_path, good + "bad\n" * 1000)
+    with pytest.raises(ConfigError, match=r"980 more of 1001 rows cannot be used, in lines 22-1001$"):
+        read(path, Template())
 
 
 @pytest.mark.parametrize("text", ["", "\n \n\r\n", b"\xef\xbb\xbf"])
@@ -393,3 +406,129 @@ def test_a_rank_without_rows_takes_part_with_empty_pieces() -> None:
     assert micro_batches([7, 8], 0, 4, 8) == [[7]]
     assert micro_batches([7, 8], 3, 4, 8) == [[]]
     assert micro_batches([1, 2, 3, 4, 5], 1, 2, 2) == [[2, 4], []]
+
+
+# --- mixtures --------------------------------------------------------------------------------------------------------
+
+
+@given(
+    num_rows=st.lists(st.integers(1, 9), min_size=2, max_size=3),
+    weights=st.lists(st.integers(1, 9), min_size=3, max_size=3),
+    batch_size=st.integers(1, 7),
+    seed=st.integers(0, 9),
+)
+def test_a_mixture_takes_of_each_file_its_share_and_all_its_rows_as_often(
+    num_rows: list[int], weights: list[int], batch_size: int, seed: int
+) -> None:
+    shares = tuple(weight / sum(weights[: len(num_rows)]) for weight in weights[: len(num_rows)])
+    num_epochs, total = 4, sum(num_rows)
+    taken = [
+        row
+        for step in range(num_steps(total, batch_size, None, num_epochs))
+        for row in mixed_rows_of_step(
+            step, num_rows=tuple(num_rows), shares=shares, batch_size=batch_size, seed=seed, epochs=num_epochs
+        )
+    ]
+    assert len(taken) == num_epochs * total
+    first = 0
+    for count, share in zip(num_rows, shares, strict=True):
+        of_file = [row for row in taken if first <= row < first + count]
+        assert abs(len(of_file) - num_epochs * total * share) <= num_epochs  # each epoch's is rounded
+        counts = [of_file.count(row) for row in range(first, first + count)]
+        assert max(counts) - min(counts) <= 1
+        first += count
+
+
+def test_a_step_of_a_mixture_follows_from_seed_and_step_alone() -> None:
+    def rows(step: int, size: int) -> list[int]:
+        return mixed_rows_of_step(step, num_rows=(7, 3), shares=(0.4, 0.6), batch_size=size, seed=3, epochs=None)
+
+    assert [row for step in range(12) for row in rows(step, 4)] == [row for step in range(6) for row in rows(step, 8)]
+
+
+# --- packing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", config.PACKED)
+def test_packed_rows_have_the_loss_and_gradient_of_rows_apart(kind: str) -> None:
+    model, rows = tiny(kind), examples()
+    batch = packed(rows, 0, 40)
+    assert batch.input_ids.shape[0] < len(rows) / 2  # they do share sequences
+    found = [loss_sum(model, batch)]
+    found += torch.autograd.grad(found[0], [*model.parameters()], allow_unused=True)
+    wanted = [sum(loss_sum(model, collate([row], 0)) for row in rows)]
+    wanted += torch.autograd.grad(wanted[0], [*model.parameters()], allow_unused=True)
+    for one, other in zip(found, wanted, strict=True):
+        if other is not None:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=12), st.integers(12, 30))
+def test_packing_keeps_every_row_whole(sizes: list[tuple[int, int]], length: int) -> None:
+    rows = [
+        Example(prompt="", response="", prompt_ids=(10 + i,) * before, response_ids=(40 + i,) * after)
+        for i, (before, after) in enumerate(sizes)
+    ]
+    batch = packed(rows, 0, length)
+    assert batch.input_ids.shape[1] <= length
+    assert batch.position_ids is not None
+    found = []
+    for ids, positions, labels in zip(batch.input_ids, batch.position_ids, batch.labels, strict=True):
+        starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
+        for start, end in itertools.pairwise(starts):
+            assert positions[start:end].tolist() == list(range(end - start))
+            found.append((tuple(ids[start:end].tolist()), tuple(labels[start:end].tolist())))
+    for row in rows:
+        found.remove((row.prompt_ids + row.response_ids, (IGNORED,) * len(row.prompt_ids) + row.response_ids))
+    assert all(set(labels) == {IGNORED} for _, labels in found)  # padding
+
+
+# --- chat ------------------------------------------------------------------------------------------------------------
+
+CHAT = """{{ bos_token }}
+{%- for m in messages %}
+    {%- if m.role not in ("user", "assistant") %}{{ raise_exception("no such role") }}{% endif %}
+    {{- "<" + m.role + ">" + m.content + eos_token }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ "<assistant>" }}{% endif %}"""
+
+
+def chat_tokenizer() -> PreTrainedTokenizerBase:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def test_of_messages_only_the_last_answer_is_learned(tmp_path: Path) -> None:
+    roles = ("user", "assistant", "user", "assistant")
+    messages = [{"role": role, "content": f"say {i}"} for i, role in enumerate(roles)]
+    path, tokenizer = rows_file(tmp_path, json.dumps({"chat": messages}) + "\n"), chat_tokenizer()
+    [text] = read(path, Template(messages="chat"), tokenizer=tokenizer)
+    assert text == ("<user>say 0</s><assistant>say 1</s><user>say 2</s><assistant>", "say 3")
+    [example] = encode([text], tokenizer, 128)
+    whole = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    assert [*example.prompt_ids, *example.response_ids] == whole
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "is a list of 0; wanted a list of two or more"),
+        ("hello", "is text; wanted a list"),
+        ([{"role": "user", "content": "a"}] * 2, "the last message of 'chat' is of 'user'"),
+        ([{"role": "user"}, {"role": "assistant", "content": "a"}], "message 1 of 'chat' has no role and content"),
+        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}], "its response is empty"),
+        ([{"role": "tool", "content": "a"}, {"role": "assistant", "content": "b"}], "the chat template refuses it"),
+    ],
+)
+def test_messages_that_cannot_be_used_are_named(tmp_path: Path, messages: object, message: str) -> None:
+    path = rows_file(tmp_path, json.dumps({"chat": messages}) + "\n")
+    with pytest.raises(ConfigError, match=message):
+        read(path, Template(messages="chat"), tokenizer=chat_tokenizer())
+
+
+def test_messages_need_a_chat_template(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = rows_file(tmp_path, json.dumps({"chat": messages}) + "\n")
+    with pytest.raises(ConfigError, match="the tokenizer has no chat template"):
+        read(path, Template(messages="chat"), tokenizer=tiny_tokenizer())

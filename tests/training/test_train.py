@@ -286,6 +286,30 @@ def test_a_recomputed_projection_changes_no_number(run: Run, tmp_path: Path) -> 
     assert recomputed["kept"] == cached["kept"]
 
 
+def test_packed_rows_change_no_number(run: Run, tmp_path: Path) -> None:
+    [plain] = run_distributed(train_rank, run, tmp_path / "plain", world_size=1)
+    packing = changed(run, pack=True, micro_batch_size=5)
+    for rank, (summary, _) in enumerate(run_distributed(train_rank, packing, tmp_path / "packed", world_size=2)):
+        assert summary["loss"] == pytest.approx(plain[0]["loss"], rel=1e-5), rank
+
+
+def test_a_mixture_and_a_module_trained_whole_are_the_same_on_more_ranks(run: Run, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "other", "response": "file"}\n')
+    task = replace(run.tasks["count"], mixture={str(other): 0.4})
+    whole = replace(run.adapter, modules_to_save=("model.norm",))
+    run = replace(run, tasks={"count": task}, adapter=whole)
+    found = []
+    for size in (1, 2):
+        folder = tmp_path / str(size)
+        run_distributed(train_rank, changed(run, engine=engine("fsdp")), folder, world_size=size)
+        found.append(file.load(folder / "adapter.safetensors"))
+    assert list(found[0].saved) == ["model.norm.weight"]
+    torch.testing.assert_close(values(found[1]), values(found[0]), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[1].saved, found[0].saved, rtol=1e-5, atol=0)
+    assert not torch.equal(found[0].saved["model.norm.weight"], torch.ones(36))
+
+
 def test_a_base_in_half_precision_trains(run: Run, tmp_path: Path) -> None:
     halved = replace(run, model=replace(run.model, dtype="bfloat16"), adapter=replace(run.adapter, dtype="bfloat16"))
     (summary, records), _ = run_distributed(train_rank, halved, tmp_path / "job", world_size=2)
