@@ -3,7 +3,7 @@
 import dataclasses
 import fnmatch
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lori_dist.adapter import per_task, saved
 from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec, in_memory
 from lori_dist.adapter.experts import AdaptedExperts, Expert, is_experts, matrices
-from lori_dist.adapter.linear import AdaptedLinear, Delta, Kept, features, is_conv1d
+from lori_dist.adapter.linear import AdaptedLinear, Delta, Kept, dequantized, features, is_conv1d, is_quantized
 from lori_dist.adapter.per_task import PerTask
 from lori_dist.adapter.projection import checksum
 from lori_dist.errors import AdapterError
@@ -125,9 +125,17 @@ def _set(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def fold(model: nn.Module) -> None:
-    """Adds the updates to the base's weights, so that the model runs at the base's speed. `unfold` takes them out."""
+def fold(model: nn.Module, *, dequantize: bool = False) -> None:
+    """Adds the updates to the base's weights, so that the model runs at the base's speed. `unfold` takes them out.
+
+    dequantize: puts a float32 layer in the place of each quantised one first, which stays, also after `detach`; without
+    it, AdapterError is raised for these. Quantising the sum again would round most of an update away.
+    """
     layers = _attached(model)
+    if dequantize:
+        for layer in layers.values():
+            if is_quantized(layer.base):
+                layer.base = dequantized(cast(nn.Linear, layer.base))
     _refuse_unfoldable(model, {path: layer.base for path, layer in layers.items()})
     for layer in layers.values():
         if layer.folded is None:
@@ -461,10 +469,11 @@ def _listing(paths: Mapping[str, nn.Module]) -> str:
 
 
 def _refuse_unadaptable(model: nn.Module, path: str, module: nn.Module) -> None:
-    if type(module) is not nn.Linear and not is_conv1d(module) and not isinstance(module, Expert):
+    is_known = type(module) is nn.Linear or is_conv1d(module) or is_quantized(module) or isinstance(module, Expert)
+    if not is_known:
         raise AdapterError(
             f"targets: {path} is a {type(module).__name__}, a linear layer of a kind that is not supported "
-            "(quantised layers are not); name other targets"
+            "(quantised ones are those of bitsandbytes and torchao); name other targets"
         )
     held = module.experts if isinstance(module, Expert) else module
     places = [place for place, other in model.named_modules(remove_duplicate=False) if other is held]
@@ -480,6 +489,11 @@ def _refuse_unfoldable(model: nn.Module, bases: Mapping[str, nn.Module]) -> None
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     for path, base in bases.items():
+        if is_quantized(base):
+            raise AdapterError(
+                f"{path}: its weight is quantised ({type(base).__name__}); fold(model, dequantize=True) makes it "
+                "float32 first, or keep the adapter unfolded"
+            )
         is_expert = isinstance(base, Expert)
         weight = base.fused if is_expert else base.get_parameter("weight")
         if len(owners[id(weight)]) > 1:

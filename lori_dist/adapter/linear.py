@@ -18,6 +18,9 @@ from lori_dist.adapter.projection import Recipe
 Kept = tuple[Tensor | None, Tensor]
 """Entries of B: their ascending flat positions, or None for all of them, and their values."""
 
+QUANTIZED = ("Linear4bit", "Linear8bitLt", "QuantizedLinear")
+"""Classes of quantised linear layers."""
+
 
 class _Update(torch.autograd.Function):
     """y + scale * B (A x), saving A x, which is rank wide, instead of x. y comes from a base of any kind."""
@@ -396,11 +399,38 @@ def is_plain(base: nn.Module) -> bool:
     """Whether calling a linear layer is its product and nothing else: no hooks, no other forward, nothing trained."""
     return (
         (type(base) is nn.Linear or is_conv1d(base))
+        and not is_quantized(base)
         and not base.weight.requires_grad
         and (base.bias is None or not base.bias.requires_grad)
         and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
         and "forward" not in vars(base)
     )
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether it is a linear layer of bitsandbytes, or one whose weight torchao has replaced, or our own."""
+    if not isinstance(module, nn.Linear):
+        return False
+    weight = type(module.weight.data)
+    return type(module).__name__ in QUANTIZED or (
+        weight is not Tensor and weight.__module__.startswith("torchao.")  # of other libraries, FSDP has its own
+    )
+
+
+@torch.no_grad()
+def dequantized(base: nn.Linear) -> nn.Linear:
+    """A float32 layer that computes what a quantised one does: its weight is what that makes of the unit vectors."""
+    device = base.weight.device
+    made = nn.Linear(base.in_features, base.out_features, base.bias is not None, device=device, dtype=torch.float32)
+    for start in range(0, base.in_features, 1024):
+        size = min(1024, base.in_features - start)
+        units = torch.zeros(size, base.in_features, device=device)
+        units[:, start : start + size].fill_diagonal_(1.0)
+        columns = base(units).float()
+        made.weight[:, start : start + size] = (columns if base.bias is None else columns - base.bias.float()).t()
+    if base.bias is not None:
+        made.bias.copy_(base.bias)
+    return made.requires_grad_(False)
 
 
 def features(base: nn.Module) -> tuple[int, int]:
