@@ -88,6 +88,8 @@ class Model:
     """A folder with a transformers model and its tokenizer, or a name on the hub."""
     dtype: Dtype = "float32"
     """Of the base. Trained values are float32 whatever it is."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """What the weights of its linear layers are kept in: 4 bits (QLoRA) or 8."""
 
 
 @section
@@ -625,6 +627,14 @@ def _projections(run: Run) -> Iterator[str]:
         yield f"adapter.dtype: {run.adapter.dtype} was given, and a trained A is float32; leave it out"
 
 
+def _quantized(run: Run) -> Iterator[str]:
+    if run.model.quantize == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        yield (
+            "model.quantize: nf4 needs the package bitsandbytes, which is not installed; "
+            "pip install 'lori_dist[quantize]', or use int8"
+        )
+
+
 def _saved(run: Run) -> Iterator[str]:
     if not run.adapter.modules_to_save:
         return
@@ -947,6 +957,7 @@ RULES: tuple[Rule, ...] = (
     _methods,
     _projections,
     _saved,
+    _quantized,
     _lengths,
     _tasks,
     _mixtures,

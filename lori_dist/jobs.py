@@ -249,7 +249,8 @@ def sha256(path: str | Path) -> str:
 
 
 def _model(model: config.Model) -> dict[str, Any]:
-    return {"content": model_content(model.path), "dtype": model.dtype}
+    quantize = {} if model.quantize is None else {"quantize": model.quantize}
+    return {"content": model_content(model.path), "dtype": model.dtype, **quantize}
 
 
 def model_content(path: str) -> dict[str, str]:

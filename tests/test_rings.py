@@ -40,6 +40,7 @@ LIBRARIES = {
     "multitask": {"pydantic", "yaml"},
     "scores.py": set(),
     "engines/deepspeed.py": {"torch", "numpy", "transformers", "deepspeed"},
+    "training/quantized.py": {"torch", "transformers", "bitsandbytes"},
     "training": {"torch", "safetensors", "numpy", "transformers", "accelerate"},
     "engines": {"torch", "numpy", "transformers", "accelerate"},
     "evaluation": {"torch", "numpy", "transformers", "accelerate"},

@@ -112,7 +112,8 @@ def _model(settings: config.Model, adapter: Path | None) -> PreTrainedModel:
     layers = attach.attach(model, loaded)
     embeddings = model.get_input_embeddings().weight
     # Folded, it runs at the base's speed. A narrower dtype would round the update away, tied embeddings would change.
-    if model.dtype == torch.float32 and not any(layer.weight is embeddings for layer in layers.values()):
+    is_exact = model.dtype == torch.float32 and settings.quantize is None
+    if is_exact and not any(layer.weight is embeddings for layer in layers.values()):
         attach.fold(model)
     return model
 

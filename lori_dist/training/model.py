@@ -16,6 +16,7 @@ from lori_dist import config
 from lori_dist.errors import ConfigError
 from lori_dist.tensors import stored
 from lori_dist.training.data import Example
+from lori_dist.training.quantized import quantize_layers
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -46,6 +47,8 @@ def load_model(model: config.Model) -> PreTrainedModel:
             f"model.path: the weights in {model.path!r} lack {len(missing)} tensors of the shape config.json asks for "
             f"({shown}); give a folder whose weights and config.json belong together"
         )
+    if model.quantize is not None:
+        quantize_layers(loaded, model.quantize)
     return cast(PreTrainedModel, loaded.eval())
 
 

@@ -22,6 +22,7 @@ from lori_dist.errors import ConfigError
 from lori_dist.tensors import Stored, stored
 from lori_dist.training.engine import Part
 from lori_dist.training.model import loading, weight_files
+from lori_dist.training.quantized import QuantizedWeights, quantize_layers
 
 HOLDERS = (AdaptedLinear, AdaptedExperts)
 """What an adapter puts in the place of modules of the base, which are then their `base`."""
@@ -54,7 +55,10 @@ def skeleton(model: config.Model) -> tuple[PreTrainedModel, Weights]:
         _keep_exact(made, dtype)
         weights = _Files(made, {name: where for file in weight_files(model) for name, where in stored(file).items()})
     weights.check(model.path)
-    return made.eval(), weights
+    if model.quantize is None:
+        return made.eval(), weights
+    quantize_layers(made, model.quantize)
+    return made.eval(), QuantizedWeights(made, weights.read)
 
 
 def _keep_exact(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -3,7 +3,7 @@
 import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lori_dist import plugin
 from lori_dist.config import Train
 from lori_dist.training.engine import QUANTITIES, Engine, Part, State, collect
+from lori_dist.training.quantized import quantize_layers
 from lori_dist.training.train import checkpoint_activations
 from lori_dist.training.world import World, from_environment, from_first
 from tests.distributed import run_distributed
@@ -68,6 +69,12 @@ ENGINES = {
 CASES = [(name, size) for size in (1, 2, 4) for name, asked in ENGINES.items() if size in asked.world_sizes]
 
 
+def quantized(kind: Literal["nf4", "int8"]) -> Any:
+    model = tiny_llama()
+    quantize_layers(model, kind)
+    return model
+
+
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """A model to train, and how."""
@@ -99,6 +106,8 @@ VARIANTS = {
     "checkpointed": Variant(model=lambda: adapt(tiny_llama()), checkpointed=True),
     "gpt2": Variant(model=lambda: adapt(tiny_gpt2())),
     "norm": Variant(model=lambda: adapt(tiny_llama(), modules_to_save=("model.norm", "layers.1.self_attn.o_proj"))),
+    "nf4": Variant(model=lambda: adapt(quantized("nf4"))),
+    "int8": Variant(model=lambda: adapt(quantized("int8"))),
     "mixture": Variant(model=lambda: adapt(tiny("mixtral"))),
     "one entry": Variant(model=lambda: adapt(tiny_llama(), kept=1)),
     "three entries": Variant(model=lambda: adapt(tiny_llama(), kept=3)),
