@@ -110,6 +110,24 @@ def stop(arguments: argparse.Namespace) -> None:
     )
 
 
+def compare(arguments: argparse.Namespace) -> None:
+    from lori_dist.cluster import comparison
+
+    described = comparison.load(arguments.config)
+    comparison.runs(described, arguments.settings)  # its mistakes come before anything heavy is loaded
+    from lori_dist import progress
+    from lori_dist.cluster.run import execute
+    from lori_dist.evaluation._table import compared
+
+    def do(run: config.Run) -> dict[str, Any]:
+        log.info("%s", run.name)
+        with progress.of_run() as show_progress:
+            return execute(run, progress=show_progress)
+
+    result = comparison.compare(described, arguments.settings, execute=do)
+    print(compared(result), result["path"], sep="\n\n")
+
+
 def train(arguments: argparse.Namespace) -> None:
     from lori_dist.cluster.member import member
 
@@ -420,6 +438,21 @@ exit code: 0; 1 if a job failed, 2 for a mistake in the configuration, 3 if `lor
     )
     _add_config(verb)
     verb.add_argument("--address", metavar="URL", help="of the dashboard of a Ray cluster to run on")
+
+    verb = _add(
+        verbs,
+        compare,
+        "run a configuration in several variants, with several seeds",
+        f"""\
+Does the runs that a comparison lists, one after another, and prints mean and standard deviation over the seeds. What
+was done before is not done again. configs/comparison.yaml is an example; overrides are of all its runs.
+
+example:
+  lori compare configs/comparison.yaml train.steps=60
+
+{OVERRIDES}""",
+    )
+    _add_config(verb)
 
     verb = _add(
         verbs,
