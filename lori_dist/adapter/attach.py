@@ -46,7 +46,7 @@ def attach(
     Raises AdapterError for a merge of several blocks that is to be trained, for targets that match nothing or are no
     linear layers, for shapes that differ, for a layer used in two places, and for a model that has an adapter already.
     """
-    _refuse_adapted(model)
+    refuse_adapted(model)
     if isinstance(what, Adapter):
         if masks is not None:
             raise AdapterError("masks: were given with an adapter, which brings its own; leave them out")
@@ -70,7 +70,7 @@ def attach(
     return layers
 
 
-def _refuse_adapted(model: nn.Module) -> None:
+def refuse_adapted(model: nn.Module) -> None:
     """Also where the adapter is on a part of it, or on what it is a part of."""
     held = next((path for path, module in model.named_modules() if isinstance(module, (AdaptedLinear, Delta))), None)
     if held is not None or getattr(model, ATTACHED, None) is not None:
