@@ -1,6 +1,7 @@
 """Several tasks' trainings over one base give what each gives alone."""
 
 import json
+import math
 import os
 import signal
 from dataclasses import replace
@@ -153,3 +154,43 @@ def test_on_every_engine(run: Run, wanted: dict[str, Adapter], engine: Choice) -
     run_distributed(pack, run, list(TASKS), world_size=2)
     for task in TASKS:
         assert_equal(adapter(run, task), wanted[task])
+
+
+def test_tasks_that_were_killed_go_on_where_each_was(run: Run, wanted: dict[str, Adapter]) -> None:
+    """In calibration, and with tasks at different steps in the sparse phase."""
+    for moment in (("long", "calibrate", 3), ("middle", "train", 3), ("long", "train", 6)):
+        with pytest.raises(Failed, match="SIGKILL"):
+            run_distributed(pack, run, list(TASKS), moment, world_size=1)
+    run_distributed(pack, run, ["middle", "long", "short"], world_size=2)
+    for task in TASKS:
+        assert_equal(adapter(run, task), wanted[task])
+        steps = [(record["phase"], record["step"]) for record in records(run, task)]
+        assert steps == list(dict.fromkeys(steps))
+
+
+@pytest.mark.parametrize("engine", [Choice(name="ddp"), Choice(name="deepspeed", options={"stage": 3})])
+def test_what_goes_wrong_in_one_task_ends_that_one(run: Run, wanted: dict[str, Adapter], engine: Choice) -> None:
+    """One has a broken row; another diverges until its loss is no number."""
+    Path(run.tasks["short"].train).write_text("{}\n")
+    run = replace(run, train=replace(run.train, engine=engine))
+    broken, [found, _] = run.folder / "train-long", run_distributed(diverging, run, world_size=2)
+    assert "tasks.short.train" in found["short"]
+    assert "long: at step" in found["long"] and "the loss is nan" in found["long"]
+    assert not (broken / "adapter.safetensors").exists()
+    assert_equal(adapter(run, "middle"), wanted["middle"])
+
+
+def diverging(run: Run) -> dict[str, Any]:
+    """The pack, where the values of the task `long` are spoilt after its second sparse step."""
+    before = packed.Pack._step
+
+    def step(self: packed.Pack, going: Any) -> Any:
+        found = before(self, going)
+        if self.steps["long"].name == "train" and self.done["long"] == 2:
+            for name, part in self.engine.parts("values").items():
+                if name.endswith("@long"):
+                    part.data.fill_(math.nan)
+        return found
+
+    packed.Pack._step = step  # type: ignore[method-assign]
+    return pack(run, list(TASKS))
