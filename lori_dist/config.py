@@ -33,6 +33,11 @@ def _number(value: Any) -> Any:
     return value
 
 
+def _off(value: Any) -> Any:
+    """YAML reads `off` as false."""
+    return "off" if value is False else value
+
+
 NotBool = pydantic.BeforeValidator(_number)
 Positive = Annotated[int, pydantic.Field(gt=0), NotBool]
 Count = Annotated[int, pydantic.Field(ge=0), NotBool]
@@ -261,6 +266,11 @@ class Cluster:
     """How often a failed gang is started again; it continues from its last checkpoint."""
     patience: Rate = 600.0
     """Seconds that a job waits for nodes that the cluster has lost."""
+    packing: Annotated[
+        Literal["off", "auto"] | Annotated[int, pydantic.Field(ge=2), NotBool], pydantic.BeforeValidator(_off)
+    ] = "off"
+    """Trainings of several tasks in one gang, over one copy of the base: as many as that at once, or all that could
+    start. Each task gets the adapter it gets alone."""
 
 
 @section
@@ -828,6 +838,18 @@ def _cluster(run: Run) -> Iterator[str]:
         )
 
 
+def _packing(run: Run) -> Iterator[str]:
+    if run.cluster.packing == "off":
+        return
+    if run.adapter.projection != "cached":
+        yield (
+            f"cluster.packing: {run.cluster.packing} was given, and packed adapters have a cached A, not a "
+            f"{run.adapter.projection} one; set it to off, or adapter.projection to cached"
+        )
+    if storage.is_url(run.output):
+        yield f"cluster.packing: {run.cluster.packing} was given, with an output that is a URL; set it to off"
+
+
 def _searches(run: Run) -> Iterator[str]:
     for name, merge in run.merges.items():
         search, path = merge.search, f"merges.{name}"
@@ -887,5 +909,6 @@ RULES: tuple[Rule, ...] = (
     _merges,
     _searches,
     _cluster,
+    _packing,
     _trackers,
 )

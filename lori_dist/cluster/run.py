@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lori_dist import folder, plugin, storage
-from lori_dist.cluster import attempts, schedule
+from lori_dist.cluster import attempts, packs, schedule
 from lori_dist.cluster.board import Board, Progress
 from lori_dist.cluster.connection import connected, disconnect, runtime_env
 from lori_dist.cluster.gang import Gangs
@@ -86,14 +86,25 @@ def _work(board: Board, nodes: Callable[[], Sequence[Resources]], owner: str) ->
     gangs = Gangs(environment=runtime_env(board.run), nodes=nodes)
     watchers: list[threading.Thread] = []
 
-    def watch(job: Job) -> None:
+    def watch(jobs: Sequence[Job]) -> None:
+        left = {job.name: job for job in jobs}
+
+        def end(job: Job, outcome: dict[str, Any] | str) -> None:
+            del left[job.name]
+            ended.put((job, outcome))
+
         try:
-            ended.put((job, attempts.do(board.run, job, board.inputs(job), gangs)))
+            if len(jobs) > 1:
+                packs.do(board.run, jobs, gangs, end)
+            else:
+                end(jobs[0], attempts.do(board.run, jobs[0], board.inputs(jobs[0]), gangs))
         except JobError as error:
-            ended.put((job, str(error)))
+            for job in list(left.values()):
+                end(job, str(error))
         except BaseException as error:
-            log.debug("%s", job.name, exc_info=error)
-            ended.put((job, f"{type(error).__name__}: {error}"))
+            log.debug("%s", jobs[0].name, exc_info=error)
+            for job in list(left.values()):
+                end(job, f"{type(error).__name__}: {error}")
 
     try:
         room = time.monotonic()
@@ -107,10 +118,10 @@ def _work(board: Board, nodes: Callable[[], Sequence[Resources]], owner: str) ->
                 for job in board.ready():
                     board.fail(job, schedule.no_room(job, board.run.cluster, nodes()))
             if starting:
-                gangs.keep(sum(job.kind == "train" for job in starting))
-            for job in starting:
-                board.start(job)
-                watchers.append(threading.Thread(target=watch, args=(job,), name=job.name, daemon=True))
+                gangs.keep(sum(jobs[0].kind == "train" for jobs in starting))
+            for jobs in starting:
+                board.start(jobs)
+                watchers.append(threading.Thread(target=watch, args=(jobs,), name=jobs[0].name, daemon=True))
                 watchers[-1].start()
             try:
                 job, outcome = ended.get(timeout=POLL_SECONDS)

@@ -127,6 +127,27 @@ def admit(ready: Iterable[Job], running: Sequence[Job], cluster: Cluster, nodes:
     return admitted
 
 
+def packs(ready: Iterable[Job], packing: str | int) -> list[tuple[Job, ...]]:
+    """The jobs that could start, in their order, those together that one gang is to train: trainings of a task each,
+    which read nothing of others."""
+    most = 1 if packing == "off" else packing if isinstance(packing, int) else None
+    found: list[list[Job]] = []
+    pack: list[Job] | None = None
+    for job in ready:
+        if not may_be_packed(job):
+            found.append([job])
+        elif pack is not None and (most is None or len(pack) < most):
+            pack.append(job)
+        else:
+            pack = [job]
+            found.append(pack)
+    return [tuple(jobs) for jobs in found]
+
+
+def may_be_packed(job: Job) -> bool:
+    return job.kind == "train" and not job.needs and not {"joint", "sequel"} & set(job.settings)
+
+
 def _total(shape: Shape) -> tuple[int, int]:
     return shape.count * _units(shape.part.cpus), shape.count * _units(shape.part.gpus)
 

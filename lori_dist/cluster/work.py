@@ -16,7 +16,7 @@ from lori_dist.cluster import schedule
 from lori_dist.cluster.connection import runtime_env
 from lori_dist.cluster.summary import ADAPTER
 from lori_dist.config import Run
-from lori_dist.errors import Redacting, redacted
+from lori_dist.errors import LoriError, Redacting, redacted
 from lori_dist.folder import Attempt
 from lori_dist.jobs import Job
 from lori_dist.training.metrics import recorded
@@ -56,6 +56,47 @@ def train_rank(assignment: Assignment) -> dict[str, Any]:
             joint=assignment.job.settings.get("joint"),
             sequel=assignment.job.settings.get("sequel"),
         )
+
+
+def train_rank_of_pack(assignments: Sequence[Assignment]) -> dict[str, Any]:
+    """One rank of several tasks' trainings. Gives, for each task, its `result` or the `error` that ended it.
+
+    What the process writes goes to the log of the first.
+    """
+    rank = int(os.environ["RANK"])
+    with working(assignments[0], rank) as run, contextlib.ExitStack() as stack:
+        import torch
+
+        from lori_dist.training.packed import train_packed
+        from lori_dist.training.trackers import tracked
+        from lori_dist.training.train import make_job
+        from lori_dist.training.world import from_environment
+
+        torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
+        world = from_environment()
+
+        def make(assignment: Assignment) -> Callable[[], Any]:
+            return lambda: make_job(
+                run,
+                assignment.job,
+                world,
+                assignment.attempt.partial,
+                fingerprint=assignment.job.fingerprint,
+                still_mine=assignment.attempt.check,
+                track=stack.enter_context(tracked(run, assignment.job.name)),
+                progress=lambda record: None,
+            )
+
+        for assignment in assignments[1:]:
+            with log_file(run.folder, assignment.job, rank).open("a", encoding="utf-8") as stream:
+                names = ", ".join(one.job.name for one in assignments)
+                first = log_file(run.folder, assignments[0].job, rank)
+                stream.write(f"attempt {assignment.attempt.number}: packed with {names}; see {first}\n")
+        outcomes = train_packed(run, {one.job.settings["task"]: make(one) for one in assignments}, world)
+    return {
+        task: {"error": str(outcome)} if isinstance(outcome, LoriError) else {"result": outcome}
+        for task, outcome in outcomes.items()
+    }
 
 
 def merge_adapters(assignment: Assignment) -> dict[str, Any]:
