@@ -31,7 +31,7 @@ class Routing:
     num_tokens: int | None = None
     """Of the batch, padding included, where all layers see as many."""
     sums: dict[str, Tensor] = field(default_factory=dict)
-    """`name_of(module, adapter)` -> (1, kept): gradients summed since `clear`, of this process."""
+    """`name_of(module, adapter)` -> (1, kept): gradients of the step, summed, of this process."""
 
     def begin(self, of_rows: Sequence[int], length: int | None = None) -> None:
         """A batch is to run. of_rows: number of each row's adapter. length: tokens of a row.
@@ -51,10 +51,6 @@ class Routing:
             found = f"an input of shape {tuple(x.shape)} for {self.num_rows} rows"
             raise AdapterError(f"{module}: has {found}, so they cannot be told apart; leave it out of the targets")
         return x.reshape(len(self.groups), -1, x.shape[-1])
-
-    def clear(self) -> None:
-        for tensor in self.sums.values():
-            tensor.zero_()
 
 
 def name_of(module: str, adapter: str) -> str:
@@ -106,6 +102,7 @@ class PackedDelta(nn.Module):
     """
 
     projections: Tensor  # (adapters, rank, in_features)
+    positions: Tensor | None  # int32, of all kept entries in the flat (adapters, out_features, rank); None: all
 
     def __init__(
         self,
@@ -124,13 +121,14 @@ class PackedDelta(nn.Module):
         self.module, self.scale, self.routing, self.recipes = module, scale, routing, tuple(recipes)
         self.rank, self.in_features, self.out_features = projections.shape[1], projections.shape[2], out_features
         self.register_buffer("projections", projections, persistent=False)
-        for number, (index, of_one) in enumerate(zip(indices, values, strict=True)):
-            self.register_buffer(f"index_{number}", index, persistent=False)
+        size = out_features * self.rank
+        self.kept = [size if index is None else index.numel() for index in indices]
+        self.register_buffer("positions", _positions(indices, size), persistent=False)
+        for number, of_one in enumerate(values):
             if of_one is not None and is_trained:
                 self.register_parameter(f"values_{number}", nn.Parameter(of_one))
             else:
                 self.register_buffer(f"values_{number}", of_one, persistent=False)
-        self._placed: dict[tuple[int, ...], Tensor | None] = {}
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         kept = [values for values in self._values() if values is not None]
@@ -156,7 +154,15 @@ class PackedDelta(nn.Module):
         return {name: values for name, values in found.items() if isinstance(values, nn.Parameter)}
 
     def index(self, number: int) -> Tensor | None:
-        return cast("Tensor | None", getattr(self, f"index_{number}"))
+        """Of one adapter, (kept,), int32, ascending positions in the flat (out_features, rank); None: all."""
+        size = self.out_features * self.rank
+        if self.positions is None or self.kept[number] == size:
+            return None
+        return self._of(self.positions, number) - number * size
+
+    def _of(self, positions: Tensor, number: int) -> Tensor:
+        start = sum(self.kept[:number])
+        return positions[start : start + self.kept[number]]
 
     def _values(self) -> list[Tensor | None]:
         return [getattr(self, f"values_{number}") for number in range(len(self.routing.names))]
@@ -189,17 +195,17 @@ class PackedDelta(nn.Module):
 
     def _index(self, needed: tuple[int, ...]) -> Tensor | None:
         """Where the entries of these adapters are, one B after the other. None: everywhere."""
-        if needed not in self._placed:
-            holders, size, device = set(self.holders()), self.out_features * self.rank, self.projections.device
-            places = []
-            for place, number in enumerate(needed):
-                if number in holders:
-                    index = self.index(number)
-                    everywhere = torch.arange(size, device=device) if index is None else index.to(device).long()
-                    places.append(everywhere + place * size)
-            is_all = holders.issuperset(needed) and all(self.index(number) is None for number in needed)
-            self._placed[needed] = None if is_all else torch.cat([torch.empty(0, device=device).long(), *places])
-        return self._placed[needed]
+        positions, size = self.positions, self.out_features * self.rank
+        if positions is None or needed == tuple(range(len(self.kept))):
+            if positions is not None or -1 not in needed:
+                return positions
+            everywhere = torch.arange(size, dtype=torch.int32, device=self.projections.device)
+            places = [everywhere + place * size for place, number in enumerate(needed) if number >= 0]
+        else:
+            placed = [(place, number) for place, number in enumerate(needed) if number >= 0]
+            places = [self._of(positions, number) + (place - number) * size for place, number in placed]
+        nothing = torch.empty(0, dtype=torch.int32, device=self.projections.device)
+        return torch.cat([nothing, *places])
 
     def add_gradients(self, groups: tuple[int, ...], grad_b: Tensor) -> None:
         """Adds each adapter's gradient to the sums. grad_b: (groups, out_features, rank), each adapter's once."""
@@ -208,7 +214,7 @@ class PackedDelta(nn.Module):
         holders = set(self.holders())
         held = [number for number in groups if number in holders]
         picked = flat if index is None else flat.index_select(0, index)
-        sizes = [self.num_kept(number) for number in held]
+        sizes = [self.kept[number] for number in held]
         names = [name_of(self.module, self.routing.names[number]) for number in held]
         into = [self._sum(name, size, flat.device) for name, size in zip(names, sizes, strict=True)]
         torch._foreach_add_(into, [part.float() for part in torch.split(picked, sizes)], alpha=self.scale)
@@ -217,10 +223,6 @@ class PackedDelta(nn.Module):
         if name not in self.routing.sums:
             self.routing.sums[name] = torch.zeros(1, size, device=device)
         return self.routing.sums[name][0]
-
-    def num_kept(self, number: int) -> int:
-        index = self.index(number)
-        return self.out_features * self.rank if index is None else index.numel()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedDelta":
         """As a `Delta`: never to another A, index or less exact values, and real again after a trip to meta."""
@@ -231,15 +233,24 @@ class PackedDelta(nn.Module):
                 if tensor.is_meta and not result.is_meta:
                     return torch.stack([recipe.make(device=result.device) for recipe in self.recipes])
                 return tensor.to(result.device)
-            if any(tensor is self.index(number) for number in range(len(self.routing.names))):
+            if tensor is self.positions:
                 return tensor if result.is_meta else tensor.to(result.device)
             if tensor.is_meta and not result.is_meta:
                 return torch.zeros_like(tensor, device=result.device)
             return cast(Tensor, result if result.dtype.itemsize >= 4 else tensor.to(result.device))
 
-        self._placed.clear()
         super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def _positions(indices: Sequence[Tensor | None], size: int) -> Tensor | None:
+    if all(index is None for index in indices):
+        return None
+    device = next(index.device for index in indices if index is not None)
+    everywhere = torch.arange(size, dtype=torch.int32, device=device)
+    return torch.cat(
+        [(everywhere if index is None else index) + number * size for number, index in enumerate(indices)]
+    ).to(torch.int32)
 
 
 def packed(model: nn.Module) -> dict[str, PackedDelta]:

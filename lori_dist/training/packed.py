@@ -163,7 +163,7 @@ class Gradients:
             # A task that is to be stopped does not move any more, and hands nothing on.
             made.append((name, torch.where(norms[number].isfinite(), gradient * factors[number], 0.0)))
         shared = self._exchange.share(made)
-        self.routing.clear()
+        self.routing.sums.clear()  # which between steps would be as much as the values of all tasks
         self.norms = dict(zip(self.routing.names, norms.tolist(), strict=True))
         return shared
 
