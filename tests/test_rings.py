@@ -41,6 +41,7 @@ LIBRARIES = {
     "training": {"torch", "safetensors", "numpy", "transformers", "accelerate"},
     "engines": {"torch", "numpy", "transformers", "accelerate"},
     "evaluation": {"torch", "numpy", "transformers", "accelerate"},
+    "cluster/comparison.py": {"pydantic", "yaml"},
     "cluster/connection.py": {"ray"},
     "cluster/gang.py": {"torch", "ray"},
     "cluster/submission.py": {"ray"},
