@@ -195,11 +195,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for path in adapters.values():
         evaluation.check_adapter(path, described.model)
-    matrix = {}
+    matrix: dict[str, dict[str, dict[str, float]]] = {}
     with progress.of_evaluation(tuple(models)) as show_progress:
-        for name, adapter in models.items():
-            shown = functools.partial(show_progress, name)
-            matrix[name] = evaluation.evaluate(described, adapter, device=device, progress=shown)
+        matrix.update(evaluation.evaluate_all(described, models, device=device, progress=show_progress))
     print(table(matrix))
     if arguments.out is not None:
         _write_json(arguments.out, matrix)

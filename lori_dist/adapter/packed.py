@@ -3,7 +3,9 @@
 What a loop over adapters would do are batched products here: over groups of rows that belong to one adapter each.
 """
 
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -13,10 +15,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec
-from lori_dist.adapter.attach import ATTACHED, adapted, match, refuse_adapted
+from lori_dist.adapter.attach import ATTACHED, adapted, checked_projection, match, refuse_adapted, trained_on
 from lori_dist.adapter.linear import AdaptedLinear, features
 from lori_dist.adapter.projection import Recipe, checksum
 from lori_dist.errors import AdapterError
+from lori_dist.plugin import nearest
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,10 +47,36 @@ class Routing:
         self.num_rows = len(of_rows)
         self.num_tokens = None if length is None else len(of_rows) * length
 
+    @contextlib.contextmanager
+    def rows(self, adapters: Sequence[str | None]) -> Iterator[None]:
+        """Inside, row i of what the model is given meets adapters[i]; None: the base alone.
+
+        Raises AdapterError for a name that no adapter has.
+        """
+        numbers: dict[str | None, int] = {None: -1}
+        numbers |= {name: number for number, name in enumerate(self.names)}
+        unknown = next((name for name in adapters if name not in numbers), None)
+        if unknown is not None:
+            known = ", ".join(self.names)
+            raise AdapterError(
+                f"rows: there is no adapter {unknown!r}; there are {known}.{nearest(str(unknown), self.names)}"
+            )
+        before = self.groups, self.num_rows, self.num_tokens
+        self.begin([numbers[name] for name in adapters])
+        try:
+            yield
+        finally:
+            self.groups, self.num_rows, self.num_tokens = before
+
+    def only(self, adapter: str | None) -> None:
+        """From here on all rows meet one adapter, or the base alone, however many there are."""
+        self.groups, self.num_rows, self.num_tokens = ((-1 if adapter is None else self.names.index(adapter)),), 0, None
+
     def split(self, module: str, x: Tensor) -> Tensor:
         """(groups, tokens of each, features). Raises AdapterError for a layer that does not see rows as they are."""
         num_tokens = x.numel() // x.shape[-1]
-        if not self.groups or (x.shape[0] != self.num_rows and num_tokens != self.num_tokens):
+        is_told = len(self.groups) == 1 or x.shape[0] == self.num_rows or num_tokens == self.num_tokens
+        if not self.groups or not is_told:
             found = f"an input of shape {tuple(x.shape)} for {self.num_rows} rows"
             raise AdapterError(f"{module}: has {found}, so they cannot be told apart; leave it out of the targets")
         return x.reshape(len(self.groups), -1, x.shape[-1])
@@ -332,6 +361,64 @@ def _index_of(mask: Tensor, device: torch.device) -> Tensor | None:
         return None
     index = mask.flatten().nonzero().squeeze(1).to(torch.int32)
     return index if device.type == "meta" else index.to(device)
+
+
+def attach_several(model: nn.Module, adapters: Mapping[str, Adapter]) -> Routing:
+    """Puts trained adapters on a model, in place and frozen, each under a name: for inference.
+
+    They may have been trained on other targets, with other ranks, and be merges. `rows` of what this returns says which
+    row of a batch meets which; before the first time, all meet the first.
+    Raises AdapterError as `attach.attach`.
+    """
+    refuse_adapted(model)
+    routing = Routing(names=tuple(adapters))
+    found = {name: trained_on(model, adapter) for name, adapter in adapters.items()}
+    model.requires_grad_(False)
+    bases = {path: base for of_one in found.values() for path, base in of_one.items()}
+    order = [path for path, _ in model.named_modules() if path in bases]
+    for path in order:
+        delta = _frozen(path, bases[path], adapters, routing)
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, AdaptedLinear(bases[path], [delta]))  # type: ignore[list-item]
+    setattr(model, ATTACHED, dict(adapters))
+    routing.only(routing.names[0])
+    return routing
+
+
+def _frozen(path: str, base: nn.Module, adapters: Mapping[str, Adapter], routing: Routing) -> PackedDelta:
+    """Blocks of an adapter side by side, their scales in the values."""
+    out_features, in_features = features(base)
+    device = next(base.parameters()).device
+    ranks = [_rank(adapter, path) for adapter in adapters.values()]
+    dtypes = [block.dtype for adapter in adapters.values() for block in adapter.blocks]
+    dtype = functools.reduce(torch.promote_types, dtypes)
+    projections = torch.zeros(len(adapters), max(1, *ranks), in_features, dtype=dtype, device=device)
+    indices, values = [], []
+    for number, adapter in enumerate(adapters.values()):
+        b, start = torch.zeros(out_features, projections.shape[1]), 0
+        for block in adapter.blocks:
+            if path in block.entries:
+                end = start + block.rank_of(path)
+                projections[number, start:end] = checked_projection(block, path, in_features, device)
+                b[:, start:end] = block.entries[path].dense(out_features, end - start).float() * block.scale
+                start = end
+        index = b.flatten().nonzero().squeeze(1).to(device, torch.int32)
+        indices.append(index)
+        values.append(b.flatten()[index.long().cpu()].to(device) if index.numel() else None)
+    return PackedDelta(
+        module=path,
+        projections=projections,
+        indices=indices,
+        values=values,
+        out_features=out_features,
+        scale=1.0,
+        routing=routing,
+        is_trained=False,
+    )
+
+
+def _rank(adapter: Adapter, path: str) -> int:
+    return sum(block.rank_of(path) for block in adapter.blocks if path in block.entries)
 
 
 def extract(

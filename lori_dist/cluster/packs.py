@@ -2,14 +2,14 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lori_dist import config, folder
-from lori_dist.cluster import schedule
+from lori_dist.cluster import gang, schedule
 from lori_dist.cluster.attempts import BACKOFF_SECONDS, History, described, failure_of, publish
 from lori_dist.cluster.gang import Gangs
-from lori_dist.cluster.work import Assignment, log_file, train_rank_of_pack
+from lori_dist.cluster.work import Assignment, evaluate_models, log_file, train_rank_of_pack
 from lori_dist.config import Run
 from lori_dist.errors import JobError
 from lori_dist.jobs import Job
@@ -17,10 +17,17 @@ from lori_dist.jobs import Job
 log = logging.getLogger(__name__)
 
 
-def do(run: Run, jobs: Sequence[Job], gangs: Gangs, end: Callable[[Job, dict[str, Any] | str], None]) -> None:
-    """Does trainings that need nothing of others. A gang that fails is started again for all of them.
+def do(
+    run: Run,
+    jobs: Sequence[Job],
+    inputs: Mapping[str, Mapping[str, Any]],
+    gangs: Gangs,
+    end: Callable[[Job, dict[str, Any] | str], None],
+) -> None:
+    """Does trainings that need nothing of others, or evaluations. What fails is started again for all of them.
 
-    end: called once for each job, with what its job.json holds or with why it failed.
+    inputs: of each job, digests of what it reads of others. end: called once for each job, with what its job.json
+    holds or with why it failed.
     """
     start = time.monotonic()
     partials = [folder.open(run.folder, job) for job in jobs]
@@ -34,7 +41,10 @@ def do(run: Run, jobs: Sequence[Job], gangs: Gangs, end: Callable[[Job, dict[str
         ]
         histories = [History(partial, one.attempt.number) for partial, one in zip(partials, assignments, strict=True)]
         try:
-            outcomes = _trained(run, assignments, histories, gangs)
+            if jobs[0].kind == "train":
+                outcomes = _trained(run, assignments, histories, gangs)
+            else:
+                outcomes = _evaluated(run, assignments, histories)
             break
         except Exception as error:
             failure = failure_of(error)
@@ -48,13 +58,15 @@ def do(run: Run, jobs: Sequence[Job], gangs: Gangs, end: Callable[[Job, dict[str
             log.warning("%s: %s; %s", ", ".join(job.name for job in jobs), failure.message, again)
             gangs.stopping.wait(BACKOFF_SECONDS)
     for assignment, history in zip(assignments, histories, strict=True):
-        outcome = outcomes[assignment.job.settings["task"]]
+        outcome = outcomes[assignment.job.name]
         if "error" in outcome:
             history.end(outcome["error"])
             end(assignment.job, f"{outcome['error']}; see {log_file(run.folder, jobs[0], 0)}")
             continue
         try:
-            end(assignment.job, publish(run, assignment, history, start, {}, outcome["result"]))
+            end(
+                assignment.job, publish(run, assignment, history, start, inputs[assignment.job.name], outcome["result"])
+            )
         except JobError as error:
             end(assignment.job, str(error))
 
@@ -72,3 +84,9 @@ def _trained(
         raise
     gangs.give_back(ranks)
     return outcomes
+
+
+def _evaluated(run: Run, assignments: Sequence[Assignment], histories: Sequence[History]) -> dict[str, dict[str, Any]]:
+    for history in histories:
+        history.begin(workers=1)
+    return dict(gang.result(gang.remote(run, assignments[0].job, evaluate_models)(list(assignments))))

@@ -95,7 +95,7 @@ def _work(board: Board, nodes: Callable[[], Sequence[Resources]], owner: str) ->
 
         try:
             if len(jobs) > 1:
-                packs.do(board.run, jobs, gangs, end)
+                packs.do(board.run, jobs, {job.name: board.inputs(job) for job in jobs}, gangs, end)
             else:
                 end(jobs[0], attempts.do(board.run, jobs[0], board.inputs(jobs[0]), gangs))
         except JobError as error:

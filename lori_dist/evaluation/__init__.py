@@ -1,6 +1,7 @@
 """How well a model does on a task's test rows. Each metric is one file with one function,
 `score(subject) -> float | None`; None says that the metric does not apply to the task."""
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,13 +14,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lori_dist import config, plugin
-from lori_dist.adapter import attach, source
+from lori_dist.adapter import attach, packed, source
 from lori_dist.errors import AdapterError, ConfigError
 from lori_dist.training.data import Example, encode, read, responses
 from lori_dist.training.metrics import Record
 from lori_dist.training.model import check, identity, load_model, load_tokenizer
 
-__all__ = ["Subject", "check_adapter", "evaluate"]
+__all__ = ["Subject", "check_adapter", "evaluate", "evaluate_all"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,11 +63,51 @@ def evaluate(
     Raises ConfigError for test rows that cannot be used, and AdapterError if the adapter was trained on another base.
     """
     rows = _test_rows(run)
+    tokenizer = load_tokenizer(run.model)
+    model = _model(run.model, adapter).to(device)
+    return _measured(run, rows, model, tokenizer, progress=progress, record=record)
+
+
+def evaluate_all(
+    run: config.Run,
+    adapters: Mapping[str, Path | None],
+    *,
+    device: torch.device | str = "cpu",
+    progress: Callable[[str, str, int, int], None] | None = None,
+) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
+    """As `evaluate`, for several adapters on one copy of the base, one after the other: name and values.
+
+    adapters: by name; None measures the base. progress: gets the name first, else what that of `evaluate` gets.
+    """
+    rows = _test_rows(run)
+    tokenizer = load_tokenizer(run.model)
+    loaded = {name: source.load(path) for name, path in adapters.items() if path is not None}
+    for name, adapter in loaded.items():
+        path = adapters[name]
+        assert path is not None
+        _check_base(path, adapter.base, run.model)
+    model = load_model(run.model).to(device)
+    routing = packed.attach_several(model, loaded) if loaded else None
+    del loaded
+    for name, adapter_path in adapters.items():
+        if routing is not None:
+            routing.only(None if adapter_path is None else name)
+        shown = None if progress is None else functools.partial(progress, name)
+        yield name, _measured(run, rows, model, tokenizer, progress=shown, record=lambda record: None)
+
+
+def _measured(
+    run: config.Run,
+    rows: Mapping[str, Rows],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    progress: Callable[[str, int, int], None] | None,
+    record: Callable[[Record], None],
+) -> dict[str, dict[str, float]]:
     metrics = {
         name: plugin.find("evaluation", name, "score", "evaluate.metrics").load() for name in run.evaluate.metrics
     }
-    tokenizer = load_tokenizer(run.model)
-    model = _model(run.model, adapter).to(device)
     subjects = {name: _subject(run, name, rows[name], model, tokenizer) for name in run.tasks}
     values: dict[str, dict[str, float]] = {name: {} for name in run.tasks}
     measurements = list(product(subjects, metrics))

@@ -24,15 +24,22 @@ def job(name: str, kind: Any = "train", **settings: Any) -> Job:
     return Job(name=name, kind=kind, needs=needs, settings=settings, fingerprint=name)
 
 
-READY = [job("train-a"), job("evaluate-base", "evaluate"), job("train-b"), job("train-c"), job("train-joint", joint={})]
+READY = [
+    job("train-a"),
+    job("evaluate-base", "evaluate"),
+    job("train-b"),
+    job("train-c"),
+    job("train-joint", joint={}),
+    job("evaluate-x", "evaluate", needs=("train-x",)),
+]
 
 
 @pytest.mark.parametrize(
     ("packing", "wanted"),
     [
-        ("off", [["train-a"], ["evaluate-base"], ["train-b"], ["train-c"], ["train-joint"]]),
-        ("auto", [["train-a", "train-b", "train-c"], ["evaluate-base"], ["train-joint"]]),
-        (2, [["train-a", "train-b"], ["evaluate-base"], ["train-c"], ["train-joint"]]),
+        ("off", [[one.name] for one in READY]),
+        ("auto", [["train-a", "train-b", "train-c"], ["evaluate-base", "evaluate-x"], ["train-joint"]]),
+        (2, [["train-a", "train-b"], ["evaluate-base", "evaluate-x"], ["train-c"], ["train-joint"]]),
     ],
 )
 def test_what_is_packed(packing: Any, wanted: list[list[str]]) -> None:
@@ -108,6 +115,9 @@ def test_a_killed_pack_goes_on_and_a_broken_task_ends_alone(run: config.Run, tmp
     assert [bool(attempt["error"]) for attempt in jobs["train-turn"]["attempts"]] == [True, False]
     assert jobs["train-turn"]["attempts"][1]["resumed_at"]["step"] > 0
     assert jobs["evaluate-copy"]["state"] == "finished"
+    for model, of_tasks in json.loads((separate.folder / "summary.json").read_text())["evaluation"].items():
+        for task, metrics in of_tasks.items():
+            assert summary(run)["evaluation"][model][task]["loss"] == pytest.approx(metrics["loss"], rel=1e-3)
     for task in ("copy", "turn"):
         found, wanted = (one.folder / f"train-{task}" / "adapter.safetensors" for one in (run, separate))
         assert_close(found, wanted, GROWN)
