@@ -12,7 +12,7 @@ import string
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -143,6 +143,11 @@ class Task:
     """For classification: all values of the one field in template.response. Choice accuracy is measured over them."""
     seed: Seed | None = None
     """Of this task's A; by default it follows from adapter.seed and the task's name."""
+    steps: Positive | None = None
+    epochs: Rate | None = None
+    """Of this task, one of both, in the place of what `train` has."""
+    lr: Rate | None = None
+    """Of this task, in the place of train.lr."""
 
 
 @section
@@ -635,6 +640,25 @@ def _lengths(run: Run) -> Iterator[str]:
     for path, steps in (("train.steps", run.train.steps), ("train.calibrate.steps", run.train.calibrate.steps)):
         if steps is not None and run.train.warmup_steps >= steps:
             yield f"train.warmup_steps: {run.train.warmup_steps} was given, {path} is {steps}; give fewer than those"
+    for name, task in run.tasks.items():
+        where = f"tasks.{name}"
+        own = {key for key in ("steps", "epochs", "lr") if getattr(task, key) is not None}
+        if {"steps", "epochs"} <= own:
+            yield f"{where}.steps, {where}.epochs: both are given; give one, or neither"
+        if task.steps is not None and run.train.warmup_steps >= task.steps:
+            found = f"{run.train.warmup_steps} was given, {where}.steps is {task.steps}"
+            yield f"train.warmup_steps: {found}; give fewer than those"
+        if own and run.multitask.name == "joint":
+            given = ", ".join(f"{where}.{key}" for key in sorted(own))
+            yield f"{given}: given with multitask joint, which trains all tasks as one; give train's"
+
+
+def trained_as(run: Run, task: str) -> Train:
+    """`train`, with a task's own settings in the place of those for all."""
+    own = run.tasks[task]
+    has_length = own.steps is not None or own.epochs is not None
+    steps, epochs = (own.steps, own.epochs) if has_length else (run.train.steps, run.train.epochs)
+    return replace(run.train, steps=steps, epochs=epochs, lr=run.train.lr if own.lr is None else own.lr)
 
 
 def _tasks(run: Run) -> Iterator[str]:

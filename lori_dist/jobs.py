@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,7 +90,7 @@ def train_job(run: config.Run, task: str, after: Sequence[Job] = (), sequel: Map
             **({"held_out": held_out} if held_out else {}),  # a run without a search has the fingerprints it had
         },
         **({} if sequel is None else {"sequel": dict(sequel)}),
-        **_protocol(run),
+        **_protocol(replace(run, train=config.trained_as(run, task))),
     )
 
 

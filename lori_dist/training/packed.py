@@ -73,7 +73,7 @@ def train_packed(run: Run, jobs: Mapping[str, Callable[[], Job]], world: World) 
             outcomes[task] = made
         else:
             members[task] = made
-    steps = {task: phases(run.train, run.adapter.density, len(job.examples[0])) for task, job in members.items()}
+    steps = {task: phases(job.run.train, run.adapter.density, len(job.examples[0])) for task, job in members.items()}
     masks: dict[str, Mapping[str, Tensor]] = {}
     if run.adapter.density < 1:
         _calibrate(members, {task: of_task[0] for task, of_task in steps.items()}, outcomes)

@@ -23,7 +23,7 @@ from lori_dist.adapter import file
 from lori_dist.adapter.adapter import Adapter, Spec
 from lori_dist.adapter.attach import attach, extract, projection_checksums
 from lori_dist.adapter.per_task import is_a
-from lori_dist.config import Run, held_out
+from lori_dist.config import Run, held_out, trained_as
 from lori_dist.errors import JobError
 from lori_dist.jobs import Job as Planned
 from lori_dist.jobs import joint_job, task_seed, train_job
@@ -131,7 +131,7 @@ def train(
             track=track,
             progress=progress,
         )
-        *calibration, last = phases(run.train, run.adapter.density, sum(map(len, job.examples)))
+        *calibration, last = phases(job.run.train, run.adapter.density, sum(map(len, job.examples)))
         masks = _masks(job, calibration[0]) if calibration else None
         gc.collect()  # models and engines refer to themselves, and two bases may not fit
         model, engine = _fit(job, last, masks)
@@ -172,7 +172,7 @@ def make_job(
     tasks = joint["tasks"] if joint is not None else (task,)
     rows = {name: _rows(run, name) for name in tasks}
     return Job(
-        run=run,
+        run=run if joint is not None else dataclasses.replace(run, train=trained_as(run, task)),
         name=planned.name,
         task=task,
         world=world,

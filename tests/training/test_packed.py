@@ -42,13 +42,15 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(model_folder: Path, tmp_path: Path) -> Run:
-    """Tasks of unequal sizes, so of unequal numbers of steps, and lengths."""
+    """Tasks of unequal sizes, lengths, numbers of steps and learning rates."""
     tasks = {}
     for name, (answer, count) in TASKS.items():
         path = tmp_path / f"{name}.jsonl"
         rows = [{"prompt": f"{n} and {n * 7 % 5}: ", "response": f"{answer} {n}"} for n in range(count)]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         tasks[name] = {"train": str(path), "test": str(path)}
+    tasks["short"] |= {"lr": 5e-3}
+    tasks["long"] |= {"epochs": 4}
     return config.validate(
         {
             "name": "test",
@@ -139,7 +141,7 @@ def test_each_task_gets_what_it_gets_alone(run: Run, wanted: dict[str, Adapter])
     [found] = run_distributed(pack, run, list(TASKS), world_size=1)
     for task, (_, count) in TASKS.items():
         assert_equal(adapter(run, task), wanted[task])
-        assert found[task]["steps"] == -(-3 * count // 4)
+        assert found[task]["steps"] == -(-(4 if task == "long" else 3) * count // 4)
         assert found[task]["kept"] == wanted[task].kept
         ours, theirs = (records(replace(run, name=name), task) for name in ("test", "alone"))
         for key in ("phase", "step", "num_steps", "steps_left", "tokens"):
