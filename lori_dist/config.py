@@ -237,6 +237,20 @@ class Merge:
 
 
 @section
+class LmEval:
+    """Tasks of EleutherAI's lm-eval, which every model is measured on besides. Needs the extra `lm-eval`."""
+
+    tasks: Annotated[tuple[Text, ...], pydantic.Field(min_length=1)]
+    """Names of tasks, groups or tags."""
+    include: FilePath | None = None
+    """A folder with tasks of your own, in lm-eval's YAML."""
+    rows: Positive | None = None
+    """Only the first so many of a task."""
+    num_fewshot: Count | None = None
+    """Examples before each question; by default the task's own number."""
+
+
+@section
 class Evaluate:
     """How base, adapters and merges are measured on every task's test rows."""
 
@@ -246,6 +260,7 @@ class Evaluate:
     rows: Positive | None = None
     """Only the first so many test rows."""
     max_new_tokens: Positive = 64
+    lm_eval: LmEval | None = None
 
 
 @section
@@ -708,6 +723,8 @@ def in_a_job() -> bool:
 def relative_paths(run: Run) -> Iterator[str]:
     """What is wrong with a run that is to work on machines which share no current directory with this one."""
     paths = {"output": run.output, "model.path": run.model.path}
+    if run.evaluate.lm_eval is not None and run.evaluate.lm_eval.include is not None:
+        paths["evaluate.lm_eval.include"] = run.evaluate.lm_eval.include
     paths |= {f"tasks.{name}.{part}": str(path) for name, task in run.tasks.items() for part, path in _files(task)}
     for place, path in paths.items():
         is_hub_name = place == "model.path" and path.count("/") == 1 and not path.startswith(".")
@@ -903,6 +920,16 @@ def _searches(run: Run) -> Iterator[str]:
             )
 
 
+def _lm_eval(run: Run) -> Iterator[str]:
+    settings = run.evaluate.lm_eval
+    if settings is None:
+        return
+    if getattr(importlib.util.find_spec("lm_eval"), "origin", None) is None:
+        yield "evaluate.lm_eval: lm-eval is not installed; pip install 'lori_dist[lm-eval]', or leave it out"
+    if settings.include is not None and not os.path.isdir(settings.include):
+        yield f"evaluate.lm_eval.include: there is no folder {settings.include!r}; paths are relative to {Path.cwd()}"
+
+
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 """Those of accelerate. Each is in the package of its name."""
 
@@ -934,5 +961,6 @@ RULES: tuple[Rule, ...] = (
     _searches,
     _cluster,
     _packing,
+    _lm_eval,
     _trackers,
 )

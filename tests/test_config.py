@@ -238,7 +238,8 @@ def sections(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str
 
 
 def test_an_unknown_key_is_found_in_every_section() -> None:
-    run = config.validate(tree(merges={"all": {"method": "concat", "search": {}}}))
+    searched, measured = {"method": "concat", "search": {}}, {"lm_eval": {"tasks": ["x"]}}
+    run = config.validate(tree(merges={"all": searched}, evaluate=measured))
     planted = config.dump(run)
     wanted = []
     for path, section in sections(run):

@@ -40,6 +40,7 @@ LIBRARIES = {
     "engines/deepspeed.py": {"torch", "numpy", "transformers", "deepspeed"},
     "training": {"torch", "safetensors", "numpy", "transformers", "accelerate"},
     "engines": {"torch", "numpy", "transformers", "accelerate"},
+    "evaluation/_lm_eval.py": {"datasets", "lm_eval", "transformers"},
     "evaluation": {"torch", "numpy", "transformers", "accelerate"},
     "cluster/comparison.py": {"pydantic", "yaml"},
     "cluster/connection.py": {"ray"},

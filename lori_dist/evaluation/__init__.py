@@ -44,6 +44,8 @@ class Subject:
 
 
 Rows = list[tuple[str, str]]  # (prompt, response)
+Measure = Callable[[PreTrainedModel, PreTrainedTokenizerBase], Mapping[str, Mapping[str, float]]]
+"""Gives task -> metric -> value."""
 log = logging.getLogger(__name__)
 
 
@@ -62,10 +64,10 @@ def evaluate(
     seconds of each.
     Raises ConfigError for test rows that cannot be used, and AdapterError if the adapter was trained on another base.
     """
-    rows = _test_rows(run)
+    rows, more = _test_rows(run), _more(run)
     tokenizer = load_tokenizer(run.model)
     model = _model(run.model, adapter).to(device)
-    return _measured(run, rows, model, tokenizer, progress=progress, record=record)
+    return _measured(run, rows, more, model, tokenizer, progress=progress, record=record)
 
 
 def evaluate_all(
@@ -79,7 +81,7 @@ def evaluate_all(
 
     adapters: by name; None measures the base. progress: gets the name first, else what that of `evaluate` gets.
     """
-    rows = _test_rows(run)
+    rows, more = _test_rows(run), _more(run)
     tokenizer = load_tokenizer(run.model)
     loaded = {name: source.load(path) for name, path in adapters.items() if path is not None}
     for name, adapter in loaded.items():
@@ -93,12 +95,13 @@ def evaluate_all(
         if routing is not None:
             routing.only(None if adapter_path is None else name)
         shown = None if progress is None else functools.partial(progress, name)
-        yield name, _measured(run, rows, model, tokenizer, progress=shown, record=lambda record: None)
+        yield name, _measured(run, rows, more, model, tokenizer, progress=shown, record=lambda record: None)
 
 
 def _measured(
     run: config.Run,
     rows: Mapping[str, Rows],
+    more: Measure | None,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -111,16 +114,36 @@ def _measured(
     subjects = {name: _subject(run, name, rows[name], model, tokenizer) for name in run.tasks}
     values: dict[str, dict[str, float]] = {name: {} for name in run.tasks}
     measurements = list(product(subjects, metrics))
+    total = len(measurements) + (more is not None)
     for done, (name, metric) in enumerate(measurements):
         if progress is not None:
-            progress(f"{metric} of {name}", done, len(measurements))
+            progress(f"{metric} of {name}", done, total)
         start = time.monotonic()
         with torch.inference_mode():
             value = metrics[metric](subjects[name])
         if value is not None:
             values[name][metric] = value
             record({"metric": metric, "task": name, "value": value, "seconds": time.monotonic() - start})
+    if more is not None:
+        if progress is not None:
+            progress("lm-eval", total - 1, total)
+        start = time.monotonic()
+        for name, found in more(model, tokenizer).items():
+            values.setdefault(name, {}).update(found)
+            for metric, value in found.items():
+                record({"metric": metric, "task": name, "value": value, "seconds": time.monotonic() - start})
     return values
+
+
+def _more(run: config.Run) -> Measure | None:
+    """What measures the tasks of lm-eval, where the run has any."""
+    settings = run.evaluate.lm_eval
+    if settings is None:
+        return None
+    from lori_dist.evaluation import _lm_eval  # an extra
+
+    tasks, batch_size = _lm_eval.find(settings), run.evaluate.batch_size
+    return lambda model, tokenizer: _lm_eval.measure(model, tokenizer, tasks, settings, batch_size=batch_size)
 
 
 def _subject(
