@@ -207,20 +207,21 @@ def export(arguments: argparse.Namespace) -> None:
     if arguments.format == "folded" and arguments.base is None:
         raise ConfigError("--base: is missing; --format folded writes the base model with the adapter in it")
     from lori_dist.adapter import source
+    from lori_dist.integrations import model_card
 
-    adapter = source.opened(arguments.adapter)
+    adapter, origin = source.opened(arguments.adapter), model_card.origin(arguments.adapter)
     if arguments.format == "folded":
         from lori_dist.integrations.folded import export_folded
 
-        export_folded(arguments.base, adapter, arguments.out)
+        export_folded(arguments.base, adapter, arguments.out, origin=origin)
     else:
-        from lori_dist.integrations import model_card, official, peft
+        from lori_dist.integrations import official, peft
 
         base = arguments.base or adapter.base.get("name")
         if base is None:
             raise ConfigError("--base: is missing, and the adapter does not name its base model; name it")
         write = official.export if arguments.format == "official" else peft.export
-        write(adapter, arguments.out, base_model_name=str(base), origin=model_card.origin(arguments.adapter))
+        write(adapter, arguments.out, base_model_name=str(base), origin=origin)
     print(arguments.out)
 
 

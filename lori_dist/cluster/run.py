@@ -23,6 +23,7 @@ from lori_dist.cluster.summary import ATTEMPTS, CHECKPOINTS
 from lori_dist.cluster.trials import TRIED
 from lori_dist.config import Run
 from lori_dist.errors import JobError, Stopped
+from lori_dist.integrations import model_card
 from lori_dist.jobs import Job, order
 from lori_dist.report import write_of_run
 
@@ -52,6 +53,7 @@ def execute(run: Run, *, progress: Callable[[Progress], None] | None = None) -> 
                 schedule.check_room(board.unfinished(), run.cluster, nodes())
                 _work(board, nodes, owner)
         board.report = write_of_run(board.summary(), run.folder)
+        model_card.write_of_run(board.summary(), run.model.path)
         board.write()
     failed = {name: state["error"] for name, state in board.states.items() if state["state"] == "failed"}
     if failed:
@@ -74,10 +76,14 @@ def with_absolute_paths(run: Run) -> Run:
         )
         for name, task in run.tasks.items()
     }
+    evaluate, measured = run.evaluate, run.evaluate.lm_eval
+    if measured is not None and measured.include is not None:
+        measured = dataclasses.replace(measured, include=absolute(measured.include))
+        evaluate = dataclasses.replace(evaluate, lm_eval=measured)
     base = absolute(run.model.path) if Path(run.model.path).exists() else run.model.path
     model = dataclasses.replace(run.model, path=base)
     output = run.output if storage.is_url(run.output) else absolute(run.output)
-    return dataclasses.replace(run, output=output, model=model, tasks=tasks)
+    return dataclasses.replace(run, output=output, model=model, tasks=tasks, evaluate=evaluate)
 
 
 def _work(board: Board, nodes: Callable[[], Sequence[Resources]], owner: str) -> None:
