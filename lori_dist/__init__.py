@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lori_dist.adapter.attach import adapted, attach, detach, extract, fold, trainable, unfold
     from lori_dist.adapter.file import load as load_adapter
     from lori_dist.adapter.file import save as save_adapter
+    from lori_dist.adapter.packed import attach_several
     from lori_dist.adapter.projection import projection
     from lori_dist.config import Run
     from lori_dist.config import load as load_run
@@ -29,6 +30,7 @@ __all__ = [
     "Spec",
     "adapted",
     "attach",
+    "attach_several",
     "detach",
     "extract",
     "fold",
@@ -52,6 +54,7 @@ _PLACES = {
     "Spec": "adapter.adapter:Spec",
     "adapted": "adapter.attach:adapted",
     "attach": "adapter.attach:attach",
+    "attach_several": "adapter.packed:attach_several",
     "detach": "adapter.attach:detach",
     "extract": "adapter.attach:extract",
     "fold": "adapter.attach:fold",

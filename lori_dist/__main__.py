@@ -110,6 +110,24 @@ def stop(arguments: argparse.Namespace) -> None:
     )
 
 
+def compare(arguments: argparse.Namespace) -> None:
+    from lori_dist.cluster import comparison
+
+    described = comparison.load(arguments.config)
+    comparison.runs(described, arguments.settings)  # its mistakes come before anything heavy is loaded
+    from lori_dist import progress
+    from lori_dist.cluster.run import execute
+    from lori_dist.evaluation._table import compared
+
+    def do(run: config.Run) -> dict[str, Any]:
+        log.info("%s", run.name)
+        with progress.of_run() as show_progress:
+            return execute(run, progress=show_progress)
+
+    result = comparison.compare(described, arguments.settings, execute=do)
+    print(compared(result), result["path"], sep="\n\n")
+
+
 def train(arguments: argparse.Namespace) -> None:
     from lori_dist.cluster.member import member
 
@@ -177,11 +195,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for path in adapters.values():
         evaluation.check_adapter(path, described.model)
-    matrix = {}
+    matrix: dict[str, dict[str, dict[str, float]]] = {}
     with progress.of_evaluation(tuple(models)) as show_progress:
-        for name, adapter in models.items():
-            shown = functools.partial(show_progress, name)
-            matrix[name] = evaluation.evaluate(described, adapter, device=device, progress=shown)
+        matrix.update(evaluation.evaluate_all(described, models, device=device, progress=show_progress))
     print(table(matrix))
     if arguments.out is not None:
         _write_json(arguments.out, matrix)
@@ -191,20 +207,21 @@ def export(arguments: argparse.Namespace) -> None:
     if arguments.format == "folded" and arguments.base is None:
         raise ConfigError("--base: is missing; --format folded writes the base model with the adapter in it")
     from lori_dist.adapter import source
+    from lori_dist.integrations import model_card
 
-    adapter = source.opened(arguments.adapter)
+    adapter, origin = source.opened(arguments.adapter), model_card.origin(arguments.adapter)
     if arguments.format == "folded":
         from lori_dist.integrations.folded import export_folded
 
-        export_folded(arguments.base, adapter, arguments.out)
+        export_folded(arguments.base, adapter, arguments.out, origin=origin)
     else:
-        from lori_dist.integrations import model_card, official, peft
+        from lori_dist.integrations import official, peft
 
         base = arguments.base or adapter.base.get("name")
         if base is None:
             raise ConfigError("--base: is missing, and the adapter does not name its base model; name it")
         write = official.export if arguments.format == "official" else peft.export
-        write(adapter, arguments.out, base_model_name=str(base), origin=model_card.origin(arguments.adapter))
+        write(adapter, arguments.out, base_model_name=str(base), origin=origin)
     print(arguments.out)
 
 
@@ -420,6 +437,21 @@ exit code: 0; 1 if a job failed, 2 for a mistake in the configuration, 3 if `lor
     )
     _add_config(verb)
     verb.add_argument("--address", metavar="URL", help="of the dashboard of a Ray cluster to run on")
+
+    verb = _add(
+        verbs,
+        compare,
+        "run a configuration in several variants, with several seeds",
+        f"""\
+Does the runs that a comparison lists, one after another, and prints mean and standard deviation over the seeds. What
+was done before is not done again. configs/comparison.yaml is an example; overrides are of all its runs.
+
+example:
+  lori compare configs/comparison.yaml train.steps=60
+
+{OVERRIDES}""",
+    )
+    _add_config(verb)
 
     verb = _add(
         verbs,

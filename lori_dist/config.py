@@ -12,7 +12,7 @@ import string
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,6 +31,11 @@ def _number(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("wanted a number, and YAML reads yes, no, on and off as true and false")
     return value
+
+
+def _off(value: Any) -> Any:
+    """YAML reads `off` as false."""
+    return "off" if value is False else value
 
 
 NotBool = pydantic.BeforeValidator(_number)
@@ -147,6 +152,11 @@ class Task:
     """For classification: all values of the one field in template.response. Choice accuracy is measured over them."""
     seed: Seed | None = None
     """Of this task's A; by default it follows from adapter.seed and the task's name."""
+    steps: Positive | None = None
+    epochs: Rate | None = None
+    """Of this task, one of both, in the place of what `train` has."""
+    lr: Rate | None = None
+    """Of this task, in the place of train.lr."""
 
 
 @section
@@ -238,6 +248,20 @@ class Merge:
 
 
 @section
+class LmEval:
+    """Tasks of EleutherAI's lm-eval, which every model is measured on besides. Needs the extra `lm-eval`."""
+
+    tasks: Annotated[tuple[Text, ...], pydantic.Field(min_length=1)]
+    """Names of tasks, groups or tags."""
+    include: FilePath | None = None
+    """A folder with tasks of your own, in lm-eval's YAML."""
+    rows: Positive | None = None
+    """Only the first so many of a task."""
+    num_fewshot: Count | None = None
+    """Examples before each question; by default the task's own number."""
+
+
+@section
 class Evaluate:
     """How base, adapters and merges are measured on every task's test rows."""
 
@@ -247,6 +271,7 @@ class Evaluate:
     rows: Positive | None = None
     """Only the first so many test rows."""
     max_new_tokens: Positive = 64
+    lm_eval: LmEval | None = None
 
 
 @section
@@ -272,6 +297,11 @@ class Cluster:
     """How often a failed gang is started again; it continues from its last checkpoint."""
     patience: Rate = 600.0
     """Seconds that a job waits for nodes that the cluster has lost."""
+    packing: Annotated[
+        Literal["off", "auto"] | Annotated[int, pydantic.Field(ge=2), NotBool], pydantic.BeforeValidator(_off)
+    ] = "off"
+    """Trainings of several tasks in one gang, over one copy of the base: as many as that at once, or all that could
+    start. Each task gets the adapter it gets alone."""
 
 
 @section
@@ -661,6 +691,25 @@ def _lengths(run: Run) -> Iterator[str]:
     for path, steps in (("train.steps", run.train.steps), ("train.calibrate.steps", run.train.calibrate.steps)):
         if steps is not None and run.train.warmup_steps >= steps:
             yield f"train.warmup_steps: {run.train.warmup_steps} was given, {path} is {steps}; give fewer than those"
+    for name, task in run.tasks.items():
+        where = f"tasks.{name}"
+        own = {key for key in ("steps", "epochs", "lr") if getattr(task, key) is not None}
+        if {"steps", "epochs"} <= own:
+            yield f"{where}.steps, {where}.epochs: both are given; give one, or neither"
+        if task.steps is not None and run.train.warmup_steps >= task.steps:
+            found = f"{run.train.warmup_steps} was given, {where}.steps is {task.steps}"
+            yield f"train.warmup_steps: {found}; give fewer than those"
+        if own and run.multitask.name == "joint":
+            given = ", ".join(f"{where}.{key}" for key in sorted(own))
+            yield f"{given}: given with multitask joint, which trains all tasks as one; give train's"
+
+
+def trained_as(run: Run, task: str) -> Train:
+    """`train`, with a task's own settings in the place of those for all."""
+    own = run.tasks[task]
+    has_length = own.steps is not None or own.epochs is not None
+    steps, epochs = (own.steps, own.epochs) if has_length else (run.train.steps, run.train.epochs)
+    return replace(run.train, steps=steps, epochs=epochs, lr=run.train.lr if own.lr is None else own.lr)
 
 
 def _tasks(run: Run) -> Iterator[str]:
@@ -692,7 +741,7 @@ PACKED = (
 """Model types whose attention keeps packed rows apart, as tests show; others, such as gpt_oss, do not."""
 
 
-def _packing(run: Run) -> Iterator[str]:
+def _packed_rows(run: Run) -> Iterator[str]:
     if not run.train.pack:
         return
     if run.multitask.name == "joint":
@@ -751,6 +800,8 @@ def in_a_job() -> bool:
 def relative_paths(run: Run) -> Iterator[str]:
     """What is wrong with a run that is to work on machines which share no current directory with this one."""
     paths = {"output": run.output, "model.path": run.model.path}
+    if run.evaluate.lm_eval is not None and run.evaluate.lm_eval.include is not None:
+        paths["evaluate.lm_eval.include"] = run.evaluate.lm_eval.include
     paths |= {f"tasks.{name}.{part}": path for name, task in run.tasks.items() for part, path in files(task)}
     for place, path in paths.items():
         is_hub_name = place == "model.path" and path.count("/") == 1 and not path.startswith(".")
@@ -908,6 +959,28 @@ def _cluster(run: Run) -> Iterator[str]:
         )
 
 
+def _packing(run: Run) -> Iterator[str]:
+    if run.cluster.packing == "off":
+        return
+    if run.adapter.projection != "cached":
+        yield (
+            f"cluster.packing: {run.cluster.packing} was given, and packed adapters have a cached A, not a "
+            f"{run.adapter.projection} one; set it to off, or adapter.projection to cached"
+        )
+    if run.adapter.modules_to_save:
+        yield (
+            f"cluster.packing: {run.cluster.packing} was given, and what adapter.modules_to_save trains whole is not "
+            "packed; leave one out"
+        )
+    if run.train.pack:
+        yield (
+            f"cluster.packing: {run.cluster.packing} was given, and rows of several tasks do not share sequences, as "
+            "with train.pack; leave one out"
+        )
+    if storage.is_url(run.output):
+        yield f"cluster.packing: {run.cluster.packing} was given, with an output that is a URL; set it to off"
+
+
 def _searches(run: Run) -> Iterator[str]:
     for name, merge in run.merges.items():
         search, path = merge.search, f"merges.{name}"
@@ -937,6 +1010,16 @@ def _searches(run: Run) -> Iterator[str]:
             )
 
 
+def _lm_eval(run: Run) -> Iterator[str]:
+    settings = run.evaluate.lm_eval
+    if settings is None:
+        return
+    if getattr(importlib.util.find_spec("lm_eval"), "origin", None) is None:
+        yield "evaluate.lm_eval: lm-eval is not installed; pip install 'lori_dist[lm-eval]', or leave it out"
+    if settings.include is not None and not os.path.isdir(settings.include):
+        yield f"evaluate.lm_eval.include: there is no folder {settings.include!r}; paths are relative to {Path.cwd()}"
+
+
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 """Those of accelerate. Each is in the package of its name."""
 
@@ -961,7 +1044,7 @@ RULES: tuple[Rule, ...] = (
     _lengths,
     _tasks,
     _mixtures,
-    _packing,
+    _packed_rows,
     _inputs,
     _in_a_job,
     _positions,
@@ -971,5 +1054,7 @@ RULES: tuple[Rule, ...] = (
     _merges,
     _searches,
     _cluster,
+    _packing,
+    _lm_eval,
     _trackers,
 )

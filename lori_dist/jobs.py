@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,7 +91,7 @@ def train_job(run: config.Run, task: str, after: Sequence[Job] = (), sequel: Map
             **({"held_out": held_out} if held_out else {}),  # a run without a search has the fingerprints it had
         },
         **({} if sequel is None else {"sequel": dict(sequel)}),
-        **_protocol(run),
+        **_protocol(replace(run, train=config.trained_as(run, task))),
     )
 
 
@@ -190,10 +190,19 @@ def evaluate_job(run: config.Run, model: str, adapter: Job | None) -> Job:
             name: {"rows": sha256(task["test"]), "template": _template(task), "labels": task["labels"]}
             for name, task in tree["tasks"].items()
         },
-        evaluate={key: value for key, value in tree["evaluate"].items() if key != "batch_size"},
+        evaluate={key: value for key, value in tree["evaluate"].items() if key not in ("batch_size", "lm_eval")},
+        **({} if run.evaluate.lm_eval is None else {"lm_eval": _lm_eval(run.evaluate.lm_eval)}),
         max_length=run.train.max_length,
         **_code("evaluate.metrics", *run.evaluate.metrics),
     )
+
+
+def _lm_eval(settings: config.LmEval) -> dict[str, Any]:
+    """What is measured, with the user's own tasks by their content; not the rows that these name."""
+    own = sorted(Path(settings.include).rglob("*")) if settings.include is not None else []
+    files = {str(file.relative_to(str(settings.include))): sha256(file) for file in own if file.is_file()}
+    rest = {item.name: getattr(settings, item.name) for item in fields(settings) if item.name != "include"}
+    return {**rest, "tasks": list(settings.tasks), "files": files}
 
 
 def _code(path: str, *methods: str) -> dict[str, Any]:

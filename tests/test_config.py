@@ -238,7 +238,8 @@ def sections(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str
 
 
 def test_an_unknown_key_is_found_in_every_section() -> None:
-    run = config.validate(tree(merges={"all": {"method": "concat", "search": {}}}))
+    searched, measured = {"method": "concat", "search": {}}, {"lm_eval": {"tasks": ["x"]}}
+    run = config.validate(tree(merges={"all": searched}, evaluate=measured))
     planted = config.dump(run)
     wanted = []
     for path, section in sections(run):
@@ -527,6 +528,15 @@ def test_one_mistake_is_one_line_with_its_path(override: str, message: str) -> N
 def test_a_seed_of_a_task_contradicts_a_shared_projection() -> None:
     found = problems(MINIMAL, "adapter.share_projection=true", "tasks.nlu.seed=3")
     assert found == ["tasks.nlu.seed: is given, but adapter.share_projection makes one A for all; leave one out"]
+
+
+def test_a_task_has_one_length_and_none_in_joint_training() -> None:
+    found = problems(MINIMAL, "tasks.nlu.steps=2", "tasks.nlu.epochs=1")
+    assert found == ["tasks.nlu.steps, tasks.nlu.epochs: both are given; give one, or neither"]
+    found = problems(MINIMAL, "tasks.nlu.lr=1e-3", "multitask=joint", "merges={}")
+    assert found == ["tasks.nlu.lr: given with multitask joint, which trains all tasks as one; give train's"]
+    found = problems(MINIMAL, "tasks.nlu.steps=2", "train.warmup_steps=2")
+    assert found == ["train.warmup_steps: 2 was given, tasks.nlu.steps is 2; give fewer than those"]
 
 
 def test_keys_that_are_no_text_are_reported() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from lori_dist import config
+from lori_dist.cluster import comparison
 
 ROOT = Path(__file__).parents[1]
 ROWS = {
@@ -18,7 +19,18 @@ ROWS = {
 """Configuration -> task -> a row as its template takes it, for those whose paths are overrides."""
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+COMPARISONS = {ROOT / "configs" / "comparison.yaml"}
+
+
+@pytest.mark.parametrize("path", sorted(COMPARISONS), ids=lambda path: path.stem)
+def test_what_it_compares_is_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    described = comparison.load(path)
+    assert described.name == path.stem
+    assert len(comparison.runs(described)) == len(described.variants) * 3
+
+
+@pytest.mark.parametrize("path", sorted({*(ROOT / "configs").glob("*.yaml")} - COMPARISONS), ids=lambda path: path.stem)
 def test_it_is_valid(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     overrides = []

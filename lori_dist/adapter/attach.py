@@ -48,7 +48,7 @@ def attach(
     Raises AdapterError for a merge of several blocks that is to be trained, for targets that match nothing or are no
     linear layers, for shapes that differ, for a layer used in two places, and for a model that has an adapter already.
     """
-    _refuse_adapted(model)
+    refuse_adapted(model)
     if isinstance(what, Adapter):
         if masks is not None:
             raise AdapterError("masks: were given with an adapter, which brings its own; leave them out")
@@ -80,7 +80,7 @@ def attach(
     return layers
 
 
-def _refuse_adapted(model: nn.Module) -> None:
+def refuse_adapted(model: nn.Module) -> None:
     """Also where the adapter is on a part of it, or on what it is a part of."""
     held = next((path for path, module in model.named_modules() if isinstance(module, (AdaptedLinear, Delta))), None)
     if held is not None or getattr(model, ATTACHED, None) is not None:
@@ -148,7 +148,7 @@ def foldable(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
 
     Raises AdapterError as `attach` and `fold` for a model that does not fit, or a weight that cannot be changed alone.
     """
-    bases = _trained_on(model, adapter)
+    bases = trained_on(model, adapter)
     _refuse_unfoldable(model, bases)
     return bases
 
@@ -343,11 +343,11 @@ def _delta(path: str, base: nn.Module, spec: Spec, masks: Mapping[str, Tensor] |
 def _from_adapter(model: nn.Module, adapter: Adapter) -> dict[str, AdaptedLinear]:
     return {
         path: AdaptedLinear(base, [_trained(path, base, block) for block in adapter.blocks if path in block.entries])
-        for path, base in _trained_on(model, adapter).items()
+        for path, base in trained_on(model, adapter).items()
     }
 
 
-def _trained_on(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
+def trained_on(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
     linear = _linear(model)
     for path in adapter.shapes:
         if path not in linear:
@@ -384,16 +384,27 @@ def _trained(path: str, base: nn.Module, block: Block) -> Delta:
         device=_device(base),
         stored=None if block.seed is not None else block.projection(path, in_features),
     )
-    made = checksum(delta.a())
+    _refuse_other(block, path, delta.a())
+    assert delta.values is not None
+    delta.values.copy_(entries.values)
+    return delta
+
+
+def checked_projection(block: Block, path: str, in_features: int, device: torch.device) -> Tensor:
+    """A of a module, (rank, in_features). Raises AdapterError if it is not the one that was trained with."""
+    a = block.projection(path, in_features, device=device)
+    _refuse_other(block, path, a)
+    return a
+
+
+def _refuse_other(block: Block, path: str, a: Tensor) -> None:
+    made = checksum(a)
     if made != block.checksums[path]:
         what = "its A" if block.seed is None else f"A made from seed {block.seed}"
         raise AdapterError(
             f"{path}: {what} has checksum {made}, the adapter was trained "
             f"with {block.checksums[path]}; the file is damaged or comes from another generator"
         )
-    assert delta.values is not None
-    delta.values.copy_(entries.values)
-    return delta
 
 
 def match(

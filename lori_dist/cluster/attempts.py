@@ -50,24 +50,38 @@ def do(run: Run, job: Job, inputs: Mapping[str, Any], gangs: Gangs) -> dict[str,
         except Exception as error:
             if mirror:
                 mirror.pull(partial.name)
-            failure = _failure(error)
+            failure = failure_of(error)
             log.debug("%s: attempt %d failed", job.name, assignment.attempt.number, exc_info=error)
             if not gangs.stopping.is_set():
                 history.end(failure.message)
             if gangs.stopping.is_set() or not schedule.retry(failure, number, run.cluster.retries):
-                raise JobError(_described(run, job, failure)) from error
+                raise JobError(described(run, job, failure)) from error
             again = f"it is started again ({number} of {run.cluster.retries})"
             log.warning("%s: %s; %s", job.name, failure.message, again)
             gangs.stopping.wait(BACKOFF_SECONDS)
+    published = publish(run, assignment, history, start, inputs, result)
+    if mirror:
+        mirror.push(job.name)
+        mirror.delete(partial.name)
+    return published
+
+
+def publish(
+    run: Run,
+    assignment: Assignment,
+    history: "History",
+    start: float,
+    inputs: Mapping[str, Any],
+    result: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Makes an attempt's folder the job's. Returns what its job.json holds. start: of the work, by `time.monotonic`."""
+    job = assignment.job
     assignment.attempt.check()
     check_inputs(run, job)
     history.end(None)
     seconds = round(time.monotonic() - start, 3)
-    record = {"seconds": seconds, "attempts": history.attempts, "inputs": dict(inputs), "result": result}
+    record = {"seconds": seconds, "attempts": history.attempts, "inputs": dict(inputs), "result": dict(result)}
     folder.publish(run.folder, job, record, scratch=[CHECKPOINTS, TRIED, ATTEMPTS])
-    if mirror:
-        mirror.push(job.name)
-        mirror.delete(partial.name)
     published = folder.finished(run.folder, job)
     assert published is not None
     return published
@@ -93,13 +107,13 @@ def _result(run: Run, assignment: Assignment, gangs: Gangs, history: "History") 
     return dict(gang.result(gang.remote(run, job, function)(assignment)))
 
 
-def _failure(error: Exception) -> Failure:
+def failure_of(error: Exception) -> Failure:
     if isinstance(error, Broken):
         return error.failure
     return schedule.failure_of(schedule.record_of(error, None, time.time()))
 
 
-def _described(run: Run, job: Job, failure: Failure) -> str:
+def described(run: Run, job: Job, failure: Failure) -> str:
     where = f" (rank {failure.rank})" if job.kind == "train" and failure.rank is not None else ""
     return f"{failure.message}{where}; see {log_file(run.folder, job, failure.rank or 0)}"
 

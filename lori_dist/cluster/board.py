@@ -52,6 +52,8 @@ class Board:
     report: dict[str, str] | None = None
     """Where the run's is, or why there is none."""
     started: dict[str, float] = field(default_factory=dict)
+    leaders: dict[str, str] = field(default_factory=dict)
+    """Job that is done in one gang with others -> the first of these."""
 
     def __post_init__(self) -> None:
         self.states = {job.name: {"state": "waiting"} for job in self.jobs}
@@ -81,12 +83,21 @@ class Board:
         possible = ready(self.jobs, self.names("finished"), self.names("running") | self.names("failed"))
         return sorted(possible, key=lambda job: -lengths[job.name])
 
-    def startable(self, nodes: Sequence[Resources]) -> list[Job]:
-        return schedule.admit(self.ready(), self.named("running"), self.run.cluster, nodes)
+    def startable(self, nodes: Sequence[Resources]) -> list[tuple[Job, ...]]:
+        """What is to start now; jobs that one gang is to do together."""
+        packs = {jobs[0].name: jobs for jobs in schedule.packs(self.ready(), self.run.cluster.packing)}
+        running = {self.leaders.get(job.name, job.name): job for job in self.named("running")}
+        leaders = [jobs[0] for jobs in packs.values()]
+        admitted = schedule.admit(leaders, list(running.values()), self.run.cluster, nodes)
+        return [packs[job.name] for job in admitted]
 
-    def start(self, job: Job) -> None:
-        self.started[job.name] = time.monotonic()
-        self._change(job, "running", started=time.time())
+    def start(self, jobs: Sequence[Job]) -> None:
+        together = {"packed_with": [job.name for job in jobs]} if len(jobs) > 1 else {}
+        for job in jobs:
+            self.leaders[job.name] = jobs[0].name
+            self.started[job.name] = time.monotonic()
+            others = {key: [name for name in names if name != job.name] for key, names in together.items()}
+            self._change(job, "running", started=time.time(), **others)
         self.write()
 
     def finish(self, job: Job, record: Mapping[str, Any]) -> None:
@@ -110,9 +121,9 @@ class Board:
                 self._change(blocked, "blocked", seconds=0.0, needs=[name for name in blocked.needs if name in out])
         self.write()
 
-    def _started(self, job: Job) -> dict[str, float]:
-        """When, in seconds since the epoch, as the run's timeline shows it."""
-        return {key: value for key, value in self.states[job.name].items() if key == "started"}
+    def _started(self, job: Job) -> dict[str, Any]:
+        """When, in seconds since the epoch, as the run's timeline shows it, and with which others."""
+        return {key: value for key, value in self.states[job.name].items() if key in ("started", "packed_with")}
 
     def seconds(self, job: Job) -> float:
         return round(time.monotonic() - self.started[job.name], 3) if job.name in self.started else 0.0
@@ -154,6 +165,8 @@ def _told(state: Mapping[str, Any]) -> str:
             return "was finished before"
         case {"state": "finished", "seconds": seconds}:
             return f"finished in {seconds:.1f} s"
+        case {"state": "running", "packed_with": others}:
+            return f"running, packed with {', '.join(others)}"
     return str(state["state"])
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lori_dist import folder, plugin, rows, storage, tables
-from lori_dist.cluster import attempts, schedule
+from lori_dist.cluster import attempts, packs, schedule
 from lori_dist.cluster.board import Board, Progress
 from lori_dist.cluster.connection import connected, disconnect, runtime_env
 from lori_dist.cluster.gang import Gangs
@@ -23,6 +23,7 @@ from lori_dist.cluster.summary import ATTEMPTS, CHECKPOINTS
 from lori_dist.cluster.trials import TRIED
 from lori_dist.config import Run
 from lori_dist.errors import JobError, Stopped
+from lori_dist.integrations import model_card
 from lori_dist.jobs import Job, order
 from lori_dist.report import write_of_run
 
@@ -53,6 +54,7 @@ def execute(run: Run, *, progress: Callable[[Progress], None] | None = None) -> 
                 schedule.check_room(board.unfinished(), run.cluster, nodes())
                 _work(board, nodes, owner)
         board.report = write_of_run(board.summary(), run.folder)
+        model_card.write_of_run(board.summary(), run.model.path)
         board.write()
     failed = {name: state["error"] for name, state in board.states.items() if state["state"] == "failed"}
     if failed:
@@ -76,10 +78,14 @@ def with_absolute_paths(run: Run) -> Run:
         )
         for name, task in run.tasks.items()
     }
+    evaluate, measured = run.evaluate, run.evaluate.lm_eval
+    if measured is not None and measured.include is not None:
+        measured = dataclasses.replace(measured, include=absolute(measured.include))
+        evaluate = dataclasses.replace(evaluate, lm_eval=measured)
     base = absolute(run.model.path) if Path(run.model.path).exists() else run.model.path
     model = dataclasses.replace(run.model, path=base)
     output = run.output if storage.is_url(run.output) else absolute(run.output)
-    return dataclasses.replace(run, output=output, model=model, tasks=tasks)
+    return dataclasses.replace(run, output=output, model=model, tasks=tasks, evaluate=evaluate)
 
 
 def _work(board: Board, nodes: Callable[[], Sequence[Resources]], owner: str) -> None:
@@ -88,14 +94,25 @@ def _work(board: Board, nodes: Callable[[], Sequence[Resources]], owner: str) ->
     gangs = Gangs(environment=runtime_env(board.run), nodes=nodes)
     watchers: list[threading.Thread] = []
 
-    def watch(job: Job) -> None:
+    def watch(jobs: Sequence[Job]) -> None:
+        left = {job.name: job for job in jobs}
+
+        def end(job: Job, outcome: dict[str, Any] | str) -> None:
+            del left[job.name]
+            ended.put((job, outcome))
+
         try:
-            ended.put((job, attempts.do(board.run, job, board.inputs(job), gangs)))
+            if len(jobs) > 1:
+                packs.do(board.run, jobs, {job.name: board.inputs(job) for job in jobs}, gangs, end)
+            else:
+                end(jobs[0], attempts.do(board.run, jobs[0], board.inputs(jobs[0]), gangs))
         except JobError as error:
-            ended.put((job, str(error)))
+            for job in list(left.values()):
+                end(job, str(error))
         except BaseException as error:
-            log.debug("%s", job.name, exc_info=error)
-            ended.put((job, f"{type(error).__name__}: {error}"))
+            log.debug("%s", jobs[0].name, exc_info=error)
+            for job in list(left.values()):
+                end(job, f"{type(error).__name__}: {error}")
 
     try:
         room = time.monotonic()
@@ -109,10 +126,10 @@ def _work(board: Board, nodes: Callable[[], Sequence[Resources]], owner: str) ->
                 for job in board.ready():
                     board.fail(job, schedule.no_room(job, board.run.cluster, nodes()))
             if starting:
-                gangs.keep(sum(job.kind == "train" for job in starting))
-            for job in starting:
-                board.start(job)
-                watchers.append(threading.Thread(target=watch, args=(job,), name=job.name, daemon=True))
+                gangs.keep(sum(jobs[0].kind == "train" for jobs in starting))
+            for jobs in starting:
+                board.start(jobs)
+                watchers.append(threading.Thread(target=watch, args=(jobs,), name=jobs[0].name, daemon=True))
                 watchers[-1].start()
             try:
                 job, outcome = ended.get(timeout=POLL_SECONDS)

@@ -127,6 +127,30 @@ def admit(ready: Iterable[Job], running: Sequence[Job], cluster: Cluster, nodes:
     return admitted
 
 
+def packs(ready: Iterable[Job], packing: str | int) -> list[tuple[Job, ...]]:
+    """The jobs that could start, in their order, those together that are to share a copy of the base: trainings of a
+    task each, which read nothing of others, and evaluations."""
+    most = 1 if packing == "off" else packing if isinstance(packing, int) else None
+    found: list[list[Job]] = []
+    packs: dict[str, list[Job]] = {}
+    for job in ready:
+        pack = packs.get(job.kind)
+        if not may_be_packed(job):
+            found.append([job])
+        elif pack is not None and (most is None or len(pack) < most):
+            pack.append(job)
+        else:
+            packs[job.kind] = [job]
+            found.append(packs[job.kind])
+    return [tuple(jobs) for jobs in found]
+
+
+def may_be_packed(job: Job) -> bool:
+    if job.kind == "evaluate":
+        return True
+    return job.kind == "train" and not job.needs and not {"joint", "sequel"} & set(job.settings)
+
+
 def _total(shape: Shape) -> tuple[int, int]:
     return shape.count * _units(shape.part.cpus), shape.count * _units(shape.part.gpus)
 

@@ -5,10 +5,11 @@ import logging
 import os
 import secrets
 import shlex
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ CONFIG = "run.yaml"
 PATIENCE_SECONDS = 300.0
 """For which the cluster may be out of reach while its job is followed."""
 RETRY_SECONDS = 2.0
+POLL_SECONDS = 0.2
+"""Between two looks at whether Ctrl-C was pressed."""
 
 
 def submit(path: str, overrides: list[str], address: str) -> int:
@@ -98,7 +101,8 @@ def _followed(client: Any, job: str, address: str) -> int:
     lost = None
     while True:
         try:
-            asyncio.run(log.follow(client, job))
+            with _interruptions() as interrupted:
+                asyncio.run(log.follow(client, job, interrupted))
             state = client.get_job_info(job)
             lost = None
         except Exception as error:  # of requests, aiohttp and Ray: they have no class in common
@@ -114,14 +118,44 @@ def _followed(client: Any, job: str, address: str) -> int:
         time.sleep(RETRY_SECONDS)
 
 
+@contextmanager
+def _interruptions() -> Iterator[Callable[[], bool]]:
+    """Gives what says whether Ctrl-C was pressed. Raised in the midst of the libraries below, it could get lost there;
+    pressed once more, it is raised."""
+    pressed: list[int] = []
+
+    def press(number: int, frame: object) -> None:
+        pressed.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if pressed:
+            raise KeyboardInterrupt
+
+
 class _Log:
     """What the job has written, of which some is here already."""
 
     def __init__(self) -> None:
         self._num_shown = 0
 
-    async def follow(self, client: Any, job: str) -> None:
-        """Writes what is new until the job ends. Each connection tells everything from the beginning."""
+    async def follow(self, client: Any, job: str, interrupted: Callable[[], bool]) -> None:
+        """Writes what is new until the job ends, or it is interrupted."""
+        writing = asyncio.create_task(self._write(client, job))
+        while not writing.done() and not interrupted():
+            await asyncio.wait({writing}, timeout=POLL_SECONDS)
+        if not writing.done():
+            writing.cancel()
+            await asyncio.wait({writing}, timeout=POLL_SECONDS)
+            return
+        await writing
+
+    async def _write(self, client: Any, job: str) -> None:
+        """Each connection tells everything from the beginning."""
         place = 0
         async for text in client.tail_job_logs(job):
             new = text[max(0, self._num_shown - place) :]

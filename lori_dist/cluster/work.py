@@ -16,7 +16,7 @@ from lori_dist.cluster import schedule
 from lori_dist.cluster.connection import runtime_env
 from lori_dist.cluster.summary import ADAPTER
 from lori_dist.config import Run
-from lori_dist.errors import Redacting, redacted
+from lori_dist.errors import LoriError, Redacting, redacted
 from lori_dist.folder import Attempt
 from lori_dist.jobs import Job
 from lori_dist.training.metrics import recorded
@@ -56,6 +56,51 @@ def train_rank(assignment: Assignment) -> dict[str, Any]:
             joint=assignment.job.settings.get("joint"),
             sequel=assignment.job.settings.get("sequel"),
         )
+
+
+def train_rank_of_pack(assignments: Sequence[Assignment]) -> dict[str, Any]:
+    """One rank of several tasks' trainings. Gives, for each job, its `result` or the `error` that ended it.
+
+    What the process writes goes to the log of the first.
+    """
+    rank = int(os.environ["RANK"])
+    with working(assignments[0], rank) as run, contextlib.ExitStack() as stack:
+        import torch
+
+        from lori_dist.training.packed import train_packed
+        from lori_dist.training.trackers import tracked
+        from lori_dist.training.train import make_job
+        from lori_dist.training.world import from_environment
+
+        torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
+        world = from_environment()
+
+        def make(assignment: Assignment) -> Callable[[], Any]:
+            return lambda: make_job(
+                run,
+                assignment.job,
+                world,
+                assignment.attempt.partial,
+                fingerprint=assignment.job.fingerprint,
+                still_mine=assignment.attempt.check,
+                track=stack.enter_context(tracked(run, assignment.job.name)),
+                progress=lambda record: None,
+            )
+
+        _refer(run, assignments, rank)
+        outcomes = train_packed(run, {one.job.settings["task"]: make(one) for one in assignments}, world)
+    return {
+        f"train-{task}": {"error": str(outcome)} if isinstance(outcome, LoriError) else {"result": outcome}
+        for task, outcome in outcomes.items()
+    }
+
+
+def _refer(run: Run, assignments: Sequence[Assignment], rank: int) -> None:
+    """Says in the logs of all jobs of a pack but the first where theirs is."""
+    names, first = ", ".join(one.job.name for one in assignments), log_file(run.folder, assignments[0].job, rank)
+    for one in assignments[1:]:
+        with log_file(run.folder, one.job, rank).open("a", encoding="utf-8") as stream:
+            stream.write(f"attempt {one.attempt.number}: packed, {names}; see {first}\n")
 
 
 def merge_adapters(assignment: Assignment) -> dict[str, Any]:
@@ -118,6 +163,32 @@ def evaluate_model(assignment: Assignment) -> dict[str, Any]:
             result = evaluate(run, adapter, device=device, record=record)
         folder.write_json(assignment.attempt.partial / "evaluation.json", result)
         return {"evaluation": result}
+
+
+def evaluate_models(assignments: Sequence[Assignment]) -> dict[str, Any]:
+    """Several evaluations on one copy of the base. Gives, for each job, its `result`."""
+    with working(assignments[0], 0) as run:
+        import torch
+
+        from lori_dist.evaluation import evaluate_all
+
+        _refer(run, assignments, 0)
+        torch.set_num_threads(1)
+        needs = {one.job.name: one.job.settings["adapter"] for one in assignments}
+        paths = {name: None if need is None else run.folder / need / ADAPTER for name, need in needs.items()}
+        results: dict[str, Any] = {}
+        start = time.monotonic()
+        measured = evaluate_all(run, paths, device="cuda" if run.cluster.gpus_per_worker else "cpu")
+        for one, (name, values) in zip(assignments, measured, strict=True):
+            with recorded(run, one.job.name, one.attempt.partial) as record:
+                seconds = time.monotonic() - start
+                for task, metrics in values.items():
+                    for metric, value in metrics.items():
+                        record({"metric": metric, "task": task, "value": value, "seconds": seconds})
+            folder.write_json(one.attempt.partial / "evaluation.json", values)
+            results[name] = {"result": {"evaluation": values}}
+            start = time.monotonic()
+        return results
 
 
 @contextlib.contextmanager

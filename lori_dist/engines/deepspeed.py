@@ -36,16 +36,19 @@ from lori_dist.config import Train
 from lori_dist.errors import ConfigError
 from lori_dist.training.data import Batch
 from lori_dist.training.engine import (
+    LearningRate,
     Part,
     Quantity,
     State,
     StepResult,
     TaskGradients,
     adamw,
+    adapters_of,
     finish,
     restore,
     set_learning_rate,
     start_moments,
+    steps_had,
     trained,
 )
 from lori_dist.training.loss import task_loss_sums
@@ -120,7 +123,7 @@ class Partitioned:
         if stage == 3 and any(isinstance(module, AdaptedExperts) for module in model.modules()):
             set_z3_leaf_modules(model, [AdaptedExperts])  # their weights are used by others than their owner
         self.parameters: dict[str, Any] = trained(model)
-        self.optimizer = adamw(self.parameters.values(), train)
+        self.optimizer = adamw(self.parameters, train)
         self.model: Any
         self.model, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=config)
         self.world, self.stage = world, stage
@@ -128,7 +131,7 @@ class Partitioned:
         self._restore(state)
 
     def step(
-        self, micro_batches: Sequence[Batch], *, num_targets: int, lr: float, tasks: TaskGradients | None = None
+        self, micro_batches: Sequence[Batch], *, num_targets: int, lr: LearningRate, tasks: TaskGradients | None = None
     ) -> StepResult:
         set_learning_rate(self.optimizer, lr)
         losses = []
@@ -187,7 +190,9 @@ class Partitioned:
     def _restore(self, state: State | None) -> None:
         zero = self.model.optimizer
         partitions = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
-        start_moments(self.optimizer, partitions, self.num_steps)
+        of_groups = zero.sub_group_to_group_id if self.stage == 3 else range(len(partitions))
+        had = [steps_had(f"@{adapter}", state) for adapter in adapters_of(self.parameters)]
+        start_moments(self.optimizer, [(part, had[of_groups[n]]) for n, part in enumerate(partitions)])
         if self.stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
         restore(self, state)

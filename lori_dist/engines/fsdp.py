@@ -15,6 +15,7 @@ from lori_dist.config import Train
 from lori_dist.errors import ConfigError, JobError
 from lori_dist.training.data import Batch
 from lori_dist.training.engine import (
+    LearningRate,
     Part,
     Quantity,
     State,
@@ -25,6 +26,7 @@ from lori_dist.training.engine import (
     restore,
     set_learning_rate,
     start_moments,
+    steps_had,
     trained,
 )
 from lori_dist.training.loss import task_loss_sums
@@ -88,14 +90,14 @@ class FullySharded:
         materialize(model, world.device, lambda parameter: on(place, parameter))
         fill(model, weights, _part)
         self.parameters: dict[str, Any] = trained(model)  # DTensors
-        self.optimizer = adamw(self.parameters.values(), train)
+        self.optimizer = adamw(self.parameters, train)
         self.world, self.max_norm = world, train.clip
         self.num_steps = state.step if state else 0
-        start_moments(self.optimizer, self.parameters.values(), self.num_steps)
+        start_moments(self.optimizer, [(p, steps_had(name, state)) for name, p in self.parameters.items()])
         restore(self, state)
 
     def step(
-        self, micro_batches: Sequence[Batch], *, num_targets: int, lr: float, tasks: TaskGradients | None = None
+        self, micro_batches: Sequence[Batch], *, num_targets: int, lr: LearningRate, tasks: TaskGradients | None = None
     ) -> StepResult:
         set_learning_rate(self.optimizer, lr)
         losses = []

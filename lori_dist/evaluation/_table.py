@@ -1,6 +1,7 @@
 """The evaluation of a run as text for a terminal."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 Evaluation = Mapping[str, Mapping[str, Mapping[str, float]]]
 """Model -> task -> metric -> value."""
@@ -27,6 +28,16 @@ def table(evaluation: Evaluation) -> str:
     return "\n\n".join(_table(evaluation, metric) for metric in metrics)
 
 
+def compared(result: Mapping[str, Any]) -> str:
+    """What `cluster.comparison.compare` returns, as a table: mean +- standard deviation."""
+    heading, shown = FORMATS.get(result["metric"], (result["metric"], "{:.4g}".format))
+    columns = [*result["tasks"]]
+    lines = [[f"{heading}, seeds {', '.join(map(str, result['seeds']))}", *columns]]
+    for name, row in result["rows"].items():
+        lines.append([name, *(f"{shown(row['mean'][task])} +- {shown(row['std'][task])}" for task in columns)])
+    return _lines(lines)
+
+
 def _table(evaluation: Evaluation, metric: str) -> str:
     heading, shown = FORMATS.get(metric, (metric, "{:.4g}".format))
     tasks = list(dict.fromkeys(task for rows in evaluation.values() for task in rows if metric in rows[task]))
@@ -36,7 +47,12 @@ def _table(evaluation: Evaluation, metric: str) -> str:
         known = [value for value in values if value is not None]
         mean = sum(known) / len(known) if len(known) == len(values) else None
         lines.append([model, *("-" if value is None else shown(value) for value in [*values, mean])])
-    return "\n".join(_line(line, [max(map(len, column)) for column in zip(*lines, strict=True)]) for line in lines)
+    return _lines(lines)
+
+
+def _lines(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(_line(line, widths) for line in lines)
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:

@@ -19,6 +19,7 @@ from lori_dist.adapter.linear import is_conv1d
 from lori_dist.adapter.update import Update, split
 from lori_dist.errors import AdapterError
 from lori_dist.integrations._folder import complete
+from lori_dist.integrations.model_card import UNKNOWN, Origin, text
 from lori_dist.tensors import PIECE_BYTES, Stored, metadata, stored, write
 from lori_dist.training.model import identity, load_tokenizer, weight_files
 from lori_dist.training.weights import skeleton
@@ -30,8 +31,10 @@ TEMPLATES = "additional_chat_templates"
 """A folder that a tokenizer may have."""
 
 
-def export_folded(run_model_path: str, adapter: Adapter, folder: Path) -> None:
+def export_folded(run_model_path: str, adapter: Adapter, folder: Path, *, origin: Origin = UNKNOWN) -> None:
     """Writes a transformers model, with its tokenizer, whose weights are the base's plus the adapter's updates.
+
+    Its model card is the adapter's: a card of the base would not be one of this model.
 
     run_model_path: the base model, a folder or a name on the hub. Its weight files are read and written one at a time,
     and each weight piece by piece, so that a piece and the factors of one update are in memory. Names and order of
@@ -53,6 +56,8 @@ def export_folded(run_model_path: str, adapter: Adapter, folder: Path) -> None:
             pieces = (piece for where in found.values() for piece in _folded(where, updated, adapter, whole))
             write(partial / file.name, layout, pieces, {"format": "pt", **metadata(file)})
         _copy_others(files[0].parent, partial)
+        name = str(adapter.base.get("name", run_model_path))
+        (partial / "README.md").write_text(text(adapter, name, origin, library="transformers"), encoding="utf-8")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,12 +2,16 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lori_dist.adapter import file
 from lori_dist.adapter.adapter import Adapter, Block
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,13 +50,16 @@ def _record(folder: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def text(adapter: Adapter, base_model_name: str, origin: Origin) -> str:
-    """A README.md: base model, tasks, how each block's A and B were made, and what the run says of its data."""
+def text(adapter: Adapter, base_model_name: str, origin: Origin, *, library: str = "peft") -> str:
+    """A README.md: base model, tasks, how each block's A and B were made, and what the run says of its data.
+
+    library: that which loads what the card lies beside.
+    """
     metrics = sorted({metric for figures in origin.measured.values() for metric in figures})
     front = [
         "---",
         f"base_model: {json.dumps(base_model_name)}",  # a JSON string is one of YAML, whatever is in it
-        "library_name: peft",
+        f"library_name: {library}",
         "pipeline_tag: text-generation",
         "tags: [lora, lori]",
         *([f"metrics: {json.dumps(metrics)}"] if metrics else []),
@@ -75,6 +82,22 @@ def text(adapter: Adapter, base_model_name: str, origin: Origin) -> str:
         "",
     ]
     return "\n".join([*front, *lines])
+
+
+def write_of_run(summary: Mapping[str, Any], base_model_name: str) -> None:
+    """A README.md beside the adapter of every finished training and merge of a run. A run does not fail by its cards.
+
+    summary: what is in summary.json.
+    """
+    for name, made in {**summary["adapters"], **summary["merges"]}.items():
+        path = Path(made["path"])
+        try:
+            adapter = file.opened(path)
+            base = str(adapter.base.get("name", base_model_name))
+            card = text(adapter, base, origin(path), library="lori_dist")
+            path.with_name("README.md").write_text(card, encoding="utf-8")
+        except Exception as error:
+            log.warning("%s: no model card could be written: %s", name, error)
 
 
 def _row(block: Block) -> str:

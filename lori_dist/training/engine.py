@@ -6,14 +6,14 @@ that have a default are its options.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lori_dist.adapter import saved
+from lori_dist.adapter import packed, saved
 from lori_dist.adapter.attach import adapted, trainable, trainable_projections
 from lori_dist.adapter.per_task import of_a
 from lori_dist.config import Train
@@ -46,13 +46,15 @@ class State:
     """
 
     step: int
-    """Optimizer steps done."""
+    """Optimizer steps done; of several adapters, the most."""
     values: Mapping[str, Tensor]
     """Module path -> (kept,)."""
     exp_avg: Mapping[str, Tensor]
     """Adam's first moment, as values."""
     exp_avg_sq: Mapping[str, Tensor]
     """Adam's second moment, as values."""
+    steps: Mapping[str, int] = field(default_factory=dict)
+    """Of several adapters: each one's steps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +83,12 @@ class Engine(Protocol):
         ...
 
     def step(
-        self, micro_batches: Sequence[Batch], *, num_targets: int, lr: float, tasks: "TaskGradients | None" = None
+        self,
+        micro_batches: Sequence[Batch],
+        *,
+        num_targets: int,
+        lr: "LearningRate",
+        tasks: "TaskGradients | None" = None,
     ) -> StepResult:
         """One optimizer step over this rank's micro-batches, of which every rank has the same number.
 
@@ -116,8 +123,11 @@ class TaskGradients(Protocol):
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Module path -> kept entries of an adapted model, `of_a(path)` -> a trained A, `saved.key(name)` -> a parameter
-    that is trained whole; of another one, name -> parameter that needs a gradient."""
+    """Module path -> the kept entries of an adapted model, `of_a(path)` -> a trained A, `saved.key(name)` -> a
+    parameter that is trained whole; of a model with several adapters, `packed.name_of(path, adapter)` -> its entries;
+    of another model, name -> parameter that needs a gradient."""
+    if several := dict(packed.trainable(model)):
+        return several
     if adapted(model):
         of_projections = {of_a(path): a for path, a in trainable_projections(model).items()}
         whole = {saved.key(name): parameter for name, parameter in saved.parameters(model).items()}
@@ -128,16 +138,28 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 # --- optimizer -------------------------------------------------------------------------------------------------------
 
 
-def adamw(parameters: Iterable[Tensor], train: Train) -> torch.optim.AdamW:
-    """The optimizer, over the trained values only."""
+def adamw(parameters: Mapping[str, Tensor], train: Train) -> torch.optim.AdamW:
+    """The optimizer, over the trained values only: a group for each adapter, in the order of `adapters_of`."""
+    groups = [
+        {"params": [parameter for name, parameter in parameters.items() if packed.adapter_of(name) == adapter]}
+        for adapter in adapters_of(parameters)
+    ]
     return torch.optim.AdamW(
-        parameters, lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay, fused=True
+        groups, lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay, fused=True
     )
 
 
-def start_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], num_steps: int) -> None:
-    """Gives every parameter the moments AdamW keeps, at zero, before the first step: so they can always be read."""
-    for parameter in parameters:
+def adapters_of(names: Iterable[str]) -> tuple[str, ...]:
+    """The adapters that trained tensors belong to; one without a name where there are not several."""
+    return tuple(dict.fromkeys(map(packed.adapter_of, names)))
+
+
+def start_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[tuple[Tensor, int]]) -> None:
+    """Gives every parameter the moments AdamW keeps, at zero, before the first step: so they can always be read.
+
+    parameters: each with the number of steps it has had.
+    """
+    for parameter, num_steps in parameters:
         optimizer.state[parameter] = {
             "step": torch.tensor(float(num_steps), device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),
@@ -145,9 +167,18 @@ def start_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]
         }
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def steps_had(name: str, state: State | None) -> int:
+    """By a trained tensor."""
+    return 0 if state is None else state.steps.get(packed.adapter_of(name), state.step)
+
+
+LearningRate = float | Sequence[float]
+"""For all that is trained, or for each adapter in the order of `adapters_of`."""
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: LearningRate) -> None:
+    for number, group in enumerate(optimizer.param_groups):
+        group["lr"] = lr if isinstance(lr, float) else lr[number]
 
 
 def clip(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
@@ -182,7 +213,7 @@ def restore(engine: Engine, state: State | None, quantities: Sequence[Quantity] 
 def collect(engine: Engine, world: World) -> State:
     """The portable state, in full on rank 0 and empty on the others. A collective."""
     quantities = {quantity: gather(engine, quantity, world) for quantity in QUANTITIES}
-    return State(step=engine.num_steps, **quantities)
+    return State(step=engine.num_steps, **quantities)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -25,14 +25,16 @@ from lori_dist.adapter.adapter import Adapter, Spec
 from lori_dist.adapter.attach import attach, extract, projection_checksums
 from lori_dist.adapter.per_task import is_a
 from lori_dist.adapter.saved import is_saved
-from lori_dist.config import Run, held_out
+from lori_dist.config import Run, held_out, trained_as
 from lori_dist.errors import ConfigError, JobError
+from lori_dist.jobs import Job as Planned
 from lori_dist.jobs import joint_job, task_seed, train_job
 from lori_dist.training import checkpoint, conflicts, data, flops, metrics
 from lori_dist.training.data import Example
 from lori_dist.training.engine import Engine, StepResult, gather
-from lori_dist.training.joint import Joint, rows_of_step
+from lori_dist.training.joint import Joint
 from lori_dist.training.joint import batches as joint_batches
+from lori_dist.training.joint import rows_of_step as joint_rows
 from lori_dist.training.metrics import METRICS
 from lori_dist.training.metrics import Record as Record
 from lori_dist.training.model import check, identity, load_tokenizer
@@ -122,34 +124,19 @@ def train(
     Source: LoRI (arXiv 2504.07448), section 3, but for A, which the authors' code draws again for the second phase.
     """
     start = time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = load_tokenizer(run.model)
-    tasks = joint["tasks"] if joint is not None else (task,)
-    rows = {name: _rows(run, name, tokenizer) for name in tasks}
     planned = joint_job(run, joint) if joint is not None else train_job(run, task, sequel=sequel)
     with tracked(run, planned.name) as track:
-        job = Job(
-            run=run,
-            name=planned.name,
-            task=task,
-            world=world,
-            folder=folder,
+        job = make_job(
+            run,
+            planned,
+            world,
+            folder,
             fingerprint=fingerprint,
             still_mine=still_mine,
             track=track,
             progress=progress,
-            examples=[
-                data.encode([*chain(*parts)], tokenizer, run.train.max_length, where=f"tasks.{name}.train")
-                for name, parts in rows.items()
-            ],
-            mixture=[] if len(rows[tasks[0]]) == 1 else [len(part) for part in rows[tasks[0]]],
-            pad_id=data.pad_id(tokenizer),
-            origin={"fingerprint": fingerprint, **planned.settings},
-            joint=None if joint is None else Joint(**joint),
-            before=None if sequel is None else _before(run, sequel["before"]),
-            is_disjoint=sequel is not None and sequel["masks"] == "disjoint",
         )
-        *calibration, last = phases(run.train, run.adapter.density, sum(map(len, job.examples)))
+        *calibration, last = phases(job.run.train, run.adapter.density, sum(map(len, job.examples)))
         masks = _masks(job, calibration[0]) if calibration else None
         gc.collect()  # models and engines refer to themselves, and two bases may not fit
         model, engine = _fit(job, last, masks)
@@ -169,6 +156,47 @@ def train(
         }
 
     return from_first(world, summary)
+
+
+def make_job(
+    run: Run,
+    planned: Planned,
+    world: World,
+    folder: Path,
+    *,
+    fingerprint: str,
+    still_mine: Callable[[], None],
+    track: Callable[[Record], None],
+    progress: Callable[[Record], None],
+) -> Job:
+    """What is to be trained, with its rows read and encoded. Raises ConfigError for rows that cannot be used."""
+    folder.mkdir(parents=True, exist_ok=True)
+    task: str = planned.settings["task"]
+    joint, sequel = planned.settings.get("joint"), planned.settings.get("sequel")
+    tokenizer = load_tokenizer(run.model)
+    tasks = joint["tasks"] if joint is not None else (task,)
+    rows = {name: _rows(run, name, tokenizer) for name in tasks}
+    return Job(
+        run=run if joint is not None else dataclasses.replace(run, train=trained_as(run, task)),
+        name=planned.name,
+        task=task,
+        world=world,
+        folder=folder,
+        fingerprint=fingerprint,
+        still_mine=still_mine,
+        track=track,
+        progress=progress,
+        examples=[
+            data.encode([*chain(*parts)], tokenizer, run.train.max_length, where=f"tasks.{name}.train")
+            for name, parts in rows.items()
+        ],
+        mixture=[] if len(rows[tasks[0]]) == 1 else [len(part) for part in rows[tasks[0]]],
+        pad_id=data.pad_id(tokenizer),
+        origin={"fingerprint": fingerprint, **planned.settings},
+        joint=None if joint is None else Joint(**joint),
+        before=None if sequel is None else _before(run, sequel["before"]),
+        is_disjoint=sequel is not None and sequel["masks"] == "disjoint",
+    )
 
 
 def _rows(run: Run, task: str, tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[str, str]]]:
@@ -228,15 +256,20 @@ def phases(train: config.Train, density: float, num_rows: int) -> list[Phase]:
 def _masks(job: Job, phase: Phase) -> dict[str, Tensor]:
     """Which entries are kept, the same on all ranks, from a calibration done now or by an earlier attempt."""
     path = job.folder / CALIBRATED
-    agree(job.world, str(path.exists()), f"finding of {path}", "give an output folder that all ranks share")
-    if not from_first(job.world, lambda: _is_calibrated(job, phase, path)):
+    if not is_calibrated(job, phase):
         _calibrate(job, phase, path)
+    return calibrated_masks(job, phase)
+
+
+def calibrated_masks(job: Job, phase: Phase) -> dict[str, Tensor]:
+    """The masks that a finished calibration gives, the same on all ranks."""
+    path = job.folder / CALIBRATED
     chosen = job.run.adapter.mask
     method = plugin.find("masks", chosen.name, "mask", "adapter.mask")
     options = method.bind(chosen.options, "adapter.mask")
 
     def choose() -> dict[str, tuple[torch.Size, bytes]]:
-        state = checkpoint.read(path, CALIBRATE, origin=_origin(job, phase))
+        state = checkpoint.read(path, CALIBRATE, origin=origin_of(job, phase))
         of_b = {module: values for module, values in state.values.items() if not is_a(module) and not is_saved(module)}
         dense = {module: values.view(-1, job.run.adapter.rank) for module, values in of_b.items()}
         if job.before is None or not job.is_disjoint:
@@ -279,16 +312,22 @@ def _unpacked(shape: torch.Size, packed: bytes) -> Tensor:
     return torch.from_numpy(bits).bool().view(shape)
 
 
-def _is_calibrated(job: Job, phase: Phase, path: Path) -> bool:
-    """Whether an earlier attempt did it. A damaged file costs the calibration, nothing else."""
-    if not path.exists():
-        return False
-    try:
-        checkpoint.read(path, CALIBRATE, origin=_origin(job, phase))
-    except checkpoint.Damaged as error:
-        log.warning("%s; calibrating again", error)
-        return False
-    return True
+def is_calibrated(job: Job, phase: Phase) -> bool:
+    """Whether an earlier attempt did it. A damaged file costs the calibration, nothing else. Every rank calls this."""
+    path = job.folder / CALIBRATED
+    agree(job.world, str(path.exists()), f"finding of {path}", "give an output folder that all ranks share")
+
+    def found() -> bool:
+        if not path.exists():
+            return False
+        try:
+            checkpoint.read(path, CALIBRATE, origin=origin_of(job, phase))
+        except checkpoint.Damaged as error:
+            log.warning("%s; calibrating again", error)
+            return False
+        return True
+
+    return from_first(job.world, found)
 
 
 def _calibrate(job: Job, phase: Phase, path: Path) -> None:
@@ -296,7 +335,7 @@ def _calibrate(job: Job, phase: Phase, path: Path) -> None:
     if job.world.rank == 0:
         job.still_mine()
     # Only B is needed from here on, and the moments are two thirds of the bytes.
-    checkpoint.write_state(path, CALIBRATE, engine, job.world, origin=_origin(job, phase), quantities=("values",))
+    checkpoint.write_state(path, CALIBRATE, engine, job.world, origin=origin_of(job, phase), quantities=("values",))
     engine.close()
     if job.world.rank == 0:
         checkpoint.delete(job.folder / CHECKPOINTS, CALIBRATE)
@@ -308,7 +347,7 @@ def _fit(job: Job, phase: Phase, masks: Mapping[str, Tensor] | None) -> tuple[Pr
     mfu = flops.utilisation(model, job.run, job.world)  # before an engine shards the model
     if job.world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(job.world.device)
-    origin = {**_origin(job, phase), "mask": _digest(masks)}
+    origin = {**origin_of(job, phase), "mask": digest_of(masks)}
     found = checkpoint.newest(job.folder / CHECKPOINTS, phase.name, origin)
     first = found.step if found else 0
     agree(job.world, str(first), f"newest checkpoint in {job.folder}", "give an output folder that all ranks share")
@@ -320,23 +359,23 @@ def _fit(job: Job, phase: Phase, masks: Mapping[str, Tensor] | None) -> tuple[Pr
     checksums = json.dumps(projection_checksums(model))
     agree(job.world, checksums, "projection A", "install the same version of the program on all machines")
     if job.world.rank == 0:
-        _rewind(job, phase, first)
+        rewind(job, phase, first)
     for step in range(first, phase.num_steps):
         record = _step(job, phase, engine, step, tasks, mfu)
         if job.world.rank == 0:
             if tasks is not None and tasks.conflicts is not None:
                 line = {"phase": phase.name, "step": step + 1, "cosines": conflicts.of_layers(tasks.conflicts)}
-                _append(job, conflicts.FILE, line)
-            _append(job, METRICS, record)
+                append(job, conflicts.FILE, line)
+            append(job, METRICS, record)
             job.track(record)
             job.progress(record)
-        if _is_due(job, phase, step + 1):
+        if is_due(job, phase, step + 1):
             keep, folder = job.run.train.keep, job.folder / CHECKPOINTS
             checkpoint.save(folder, phase.name, engine, job.world, origin=origin, keep=keep, still_mine=job.still_mine)
     return model, engine
 
 
-def _origin(job: Job, phase: Phase) -> dict[str, Any]:
+def origin_of(job: Job, phase: Phase) -> dict[str, Any]:
     train = job.run.train
     schedule = {
         "name": train.schedule,
@@ -347,7 +386,7 @@ def _origin(job: Job, phase: Phase) -> dict[str, Any]:
     return {**job.origin, "schedule": schedule, "generator_seed": train.seed}
 
 
-def _digest(masks: Mapping[str, Tensor] | None) -> str | None:
+def digest_of(masks: Mapping[str, Tensor] | None) -> str | None:
     """Tells one choice of kept entries from another."""
     if masks is None:
         return None
@@ -416,7 +455,7 @@ def _step(job: Job, phase: Phase, engine: Engine, step: int, tasks: Surgery | No
     train, world = job.run.train, job.world
     # Whatever draws random numbers draws the same ones in a training that was resumed.
     torch.manual_seed(_draw_seed(train.seed, phase.name, step, world.rank))
-    rows = _rows_of_step(job, phase, step)
+    rows = rows_of_step(job, phase, step)
     examples = [job.examples[task][row] for task, row in rows]
     pieces = data.micro_batches(rows, world.rank, world.size, train.micro_batch_size)
     if job.joint is None:
@@ -435,10 +474,7 @@ def _step(job: Job, phase: Phase, engine: Engine, step: int, tasks: Surgery | No
         result = engine.step(batches, num_targets=1, lr=lr, tasks=tasks)
     seconds = time.monotonic() - start
     if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
-        raise JobError(
-            f"{job.task}: at step {step + 1} of {phase.num_steps} of phase {phase.name} the loss is {result.loss} and "
-            f"the gradient's norm {result.grad_norm}; lower the learning rate (here {lr:g}) or use model.dtype float32"
-        )
+        raise not_finite(job, phase, step, result.loss, result.grad_norm, lr)
     num_tokens = num_targets + sum(len(example.prompt_ids) for example in examples)
     return {
         "phase": phase.name,
@@ -452,18 +488,25 @@ def _step(job: Job, phase: Phase, engine: Engine, step: int, tasks: Surgery | No
         "seconds": seconds,
         "tokens_per_second": num_tokens / seconds,
         "mfu": mfu(num_tokens, seconds),
-        "memory": _memory(world.device),
+        "memory": memory(world.device),
         "data_wait": data_wait,
         "time": time.time(),
         **_of_tasks(job, result, tasks),
     }
 
 
-def _rows_of_step(job: Job, phase: Phase, step: int) -> list[tuple[int, int]]:
+def not_finite(job: Job, phase: Phase, step: int, loss: float, norm: float, lr: float) -> JobError:
+    return JobError(
+        f"{job.task}: at step {step + 1} of {phase.num_steps} of phase {phase.name} the loss is {loss} and "
+        f"the gradient's norm {norm}; lower the learning rate (here {lr:g}) or use model.dtype float32"
+    )
+
+
+def rows_of_step(job: Job, phase: Phase, step: int) -> list[tuple[int, int]]:
     """(task, row)."""
     train, num_rows = job.run.train, [len(examples) for examples in job.examples]
     if job.joint is not None:
-        return rows_of_step(step, num_rows=num_rows, batch_size=train.batch_size, seed=train.seed)
+        return joint_rows(step, num_rows=num_rows, batch_size=train.batch_size, seed=train.seed)
     if job.mixture:
         shares = tuple(job.run.tasks[job.task].mixture.values())
         rows = data.mixed_rows_of_step(
@@ -495,7 +538,7 @@ def _draw_seed(seed: int, phase: str, step: int, rank: int) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def _is_due(job: Job, phase: Phase, num_done: int) -> bool:
+def is_due(job: Job, phase: Phase, num_done: int) -> bool:
     every = job.run.train.checkpoint_every
     return every is not None and num_done % every == 0 and num_done < phase.num_steps
 
@@ -503,13 +546,13 @@ def _is_due(job: Job, phase: Phase, num_done: int) -> bool:
 # --- metrics ---------------------------------------------------------------------------------------------------------
 
 
-def _append(job: Job, name: str, line: Mapping[str, Any]) -> None:
+def append(job: Job, name: str, line: Mapping[str, Any]) -> None:
     job.still_mine()
     with (job.folder / name).open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(line) + "\n")
 
 
-def _rewind(job: Job, phase: Phase, first: int) -> None:
+def rewind(job: Job, phase: Phase, first: int) -> None:
     """Drops what an earlier attempt wrote about steps that are done again."""
     for name in (METRICS,) if job.joint is None else (METRICS, conflicts.FILE):
         lines = metrics.read(job.folder, name)
@@ -522,7 +565,7 @@ def _rewind(job: Job, phase: Phase, first: int) -> None:
             forget(job.run, job.name)
 
 
-def _memory(device: torch.device) -> int:
+def memory(device: torch.device) -> int:
     """Bytes: the most that tensors took since the phase began, or, without a device, what the process has resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

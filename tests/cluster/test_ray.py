@@ -298,7 +298,9 @@ def test_the_same_run_again_does_nothing(story: Story) -> None:
 def test_after_all_kills_the_adapter_is_that_of_an_undisturbed_training(story: Story, tmp_path: Path) -> None:
     run_distributed(train_undisturbed, story.run, str(tmp_path), world_size=2)
     expected = file.load(tmp_path / "adapter.safetensors")
-    found = file.load(Path(story.mended["adapters"]["copy"]["path"]))
+    path = Path(story.mended["adapters"]["copy"]["path"])
+    assert "library_name: lori_dist" in path.with_name("README.md").read_text()
+    found = file.load(path)
     assert found.blocks[0].seed == expected.blocks[0].seed == jobs.task_seed(story.run, "copy")
     for module, entries in expected.blocks[0].entries.items():
         other = found.blocks[0].entries[module]

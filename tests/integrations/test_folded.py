@@ -135,7 +135,8 @@ def test_shards_names_dtypes_and_other_files_stay(
     assert laid_out(tmp_path / "out") == laid_out(base)
     weights = {path.name for path in base.glob("*.safetensors")}
     others = {path.name for path in base.iterdir()} - weights - {"pytorch_model.bin"}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == others | weights
+    assert {path.name for path in (tmp_path / "out").iterdir()} == others | weights | {"README.md"}
+    assert "library_name: transformers" in (tmp_path / "out" / "README.md").read_text()
     assert all((tmp_path / "out" / name).read_bytes() == (base / name).read_bytes() for name in others)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype="auto").eval()
     assert model.dtype == plain.dtype == dtype

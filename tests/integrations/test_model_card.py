@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from lori_dist.adapter import file
-from lori_dist.integrations.model_card import UNKNOWN, origin, text
+from lori_dist.integrations.model_card import UNKNOWN, origin, text, write_of_run
 from tests.integrations.made import trained
 from tests.models import tiny_llama
 
@@ -40,6 +40,15 @@ def test_the_card_says_what_the_run_knows(adapter: Path) -> None:
     assert "rows-hash" in body and '"steps": 5' in body
     assert "| math | 3.25 |" in body and "9.75" not in body
     assert "seed 7" in body
+
+
+def test_a_run_leaves_a_card_beside_every_adapter(adapter: Path, caplog: pytest.LogCaptureFixture) -> None:
+    gone = adapter.parent.parent / "merge-gone" / adapter.name
+    write_of_run({"adapters": {"math": {"path": str(adapter)}}, "merges": {"gone": {"path": str(gone)}}}, "some/base")
+    _, front, body = (adapter.parent / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front)["library_name"] == "lori_dist"
+    assert "| math | 3.25 |" in body and "rows-hash" in body
+    assert "gone: no model card could be written" in caplog.text
 
 
 def test_the_record_of_another_file_is_not_used(adapter: Path) -> None:

@@ -271,6 +271,19 @@ def test_a_dense_adapter_is_done_after_one_phase(run: Run, tmp_path: Path) -> No
     assert float((found - torch.cat(list(wanted.values()))).norm() / found.norm()) < 5e-6
 
 
+def test_a_task_has_a_length_and_a_rate_of_its_own(run: Run, tmp_path: Path) -> None:
+    task = replace(run.tasks["count"], steps=3, lr=run.train.lr / 2)
+    own = replace(run, tasks={**run.tasks, "count": task})
+    [(summary, records)] = run_distributed(train_rank, own, tmp_path / "own", world_size=1)
+    assert summary["steps"] == 3
+    assert steps(records, "calibrate") == list(range(1, CALIBRATION_STEPS + 1))
+    assert records[-1]["lr"] == pytest.approx(task.lr)
+    assert records[0]["lr"] == pytest.approx(run.train.lr / 2 / 30)
+    for_all = replace(run, train=replace(run.train, steps=3, lr=task.lr))
+    run_distributed(train_rank, for_all, tmp_path / "all", world_size=1)
+    assert torch.equal(*(values(file.load(tmp_path / name / "adapter.safetensors")) for name in ("own", "all")))
+
+
 def test_activation_checkpointing_changes_no_number(run: Run, tmp_path: Path) -> None:
     run_distributed(train_rank, run, tmp_path / "plain", world_size=1)
     run_distributed(train_rank, changed(run, activation_checkpointing=True), tmp_path / "again", world_size=1)

@@ -1,0 +1,292 @@
+"""Tasks trained together over one copy of the base, beside one after another and side by side on the same ranks."""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lori_dist import config, plugin
+from lori_dist.adapter import packed
+from lori_dist.adapter.adapter import Spec
+from lori_dist.adapter.attach import attach, match
+from lori_dist.adapter.linear import features
+from lori_dist.benchmarks._traffic import Traffic
+from lori_dist.training.data import Batch
+from lori_dist.training.engine import Engine
+from lori_dist.training.packed import Gradients
+from lori_dist.training.weights import skeleton
+from lori_dist.training.world import World, from_environment
+
+VOCABULARY = 2048
+ENGINES: dict[str, tuple[str, dict[str, Any]]] = {"fsdp": ("fsdp", {}), "zero3": ("deepspeed", {"stage": 3})}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What every rank is told."""
+
+    folder: Path
+    engine: str
+    rank: int
+    rows: int
+    length: int
+    steps: int
+    density: float
+    dtype: str
+
+
+def run(
+    *,
+    tasks: list[int] = [2, 4, 8],  # noqa: B006  # read from the source, never shared
+    engines: list[str] = ["fsdp", "zero3"],  # noqa: B006
+    ranks: int = 2,
+    rank: int = 16,
+    density: float = 0.1,
+    layers: int = 8,
+    hidden: int = 768,
+    rows: int = 1,
+    length: int = 32,
+    steps: int = 5,
+    dtype: str = "",
+) -> dict[str, Any]:
+    """Rows for a table, and ratios[engine][tasks], with the base sharded over the ranks.
+
+    tasks: how many, one measurement each. rank, density: of the adapters. layers, hidden: of a Llama with random
+    weights, 60 million at the defaults. rows, length: of a task's batch on a rank. steps: timed, in turns, after one
+    that is not.
+
+    packed: all tasks in one gang. after: one task at a time in that gang. beside: a gang of as many ranks for each
+    task, all at once on the same machine. tokens_per_second: of all tasks. gathered_bytes, reduced_bytes: of a step of
+    all tasks, in the collectives of rank 0, each the whole tensor that is made or reduced. held_bytes: of rank 0
+    between steps: values, moments, A and positions. ratios: `packed_over_after` and
+    `packed_over_beside` of tokens/s; `memory_per_task`: what a further task adds to held_bytes over its values, moments
+    and A there.
+    """
+    on_cuda = torch.cuda.is_available()
+    num_ranks = min(ranks, torch.cuda.device_count()) if on_cuda else ranks
+    table: list[dict[str, Any]] = []
+    ratios: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        _make_base(folder / "base", layers, hidden, length)
+        for engine in engines:
+            setting = Setting(
+                folder=folder,
+                engine=engine,
+                rank=rank,
+                rows=rows,
+                length=length,
+                steps=steps,
+                density=density,
+                dtype=dtype or ("bfloat16" if on_cuda else "float32"),
+            )
+            ratios[engine] = {}
+            for number in tasks:
+                found = _gangs(_in_turns, setting, num_ranks, 1, number)
+                beside = _gangs(_one_alone, setting, num_ranks, number, 1)
+                tokens = number * num_ranks * rows * length
+                seconds = {
+                    "packed": found["packed"]["seconds"],
+                    "after": [number * one for one in found["one"]["seconds"]],
+                    "beside": beside["one"]["seconds"],
+                }
+                for way, times in seconds.items():
+                    counted = found["packed"] if way == "packed" else found["one"]
+                    factor = 1 if way == "packed" else number
+                    table.append(
+                        {
+                            "engine": engine,
+                            "tasks": number,
+                            "way": way,
+                            "seconds": round(statistics.median(times), 4),
+                            "tokens_per_second": round(tokens / statistics.median(times)),
+                            "gathered_bytes": factor * counted["gathered"],
+                            "reduced_bytes": factor * counted["reduced"],
+                            "held_bytes": counted["held"] * (number if way == "beside" else 1),
+                        }
+                    )
+                further = (found["packed"]["held"] - found["one"]["held"]) / (number - 1)
+                ratios[engine][str(number)] = {
+                    **_quotients("packed_over_after", seconds["after"], seconds["packed"]),
+                    "packed_over_beside": round(
+                        statistics.median(seconds["beside"]) / statistics.median(seconds["packed"]), 3
+                    ),
+                    "memory_per_task": round(further / found["one"]["own"], 3),
+                }
+    return {"rows": table, "ratios": ratios}
+
+
+def _quotients(name: str, slower: Sequence[float], faster: Sequence[float]) -> dict[str, Any]:
+    quotients = [one / other for one, other in zip(slower, faster, strict=True)]
+    low, median, high = statistics.quantiles(quotients, n=4) if len(quotients) > 1 else quotients * 3
+    return {name: round(median, 3), f"{name}_quartiles": [round(low, 3), round(high, 3)]}
+
+
+def _make_base(folder: Path, layers: int, hidden: int, length: int) -> None:
+    settings = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=max(length, 512),
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(settings).save_pretrained(folder)
+
+
+# --- gangs -----------------------------------------------------------------------------------------------------------
+
+
+def _gangs(function: Any, setting: Setting, num_ranks: int, num_gangs: int, *args: Any) -> dict[str, Any]:
+    """What rank 0 of the first of several gangs gives, that work at once."""
+    result = setting.folder / "result.json"
+    place = setting.folder / f"stores-{time.monotonic_ns()}"
+    place.mkdir()
+    torch.multiprocessing.spawn(  # type: ignore[attr-defined]
+        _process, args=(function, setting, num_ranks, num_gangs, place, result, args), nprocs=num_ranks * num_gangs
+    )
+    found: dict[str, Any] = json.loads(result.read_text())
+    return found
+
+
+def _process(
+    number: int,
+    function: Any,
+    setting: Setting,
+    num_ranks: int,
+    num_gangs: int,
+    place: Path,
+    result: Path,
+    args: tuple[Any, ...],
+) -> None:
+    gang, rank = divmod(number, num_ranks)
+    on_cuda = torch.cuda.is_available()
+    os.environ["LOCAL_RANK"] = str(rank)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
+    store = f"file://{place / str(gang)}"
+    dist.init_process_group("nccl" if on_cuda else "gloo", init_method=store, rank=rank, world_size=num_ranks)
+    # Gangs that work at once begin and end at once.
+    meeting = dist.FileStore(str(place / "all"), num_ranks * num_gangs)  # type: ignore[attr-defined]
+    found = function(setting, from_environment(), lambda: _meet(meeting, num_ranks * num_gangs), *args)
+    if number == 0:
+        result.write_text(json.dumps(found))
+    _meet(meeting, num_ranks * num_gangs)
+    dist.destroy_process_group()
+
+
+def _meet(store: Any, count: int) -> None:
+    """Returns once all processes have called it as often."""
+    mine = store.add("arrived", 1)
+    turn = (mine - 1) // count
+    while store.add("arrived", 0) < (turn + 1) * count:
+        time.sleep(0.001)
+
+
+def _in_turns(setting: Setting, world: World, meet: Any, number: int) -> dict[str, Any]:
+    """Steps of one task and of the pack, in turns."""
+    one, several = Way(setting, world, 1, is_packed=False), Way(setting, world, number, is_packed=True)
+    seconds: dict[str, list[float]] = {"one": [], "packed": []}
+    for way in (one, several):
+        way.step()
+    for _ in range(setting.steps):
+        for name, way in (("one", one), ("packed", several)):
+            seconds[name].append(way.timed())
+    return {
+        "one": {"seconds": seconds["one"], **one.counted()},
+        "packed": {"seconds": seconds["packed"], **several.counted()},
+    }
+
+
+def _one_alone(setting: Setting, world: World, meet: Any, number: int) -> dict[str, Any]:
+    """Steps of one task, while other gangs do theirs: of the slowest, as all are waited for."""
+    way = Way(setting, world, number, is_packed=False)
+    way.step()
+    seconds = []
+    for _ in range(setting.steps):
+        meet()
+        start = time.perf_counter()
+        way.step()
+        meet()
+        seconds.append(time.perf_counter() - start)
+    return {"one": {"seconds": seconds}}
+
+
+class Way:
+    """An engine with its batch."""
+
+    def __init__(self, setting: Setting, world: World, number: int, *, is_packed: bool) -> None:
+        model, weights = skeleton(config.Model(path=str(setting.folder / "base"), dtype=setting.dtype))  # type: ignore[arg-type]
+        specs = {f"task{seed}": Spec(rank=setting.rank, alpha=32.0, seed=seed) for seed in range(number)}
+        masks = {name: _masks(model, spec, setting.density) for name, spec in specs.items()}
+        self.gradients = None
+        if is_packed:
+            routing = packed.attach(model, specs, masks)
+            self.gradients = Gradients(routing=routing, world=world, max_norm=1.0)
+        else:
+            attach(model, specs["task0"], masks=masks["task0"])
+        name, options = ENGINES[setting.engine]
+        build = plugin.find("engines", name, "build", "engine").load()
+        train = config.Train(steps=setting.steps, micro_batch_size=setting.rows, clip=None if is_packed else 1.0)
+        self.engine: Engine = build(model, weights, train, world, state=None, **options)
+        self.world, self.number = world, number
+        self.batch = _batch(setting, number, world, is_packed=is_packed)
+        self.num_targets = 1 if is_packed else world.size * self.batch.labels[:, 1:].numel()
+
+    def step(self) -> None:
+        lr: Any = [1e-4] * self.number if self.gradients is not None else 1e-4
+        self.engine.step([self.batch], num_targets=self.num_targets, lr=lr, tasks=self.gradients)
+
+    def timed(self) -> float:
+        dist.barrier()
+        start = time.perf_counter()
+        self.step()
+        return time.perf_counter() - start
+
+    def counted(self) -> dict[str, int]:
+        with Traffic() as traffic:
+            self.step()
+        engine: Any = self.engine
+        kept = [state[name] for state in engine.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        moments = sum(_bytes(tensor) for tensor in kept)
+        values = sum(part.data.nbytes for part in engine.parts("values").values())
+        a = sum(buffer.nbytes for name, buffer in engine.model.named_buffers() if ".projection" in name)
+        places = sum(buffer.nbytes for name, buffer in engine.model.named_buffers() if name.endswith(PLACES))
+        own = values + moments + a
+        return {"gathered": traffic.gathered, "reduced": traffic.reduced, "held": own + places, "own": own}
+
+
+PLACES = (".index", ".positions")
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
+
+
+def _masks(model: torch.nn.Module, spec: Spec, density: float) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(spec.seed)
+    shapes = {path: (features(base)[0], spec.rank) for path, base in match(model, spec.targets).items()}
+    return {path: torch.rand(shape, generator=generator) < density for path, shape in shapes.items()}
+
+
+def _batch(setting: Setting, number: int, world: World, *, is_packed: bool) -> Batch:
+    generator = torch.Generator().manual_seed(world.rank)
+    ids = torch.randint(VOCABULARY, (number * setting.rows, setting.length), generator=generator)
+    batch = Batch(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
+    if not is_packed:
+        return batch
+    tasks = tuple(task for task in range(number) for _ in range(setting.rows))
+    weights = torch.full((number,), 1 / (world.size * setting.rows * (setting.length - 1)))
+    return Batch(input_ids=ids, attention_mask=batch.attention_mask, labels=ids, tasks=tasks, weights=weights)

@@ -1,0 +1,146 @@
+"""Methods side by side: runs of one configuration that differ in a few settings, each with several seeds."""
+
+import json
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+
+from lori_dist import config, plugin
+from lori_dist.config import Name, Run, Seed, Text, section
+from lori_dist.errors import ConfigError, JobError, LoriError
+from lori_dist.jobs import Job
+
+OWN = "own"
+"""In the place of a model: on each task, the adapter that was trained on it."""
+
+Scores = Mapping[str, Mapping[str, float]]
+"""Row -> task -> value."""
+
+
+@section
+class Variant:
+    """A way to run the configuration."""
+
+    settings: tuple[Text, ...] = ()
+    """Overrides, as on the command line."""
+    rows: Annotated[dict[Text, Text], pydantic.Field(min_length=1)]
+    """Row of the table -> model of the run: `base`, `own`, a merge, a task, or `joint`."""
+
+
+@section
+class Comparison:
+    """What is compared."""
+
+    name: Name
+    """The runs are called NAME-VARIANT-SEED, the result NAME.json."""
+    config: Text
+    """A YAML file of a run."""
+    seeds: Annotated[tuple[Seed, ...], pydantic.Field(min_length=1)] = (0, 1, 2)
+    """Of A and of the order of the rows."""
+    metric: Text = "exact_match"
+    variants: Annotated[dict[Name, Variant], pydantic.Field(min_length=1)] = field(default_factory=dict)
+
+
+def load(path: str | Path) -> Comparison:
+    """The comparison a YAML file describes. Raises ConfigError that lists every mistake by its path."""
+    try:
+        tree = config.value(Path(path).read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); give the path of a YAML file") from error
+    try:
+        return pydantic.TypeAdapter(Comparison).validate_python(tree)
+    except pydantic.ValidationError as error:
+        lines = [f"{'.'.join(map(str, item['loc'])) or path}: {item['msg']}" for item in error.errors()]
+        wanted = "name, config, seeds, metric and variants, as in configs/comparison.yaml"
+        raise ConfigError("\n".join(f"{line}; wanted {wanted}" for line in lines)) from error
+
+
+def runs(comparison: Comparison, overrides: Sequence[str] = ()) -> dict[tuple[str, int], Run]:
+    """(variant, seed) -> its run. Raises ConfigError that lists the mistakes of all variants."""
+    found: dict[tuple[str, int], Run] = {}
+    problems: list[str] = []
+    for name, variant in comparison.variants.items():
+        for seed in comparison.seeds:
+            of_seed = [f"name={comparison.name}-{name}-{seed}", f"adapter.seed={seed}", f"train.seed={seed}"]
+            try:
+                run = config.load(comparison.config, [*variant.settings, *overrides, *of_seed])
+                problems += _rows(run, name, variant, comparison.metric)
+            except ConfigError as error:
+                problems += [f"variants.{name}: {line}" for line in str(error).split("\n")]
+                break
+            found[name, seed] = run
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    return found
+
+
+def _rows(run: Run, name: str, variant: Variant, metric: str) -> Iterator[str]:
+    measured = [job.settings["subject"] for job in _plan(run) if job.kind == "evaluate"]
+    known = [*measured, *([OWN] if set(run.tasks) <= set(measured) else [])]
+    for row, model in variant.rows.items():
+        if model not in known:
+            near = plugin.nearest(model, known)
+            yield f"variants.{name}.rows.{row}: there is no model {model!r}; there are {', '.join(known)}.{near}"
+    if metric not in run.evaluate.metrics:
+        yield f"metric: {metric} is not measured; there are {', '.join(run.evaluate.metrics)}"
+
+
+def _plan(run: Run) -> list[Job]:
+    method = plugin.find("multitask", run.multitask.name, "plan", "multitask")
+    jobs: list[Job] = method.load()(run, **method.bind(run.multitask.options, "multitask"))
+    return jobs
+
+
+def compare(
+    comparison: Comparison, overrides: Sequence[str] = (), *, execute: Callable[[Run], Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Does all runs, one after another, and what was done before not again. Returns what is also in OUTPUT/NAME.json.
+
+    execute: does a run and returns its summary. The result has `metric`, `seeds`, `tasks`, and of each row of the
+    table the `scores` of every seed (task -> value, `mean` over the tasks among them), their `mean` and `std` over the
+    seeds (task -> value; the sample's, 0 with one seed).
+    Raises ConfigError before anything is done, JobError where runs failed, after all others.
+    """
+    described = runs(comparison, overrides)
+    scores: dict[str, list[dict[str, float]]] = {}
+    failed = []
+    for (name, _), run in described.items():
+        try:
+            evaluation = execute(run)["evaluation"]
+        except LoriError as error:
+            failed.append(f"{run.name}: {error}")
+            continue
+        for row, model in comparison.variants[name].rows.items():
+            scores.setdefault(row, []).append(_scores(evaluation, model, comparison.metric))
+    if failed:
+        raise JobError("\n".join([*failed, "the other runs are done; the same command does what is missing"]))
+    tasks = list(dict.fromkeys(task for of_seeds in scores.values() for values in of_seeds for task in values))
+    result = {
+        "metric": comparison.metric,
+        "seeds": list(comparison.seeds),
+        "tasks": tasks,
+        "rows": {row: _over_seeds(of_seeds) for row, of_seeds in scores.items()},
+    }
+    first = next(iter(described.values()))
+    path = first.folder.parent / f"{comparison.name}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return {**result, "path": str(path)}
+
+
+def _scores(evaluation: Mapping[str, Scores], model: str, metric: str) -> dict[str, float]:
+    tasks = [task for task in evaluation["base"] if metric in evaluation["base"][task]]
+    values = {task: evaluation[task if model == OWN else model][task][metric] for task in tasks}
+    return {**values, "mean": statistics.fmean(values.values())}
+
+
+def _over_seeds(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    columns = {task: [of_seed[task] for of_seed in scores] for task in scores[0]}
+    return {
+        "scores": [dict(of_seed) for of_seed in scores],
+        "mean": {task: statistics.fmean(values) for task, values in columns.items()},
+        "std": {task: statistics.stdev(values) if len(values) > 1 else 0.0 for task, values in columns.items()},
+    }

@@ -1,0 +1,92 @@
+"""Several jobs that one gang does together, each with a folder, attempts and an end of its own."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lori_dist import config, folder
+from lori_dist.cluster import gang, schedule
+from lori_dist.cluster.attempts import BACKOFF_SECONDS, History, described, failure_of, publish
+from lori_dist.cluster.gang import Gangs
+from lori_dist.cluster.work import Assignment, evaluate_models, log_file, train_rank_of_pack
+from lori_dist.config import Run
+from lori_dist.errors import JobError
+from lori_dist.jobs import Job
+
+log = logging.getLogger(__name__)
+
+
+def do(
+    run: Run,
+    jobs: Sequence[Job],
+    inputs: Mapping[str, Mapping[str, Any]],
+    gangs: Gangs,
+    end: Callable[[Job, dict[str, Any] | str], None],
+) -> None:
+    """Does trainings that need nothing of others, or evaluations. What fails is started again for all of them.
+
+    inputs: of each job, digests of what it reads of others. end: called once for each job, with what its job.json
+    holds or with why it failed.
+    """
+    start = time.monotonic()
+    partials = [folder.open(run.folder, job) for job in jobs]
+    number = 0
+    while True:
+        number += 1
+        tree = config.dump(run)
+        assignments = [
+            Assignment(tree=tree, job=job, attempt=folder.attempt(partial))
+            for job, partial in zip(jobs, partials, strict=True)
+        ]
+        histories = [History(partial, one.attempt.number) for partial, one in zip(partials, assignments, strict=True)]
+        try:
+            if jobs[0].kind == "train":
+                outcomes = _trained(run, assignments, histories, gangs)
+            else:
+                outcomes = _evaluated(run, assignments, histories)
+            break
+        except Exception as error:
+            failure = failure_of(error)
+            log.debug("%s: attempt %d failed", jobs[0].name, number, exc_info=error)
+            if not gangs.stopping.is_set():
+                for history in histories:
+                    history.end(failure.message)
+            if gangs.stopping.is_set() or not schedule.retry(failure, number, run.cluster.retries):
+                raise JobError(described(run, jobs[0], failure)) from error
+            again = f"they are started again ({number} of {run.cluster.retries})"
+            log.warning("%s: %s; %s", ", ".join(job.name for job in jobs), failure.message, again)
+            gangs.stopping.wait(BACKOFF_SECONDS)
+    for assignment, history in zip(assignments, histories, strict=True):
+        outcome = outcomes[assignment.job.name]
+        if "error" in outcome:
+            history.end(outcome["error"])
+            end(assignment.job, f"{outcome['error']}; see {log_file(run.folder, jobs[0], 0)}")
+            continue
+        try:
+            end(
+                assignment.job, publish(run, assignment, history, start, inputs[assignment.job.name], outcome["result"])
+            )
+        except JobError as error:
+            end(assignment.job, str(error))
+
+
+def _trained(
+    run: Run, assignments: Sequence[Assignment], histories: Sequence[History], gangs: Gangs
+) -> dict[str, dict[str, Any]]:
+    ranks = gangs.take(assignments[0].job, run.cluster)
+    for history in histories:
+        history.begin(workers=ranks.shape.count)
+    try:
+        outcomes: dict[str, dict[str, Any]] = ranks.run(train_rank_of_pack, assignments, gangs.stopping)
+    except BaseException:
+        ranks.close()
+        raise
+    gangs.give_back(ranks)
+    return outcomes
+
+
+def _evaluated(run: Run, assignments: Sequence[Assignment], histories: Sequence[History]) -> dict[str, dict[str, Any]]:
+    for history in histories:
+        history.begin(workers=1)
+    return dict(gang.result(gang.remote(run, assignments[0].job, evaluate_models)(list(assignments))))

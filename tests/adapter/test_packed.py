@@ -1,0 +1,204 @@
+"""Several adapters on one model."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lori_dist import Adapter, AdapterError, Spec, attach, attach_several, detach, extract, trainable
+from lori_dist.adapter import packed
+from lori_dist.adapter.adapter import Block
+from lori_dist.merges import merge
+from tests.models import tiny_gpt2, tiny_llama
+
+IDS = torch.tensor(
+    [[1, 5, 9, 30, 7], [1, 40, 41, 42, 2], [3, 3, 8, 1, 0], [2, 9, 9, 4, 4], [7, 1, 2, 3, 5], [1, 1, 6, 6, 2]]
+)
+models = pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+
+
+def trained(
+    make: Callable[[], nn.Module], seed: int, rank: int, targets: str | tuple[str, ...] = "all-linear"
+) -> Adapter:
+    model = make()
+    attach(model, Spec(rank=rank, alpha=float(3 + seed), seed=seed, targets=targets))
+    generator = torch.Generator().manual_seed(seed)
+    for values in trainable(model).values():
+        values.data.normal_(generator=generator)
+    return extract(model, name=f"task{seed}")
+
+
+def several(make: Callable[[], nn.Module]) -> dict[str, Adapter]:
+    """Of unequal ranks and targets, and a merge with an A for each task."""
+    first, second = trained(make, 1, 4), trained(make, 2, 3)
+    some = next(path for path in first.shapes)
+    return {
+        "first": first,
+        "second": second,
+        "some": trained(make, 3, 2, (some,)),
+        "both": merge([first, second], method="concat", options={}, weights=[0.5, -2.0]),
+    }
+
+
+def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def alone(make: Callable[[], nn.Module], adapter: Adapter | None, ids: Tensor) -> Tensor:
+    model = make()
+    if adapter is not None:
+        attach(model, adapter)
+    return logits(model, ids)
+
+
+@models
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ["first", "first", "second", "second", "both", "both"],
+        ["some", "first", None, "both", "second", "first"],
+        ["second"] * 6,
+        [None] * 6,
+    ],
+)
+def test_each_row_meets_its_own(make: Callable[[], nn.Module], rows: list[str | None]) -> None:
+    adapters, model = several(make), make()
+    routing = attach_several(model, adapters)
+    with routing.rows(rows):
+        found = logits(model)
+    for row, name in enumerate(rows):
+        wanted = alone(make, None if name is None else adapters[name], IDS[row : row + 1])
+        torch.testing.assert_close(found[row : row + 1], wanted, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.sampled_from(["first", "second", None]), min_size=1, max_size=6))
+def test_whatever_the_order(rows: list[str | None]) -> None:
+    adapters = {name: adapter for name, adapter in several(tiny_llama).items() if name in ("first", "second")}
+    model = tiny_llama()
+    with attach_several(model, adapters).rows(rows):
+        found = logits(model, IDS[: len(rows)])
+    for name in set(rows):
+        places = [row for row, one in enumerate(rows) if one == name]
+        wanted = alone(tiny_llama, None if name is None else adapters[name], IDS[places])
+        torch.testing.assert_close(found[places], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_without_being_told_all_rows_meet_one() -> None:
+    adapters, model = several(tiny_llama), tiny_llama()
+    routing = attach_several(model, adapters)
+    for name in (None, "both", "first"):
+        routing.only(name)
+        wanted = alone(tiny_llama, None if name is None else adapters[name], IDS)
+        torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_they_generate_side_by_side() -> None:
+    adapters, model = several(tiny_llama), tiny_llama()
+    routing = attach_several(model, adapters)
+    ask: dict[str, int | bool] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    with routing.rows(["first", "both"]):
+        found = model.generate(IDS[:2], attention_mask=torch.ones_like(IDS[:2]), **ask)
+    for row, name in enumerate(("first", "both")):
+        one = tiny_llama()
+        attach(one, adapters[name])
+        ids = IDS[row : row + 1]
+        assert torch.equal(found[row : row + 1], one.generate(ids, attention_mask=torch.ones_like(ids), **ask))
+
+
+def test_a_row_too_few_or_an_unknown_name_is_refused() -> None:
+    model = tiny_llama()
+    routing = attach_several(model, several(tiny_llama))
+    unknown = pytest.raises(AdapterError, match=r"rows: there is no adapter 'frist'; .*Did you mean 'first'\?")
+    with unknown, routing.rows(["frist"]):
+        pass
+    with routing.rows(["first", "second", "both", "some"]), pytest.raises(AdapterError, match="for 4 rows"):
+        logits(model)
+
+
+def test_the_model_is_given_back() -> None:
+    model = tiny_llama()
+    before = logits(model)
+    attach_several(model, several(tiny_llama))
+    with pytest.raises(AdapterError, match="an adapter is attached already"):
+        attach(model, Spec(rank=2, alpha=2.0, seed=1))
+    detach(model)
+    assert torch.equal(logits(model), before)
+
+
+def test_a_damaged_a_is_refused() -> None:
+    adapter = trained(tiny_llama, 1, 2)
+    broken = {path: "0" * 16 for path in adapter.shapes}
+    block: Block = dataclasses.replace(adapter.blocks[0], checksums=broken)
+    with pytest.raises(AdapterError, match="has checksum"):
+        attach_several(tiny_llama(), {"one": dataclasses.replace(adapter, blocks=(block,))})
+
+
+# --- trained together ------------------------------------------------------------------------------------------------
+
+SPECS = {name: Spec(rank=4, alpha=8.0, seed=seed) for seed, name in enumerate(("a", "b", "c"))}
+
+
+def masks(density: Mapping[str, float]) -> dict[str, dict[str, Tensor]]:
+    shapes = {path: (layer.deltas[0].out_features, 4) for path, layer in attach(tiny_llama(), SPECS["a"]).items()}
+    generator = torch.Generator().manual_seed(6)
+    return {
+        name: {path: torch.rand(shape, generator=generator) < density[name] for path, shape in shapes.items()}
+        for name in SPECS
+    }
+
+
+@pytest.mark.parametrize("density", [{"a": 0.2, "b": 0.0, "c": 0.5}, {"a": 1.0, "b": 0.3, "c": 1.0}, None])
+@pytest.mark.parametrize("present", [("a", "b", "c"), ("c",), ("b", "c")])
+def test_gradients_are_those_of_each_alone(density: dict[str, float] | None, present: tuple[str, ...]) -> None:
+    """Entries that there are none of, all and some; of all adapters or of some."""
+    model = tiny_llama()
+    chosen = None if density is None else masks(density)
+    routing = packed.attach(model, SPECS, chosen)
+    generator = torch.Generator().manual_seed(1)
+    values = dict(packed.trainable(model))
+    for tensor in values.values():
+        tensor.data.normal_(generator=generator)
+    rows = {name: IDS[[place, place + 1]] for place, name in enumerate(SPECS) if name in present}
+    ids = torch.cat(list(rows.values()))
+    routing.begin([list(SPECS).index(name) for name in rows for _ in range(2)], ids.shape[1])
+    model(ids, labels=ids).loss.mul(len(rows)).backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for name, of_task in rows.items():
+        one = tiny_llama()
+        attach(one, SPECS[name], masks=None if chosen is None else chosen[name])
+        for path, tensor in trainable(one).items():
+            tensor.data.copy_(values[packed.name_of(path, name)])
+        if trainable(one):
+            one(of_task, labels=of_task).loss.backward()
+        for path, tensor in trainable(one).items():
+            assert tensor.grad is not None
+            torch.testing.assert_close(routing.sums[packed.name_of(path, name)][0], tensor.grad, rtol=1e-4, atol=1e-6)
+    absent = {name for name in SPECS if name not in present}
+    assert not any(packed.adapter_of(name) in absent for name in routing.sums)
+
+
+def test_adapters_that_differ_in_more_than_seeds_are_refused() -> None:
+    others = {"a": SPECS["a"], "b": dataclasses.replace(SPECS["b"], rank=2)}
+    with pytest.raises(AdapterError, match="b: adapters are packed that differ in their seeds only"):
+        packed.attach(tiny_llama(), others)
+
+
+def test_it_survives_casts_and_a_trip_to_meta() -> None:
+    model = tiny_llama()
+    packed.attach(model, SPECS, masks({"a": 0.2, "b": 0.1, "c": 0.5}))
+    layers = packed.packed(model)
+    before = {path: (delta.projections.clone(), delta.index(1)) for path, delta in layers.items()}
+    model.to(torch.bfloat16)
+    for path, delta in layers.items():
+        delta.to("meta").to_empty(device="cpu")
+        projections, index = before[path]
+        assert torch.equal(delta.projections, projections)
+        found = delta.index(1)
+        assert found is not None and index is not None and torch.equal(found, index)
+        assert all(values.dtype == torch.float32 for values in delta.trained().values())

@@ -1,0 +1,93 @@
+"""Tasks of lm-eval beside those of the run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lori_dist import config
+from lori_dist.adapter import source
+from lori_dist.errors import ConfigError
+from lori_dist.evaluation import evaluate, evaluate_all
+from lori_dist.integrations.folded import export_folded
+from lori_dist.jobs import evaluate_job
+from lori_dist.training.model import identity
+from tests.evaluation.test_evaluate import REVIEWS, adapter_file, base, tree
+
+__all__ = ["base", "tree"]
+lm_eval = pytest.importorskip("lm_eval")
+
+KINDS = {
+    "choosing": """
+output_type: multiple_choice
+doc_to_choice: [good, bad]
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+""",
+    "writing": """
+output_type: generate_until
+generation_kwargs: {until: ["\\n"], max_gen_toks: 4}
+filter_list:
+- {name: first, filter: [{function: regex, regex_pattern: "^(.)"}, {function: take_first}]}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+""",
+}
+
+
+@pytest.fixture
+def run(tree: dict[str, Any], tmp_path: Path) -> config.Run:
+    folder, rows = tmp_path / "own", tmp_path / "rows.jsonl"
+    folder.mkdir()
+    rows.write_text("\n".join(json.dumps({"text": text, "label": label}) for text, label in 8 * REVIEWS))
+    for name, kind in KINDS.items():
+        data = f"task: {name}\ndataset_path: json\ntest_split: test\ndataset_kwargs: {{data_files: {{test: {rows}}}}}\n"
+        texts = 'doc_to_text: "{{text}}: "\ndoc_to_target: "{{label}}"\n'
+        (folder / f"{name}.yaml").write_text(data + texts + kind)
+    tree["evaluate"] |= {"metrics": ["choice"], "lm_eval": {"tasks": list(KINDS), "include": str(folder)}}
+    return config.validate(tree)
+
+
+def test_a_model_is_measured_as_lm_eval_measures_its_export(run: config.Run, tmp_path: Path) -> None:
+    adapter = adapter_file(tmp_path, identity(run.model))
+    seen: list[tuple[str, int, int]] = []
+    found = evaluate(run, adapter, progress=lambda *given: seen.append(given))
+    assert seen[-1] == ("lm-eval", 2, 3)
+    assert {task: set(values) for task, values in found.items()} == {
+        "questions": set(),
+        "reviews": {"choice"},
+        "choosing": {"lm_eval/acc"},
+        "writing": {"lm_eval/exact_match/first"},
+    }
+    export_folded(run.model.path, source.load(adapter), tmp_path / "folded")
+    there = lm_eval.simple_evaluate(
+        "hf",
+        f"pretrained={tmp_path / 'folded'}",
+        tasks=list(KINDS),
+        device="cpu",
+        task_manager=lm_eval.tasks.TaskManager(include_path=run.evaluate.lm_eval.include, include_defaults=False),
+    )["results"]
+    assert found["choosing"]["lm_eval/acc"] == there["choosing"]["acc,none"]
+    assert found["writing"]["lm_eval/exact_match/first"] == there["writing"]["exact_match,first"]
+    several = dict(evaluate_all(run, {"base": None, "adapter": adapter}))
+    assert several["adapter"] == found
+    assert several["base"] == evaluate(run, None)
+    assert several["base"]["choosing"] != found["choosing"]
+
+
+def test_a_task_that_is_not_there_is_named(run: config.Run) -> None:
+    path = config.validate(config.dump(run) | {"evaluate": {"lm_eval": {"tasks": ["hellaswagg"]}}})
+    with pytest.raises(ConfigError, match=r"evaluate.lm_eval.tasks: .* 'hellaswagg' in lm-eval; .* 'hellaswag'\?"):
+        evaluate(path, None)
+
+
+def test_another_task_of_the_same_name_is_another_evaluation(run: config.Run) -> None:
+    before = evaluate_job(run, "base", None)
+    assert evaluate_job(run, "base", None) == before
+    path = Path(str(run.evaluate.lm_eval and run.evaluate.lm_eval.include)) / "choosing.yaml"
+    path.write_text(path.read_text().replace("good, bad", "bad, good"))
+    assert evaluate_job(run, "base", None).fingerprint != before.fingerprint
+
+
+def test_a_folder_that_is_not_there_is_named(run: config.Run) -> None:
+    with pytest.raises(ConfigError, match=r"evaluate.lm_eval.include: there is no folder 'nowhere'; paths are"):
+        config.validate(config.dump(run) | {"evaluate": {"lm_eval": {"tasks": ["x"], "include": "nowhere"}}})

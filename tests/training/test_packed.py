@@ -1,0 +1,198 @@
+"""Several tasks' trainings over one base give what each gives alone."""
+
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lori_dist import config, load_adapter
+from lori_dist.adapter.adapter import Adapter
+from lori_dist.config import Choice, Run
+from lori_dist.errors import LoriError
+from lori_dist.jobs import train_job
+from lori_dist.training import packed
+from lori_dist.training.train import Record, make_job, train
+from lori_dist.training.world import from_environment
+from tests.distributed import run_distributed
+from tests.models import tiny_llama
+from tests.tokenizers import save
+
+TASKS = {"short": ("yes", 5), "long": ("no", 9), "middle": ("yes no yes", 7)}
+ENGINES = [
+    Choice(name="ddp"),
+    Choice(name="fsdp"),
+    Choice(name="fsdp", options={"base": "replicated"}),
+    *(Choice(name="deepspeed", options={"stage": stage}) for stage in (1, 2, 3)),
+]
+TOLERANCE = 5e-6
+Failed = pytest.fail.Exception
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tiny_llama(), tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def run(model_folder: Path, tmp_path: Path) -> Run:
+    """Tasks of unequal sizes, lengths, numbers of steps and learning rates."""
+    tasks = {}
+    for name, (answer, count) in TASKS.items():
+        path = tmp_path / f"{name}.jsonl"
+        rows = [{"prompt": f"{n} and {n * 7 % 5}: ", "response": f"{answer} {n}"} for n in range(count)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        tasks[name] = {"train": str(path), "test": str(path)}
+    tasks["short"] |= {"lr": 5e-3}
+    tasks["long"] |= {"epochs": 4}
+    return config.validate(
+        {
+            "name": "test",
+            "output": str(tmp_path / "runs"),
+            "model": {"path": str(model_folder)},
+            "tasks": tasks,
+            "adapter": {"rank": 4, "alpha": 8, "density": 0.3, "seed": 3},
+            # A large eps, or Adam makes steps of the rounding of gradients near zero.
+            "train": {
+                "epochs": 3,
+                "batch_size": 4,
+                "micro_batch_size": 2,
+                "lr": 2e-2,
+                "eps": 1e-3,
+                "clip": 0.5,
+                "schedule": "cosine",
+                "calibrate": {"epochs": 2},
+                "checkpoint_every": 2,
+            },
+        }
+    )
+
+
+def alone(run: Run, task: str) -> None:
+    job = train_job(run, task)
+    train(run, task, from_environment(), run.folder / job.name, fingerprint=job.fingerprint)
+
+
+def pack(run: Run, tasks: list[str], die_after: tuple[str, str, int] | None = None) -> dict[str, Any]:
+    """What becomes of each task; an error as its text."""
+
+    def watch(record: Record) -> None:
+        if die_after is not None and (record["phase"], record["step"]) == die_after[1:]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def make(task: str) -> Any:
+        job = train_job(run, task)
+        return lambda: make_job(
+            run,
+            job,
+            from_environment(),
+            run.folder / job.name,
+            fingerprint=job.fingerprint,
+            still_mine=lambda: None,
+            track=lambda record: None,
+            progress=watch if die_after is not None and task == die_after[0] else lambda record: None,
+        )
+
+    world = from_environment()
+    found = packed.train_packed(run, {task: make(task) for task in tasks}, world)
+    return {task: str(outcome) if isinstance(outcome, LoriError) else outcome for task, outcome in found.items()}
+
+
+def adapter(run: Run, task: str) -> Adapter:
+    return load_adapter(run.folder / f"train-{task}" / "adapter.safetensors")
+
+
+def records(run: Run, task: str) -> list[dict[str, Any]]:
+    lines = (run.folder / f"train-{task}" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def flat(adapter: Adapter) -> Tensor:
+    return torch.cat([adapter.delta(module).flatten() for module in adapter.shapes])
+
+
+def assert_equal(found: Adapter, wanted: Adapter) -> None:
+    assert [block.name for block in found.blocks] == [block.name for block in wanted.blocks]
+    assert found.blocks[0].seed == wanted.blocks[0].seed
+    assert found.blocks[0].checksums == wanted.blocks[0].checksums
+    for module, entries in wanted.blocks[0].entries.items():
+        ours = found.blocks[0].entries[module].index
+        assert (ours is None) == (entries.index is None)
+        assert ours is None or entries.index is None or torch.equal(ours, entries.index)
+    ours, theirs = flat(found), flat(wanted)
+    assert float((ours - theirs).norm() / theirs.norm()) < TOLERANCE
+
+
+@pytest.fixture
+def wanted(run: Run) -> dict[str, Adapter]:
+    for_one = replace(run, name="alone")
+    for task in TASKS:
+        run_distributed(alone, for_one, task, world_size=1)
+    return {task: adapter(for_one, task) for task in TASKS}
+
+
+def test_each_task_gets_what_it_gets_alone(run: Run, wanted: dict[str, Adapter]) -> None:
+    [found] = run_distributed(pack, run, list(TASKS), world_size=1)
+    for task, (_, count) in TASKS.items():
+        assert_equal(adapter(run, task), wanted[task])
+        assert found[task]["steps"] == -(-(4 if task == "long" else 3) * count // 4)
+        assert found[task]["kept"] == wanted[task].kept
+        ours, theirs = (records(replace(run, name=name), task) for name in ("test", "alone"))
+        for key in ("phase", "step", "num_steps", "steps_left", "tokens"):
+            assert [record[key] for record in ours] == [record[key] for record in theirs]
+        for key in ("loss", "grad_norm", "lr"):
+            assert [record[key] for record in ours] == pytest.approx([record[key] for record in theirs], rel=1e-4)
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: f"{engine.name} {engine.options}")
+def test_on_every_engine(run: Run, wanted: dict[str, Adapter], engine: Choice) -> None:
+    run = replace(run, train=replace(run.train, engine=engine))
+    run_distributed(pack, run, list(TASKS), world_size=2)
+    for task in TASKS:
+        assert_equal(adapter(run, task), wanted[task])
+
+
+def test_tasks_that_were_killed_go_on_where_each_was(run: Run, wanted: dict[str, Adapter]) -> None:
+    """In calibration, and with tasks at different steps in the sparse phase."""
+    for moment in (("long", "calibrate", 3), ("middle", "train", 3), ("long", "train", 6)):
+        with pytest.raises(Failed, match="SIGKILL"):
+            run_distributed(pack, run, list(TASKS), moment, world_size=1)
+    run_distributed(pack, run, ["middle", "long", "short"], world_size=2)
+    for task in TASKS:
+        assert_equal(adapter(run, task), wanted[task])
+        steps = [(record["phase"], record["step"]) for record in records(run, task)]
+        assert steps == list(dict.fromkeys(steps))
+
+
+@pytest.mark.parametrize("engine", [Choice(name="ddp"), Choice(name="deepspeed", options={"stage": 3})])
+def test_what_goes_wrong_in_one_task_ends_that_one(run: Run, wanted: dict[str, Adapter], engine: Choice) -> None:
+    """One has a broken row; another diverges until its loss is no number."""
+    Path(run.tasks["short"].train).write_text("{}\n")
+    run = replace(run, train=replace(run.train, engine=engine))
+    broken, [found, _] = run.folder / "train-long", run_distributed(diverging, run, world_size=2)
+    assert "tasks.short.train" in found["short"]
+    assert "long: at step" in found["long"] and "the loss is nan" in found["long"]
+    assert not (broken / "adapter.safetensors").exists()
+    assert_equal(adapter(run, "middle"), wanted["middle"])
+
+
+def diverging(run: Run) -> dict[str, Any]:
+    """The pack, where the values of the task `long` are spoilt after its second sparse step."""
+    before = packed.Pack._step
+
+    def step(self: packed.Pack, going: Any) -> Any:
+        found = before(self, going)
+        if self.steps["long"].name == "train" and self.done["long"] == 2:
+            for name, part in self.engine.parts("values").items():
+                if name.endswith("@long"):
+                    part.data.fill_(math.nan)
+        return found
+
+    packed.Pack._step = step  # type: ignore[method-assign]
+    return pack(run, list(TASKS))
