@@ -335,7 +335,8 @@ def _refuse_unroutable(bases: Mapping[str, nn.Module], *, saves: bool) -> None:
     expert = next((path for path, base in bases.items() if isinstance(base, Expert)), None)
     if expert is not None:
         raise AdapterError(
-            f"{expert}: experts see tokens without their rows; attach one adapter at a time, in a run by cluster.packing: off"
+            f"{expert}: experts see tokens without their rows; attach one adapter at a time, in a run by "
+            "cluster.packing: off"
         )
 
 
