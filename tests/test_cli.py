@@ -436,11 +436,10 @@ def test_run_prints_the_matrix_and_takes_up_what_was_trained_alone(folder: Path,
 
 @pytest.mark.ray
 def test_a_failed_job_is_a_message_and_an_exit_code(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')
-    result = lori("run", "run.yaml", f"output={tmp_path}", f"tasks.first.train={tmp_path}/bad.jsonl", cwd=folder)
+    result = lori("run", "run.yaml", f"output={tmp_path}", "tasks.first.lr=1e30", cwd=folder)
     assert result.returncode == 1
     assert result.stdout == ""
-    assert re.search(r"^train-first: .*bad\.jsonl:2: ", result.stderr, re.MULTILINE)
+    assert re.search(r"^train-first: first: at step .* the loss is ", result.stderr, re.MULTILINE)
     assert "Traceback" not in result.stderr
     assert json.loads((tmp_path / "demo" / "summary.json").read_text())["jobs"]["train-second"]["state"] == "finished"
 

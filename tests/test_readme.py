@@ -1,6 +1,9 @@
 """What the README says of the program is so."""
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,8 @@ from lori_dist.merges import merge
 from tests.merges.made import adapter, block
 from tests.models import tiny_llama
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
@@ -74,6 +78,22 @@ def test_the_script_of_one_s_own_trains_with_the_trainer_of_transformers(
     trained = load_adapter("adapter.safetensors")
     assert trained.kept == round(0.1 * trained.total)
     assert all(entries.values.any() for entries in trained.blocks[0].entries.values())
+
+
+@pytest.mark.ray
+def test_the_way_from_rows_to_a_served_model_can_be_gone(tmp_path: Path) -> None:
+    section = README.partition("## From rows to a served model")[2].partition("\n## ")[0]
+    assert section.count("\n") <= 60
+    script = re.findall(r"^```bash\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)[0]
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    script = script.replace(".venv/bin/", f"{Path(sys.executable).parent}/")
+    result = subprocess.run(["bash", "-euc", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    matrix = json.loads((tmp_path / "runs" / "demo" / "summary.json").read_text())["evaluation"]
+    assert all(matrix[task][task]["exact_match"] > 0.9 for task in ("next", "previous"))
+    assert all(score["loss"] < matrix["base"][task]["loss"] for task, score in matrix["both"].items())
+    assert re.search(r"'generated_text': 'after 7 comes \d", result.stdout)
+    assert (tmp_path / "demo" / "both" / "adapter_model.safetensors").exists()
 
 
 def test_the_merge_of_one_s_own_merges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,9 @@
-"""An adapter from wherever it is: a file of ours, a PEFT LoRA folder, or a checkpoint of LoRI's official code."""
+"""An adapter from wherever it is: a file of ours, a folder of PEFT, or a checkpoint of LoRI's official code."""
 
 from pathlib import Path
 from typing import Any
 
-from lori_dist.adapter import file, official, peft_folder
+from lori_dist.adapter import file, lori_folder, official, peft_folder
 from lori_dist.adapter.adapter import Adapter, loaded
 from lori_dist.errors import AdapterError
 
@@ -22,6 +22,8 @@ def opened(path: Path) -> Adapter:
     if not peft_folder.is_one(path):
         raise AdapterError(f"{path}: this is a folder without {peft_folder.CONFIG}; {_instead(path)}")
     try:
+        if lori_folder.is_one(path):
+            return lori_folder.opened(path)
         return official.opened(path) if official.is_one(path) else peft_folder.opened(path)
     except AdapterError as error:
         raise AdapterError(f"{path}: {error}") from error

@@ -23,6 +23,7 @@ dropout, embeddings, convolutions, `target_parameters`.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -31,6 +32,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from lori_dist.adapter import source
 from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec
 from lori_dist.adapter.linear import Delta, features, is_conv1d
 from lori_dist.adapter.projection import GENERATOR, checksum
@@ -78,6 +80,8 @@ class LoriConfig(PeftConfig):
     generator: str = GENERATOR
     checksums: dict[str, str] = field(default_factory=dict)
     """Module path -> checksum of A, written on save and compared on load."""
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+    """Module path -> out_features and in_features, written on save for those who read the folder without the base."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -239,6 +243,7 @@ class LoriModel(BaseTuner):
             if delta.index is not None:
                 held[f"{name}.lori_delta.{adapter_name}.index"] = delta.index
             config.checksums[layer.path] = checksum(delta.a())
+            config.shapes[layer.path] = [layer.out_features, layer.in_features]
         return held
 
     @classmethod
@@ -254,8 +259,16 @@ class LoriModel(BaseTuner):
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
-def dense(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
-    """Module path -> B, (out_features, rank), a copy: what the functions of `lori_dist.masks` choose from."""
+def dense(model: nn.Module | str | Path, adapter_name: str = "default") -> dict[str, Tensor]:
+    """Module path -> B, (out_features, rank), a copy: what the functions of `lori_dist.masks` choose from.
+
+    model: that which PEFT has made, or a folder it has saved, which is the way where an engine shards the model.
+    Raises AdapterError for a model whose values DeepSpeed has parted.
+    """
+    if not isinstance(model, nn.Module):
+        saved = source.load(Path(model))
+        entries, rank = saved.blocks[0].entries, saved.blocks[0].rank
+        return {path: entries[path].dense(rows, rank) for path, (rows, _) in saved.shapes.items() if path in entries}
     return {
         layer.path: _entries(layer.delta(adapter_name)).dense(layer.out_features, layer.delta(adapter_name).rank)
         for layer in _layers(model, adapter_name).values()
@@ -326,6 +339,11 @@ def _spec(model: nn.Module, adapter_name: str) -> Spec:
 
 
 def _entries(delta: Delta) -> Entries:
+    if delta.values is not None and delta.values.numel() != delta.kept:
+        raise AdapterError(
+            f"{delta.recipe.module}: its values are parted by DeepSpeed; save the adapter (trainer.save_model) and "
+            "give the folder"
+        )
     index = None if delta.index is None else delta.index.cpu()
     values = torch.zeros(0) if delta.values is None else delta.values.detach().to("cpu", copy=True)
     return Entries(index=index, values=values)

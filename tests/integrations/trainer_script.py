@@ -1,0 +1,54 @@
+"""A training script as users have them, with LoRI in it. Its one argument is JSON: how it is to train."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+from lori_dist.integrations.peft_tuner import LoriConfig, dense, sparsify
+from lori_dist.masks.magnitude import mask
+
+CONFIG: dict[str, Any] = {"r": 4, "lori_alpha": 8.0, "seed": 1}
+
+
+def rows(count: int) -> list[dict[str, list[int]]]:
+    ids = [[1 + (7 * row + 3 * place * place) % 20 for place in range(8)] for row in range(count)]
+    return [{"input_ids": of_row, "labels": of_row} for of_row in ids]
+
+
+def arguments(how: dict[str, Any]) -> dict[str, Any]:
+    always = {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "logging_steps": 1, "learning_rate": 1e-2}
+    return {**always, "output_dir": how["out"], "max_steps": 6, "save_steps": 3, **how.get("args", {})}
+
+
+def main(how: dict[str, Any]) -> Trainer:
+    """model: a folder. out: where checkpoints and `final` go. dense: a folder with B, for the mask of a sparse phase.
+    resume: whether to go on from the last checkpoint. args: of TrainingArguments."""
+    stage = how.get("args", {}).get("deepspeed", {}).get("zero_optimization", {}).get("stage")
+    if stage == 3:  # else transformers takes the world for one process, on CPU
+        import deepspeed
+
+        deepspeed.init_distributed("gloo")
+    args = TrainingArguments(**arguments(how))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(how["model"]), LoriConfig(**CONFIG))
+    if "dense" in how:
+        sparsify(model, mask(dense(how["dense"]), density=0.25))
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=rows(32),
+        eval_dataset=rows(4),
+        processing_class=AutoTokenizer.from_pretrained(how["model"]),
+    )
+    trainer.train(resume_from_checkpoint=how.get("resume", False))
+    trainer.save_model(str(Path(how["out"]) / "final"))
+    return trainer
+
+
+if __name__ == "__main__":
+    made = main(json.loads(sys.argv[-1]))
+    if made.is_world_process_zero():
+        print("WRAPPER", type(made.model_wrapped).__name__)
