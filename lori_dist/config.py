@@ -152,6 +152,9 @@ class Task:
     """For classification: all values of the one field in template.response. Choice accuracy is measured over them."""
     seed: Seed | None = None
     """Of this task's A; by default it follows from adapter.seed and the task's name."""
+    start: Text | None = None
+    """An adapter of one task, a file or folder, whose training goes on: its kept entries from the values they have, on
+    its own A. Then there is no calibration, and none of rank, alpha, density and targets in `adapter` counts."""
     steps: Positive | None = None
     epochs: Rate | None = None
     """Of this task, one of both, in the place of what `train` has."""
@@ -735,6 +738,24 @@ def _mixtures(run: Run) -> Iterator[str]:
             yield f"tasks.{name}.labels: are for template.response, and template.messages is given; leave one out"
 
 
+def _starts(run: Run) -> Iterator[str]:
+    for name, task in run.tasks.items():
+        if task.start is None:
+            continue
+        where = f"tasks.{name}.start"
+        if not os.path.exists(task.start):
+            yield f"{where}: there is no file or folder {task.start!r}; paths are relative to {Path.cwd()}"
+        if task.seed is not None:
+            yield f"tasks.{name}.seed: is given with {where}, whose A stays; leave one out"
+        if run.multitask.name != "independent":
+            yield f"{where}: is given with multitask {run.multitask.name}; use independent, or leave it out"
+        if run.adapter.share_projection or run.adapter.projection == "trained" or run.adapter.modules_to_save:
+            yield (
+                f"{where}: its A stays and its kept entries alone are trained; leave out adapter.share_projection, "
+                "adapter.modules_to_save and adapter.projection: trained"
+            )
+
+
 PACKED = (
     "gemma", "gemma2", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe",
 )  # fmt: skip
@@ -802,6 +823,7 @@ def relative_paths(run: Run) -> Iterator[str]:
     paths = {"output": run.output, "model.path": run.model.path}
     if run.evaluate.lm_eval is not None and run.evaluate.lm_eval.include is not None:
         paths["evaluate.lm_eval.include"] = run.evaluate.lm_eval.include
+    paths |= {f"tasks.{name}.start": task.start for name, task in run.tasks.items() if task.start is not None}
     paths |= {f"tasks.{name}.{part}": path for name, task in run.tasks.items() for part, path in files(task)}
     for place, path in paths.items():
         is_hub_name = place == "model.path" and path.count("/") == 1 and not path.startswith(".")
@@ -1044,6 +1066,7 @@ RULES: tuple[Rule, ...] = (
     _lengths,
     _tasks,
     _mixtures,
+    _starts,
     _packed_rows,
     _inputs,
     _in_a_job,

@@ -91,6 +91,7 @@ def train_job(run: config.Run, task: str, after: Sequence[Job] = (), sequel: Map
             **({"held_out": held_out} if held_out else {}),  # a run without a search has the fingerprints it had
         },
         **({} if sequel is None else {"sequel": dict(sequel)}),
+        **({} if rows["start"] is None else {"start": _contents(Path(rows["start"]))}),
         **_protocol(replace(run, train=config.trained_as(run, task))),
     )
 
@@ -199,10 +200,15 @@ def evaluate_job(run: config.Run, model: str, adapter: Job | None) -> Job:
 
 def _lm_eval(settings: config.LmEval) -> dict[str, Any]:
     """What is measured, with the user's own tasks by their content; not the rows that these name."""
-    own = sorted(Path(settings.include).rglob("*")) if settings.include is not None else []
-    files = {str(file.relative_to(str(settings.include))): sha256(file) for file in own if file.is_file()}
+    files = {} if settings.include is None else _contents(Path(settings.include))
     rest = {item.name: getattr(settings, item.name) for item in fields(settings) if item.name != "include"}
     return {**rest, "tasks": list(settings.tasks), "files": files}
+
+
+def _contents(path: Path) -> dict[str, str]:
+    """Of a file, or of all in a folder: path in it -> digest."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return {str(file.relative_to(path)): sha256(file) for file in files if file.is_file()}
 
 
 def _code(path: str, *methods: str) -> dict[str, Any]:
@@ -236,6 +242,8 @@ def check_inputs(run: config.Run, job: Job) -> None:
             raise JobError(f"{where}: the file has changed since the run began; give the same command again")
         if "mixture" in data and data["mixture"] != _mixture(run.tasks[task].mixture):
             raise JobError(f"tasks.{task}.mixture: a file has changed since the run began; give the same command again")
+    if "start" in read and read["start"] != _contents(Path(str(run.tasks[read["task"]].start))):
+        raise JobError(f"tasks.{read['task']}.start: has changed since the run began; give the same command again")
     if model_content(run.model.path) != read["model"]["content"]:
         raise JobError("model.path: the model has changed since the run began; give the same command again")
 

@@ -64,7 +64,7 @@ def leaves(tree: Any, path: str = "") -> list[str]:
 def test_the_script_of_one_s_own_trains_with_the_trainer_of_transformers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (script,) = [text for text in blocks("python") if "attach(" in text]
+    (script,) = [text for text in blocks("python") if "train(model)" in text]
     monkeypatch.chdir(tmp_path)
     rows = [{"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}] * 8
     arguments = TrainingArguments(

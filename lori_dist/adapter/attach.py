@@ -43,7 +43,8 @@ def attach(
     of B that exist; without masks, all do.
     before: what was trained on the same A earlier. It stays as it is, and what is trained is added to it.
     With an Adapter: its trained updates, frozen; A is made again and compared with the adapter's checksums. With train,
-    its kept entries go on from the values they have, and A stays the one it was, also where it is stored.
+    its kept entries go on from the values they have, and A stays the one it was, also where it is stored. On the meta
+    device, which is for training, both are left to who gives the model its memory: values are zero, A is not compared.
 
     Raises AdapterError for a merge of several blocks that is to be trained, for targets that match nothing or are no
     linear layers, for shapes that differ, for a layer used in two places, and for a model that has an adapter already.
@@ -59,7 +60,7 @@ def attach(
                 f"train: the adapter is a merge, of {len(what.blocks)} weighted blocks; train one of one task, or "
                 "merge them into one with another method"
             )
-        layers = _from_adapter(model, what)
+        layers = _from_adapter(model, what, train)
     else:
         layers = _from_spec(model, what, masks, before)
     whole = {} if isinstance(what, Adapter) else saved.match(model, what.modules_to_save)
@@ -340,11 +341,11 @@ def _delta(path: str, base: nn.Module, spec: Spec, masks: Mapping[str, Tensor] |
     )
 
 
-def _from_adapter(model: nn.Module, adapter: Adapter) -> dict[str, AdaptedLinear]:
-    return {
-        path: AdaptedLinear(base, [_trained(path, base, block) for block in adapter.blocks if path in block.entries])
-        for path, base in trained_on(model, adapter).items()
-    }
+def _from_adapter(model: nn.Module, adapter: Adapter, goes_on: bool) -> dict[str, AdaptedLinear]:
+    def deltas(path: str, base: nn.Module) -> list[Delta]:
+        return [_trained(path, base, block, goes_on) for block in adapter.blocks if path in block.entries]
+
+    return {path: AdaptedLinear(base, deltas(path, base)) for path, base in trained_on(model, adapter).items()}
 
 
 def trained_on(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
@@ -367,9 +368,9 @@ def trained_on(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def _trained(path: str, base: nn.Module, block: Block) -> Delta:
-    entries = block.entries[path]
-    if _device(base).type == "meta":
+def _trained(path: str, base: nn.Module, block: Block, goes_on: bool) -> Delta:
+    entries, is_meta = block.entries[path], _device(base).type == "meta"
+    if is_meta and not goes_on:
         raise AdapterError(f"{path}: is on the meta device, where a trained adapter has no values; load the base first")
     out_features, in_features = features(base)
     delta = Delta(
@@ -384,9 +385,10 @@ def _trained(path: str, base: nn.Module, block: Block) -> Delta:
         device=_device(base),
         stored=None if block.seed is not None else block.projection(path, in_features),
     )
-    _refuse_other(block, path, delta.a())
-    assert delta.values is not None
-    delta.values.copy_(entries.values)
+    if not is_meta:
+        _refuse_other(block, path, delta.a())
+        assert delta.values is not None
+        delta.values.copy_(entries.values)
     return delta
 
 
@@ -395,6 +397,13 @@ def checked_projection(block: Block, path: str, in_features: int, device: torch.
     a = block.projection(path, in_features, device=device)
     _refuse_other(block, path, a)
     return a
+
+
+def refuse_other_projections(model: nn.Module, adapter: Adapter) -> None:
+    """Raises AdapterError where a model with this adapter of one block has another A than it was trained with."""
+    for path, layer in adapted(model).items():
+        for block, delta in zip(adapter.blocks, layer.deltas, strict=False):
+            _refuse_other(block, path, delta.a())
 
 
 def _refuse_other(block: Block, path: str, a: Tensor) -> None:

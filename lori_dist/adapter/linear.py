@@ -255,10 +255,13 @@ class Delta(nn.Module):
         self.rank, self.scale = rank, scale
         self.in_features, self.out_features = in_features, out_features
         a = self.recipe.make(device=device) if cached and not trains_a and stored is None else None
-        self.register_buffer("projection", a if stored is None else stored.to(device, copy=True), persistent=False)
+        # What nothing could make again stays real even on the meta device.
+        if stored is not None:
+            a = stored.to(stored.device if device.type == "meta" else device, copy=True)
+        self.register_buffer("projection", a, persistent=False)
         given = {"index": index, "before_index": before and before[0], "before_values": before and before[1]}
         for name, tensor in given.items():
-            if tensor is not None:  # which nothing could make again, so it stays real even on the meta device
+            if tensor is not None:
                 exact = torch.float32 if name == "before_values" else torch.int32
                 tensor = tensor.to(tensor.device if device.type == "meta" else device, exact)
             self.register_buffer(name, tensor, persistent=False)

@@ -74,6 +74,7 @@ def with_absolute_paths(run: Run) -> Run:
             train=absolute(task.train),
             test=absolute(task.test),
             validation=None if task.validation is None else absolute(task.validation),
+            start=None if task.start is None else absolute(task.start),
             mixture={absolute(path): share for path, share in task.mixture.items()},
         )
         for name, task in run.tasks.items()

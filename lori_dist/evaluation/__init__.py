@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,10 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lori_dist import config, plugin
 from lori_dist.adapter import attach, packed, source
 from lori_dist.adapter.adapter import Adapter
-from lori_dist.errors import AdapterError, ConfigError
+from lori_dist.errors import ConfigError
 from lori_dist.training.data import Example, encode, read, responses
 from lori_dist.training.metrics import Record
-from lori_dist.training.model import check, identity, load_model, load_tokenizer
+from lori_dist.training.model import check, check_base, load_model, load_tokenizer
 
 __all__ = ["Subject", "check_adapter", "evaluate", "evaluate_all"]
 
@@ -89,7 +88,7 @@ def evaluate_all(
     for name, adapter in loaded.items():
         path = adapters[name]
         assert path is not None
-        _check_base(path, adapter.base, run.model)
+        check_base(path, adapter.base, run.model)
     model = load_model(run.model).to(device)
     with_one = _one_at_a_time(model, loaded)
     for name in adapters:
@@ -201,7 +200,7 @@ def _model(settings: config.Model, adapter: Path | None) -> PreTrainedModel:
     if adapter is None:
         return load_model(settings)
     loaded = source.load(adapter)
-    _check_base(adapter, loaded.base, settings)
+    check_base(adapter, loaded.base, settings)
     model = load_model(settings)
     layers = attach.attach(model, loaded)
     embeddings = model.get_input_embeddings().weight
@@ -214,22 +213,7 @@ def _model(settings: config.Model, adapter: Path | None) -> PreTrainedModel:
 
 def check_adapter(adapter: Path, model: config.Model) -> None:
     """Raises AdapterError if there is no adapter, or that of another base. Cheap: looks at no tensor of a file."""
-    _check_base(adapter, source.base(adapter), model)
-
-
-def _check_base(path: Path, wanted: Mapping[str, Any], model: config.Model) -> None:
-    found = identity(model)
-    if "weights" not in wanted:
-        log.warning("%s does not name its base model: only the shapes can tell that it fits", path)
-    elif wanted["weights"] != found["weights"]:
-        raise AdapterError(
-            f"{path}: was trained on {_describe(wanted)}, model.path is {_describe(found)}; "
-            "set model.path to the base model it was trained on"
-        )
-
-
-def _describe(base: Mapping[str, Any]) -> str:
-    return f"{base.get('name', 'a model without a name')} (weights {base['weights']})"
+    check_base(adapter, source.base(adapter), model)
 
 
 def _test_rows(run: config.Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, Rows]:

@@ -3,9 +3,10 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -13,7 +14,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from lori_dist import config
-from lori_dist.errors import ConfigError
+from lori_dist.errors import AdapterError, ConfigError
 from lori_dist.tensors import stored
 from lori_dist.training.data import Example
 from lori_dist.training.quantized import quantize_layers
@@ -24,6 +25,8 @@ PIECES = 64
 """Places of a weight file that its identity looks at,"""
 PIECE_BYTES = 4096
 """and how many bytes it reads at each."""
+
+log = logging.getLogger(__name__)
 
 
 def load_model(model: config.Model) -> PreTrainedModel:
@@ -165,3 +168,19 @@ def _without_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+def check_base(path: Path, wanted: Mapping[str, Any], model: config.Model) -> None:
+    """Raises AdapterError for an adapter at a path that was trained on another base. wanted: its own."""
+    found = identity(model)
+    if "weights" not in wanted:
+        log.warning("%s does not name its base model: only the shapes can tell that it fits", path)
+    elif wanted["weights"] != found["weights"]:
+        raise AdapterError(
+            f"{path}: was trained on {_describe(wanted)}, model.path is {_describe(found)}; "
+            "set model.path to the base model it was trained on"
+        )
+
+
+def _describe(base: Mapping[str, Any]) -> str:
+    return f"{base.get('name', 'a model without a name')} (weights {base['weights']})"

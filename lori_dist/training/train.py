@@ -20,24 +20,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lori_dist import config, plugin
-from lori_dist.adapter import file
+from lori_dist.adapter import file, source
 from lori_dist.adapter.adapter import Adapter, Spec
-from lori_dist.adapter.attach import attach, extract, projection_checksums
+from lori_dist.adapter.attach import attach, extract, projection_checksums, refuse_other_projections
 from lori_dist.adapter.per_task import is_a
 from lori_dist.adapter.saved import is_saved
 from lori_dist.config import Run, held_out, trained_as
-from lori_dist.errors import ConfigError, JobError
+from lori_dist.errors import AdapterError, ConfigError, JobError
 from lori_dist.jobs import Job as Planned
 from lori_dist.jobs import joint_job, task_seed, train_job
 from lori_dist.training import checkpoint, conflicts, data, flops, metrics
 from lori_dist.training.data import Example
-from lori_dist.training.engine import Engine, StepResult, gather
+from lori_dist.training.engine import Engine, State, StepResult, gather
 from lori_dist.training.joint import Joint
 from lori_dist.training.joint import batches as joint_batches
 from lori_dist.training.joint import rows_of_step as joint_rows
 from lori_dist.training.metrics import METRICS
 from lori_dist.training.metrics import Record as Record
-from lori_dist.training.model import check, identity, load_tokenizer
+from lori_dist.training.model import check, check_base, identity, load_tokenizer
 from lori_dist.training.schedule import learning_rate
 from lori_dist.training.surgery import Surgery, layers_of, surgery
 from lori_dist.training.trackers import forget, tracked
@@ -93,6 +93,8 @@ class Job:
     """To whose entries those of this one are added."""
     is_disjoint: bool
     """From the entries of `before`."""
+    start: Adapter | None
+    """That whose training goes on."""
 
 
 def train(
@@ -136,7 +138,8 @@ def train(
             track=track,
             progress=progress,
         )
-        *calibration, last = phases(job.run.train, run.adapter.density, sum(map(len, job.examples)))
+        density = run.adapter.density if job.start is None else 1.0  # its entries are known
+        *calibration, last = phases(job.run.train, density, sum(map(len, job.examples)))
         masks = _masks(job, calibration[0]) if calibration else None
         gc.collect()  # models and engines refer to themselves, and two bases may not fit
         model, engine = _fit(job, last, masks)
@@ -196,6 +199,7 @@ def make_job(
         joint=None if joint is None else Joint(**joint),
         before=None if sequel is None else _before(run, sequel["before"]),
         is_disjoint=sequel is not None and sequel["masks"] == "disjoint",
+        start=_start(run, task) if "start" in planned.settings else None,
     )
 
 
@@ -215,6 +219,19 @@ def _rows(run: Run, task: str, tokenizer: PreTrainedTokenizerBase) -> list[list[
 def _before(run: Run, tasks: Sequence[str]) -> Adapter | None:
     """What the last of the tasks left: the entries of all of them."""
     return file.load(run.folder / f"train-{tasks[-1]}" / ADAPTER) if tasks else None
+
+
+def _start(run: Run, task: str) -> Adapter:
+    """The adapter whose training goes on."""
+    path = Path(str(run.tasks[task].start))
+    try:
+        adapter = source.load(path)
+        check_base(path, adapter.base, run.model)
+        if adapter.saved:
+            raise AdapterError(f"{path}: has modules that were trained whole, whose training cannot be gone on with")
+    except AdapterError as error:
+        raise ConfigError(f"tasks.{task}.start: {error}") from error
+    return adapter
 
 
 def write_adapter(path: Path, model: nn.Module, engine: Engine, job: Job) -> Adapter | None:
@@ -350,6 +367,8 @@ def _fit(job: Job, phase: Phase, masks: Mapping[str, Tensor] | None) -> tuple[Pr
     origin = {**origin_of(job, phase), "mask": digest_of(masks)}
     found = checkpoint.newest(job.folder / CHECKPOINTS, phase.name, origin)
     first = found.step if found else 0
+    if found is None and job.start is not None:
+        found = _state_of(job.start)
     agree(job.world, str(first), f"newest checkpoint in {job.folder}", "give an output folder that all ranks share")
     chosen = job.run.train.engine
     method = plugin.find("engines", chosen.name, "build", "train.engine")
@@ -358,6 +377,8 @@ def _fit(job: Job, phase: Phase, masks: Mapping[str, Tensor] | None) -> tuple[Pr
     engine: Engine = method.load()(model, weights, job.run.train, job.world, state=found, **options)
     checksums = json.dumps(projection_checksums(model))
     agree(job.world, checksums, "projection A", "install the same version of the program on all machines")
+    if job.start is not None:
+        refuse_other_projections(model, job.start)
     if job.world.rank == 0:
         rewind(job, phase, first)
     for step in range(first, phase.num_steps):
@@ -373,6 +394,14 @@ def _fit(job: Job, phase: Phase, masks: Mapping[str, Tensor] | None) -> tuple[Pr
             keep, folder = job.run.train.keep, job.folder / CHECKPOINTS
             checkpoint.save(folder, phase.name, engine, job.world, origin=origin, keep=keep, still_mine=job.still_mine)
     return model, engine
+
+
+def _state_of(adapter: Adapter) -> State:
+    """What a training begins with that goes on from an adapter: its values, and no moments."""
+    [block] = adapter.blocks
+    values = {module: block.entries[module].values.float() for module in adapter.shapes if module in block.entries}
+    zeros = {module: torch.zeros_like(of_module) for module, of_module in values.items()}
+    return State(step=0, values=values, exp_avg=zeros, exp_avg_sq=zeros)
 
 
 def origin_of(job: Job, phase: Phase) -> dict[str, Any]:
@@ -399,13 +428,23 @@ def digest_of(masks: Mapping[str, Tensor] | None) -> str | None:
 
 def _adapted_model(job: Job, masks: Mapping[str, Tensor] | None) -> tuple[PreTrainedModel, Weights]:
     """The base without its weights, with an adapter whose values are zero; and the weights."""
-    adapter = job.run.adapter
     model, weights = skeleton(job.run.model)
     if job.run.train.pack and (problems := list(config.unpackable(model.config.model_type))):
         raise ConfigError("\n".join(problems))
     for examples in job.examples:
         check(examples, model)
-    spec = Spec(
+    if job.start is None:
+        attach(model, _spec(job), masks=masks, before=job.before)
+    else:
+        attach(model, job.start, train=True)
+    if job.run.train.activation_checkpointing:
+        checkpoint_activations(model)
+    return model, weights
+
+
+def _spec(job: Job) -> Spec:
+    adapter = job.run.adapter
+    return Spec(
         rank=adapter.rank,
         alpha=adapter.alpha,
         seed=task_seed(job.run, job.task),
@@ -414,10 +453,6 @@ def _adapted_model(job: Job, masks: Mapping[str, Tensor] | None) -> tuple[PreTra
         projection=adapter.projection,
         modules_to_save=adapter.modules_to_save,
     )
-    attach(model, spec, masks=masks, before=job.before)
-    if job.run.train.activation_checkpointing:
-        checkpoint_activations(model)
-    return model, weights
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
