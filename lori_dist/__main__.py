@@ -4,6 +4,7 @@ import argparse
 import functools
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -86,6 +87,47 @@ def run(arguments: argparse.Namespace) -> int | None:
         print(f"\n{summary['report'].get('path') or 'No report: ' + summary['report']['error']}")
     print(f"\n{described.folder / SUMMARY}")
     return None
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    from lori_dist.plan import DEVICES, Hardware, picture
+    from lori_dist.plan import plan as planned
+    from lori_dist.plan.table import table
+
+    described = config.load(arguments.config, arguments.settings)
+    usual = dict(DEVICES[arguments.gpu])
+    given = {name: getattr(arguments, name) for name in (*usual, "efficiency", "price")}
+    usual |= {name: value for name, value in given.items() if value is not None}
+    for path in (arguments.out, arguments.picture):
+        if path is not None:
+            _check_writable(path, "--out" if path is arguments.out else "--picture")
+    found = planned(described, Hardware(gpus=arguments.gpus, nodes=arguments.nodes, **usual))
+    if arguments.out is not None:
+        _write_json(arguments.out, found)
+    if arguments.picture is not None:
+        picture.save(found, arguments.picture)
+    print(table(found))
+
+
+def _size(text: str) -> float:
+    """Bytes, of `80GiB`, `80GB` or a number of GiB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GiB|GB|TB|TiB)?", text)
+    if match is None or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} was given; wanted a size such as 80GiB")
+    return float(match[1]) * {"GB": 1e9, "TB": 1e12, "TiB": 2**40}.get(match[2], 2**30)
+
+
+def _above_zero(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} was given; wanted a number above 0")
+    return number
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} was given; wanted a whole number of at least 1")
+    return int(text)
 
 
 def status(arguments: argparse.Namespace) -> None:
@@ -395,6 +437,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return chosen
 
 
+DEVICE_NAMES = ("h100", "h200", "a100", "a100-40", "l40s", "a6000")
+"""Those of `lori_dist.plan.DEVICES`, which would take a second to import."""
+
 OVERRIDES = """\
 overrides:
   KEY=VALUE changes the configuration without editing the file; KEY is the dotted path of a field, VALUE is YAML:
@@ -452,6 +497,34 @@ example:
 {OVERRIDES}""",
     )
     _add_config(verb)
+
+    verb = _add(
+        verbs,
+        plan,
+        "what a run would take: memory, traffic, time and cost, for every engine",
+        f"""\
+Says for every engine and placement of the base whether a run fits the devices, how fast it would go and what it would
+cost, and recommends one. Reads the model's config.json alone. Memory is that of the dense phase, which is the larger;
+time is that of the sparse one. A plan is arithmetic with the assumptions that its JSON names, not a measurement.
+
+examples:
+  lori plan configs/llama-3-70b-fsdp.yaml --gpus 16 --nodes 2
+  lori plan mine.yaml --gpus 8 --gpu a100 --gpu-memory 40GiB --price 1.8 --out plan.json --picture plan.png
+
+{OVERRIDES}""",
+    )
+    _add_config(verb)
+    verb.add_argument("--gpus", type=_count, required=True, metavar="N", help="devices in all")
+    verb.add_argument("--nodes", type=_count, default=1, metavar="N", help="they are on; 1 by default")
+    verb.add_argument("--gpu", choices=DEVICE_NAMES, default="h100", help="gives what is not given here")
+    verb.add_argument("--gpu-memory", type=_size, metavar="SIZE", help="of a device, such as 80GiB")
+    verb.add_argument("--tflops", type=_above_zero, metavar="X", help="peak of a device in the base's dtype")
+    verb.add_argument("--link", type=_above_zero, metavar="GB/S", help="between devices of a node, one direction")
+    verb.add_argument("--network", type=_above_zero, metavar="GB/S", help="between nodes, all adapters of one together")
+    verb.add_argument("--efficiency", type=_above_zero, metavar="X", help="share of the peak that is reached; 0.5")
+    verb.add_argument("--price", type=_above_zero, metavar="X", help="of a device's hour")
+    verb.add_argument("--out", metavar="FILE", type=Path, help="write the plan there, as JSON")
+    verb.add_argument("--picture", metavar="FILE", type=Path, help="write a picture of the memory there, as PNG")
 
     verb = _add(
         verbs,

@@ -19,7 +19,7 @@ RINGS = (
     {"__init__.py", "adapter", "masks", "merges", "interference.py", "tensors.py", "plugin.py", "errors.py"},
     {"config.py", "tables.py", "rows.py", "jobs.py", "folder.py", "storage.py", "multitask", "scores.py"},
     {"training", "engines", "evaluation"},
-    {"cluster", "integrations", "benchmarks", "report", "describe.py", "progress.py", "__main__.py"},
+    {"cluster", "integrations", "benchmarks", "plan", "report", "describe.py", "progress.py", "__main__.py"},
 )
 LIBRARIES = {
     "plugin.py": {"pydantic"},
@@ -61,6 +61,8 @@ LIBRARIES = {
     "integrations/peft_tuner.py": {"torch", "peft"},
     "integrations": {"torch", "safetensors", "numpy", "transformers", "accelerate"},
     "benchmarks": {"torch", "numpy", "transformers"},
+    "plan/picture.py": {"matplotlib"},
+    "plan": {"torch", "transformers"},
     "report/plots.py": {"matplotlib"},
     "report/timeline.py": {"matplotlib"},
     "report": set(),

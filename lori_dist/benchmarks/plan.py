@@ -1,0 +1,248 @@
+"""What `lori plan` says beside what is measured: memory by kind, traffic, files and the peak of a step."""
+
+import ctypes
+import gc
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lori_dist import config, plugin
+from lori_dist.adapter import file
+from lori_dist.adapter.attach import adapted, attach, extract, match
+from lori_dist.adapter.linear import features
+from lori_dist.benchmarks._traffic import Traffic
+from lori_dist.masks.random import mask
+from lori_dist.plan import file_bytes
+from lori_dist.plan.model import count, spec
+from lori_dist.plan.placement import Placement, memory, placements, traffic
+from lori_dist.training import checkpoint
+from lori_dist.training.data import Batch
+from lori_dist.training.engine import gather, trained
+from lori_dist.training.weights import base_parameters, skeleton
+from lori_dist.training.world import World, from_environment
+
+SIZES = {"vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8}
+LLAMA = {**SIZES, "intermediate_size": 704, "num_key_value_heads": 2, "max_position_embeddings": 512}
+MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {**LLAMA, "tie_word_embeddings": False}),
+    "llama, tied": ("llama", {**LLAMA, "num_hidden_layers": 4, "hidden_size": 384, "tie_word_embeddings": True}),
+    "mistral": ("mistral", LLAMA),
+    "qwen3": ("qwen3", {**LLAMA, "head_dim": 32}),
+    "gemma": ("gemma", {**LLAMA, "head_dim": 32}),
+    "gpt2": ("gpt2", {"vocab_size": 4096, "n_positions": 512, "n_embd": 256, "n_layer": 6, "n_head": 8}),
+}
+"""Name -> type, and settings of its configuration."""
+ON_CPU = 0.15
+"""Share of what is used that the C library's allocator wastes beside it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What every rank is told."""
+
+    run: config.Run
+    place: Path
+    engine: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def run(
+    *,
+    models: list[str] = [],  # noqa: B006  # read from the source, never shared
+    engines: list[str] = [],  # noqa: B006
+    ranks: list[int] = [2, 4],  # noqa: B006
+    density: float = 0.1,
+    rank: int = 16,
+    rows: int = 8,
+    length: int = 128,
+) -> dict[str, Any]:
+    """Rows for a table, and ratios[kind]: the lowest and the highest of planned over measured.
+
+    models: by default six kinds of some five million weights. engines: names of placements, such as `fsdp`; all by
+    default, hybrids as if there were two nodes. rows, length: of a rank's batch.
+
+    Kinds: of a rank `base`, `adapter` (A, positions, values and what DeepSpeed keeps of them twice) and `moments`,
+    between steps; `gathered` and `reduced` in the collectives of a step, each the whole tensor; `file`, `checkpoint`;
+    `peak`: these between steps, and what the process grows by in a step.
+    """
+    rows_of_table: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in models or MODELS:
+            base = _make_base(Path(folder) / name.replace(" ", "-"), name)
+            described = _described(base, density, rank, rows, length)
+            counted = count(described)
+            for number in ranks:
+                for placement in placements(number, 2):
+                    if engines and placement.name not in engines:
+                        continue
+                    measured = _measured(described, placement, Path(folder))
+                    planned = _planned(counted, placement)
+                    row = {"model": name, "ranks": number, "placement": placement.name}
+                    rows_of_table.append(
+                        {**row, **{kind: _ratio(planned[kind], size) for kind, size in measured.items()}}
+                    )
+    kinds = [key for key in rows_of_table[0] if key not in ("model", "ranks", "placement")]
+    found = {kind: [row[kind] for row in rows_of_table] for kind in kinds}
+    return {"rows": rows_of_table, "ratios": {kind: [min(values), max(values)] for kind, values in found.items()}}
+
+
+def _ratio(planned: int, measured: int) -> float:
+    return 1.0 if planned == measured else round(planned / max(1, measured), 3)
+
+
+def _described(base: Path, density: float, rank: int, rows: int, length: int) -> config.Run:
+    none = base / "rows.jsonl"
+    none.write_text('{"prompt": "a", "response": "b"}\n')
+    task = {"train": str(none), "test": str(none)}
+    return config.validate(
+        {
+            "name": "plan",
+            "model": {"path": str(base)},
+            "tasks": {"one": task},
+            "adapter": {"rank": rank, "density": density},
+            "train": {"steps": 4, "batch_size": rows, "micro_batch_size": rows, "max_length": length},
+            "evaluate": {"metrics": ["loss"]},
+        }
+    )
+
+
+def _make_base(folder: Path, name: str) -> Path:
+    kind, settings = MODELS[name]
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).save_pretrained(folder)
+    return folder
+
+
+def _planned(counted: Any, placement: Placement) -> dict[str, int]:
+    kept = counted.kept
+    held = memory(counted, placement, kept=kept, checkpointing=False, projection="cached", fragmentation=ON_CPU)
+    sends = traffic(counted, placement, kept=kept, micro_batches=1, nodes=1)
+    by_kind = {kind: sum(one.bytes for one in sends if one.kind == kind) for kind in ("gather", "reduce")}
+    return {
+        "base": held["base"],
+        "adapter": held["projections"] + held["positions"] + held["values"],
+        "moments": held["moments"],
+        "gathered": by_kind["gather"],
+        "reduced": by_kind["reduce"],
+        "file": file_bytes(counted),
+        "checkpoint": 3 * 4 * kept,
+        "peak": sum(held.values()),
+    }
+
+
+# --- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def _measured(described: config.Run, placement: Placement, folder: Path) -> dict[str, int]:
+    place = folder / f"gang-{time.monotonic_ns()}"
+    place.mkdir()
+    setting = Setting(run=described, place=place, engine=placement.engine, options=dict(placement.options))
+    torch.multiprocessing.spawn(_rank, args=(setting, placement.ranks), nprocs=placement.ranks)  # type: ignore[attr-defined]
+    found: dict[str, int] = json.loads((place / "result.json").read_text())
+    return found
+
+
+def _rank(number: int, setting: Setting, num_ranks: int) -> None:
+    os.environ["LOCAL_RANK"] = str(number)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{setting.place / 'store'}", rank=number, world_size=num_ranks)
+    found = _of_rank(setting, from_environment())
+    if number == 0:
+        (setting.place / "result.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _of_rank(setting: Setting, world: World) -> dict[str, int]:
+    described = setting.run
+    rows, length = described.train.micro_batch_size, described.train.max_length
+    ids = torch.randint(4096, (rows, length), generator=torch.Generator().manual_seed(world.rank))
+    batch = Batch(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
+    model, weights = skeleton(described.model)
+    of_spec = spec(described)
+    shapes = {path: (features(base)[0], of_spec.rank) for path, base in match(model, of_spec.targets).items()}
+    zeros = {path: torch.zeros(shape) for path, shape in shapes.items()}
+    attach(model, of_spec, masks=mask(zeros, density=described.adapter.density))
+    build = plugin.find("engines", setting.engine, "build", "engine").load()
+    engine = build(model, weights, described.train, world, state=None, **setting.options)
+    targets = world.size * batch.labels[:, 1:].numel()
+    engine.step([batch], num_targets=targets, lr=1e-4)
+    grown = _growth(lambda: engine.step([batch], num_targets=targets, lr=1e-4))
+    with Traffic() as sends:
+        engine.step([batch], num_targets=targets, lr=1e-4)
+    state = checkpoint.save(setting.place / "checkpoints", "train", engine, world, origin={}, keep=1)
+    values = gather(engine, "values", world)
+    path = setting.place / "adapter.safetensors"
+    if world.rank == 0:
+        file.save(extract(model, name="one", values=values), path)
+    held = {
+        "base": sum(map(_held, {id(one): one for one in base_parameters(model).values()}.values())),
+        "adapter": sum(map(_local, _of_adapter(model))) + _values(engine, setting),
+        "moments": sum(
+            _local(kept[name]) for kept in engine.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")
+        ),
+    }
+    return {
+        **held,
+        "gathered": sends.gathered,
+        "reduced": sends.reduced,
+        "file": path.stat().st_size if world.rank == 0 else 0,
+        "checkpoint": state.stat().st_size if world.rank == 0 else 0,
+        "peak": sum(held.values()) + grown,
+    }
+
+
+def _of_adapter(model: nn.Module) -> Iterator[Tensor]:
+    for layer in adapted(model).values():
+        for delta in layer.deltas:
+            yield from (buffer for buffer in (delta.projection, delta.index) if buffer is not None)
+
+
+def _values(engine: Any, setting: Setting) -> int:
+    """What computes, and what DeepSpeed updates beside it."""
+    found = sum(map(_held, trained(engine.model.module if setting.engine != "fsdp" else engine.model).values()))
+    if setting.engine == "deepspeed":
+        zero = engine.model.optimizer
+        parts = zero.fp32_partitioned_groups_flat if engine.stage == 3 else zero.single_partition_of_fp32_groups
+        found += sum(map(_local, parts))
+    return found
+
+
+def _held(parameter: Any) -> int:
+    """Bytes of a parameter on this rank, hpZ's second copy with them."""
+    if not hasattr(parameter, "ds_tensor"):
+        return _local(parameter)
+    second = getattr(parameter, "ds_secondary_tensor", None)
+    return _local(parameter.ds_tensor) + (0 if second is None else _local(second))
+
+
+def _local(tensor: Any) -> int:
+    held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return int(held.numel() * held.element_size())
+
+
+def _growth(step: Callable[[], Any]) -> int:
+    """The most bytes this process has in a step above what it has between steps."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # or what was freed would count as there
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    step()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))

@@ -1,0 +1,178 @@
+"""What a plan says: laws of its arithmetic, what is known of 70B models, and what is measured."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lori_dist import config
+from lori_dist.__main__ import main
+from lori_dist.benchmarks.plan import run as measure
+from lori_dist.errors import ConfigError
+from lori_dist.plan import DEVICES, Hardware, plan
+from lori_dist.plan.model import Counted, count
+from lori_dist.plan.placement import MEMORY, memory, placements, sent, traffic
+
+ROOT = Path(__file__).parents[2]
+LARGE = sorted(path.stem for path in (ROOT / "configs").glob("llama-*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def load(name: str, *overrides: str) -> config.Run:
+    return config.load(f"configs/{name}.yaml", overrides)
+
+
+def hardware(gpus: int = 16, nodes: int = 2, device: str = "h100", **given: Any) -> Hardware:
+    return Hardware(gpus=gpus, nodes=nodes, **{**DEVICES[device], **given})
+
+
+@pytest.fixture(scope="module")
+def seventy() -> Counted:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        return count(load("llama-3-70b-fsdp"))
+
+
+# --- 70B -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_counted_without_its_weights(seventy: Counted) -> None:
+    assert seventy.parameters == 70_553_706_496
+    assert seventy.base == 2 * seventy.parameters
+    assert seventy.num_blocks == 80 and seventy.num_modules == 560
+    assert seventy.entries == 214_958_080  # 32 * 80 * (8192 + 2 * 1024 + 8192 + 2 * 28672 + 8192)
+    assert seventy.kept == 21_495_808
+    assert seventy.flops == 4 * (seventy.parameters - (128256 + 161) * 8192)  # without embeddings and norms
+
+
+def test_a_base_of_four_bits_takes_a_quarter(seventy: Counted) -> None:
+    small = count(load("llama-3-70b-4bit"))
+    assert small.parameters == seventy.parameters
+    assert small.blocks == pytest.approx(seventy.blocks * (4 + 32 / 64) / 16, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_configuration_fits_the_machines_its_header_names(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (ROOT / "configs" / f"{name}.yaml").read_text().splitlines()
+    commands = [shlex.split(line.lstrip("# ")) for line in lines if line.startswith("#   lori ")]
+    [planned], [launch] = ([c for c in commands if c[1] == verb] for verb in ("plan", "run"))
+    assert launch[2] == f"configs/{name}.yaml"
+    assert main([*planned[1:], "--out", str(tmp_path / "plan.json"), "--picture", str(tmp_path / "plan.png")]) == 0
+    found = json.loads((tmp_path / "plan.json").read_text())
+    engine = load(name).train.engine
+    [own] = [one for one in found["placements"] if one["engine"] == {"name": engine.name, **engine.options}]
+    assert own["fits_with_checkpointing"]
+    assert load(name).train.activation_checkpointing
+    assert own["name"] in capsys.readouterr().out
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_does_not_fit_is_said_with_what_is_lacking() -> None:
+    found = plan(load("llama-3-70b-fsdp"), hardware(gpus=2, nodes=1, device="l40s"))
+    assert found["recommended"]["placement"] is None
+    assert "nothing fits: " in found["recommended"]["reason"] and "GiB a device" in found["recommended"]["reason"]
+    assert not any(one["fits"] for one in found["placements"])
+    assert all(one["packed_tasks"] == 0 for one in found["placements"])
+
+
+def test_the_recommended_one_fits_and_none_that_fits_is_faster() -> None:
+    found = plan(load("llama-3-70b-fsdp"), hardware(network=10.0))
+    best = found["recommended"]
+    fitting = [one for one in found["placements"] if one["fits"] or one["fits_with_checkpointing"]]
+    [chosen] = [one for one in fitting if one["name"] == best["placement"]]
+    assert chosen["seconds"] == min(one["seconds"] for one in fitting)
+    assert best["engine"]["name"] == "fsdp" and best["engine"]["replicas"] == 2  # a copy a node saves the slow network
+
+
+# --- laws ------------------------------------------------------------------------------------------------------------
+
+
+sizes = st.integers(1, 10**9)
+
+
+@given(sizes, sizes, st.integers(1, 64), st.booleans(), st.sampled_from([1, 2, 4]))
+def test_memory_falls_with_more_ranks_and_with_checkpointing(
+    base: int, entries: int, half: int, is_sparse: bool, nodes: int
+) -> None:
+    model = Counted(
+        parameters=base, base=2 * base, block=base // 8, blocks=base, num_blocks=8, num_modules=56, entries=entries,
+        kept=entries, projections=entries, quantized=0, widest_b=1, vocabulary=100, dtype=2, block_activations=10**6,
+        block_input=10**5, other_activations=0, tokens=10, flops=4.0 * base,
+    )  # fmt: skip
+    kept = entries // 10 if is_sparse else entries
+    few, many = (list(placements(ranks * nodes, nodes)) for ranks in (2 * half, 4 * half))
+    for one, other in zip(few, many, strict=True):
+        now, later = (memory(model, p, kept=kept, checkpointing=False, projection="cached") for p in (one, other))
+        saving = memory(model, one, kept=kept, checkpointing=True, projection="cached")
+        assert tuple(now) == MEMORY
+        assert all(size >= 0 for size in now.values())
+        assert sum(later.values()) <= sum(now.values())
+        assert sum(saving.values()) <= sum(now.values())
+        for collective in traffic(model, one, kept=kept, micro_batches=3, nodes=nodes):
+            assert 0 <= sent(collective) <= collective.bytes
+
+
+def test_steps_and_cost_are_those_of_the_configuration() -> None:
+    run = load("llama-3-8b", "train.epochs=null", "train.steps=100", "train.calibrate.steps=20")
+    found = plan(run, hardware(gpus=1, nodes=1, price=3.0))
+    assert found["training"]["steps"] == {"arithmetic": {"train": 100, "calibrate": 20}}
+    for one in found["placements"]:
+        assert one["gpu_hours"] == pytest.approx(120 * one["seconds"] / 3600)
+        assert one["cost"] == pytest.approx(3 * one["gpu_hours"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpus", "3", "--nodes", "2"], "--nodes: 2 was given for 3 GPUs; give a number that divides them"),
+        (["--gpus", "2", "model.path=nowhere/at/all"], "model.path: "),
+        (["--gpus", "2", "--out", "/nowhere/plan.json"], "--out: "),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "configs/llama-3-8b.yaml", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_size_without_a_unit_is_in_gib(tmp_path: Path) -> None:
+    for size, wanted in (("40", 40 * 2**30), ("40GiB", 40 * 2**30), ("40GB", 40e9)):
+        words = ["configs/llama-3-8b.yaml", "--gpus", "1", "--gpu-memory", size, "--out", str(tmp_path / "plan.json")]
+        assert main(["plan", *words]) == 0
+        assert json.loads((tmp_path / "plan.json").read_text())["hardware"]["gpu_memory"] == wanted
+    with pytest.raises(SystemExit):
+        main(["plan", "configs/llama-3-8b.yaml", "--gpus", "1", "--gpu-memory", "many"])
+
+
+def test_hardware_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--nodes: 3 was given for 16 GPUs"):
+        hardware(gpus=16, nodes=3)
+
+
+# --- measured --------------------------------------------------------------------------------------------------------
+
+COUNTABLE = ("base", "adapter", "moments", "gathered", "reduced", "file", "checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("models", "engines", "ranks"),
+    [
+        (["llama"], ["fsdp", "deepspeed (stage=3)"], [2]),
+        pytest.param([], [], [2, 4], marks=pytest.mark.slow),
+    ],
+    ids=["two", "all"],
+)
+def test_what_can_be_counted_is_within_five_percent(models: list[str], engines: list[str], ranks: list[int]) -> None:
+    ratios = measure(models=models, engines=engines, ranks=ranks)["ratios"]
+    for kind in COUNTABLE:
+        low, high = ratios[kind]
+        assert 0.95 <= low <= high <= 1.05, (kind, low, high)
