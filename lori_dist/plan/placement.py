@@ -79,7 +79,6 @@ def memory(
         "logits": model.tokens * model.vocabulary * (2 * model.dtype + 2 * FP32),
         "buffers": (model.widest_b + model.quantized) * (model.dtype + FP32)
         + FP32 * min(kept, 25_000_000) * (placement.engine != "fsdp"),
-        + FP32 * min(kept, 25_000_000) * (placement.engine != "fsdp"),
     }
     return {**found, "fragmentation": round(fragmentation * sum(found.values()))}
 
