@@ -48,7 +48,7 @@ def placements(ranks: int, nodes: int) -> Iterator[Placement]:
         yield made("fsdp", ranks // nodes, ranks // nodes, replicas=nodes)
     yield made("fsdp", 1, ranks, **{"base": "replicated"})
     yield made("deepspeed", 1, 1, stage=1)
-    yield made("deepspeed", 1, ranks, stage=2)
+    yield made("deepspeed", 1, 1, stage=2)  # whose gradients of an adapter are one bucket, whole until it is reduced
     yield made("deepspeed", ranks, ranks, stage=3)
     if ranks > nodes > 1:
         yield made("deepspeed", ranks, ranks, stage=3, hpz=ranks // nodes)
@@ -64,7 +64,6 @@ def memory(
 
     kept: entries that are trained. fragmentation: what the allocator wastes, as a share of the rest.
     """
-    three = placement.options.get("stage") == 3
     moments = -(-2 * FP32 * kept // _moment_shards(placement))
     found = {
         "base": _base(model, placement),
@@ -72,7 +71,7 @@ def memory(
         "projections": model.projections if projection != "recomputed" else 0,
         "positions": FP32 * kept if kept < model.entries else 0,
         "values": _values(placement, kept),
-        "gradients": -(-FP32 * kept // (placement.value_shards if placement.options.get("stage") != 2 or three else 1)),
+        "gradients": -(-FP32 * kept // placement.value_shards),
         "moments": moments,
         "activations": activations(model, checkpointing=checkpointing),
         # What the head gives, the targets' part of it, that in fp32, and its log-softmax.

@@ -1,7 +1,7 @@
 """A search for the weights of a merge in a run on a real cluster: what it finds, what it sees, and going on with it.
 
 The searched run comes first. Its trainings are then given to a second run, together with the first lines of its search,
-as a killed driver leaves them, and with test files that hold no row.
+as a killed driver leaves them, and with other test files.
 """
 
 import dataclasses
@@ -23,7 +23,6 @@ from lori_dist import config, folder
 from lori_dist.adapter import file
 from lori_dist.cluster import trials
 from lori_dist.cluster.run import execute, with_absolute_paths
-from lori_dist.errors import JobError
 from lori_dist.evaluation import evaluate
 from lori_dist.merges import merge_files
 from lori_dist.multitask.independent import plan
@@ -125,12 +124,12 @@ def test_the_scores_are_those_of_the_validation_rows_and_of_the_last_train_rows(
 
 def test_nothing_that_was_tried_is_left(first: Searched) -> None:
     left = {path.name for path in (first.run.folder / "merge-found").iterdir()}
-    assert left == {"adapter.safetensors", "job.json", "metrics.jsonl", "search.jsonl"}
+    assert left == {"README.md", "adapter.safetensors", "job.json", "metrics.jsonl", "search.jsonl"}
 
 
 @pytest.fixture(scope="module")
-def second(first: Searched, place: Path) -> tuple[Searched, str]:
-    """A run that goes on with the search where it was cut off, while no test file can be used."""
+def second(first: Searched, place: Path) -> Searched:
+    """A run that goes on with the search where it was cut off, while the test files are others."""
     run = described(place, "second")
     for task in ("copy", "reverse"):
         shutil.copytree(first.run.folder / f"train-{task}", run.folder / f"train-{task}")
@@ -140,45 +139,39 @@ def second(first: Searched, place: Path) -> tuple[Searched, str]:
     (partial / "search.jsonl").write_text("".join(text[:KNOWN]) + text[KNOWN][:20])
     before = {path: path.read_bytes() for path in place.glob("*-test.jsonl")}
     for path in before:
-        path.write_text("poison\n")
+        path.write_text('{"prompt": "poison", "response": "9 9 9 9"}\n')
     try:
-        with pytest.raises(JobError) as caught:
-            execute(run)
+        execute(run)
     finally:
         for path, content in before.items():
             path.write_bytes(content)
     summary = json.loads((run.folder / "summary.json").read_text())
-    return Searched(run, summary, lines(run.folder / "merge-found")), str(caught.value)
+    return Searched(run, summary, lines(run.folder / "merge-found"))
 
 
-def test_a_search_goes_on_and_ends_at_the_same_weights(first: Searched, second: tuple[Searched, str]) -> None:
-    again, _ = second
+def test_a_search_goes_on_and_ends_at_the_same_weights(first: Searched, second: Searched) -> None:
+    """It never sees test rows, then: those of the second run are others."""
     about = ("weights", "score", "evaluations", "kept")
-    made, wanted = (part.summary["merges"]["found"] for part in (again, first))
+    made, wanted = (part.summary["merges"]["found"] for part in (second, first))
     assert {key: made[key] for key in about} == {key: wanted[key] for key in about}
-    assert again.lines[:KNOWN] == first.lines[:KNOWN]
-    assert sorted(map(str, again.lines)) == sorted(map(str, first.lines))
+    assert second.lines[:KNOWN] == first.lines[:KNOWN]
+    assert sorted(map(str, second.lines)) == sorted(map(str, first.lines))
     assert Path(made["path"]).read_bytes() == Path(wanted["path"]).read_bytes()
 
 
-def test_what_was_measured_is_not_measured_again(first: Searched, second: tuple[Searched, str]) -> None:
+def test_what_was_measured_is_not_measured_again(first: Searched, second: Searched) -> None:
     def processes(run: config.Run) -> int:
         return (run.folder / "logs" / "merge-found.log").read_text().count("merge-found: attempt 1, rank 0")
 
     assert processes(first.run) == BUDGET + 1
-    assert processes(second[0].run) == BUDGET - KNOWN + 1
+    assert processes(second.run) == BUDGET - KNOWN + 1
 
 
-def test_a_search_never_sees_test_rows(second: tuple[Searched, str]) -> None:
-    """The test files held no row then: whoever read one failed, as the evaluations did."""
-    again, error = second
-    states = {name: job["state"] for name, job in again.summary["jobs"].items()}
-    assert states["merge-found"] == "finished"
-    assert {name for name, state in states.items() if state == "failed"} == {
-        f"evaluate-{model}" for model in ("base", "copy", "reverse", "found")
-    }
-    assert "poison" not in (again.run.folder / "logs" / "merge-found.log").read_text()
-    assert "test.jsonl:1: is not JSON" in error
+def test_a_search_never_sees_test_rows(first: Searched, second: Searched) -> None:
+    assert "poison" not in (second.run.folder / "logs" / "merge-found.log").read_text()
+    for task in ("copy", "reverse"):  # which the evaluations saw
+        losses = [part.summary["evaluation"]["found"][task]["loss"] for part in (first, second)]
+        assert losses[1] != pytest.approx(losses[0], rel=1e-3)
 
 
 def test_a_process_of_the_search_is_not_told_the_test_files(first: Searched, tmp_path: Path) -> None:

@@ -1,0 +1,181 @@
+"""The shapes of a 70B model on one machine: attaching, masks, A, files, and one block that is trained for real."""
+
+import json
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lori_dist import config, plugin
+from lori_dist.adapter import file
+from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec
+from lori_dist.adapter.attach import attach
+from lori_dist.adapter.linear import features
+from lori_dist.adapter.projection import checksum, projection
+from lori_dist.masks.magnitude import mask
+from lori_dist.training.data import Batch
+from lori_dist.training.weights import skeleton
+from lori_dist.training.world import from_environment
+
+VOCABULARY = 1024
+"""Of the model with one block, whose embeddings would else be larger than it."""
+ENGINES: Mapping[str, tuple[str, dict[str, Any]]] = {"fsdp": ("fsdp", {}), "zero3": ("deepspeed", {"stage": 3})}
+
+
+def run(
+    *,
+    model: str = "configs/models/llama-3-70b",
+    rank: int = 32,
+    density: float = 0.1,
+    ranks: int = 2,
+    rows: int = 1,
+    length: int = 64,
+    steps: int = 3,
+    engines: list[str] = ["fsdp", "zero3"],  # noqa: B006  # read from the source, never shared
+) -> dict[str, Any]:
+    """Rows for a table: what is done, seconds, and the process's most memory in MB at its end.
+
+    model: a folder with a config.json. attach: the model is built on the meta device and an adapter attached to it.
+    mask: of the largest |B| over all entries, exactly, in one process. projection: A of one block, one thread, with
+    `entries_per_second`. write, read: the adapter's file. block: a model with one of the blocks, weights in bfloat16 in
+    files, is loaded and trained on so many ranks, `seconds` of its last step, with rows * length tokens a rank.
+    """
+    torch.set_num_threads(1)
+    settings = AutoConfig.from_pretrained(model)
+    rows_of_table: list[dict[str, Any]] = []
+
+    def timed(what: str, do: Callable[[], Any], **more: Any) -> Any:
+        start = time.perf_counter()
+        result = do()
+        seconds = time.perf_counter() - start
+        extra = {name: value(result, seconds) for name, value in more.items()}
+        rows_of_table.append({"what": what, "seconds": round(seconds, 3), "megabytes": _peak(), **extra})
+        return result
+
+    spec = Spec(rank=rank, alpha=2.0 * rank, seed=0, dtype=torch.bfloat16)
+    layers = timed("attach", lambda: attach(_on_meta(settings), spec))
+    shapes = {path: features(layer.base) for path, layer in layers.items()}
+    generator = torch.Generator().manual_seed(0)
+    b = {path: torch.randn(rows_of_b, rank, generator=generator) for path, (rows_of_b, _) in shapes.items()}
+    masks = timed(
+        "mask", lambda: mask(b, density=density), kept=lambda made, _: int(sum(m.sum() for m in made.values()))
+    )
+    block = {path: shape for path, shape in shapes.items() if ".layers.0." in path}
+    timed(
+        "projection",
+        lambda: [projection(0, path, rank, columns, dtype=torch.bfloat16) for path, (_, columns) in block.items()],
+        entries_per_second=lambda made, seconds: round(sum(a.numel() for a in made) / seconds),
+    )
+    with tempfile.TemporaryDirectory() as place:
+        adapter = _adapter(spec, shapes, b, masks)
+        path = Path(place) / "adapter.safetensors"
+        timed("write", lambda: file.save(adapter, path), bytes=lambda *_: path.stat().st_size)
+        timed("read", lambda: file.load(path))
+        base = _make_block(Path(place) / "base", settings)
+        for engine in engines:
+            found = _trained(Path(place), base, engine, spec, density, ranks, rows, length, steps)
+            rows_of_table.append({"what": f"block, {engine}", **found})
+    return {"rows": rows_of_table, "ratios": {}}
+
+
+def _on_meta(settings: Any) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
+
+
+def _adapter(
+    spec: Spec, shapes: Mapping[str, tuple[int, int]], b: Mapping[str, Any], masks: Mapping[str, Any]
+) -> Adapter:
+    """With the checksums of A of the first block alone made, as they would take minutes for all."""
+    entries = {}
+    for path, of_module in masks.items():
+        index = of_module.flatten().nonzero().squeeze(1)
+        entries[path] = Entries(index=index.to(torch.int32), values=b[path].flatten()[index])
+    made = next(iter(shapes.items()))
+    one = checksum(projection(spec.seed, made[0], spec.rank, made[1][1], dtype=spec.dtype))
+    block = Block(
+        name="task",
+        seed=spec.seed,
+        rank=spec.rank,
+        alpha=spec.alpha,
+        dtype=spec.dtype,
+        entries=entries,
+        checksums=dict.fromkeys(shapes, one),
+    )
+    return Adapter(shapes=dict(shapes), blocks=(block,), targets="all-linear")
+
+
+def _make_block(folder: Path, settings: Any) -> Path:
+    text = settings.get_text_config()
+    text.num_hidden_layers, text.vocab_size = 1, VOCABULARY
+    text.bos_token_id = text.eos_token_id = text.pad_token_id = 0
+    AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def _peak() -> int:
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+# --- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def _trained(
+    place: Path, base: Path, engine: str, spec: Spec, density: float, ranks: int, rows: int, length: int, steps: int
+) -> dict[str, Any]:
+    result, store = place / f"{engine}.json", place / f"{engine}.store"
+    told = (base, engine, spec, density, ranks, rows, length, steps, store, result)
+    torch.multiprocessing.spawn(_rank, args=told, nprocs=ranks)  # type: ignore[attr-defined]
+    return dict(json.loads(result.read_text()))
+
+
+def _rank(
+    number: int,
+    base: Path,
+    engine: str,
+    spec: Spec,
+    density: float,
+    ranks: int,
+    rows: int,
+    length: int,
+    steps: int,
+    store: Path,
+    result: Path,
+) -> None:
+    os.environ["LOCAL_RANK"] = str(number)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=ranks)
+    world = from_environment()
+    model, weights = skeleton(config.Model(path=str(base), dtype="bfloat16"))
+    generator = torch.Generator().manual_seed(0)
+    sizes = {path: features(layer.base) for path, layer in attach(_on_meta(model.config), spec).items()}
+    masks = {
+        path: torch.rand(rows_of_b, spec.rank, generator=generator) < density for path, (rows_of_b, _) in sizes.items()
+    }
+    attach(model, spec, masks=masks)
+    name, options = ENGINES[engine]
+    train = config.Train(steps=steps, micro_batch_size=rows)
+    build = plugin.find("engines", name, "build", "engine").load()
+    made = build(model, weights, train, world, state=None, **options)
+    ids = torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(number))
+    batch = Batch(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
+    losses, seconds = [], 0.0
+    for _ in range(steps):
+        start = time.perf_counter()
+        losses.append(made.step([batch], num_targets=ranks * rows * (length - 1), lr=1e-3).loss)
+        seconds = time.perf_counter() - start
+    if number == 0:
+        found = {"seconds": round(seconds, 3), "megabytes": _peak(), "first_loss": losses[0], "last_loss": losses[-1]}
+        result.write_text(json.dumps(found))
+    dist.barrier()
+    with suppress(RuntimeError):
+        dist.destroy_process_group()
