@@ -2,8 +2,6 @@
 
 import ctypes
 import gc
-import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -22,6 +18,7 @@ from lori_dist import config, plugin
 from lori_dist.adapter import file
 from lori_dist.adapter.attach import adapted, attach, extract, match
 from lori_dist.adapter.linear import features
+from lori_dist.benchmarks._gang import gang
 from lori_dist.benchmarks._traffic import Traffic
 from lori_dist.masks.random import mask
 from lori_dist.plan import file_bytes
@@ -31,7 +28,7 @@ from lori_dist.training import checkpoint
 from lori_dist.training.data import Batch
 from lori_dist.training.engine import gather, trained
 from lori_dist.training.weights import base_parameters, skeleton
-from lori_dist.training.world import World, from_environment
+from lori_dist.training.world import World
 
 SIZES = {"vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8}
 LLAMA = {**SIZES, "intermediate_size": 704, "num_key_value_heads": 2, "max_position_embeddings": 512}
@@ -149,23 +146,10 @@ def _measured(described: config.Run, placement: Placement, folder: Path) -> dict
     place = folder / f"gang-{time.monotonic_ns()}"
     place.mkdir()
     setting = Setting(run=described, place=place, engine=placement.engine, options=dict(placement.options))
-    torch.multiprocessing.spawn(_rank, args=(setting, placement.ranks), nprocs=placement.ranks)  # type: ignore[attr-defined]
-    found: dict[str, int] = json.loads((place / "result.json").read_text())
-    return found
+    return gang(_of_rank, placement.ranks, setting)
 
 
-def _rank(number: int, setting: Setting, num_ranks: int) -> None:
-    os.environ["LOCAL_RANK"] = str(number)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{setting.place / 'store'}", rank=number, world_size=num_ranks)
-    found = _of_rank(setting, from_environment())
-    if number == 0:
-        (setting.place / "result.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def _of_rank(setting: Setting, world: World) -> dict[str, int]:
+def _of_rank(world: World, setting: Setting) -> dict[str, int]:
     described = setting.run
     rows, length = described.train.micro_batch_size, described.train.max_length
     ids = torch.randint(4096, (rows, length), generator=torch.Generator().manual_seed(world.rank))

@@ -1,18 +1,13 @@
 """The shapes of a 70B model on one machine: attaching, masks, A, files, and one block that is trained for real."""
 
-import json
-import os
 import resource
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lori_dist import config, plugin
@@ -21,10 +16,11 @@ from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec
 from lori_dist.adapter.attach import attach
 from lori_dist.adapter.linear import features
 from lori_dist.adapter.projection import checksum, projection
+from lori_dist.benchmarks._gang import gang
 from lori_dist.masks.magnitude import mask
 from lori_dist.training.data import Batch
 from lori_dist.training.weights import skeleton
-from lori_dist.training.world import from_environment
+from lori_dist.training.world import World
 
 VOCABULARY = 1024
 """Of the model with one block, whose embeddings would else be larger than it."""
@@ -82,7 +78,7 @@ def run(
         timed("read", lambda: file.load(path))
         base = _make_block(Path(place) / "base", settings)
         for engine in engines:
-            found = _trained(Path(place), base, engine, spec, density, ranks, rows, length, steps)
+            found = gang(_trained, ranks, base, engine, spec, density, rows, length, steps)
             rows_of_table.append({"what": f"block, {engine}", **found})
     return {"rows": rows_of_table, "ratios": {}}
 
@@ -130,31 +126,8 @@ def _peak() -> int:
 
 
 def _trained(
-    place: Path, base: Path, engine: str, spec: Spec, density: float, ranks: int, rows: int, length: int, steps: int
+    world: World, base: Path, engine: str, spec: Spec, density: float, rows: int, length: int, steps: int
 ) -> dict[str, Any]:
-    result, store = place / f"{engine}.json", place / f"{engine}.store"
-    told = (base, engine, spec, density, ranks, rows, length, steps, store, result)
-    torch.multiprocessing.spawn(_rank, args=told, nprocs=ranks)  # type: ignore[attr-defined]
-    return dict(json.loads(result.read_text()))
-
-
-def _rank(
-    number: int,
-    base: Path,
-    engine: str,
-    spec: Spec,
-    density: float,
-    ranks: int,
-    rows: int,
-    length: int,
-    steps: int,
-    store: Path,
-    result: Path,
-) -> None:
-    os.environ["LOCAL_RANK"] = str(number)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=ranks)
-    world = from_environment()
     model, weights = skeleton(config.Model(path=str(base), dtype="bfloat16"))
     generator = torch.Generator().manual_seed(0)
     sizes = {path: features(layer.base) for path, layer in attach(_on_meta(model.config), spec).items()}
@@ -166,16 +139,12 @@ def _rank(
     train = config.Train(steps=steps, micro_batch_size=rows)
     build = plugin.find("engines", name, "build", "engine").load()
     made = build(model, weights, train, world, state=None, **options)
-    ids = torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(number))
+    generator = torch.Generator().manual_seed(world.rank)
+    ids = torch.randint(VOCABULARY, (rows, length), generator=generator)
     batch = Batch(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
     losses, seconds = [], 0.0
     for _ in range(steps):
         start = time.perf_counter()
-        losses.append(made.step([batch], num_targets=ranks * rows * (length - 1), lr=1e-3).loss)
+        losses.append(made.step([batch], num_targets=world.size * rows * (length - 1), lr=1e-3).loss)
         seconds = time.perf_counter() - start
-    if number == 0:
-        found = {"seconds": round(seconds, 3), "megabytes": _peak(), "first_loss": losses[0], "last_loss": losses[-1]}
-        result.write_text(json.dumps(found))
-    dist.barrier()
-    with suppress(RuntimeError):
-        dist.destroy_process_group()
+    return {"seconds": round(seconds, 3), "megabytes": _peak(), "first_loss": losses[0], "last_loss": losses[-1]}

@@ -1,12 +1,9 @@
 """Training with LoRI beside PEFT's LoRA: the same base, rank, targets, batch and engine."""
 
 import importlib.util
-import json
-import os
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +22,14 @@ from lori_dist import config, plugin
 from lori_dist.adapter import file
 from lori_dist.adapter.attach import adapted, extract
 from lori_dist.adapter.linear import features
+from lori_dist.benchmarks._gang import gang
 from lori_dist.benchmarks._methods import METHODS, is_adapted
 from lori_dist.benchmarks._traffic import Traffic, saved_bytes
 from lori_dist.errors import ConfigError
 from lori_dist.training import checkpoint
 from lori_dist.training.data import Batch
 from lori_dist.training.engine import Engine, gather, trained
-from lori_dist.training.world import World, from_environment
+from lori_dist.training.world import World
 
 ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "ddp": ("ddp", {}),
@@ -106,8 +104,8 @@ def run(
                 steps=steps,
                 dtype=dtype or ("bfloat16" if on_cuda else "float32"),
             )
-            alone = {method: _gang(_alone, setting, num_ranks, method, time.time()) for method in METHODS}
-            together = _gang(_together, setting, num_ranks)
+            alone = {method: gang(_alone, num_ranks, setting, method, time.time()) for method in METHODS}
+            together = gang(_together, num_ranks, setting)
             made = [_row(engine, method, alone, together["seconds"], num_ranks * rows * length) for method in METHODS]
             rows_of_table += made
             ratios[engine] = _ratios({row["method"]: row for row in made}, together)
@@ -198,33 +196,6 @@ def _paired(name: str, seconds: Mapping[str, list[float]], method: str, over: st
 # --- gangs -----------------------------------------------------------------------------------------------------------
 
 
-def _gang(function: Any, setting: Setting, num_ranks: int, *args: Any) -> dict[str, Any]:
-    """What a function of a rank gives on rank 0 of new processes."""
-    result = setting.folder / "result.json"
-    store = setting.folder / f"store-{time.monotonic_ns()}"
-    torch.multiprocessing.spawn(  # type: ignore[attr-defined]
-        _rank, args=(function, setting, num_ranks, store, result, args), nprocs=num_ranks
-    )
-    found: dict[str, Any] = json.loads(result.read_text())
-    return found
-
-
-def _rank(
-    number: int, function: Any, setting: Setting, num_ranks: int, store: Path, result: Path, args: tuple[Any, ...]
-) -> None:
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # of PEFT
-    on_cuda = torch.cuda.is_available()
-    os.environ["LOCAL_RANK"] = str(number)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
-    backend = "nccl" if on_cuda else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{store}", rank=number, world_size=num_ranks)
-    found = function(setting, from_environment(), *args)
-    if number == 0:
-        result.write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 def _build(setting: Setting, method: str, world: World) -> tuple[nn.Module, Engine]:
     name, options = ENGINES[setting.engine]
     model, weights = METHODS[method](setting.folder / "base", setting.rank, setting.dtype)
@@ -247,7 +218,7 @@ def _step(engine: Engine, batch: Batch, world: World) -> float:
     return time.perf_counter() - start
 
 
-def _together(setting: Setting, world: World) -> dict[str, Any]:
+def _together(world: World, setting: Setting) -> dict[str, Any]:
     """Seconds of every method's steps, taken in turns, and what a forward and a backward pass compute."""
     batch = _batch(setting, world)
     engines = {method: _build(setting, method, world)[1] for method in METHODS}
@@ -270,7 +241,7 @@ def _adapter_flops(setting: Setting) -> int:
     return 2 * setting.rows * setting.length * setting.rank * each
 
 
-def _alone(setting: Setting, world: World, method: str, started: float) -> dict[str, Any]:
+def _alone(world: World, setting: Setting, method: str, started: float) -> dict[str, Any]:
     """All that is counted, and what would be another method's if it were in the same process.
 
     started: when the processes were, by the clock on the wall.

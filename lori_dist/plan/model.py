@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lori_dist.adapter.adapter import Spec
 from lori_dist.adapter.attach import attach
+from lori_dist.adapter.experts import is_experts
 from lori_dist.config import Run
 from lori_dist.errors import ConfigError
 from lori_dist.training.flops import per_token
@@ -59,8 +60,20 @@ class Counted:
 
 
 def count(run: Run) -> Counted:
-    """Raises ConfigError for a model whose configuration cannot be read, or that has no blocks."""
+    """Raises ConfigError for a model whose configuration cannot be read, that has no blocks or fewer positions than a
+    row has tokens, and for a mixture of experts, whose activations depend on what it is shown."""
     model = skeleton(run)
+    experts = next((path for path, module in model.named_modules() if is_experts(module)), None)
+    if experts is not None:
+        raise ConfigError(
+            f"model.path: {experts} is a mixture of experts, whose activations depend on the rows; a plan cannot count "
+            "them, so measure a few steps instead"
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and run.train.max_length > positions:
+        raise ConfigError(
+            f"train.max_length: {run.train.max_length} was given, the model has {positions} positions; give no more"
+        )
     attached = attach(model, spec(run))
     flops = per_token(model, activation_checkpointing=False)
     blocks = _blocks(model)

@@ -144,6 +144,27 @@ def test_what_cannot_be_planned_is_refused(words: list[str], message: str, capsy
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"model_type": "mixtral", "num_local_experts": 4},
+            r"model.path: \S+ is a mixture of experts",
+        ),
+        (
+            {"model_type": "llama", "max_position_embeddings": 512},
+            "train.max_length: 1024 was given, the model",
+        ),
+    ],
+)
+def test_what_cannot_be_counted_is_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 128}
+    (tmp_path / "config.json").write_text(json.dumps({**sizes, **settings}))
+    with pytest.raises(ConfigError, match=message):
+        plan(load("llama-3-8b", f"model.path={tmp_path}"), hardware(gpus=1, nodes=1))
+
+
 def test_a_size_without_a_unit_is_in_gib(tmp_path: Path) -> None:
     for size, wanted in (("40", 40 * 2**30), ("40GiB", 40 * 2**30), ("40GB", 40e9)):
         words = ["configs/llama-3-8b.yaml", "--gpus", "1", "--gpu-memory", size, "--out", str(tmp_path / "plan.json")]

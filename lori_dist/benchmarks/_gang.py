@@ -1,0 +1,40 @@
+"""Processes that do something together, for benchmarks."""
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from lori_dist.training.world import World, from_environment
+
+
+def gang(function: Callable[..., dict[str, Any]], num_ranks: int, *args: Any) -> dict[str, Any]:
+    """What function(world, *args), called on every rank of new processes, gives on rank 0; plain JSON."""
+    with tempfile.TemporaryDirectory() as place:
+        told = (function, num_ranks, Path(place), args)
+        torch.multiprocessing.spawn(_rank, args=told, nprocs=num_ranks)  # type: ignore[attr-defined]
+        found: dict[str, Any] = json.loads((Path(place) / "result.json").read_text())
+        return found
+
+
+def _rank(
+    number: int, function: Callable[..., dict[str, Any]], num_ranks: int, place: Path, args: tuple[Any, ...]
+) -> None:
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # of PEFT
+    os.environ["LOCAL_RANK"] = str(number)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{place / 'store'}", rank=number, world_size=num_ranks)
+    world: World = from_environment()
+    found = function(world, *args)
+    if number == 0:
+        (place / "result.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
