@@ -144,7 +144,7 @@ class Task:
     train: FilePath
     test: FilePath
     validation: FilePath | None = None
-    """For the search for weights of merges, which never sees test rows."""
+    """For train.validate_every, and for the search for weights of merges, which never sees test rows."""
     mixture: dict[FilePath, Fraction] = field(default_factory=dict)
     """More files to train on: path -> share of the rows that are trained on. `train` has the rest."""
     template: Template = field(default_factory=Template)
@@ -199,6 +199,17 @@ class Train:
     clip: Rate | None = 1.0
     """Largest global gradient norm; null for none."""
     activation_checkpointing: bool = False
+    deterministic: bool = False
+    """Only kernels that give the same bits every time, where others are faster."""
+    on_divergence: Literal["stop", "skip", "rollback"] = "stop"
+    """Where a step's loss or gradient is not finite, or its loss is a spike: end with an error, leave the update out,
+    or go back to the last checkpoint and on with the rows after the step's."""
+    spike: Annotated[float, pydantic.Field(gt=1, allow_inf_nan=False), NotBool] | None = None
+    """A loss is one that is more than so many times the median of the last 32, of which there must be 8; null: none."""
+    validate_every: Positive | None = None
+    """Steps between measurements of the loss on the tasks' `validation` rows; null: none."""
+    early_stop: Positive | None = None
+    """Ends after so many measurements without a lower loss, and keeps the values that had the lowest."""
     calibrate: Calibrate = field(default_factory=Calibrate)
     checkpoint_every: Positive | None = 100
     """Steps between checkpoints; null for none."""
@@ -715,6 +726,18 @@ def trained_as(run: Run, task: str) -> Train:
     return replace(run.train, steps=steps, epochs=epochs, lr=run.train.lr if own.lr is None else own.lr)
 
 
+def _long_runs(run: Run) -> Iterator[str]:
+    train = run.train
+    if train.early_stop is not None and train.validate_every is None:
+        yield "train.early_stop: is given without train.validate_every, which measures for it; give both"
+    if train.validate_every is not None:
+        for name, task in run.tasks.items():
+            if task.validation is None:
+                yield f"tasks.{name}.validation: is missing, and train.validate_every measures on its rows; give a file"
+    if train.on_divergence == "rollback" and train.checkpoint_every is None:
+        yield "train.on_divergence: rollback goes back to a checkpoint; give train.checkpoint_every"
+
+
 def _tasks(run: Run) -> Iterator[str]:
     if not run.tasks:
         yield "tasks: none is given; give at least one"
@@ -994,6 +1017,13 @@ def _packing(run: Run) -> Iterator[str]:
             f"cluster.packing: {run.cluster.packing} was given, and what adapter.modules_to_save trains whole is not "
             "packed; leave one out"
         )
+    guarded = [name for name in ("spike", "validate_every") if getattr(run.train, name) is not None]
+    guarded += ["on_divergence"] if run.train.on_divergence != "stop" else []
+    if guarded:
+        yield (
+            f"cluster.packing: {run.cluster.packing} was given, and trainings with train.{guarded[0]} are not packed; "
+            "leave one out"
+        )
     if run.train.pack:
         yield (
             f"cluster.packing: {run.cluster.packing} was given, and rows of several tasks do not share sequences, as "
@@ -1064,6 +1094,7 @@ RULES: tuple[Rule, ...] = (
     _saved,
     _quantized,
     _lengths,
+    _long_runs,
     _tasks,
     _mixtures,
     _starts,

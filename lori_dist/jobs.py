@@ -21,8 +21,20 @@ FORMAT = 1
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,199}", re.ASCII)
 """Of jobs: nothing in it can leave the run's folder."""
 
-PLACEMENT = ("engine", "micro_batch_size", "activation_checkpointing", "checkpoint_every", "keep", "projection", "pack")
+PLACEMENT = (
+    "engine",
+    "micro_batch_size",
+    "activation_checkpointing",
+    "checkpoint_every",
+    "keep",
+    "projection",
+    "pack",
+    "deterministic",
+)
 """Settings of training and of the adapter that change the result by rounding at most; but for a trained projection."""
+
+NEUTRAL = {"on_divergence": "stop", "spike": None, "validate_every": None, "early_stop": None}
+"""Settings of training that change nothing at these values, and are part of a fingerprint only at others."""
 
 JOINT = "joint"
 """The adapter that tasks have together has this name in the place of a task's."""
@@ -89,6 +101,7 @@ def train_job(run: config.Run, task: str, after: Sequence[Job] = (), sequel: Map
             "template": _template(rows),
             **({"mixture": _mixture(rows["mixture"])} if rows["mixture"] else {}),
             **({"held_out": held_out} if held_out else {}),  # a run without a search has the fingerprints it had
+            **({} if run.train.validate_every is None else {"validation": sha256(rows["validation"])}),
         },
         **({} if sequel is None else {"sequel": dict(sequel)}),
         **({} if rows["start"] is None else {"start": _contents(Path(rows["start"]))}),
@@ -121,7 +134,11 @@ def _protocol(run: config.Run) -> dict[str, Any]:
     outside = ("seed", "share_projection", *(() if run.adapter.modules_to_save else ("modules_to_save",)), *PLACEMENT)
     return {
         "adapter": {**{key: value for key, value in tree["adapter"].items() if key not in outside}, **is_trained},
-        "train": {key: value for key, value in tree["train"].items() if key not in PLACEMENT},
+        "train": {
+            key: value
+            for key, value in tree["train"].items()
+            if key not in PLACEMENT and not (key in NEUTRAL and value == NEUTRAL[key])
+        },
         **_code("adapter.mask", run.adapter.mask.name),
     }
 

@@ -40,7 +40,8 @@ def of_training() -> Iterator[Callable[[Mapping[str, Any]], None]]:
         if record["step"] != bar.n + 1 or record["num_steps"] != bar.total:  # a phase begins, maybe in its middle
             bar.reset(total=record["num_steps"])
             bar.initial = bar.n = record["step"] - 1
-        bar.set_description_str(f"{record['phase']} loss {record['loss']:.3f}", refresh=False)
+        loss = "no number" if record["loss"] is None else f"{record['loss']:.3f}"
+        bar.set_description_str(f"{record['phase']} loss {loss}", refresh=False)
         bar.update()
 
     with _bar("{desc} {n_fmt}/{total_fmt} {bar} {rate_fmt} {elapsed}<{remaining}") as bar:

@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lori_dist.config import Train
 from lori_dist.training.data import Batch
 from lori_dist.training.engine import (
+    Accept,
     LearningRate,
     Part,
     Quantity,
@@ -16,10 +17,12 @@ from lori_dist.training.engine import (
     StepResult,
     TaskGradients,
     adamw,
+    always,
     clip,
     finish,
     restore,
     set_learning_rate,
+    set_num_steps,
     start_moments,
     steps_had,
     trained,
@@ -56,7 +59,13 @@ class Replicated:
         restore(self, state)
 
     def step(
-        self, micro_batches: Sequence[Batch], *, num_targets: int, lr: LearningRate, tasks: TaskGradients | None = None
+        self,
+        micro_batches: Sequence[Batch],
+        *,
+        num_targets: int,
+        lr: LearningRate,
+        tasks: TaskGradients | None = None,
+        accept: Accept = always,
     ) -> StepResult:
         set_learning_rate(self.optimizer, lr)
         losses = []
@@ -72,10 +81,17 @@ class Replicated:
             for path, gradient in tasks.gradient(self.parts("values"), self.num_steps).items():
                 self.parameters[path].grad = gradient
         norm = clip(self.parameters.values(), self.max_norm)
-        self.optimizer.step()
+        result = finish(losses, norm)
+        if accept(result):
+            self.optimizer.step()
+            self.num_steps += 1
         self.optimizer.zero_grad()
-        self.num_steps += 1
-        return finish(losses, norm)
+        return result
+
+    def load(self, state: State) -> None:
+        self.num_steps = state.step
+        set_num_steps(self.optimizer, state.step)
+        restore(self, state)
 
     def parts(self, quantity: Quantity) -> Mapping[str, Part]:
         state = self.optimizer.state

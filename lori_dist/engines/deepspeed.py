@@ -9,6 +9,7 @@ do gradients of tasks together, `_index_in_param_group` (stages 1 and 2), and tr
 
 import functools
 import logging
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,7 @@ from lori_dist.config import Train
 from lori_dist.errors import ConfigError
 from lori_dist.training.data import Batch
 from lori_dist.training.engine import (
+    Accept,
     LearningRate,
     Part,
     Quantity,
@@ -44,9 +46,11 @@ from lori_dist.training.engine import (
     TaskGradients,
     adamw,
     adapters_of,
+    always,
     finish,
     restore,
     set_learning_rate,
+    set_num_steps,
     start_moments,
     steps_had,
     trained,
@@ -131,7 +135,13 @@ class Partitioned:
         self._restore(state)
 
     def step(
-        self, micro_batches: Sequence[Batch], *, num_targets: int, lr: LearningRate, tasks: TaskGradients | None = None
+        self,
+        micro_batches: Sequence[Batch],
+        *,
+        num_targets: int,
+        lr: LearningRate,
+        tasks: TaskGradients | None = None,
+        accept: Accept = always,
     ) -> StepResult:
         set_learning_rate(self.optimizer, lr)
         losses = []
@@ -149,9 +159,37 @@ class Partitioned:
             for path, gradient in tasks.gradient(self.parts("values"), self.num_steps).items():
                 self._put_gradient(self.parameters[path], gradient)
             self.model.set_gradient_accumulation_boundary(True)
-        self.model.step()
-        self.num_steps += 1
-        return finish(losses, torch.as_tensor(self.model.get_global_grad_norm()))
+        return self._update(losses, accept)
+
+    def _update(self, losses: Sequence[Tensor], accept: Accept) -> StepResult:
+        """DeepSpeed has the norm only when it is about to call the optimizer, which it does once for each group of
+        parameters, and not at all where the norm is not finite."""
+        decided: list[tuple[StepResult, bool]] = []
+
+        def decide(norm: Tensor) -> bool:
+            if not decided:
+                result = finish(losses, norm)
+                decided.append((result, accept(result)))
+            return decided[0][1]
+
+        update = self.optimizer.step
+
+        def step() -> None:
+            if decide(torch.as_tensor(self.model.optimizer._global_grad_norm)):
+                update()
+
+        self.optimizer.step = step  # type: ignore[method-assign, assignment]
+        try:
+            self.model.step()
+        finally:
+            del self.optimizer.step
+        self.num_steps += decide(torch.tensor(math.nan))
+        return decided[0][0]
+
+    def load(self, state: State) -> None:
+        self.num_steps = state.step
+        set_num_steps(self.optimizer, state.step)
+        self._copy(state)
 
     def parts(self, quantity: Quantity) -> Mapping[str, Part]:
         part = self._part_of_three if self.stage == 3 else _part_of_one_and_two
@@ -186,7 +224,6 @@ class Partitioned:
                     setattr(module, name, torch.empty(0))
             self.optimizer.state.clear()
 
-    @torch.no_grad()
     def _restore(self, state: State | None) -> None:
         zero = self.model.optimizer
         partitions = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
@@ -195,12 +232,17 @@ class Partitioned:
         start_moments(self.optimizer, [(part, had[of_groups[n]]) for n, part in enumerate(partitions)])
         if self.stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
+        if state is not None:
+            self._copy(state)
+
+    @torch.no_grad()
+    def _copy(self, state: State) -> None:
+        """To what is updated, and to the copies that compute."""
         restore(self, state)
-        if state is not None:  # the copies that compute, beside those that are updated
-            for path, parameter in self.parameters.items():
-                part = _share(parameter.ds_tensor, parameter) if self.stage == 3 else whole(parameter)
-                part.data.copy_(state.values[path].view(-1)[part.start : part.start + part.data.numel()])
-                parameter.ds_secondary_tensor = None  # made anew from the first, as after every step
+        for path, parameter in self.parameters.items():
+            part = _share(parameter.ds_tensor, parameter) if self.stage == 3 else whole(parameter)
+            part.data.copy_(state.values[path].view(-1)[part.start : part.start + part.data.numel()])
+            parameter.ds_secondary_tensor = None  # made anew from the first, as after every step
 
 
 def _part_of_one_and_two(parameter: Any, quantity: Quantity) -> Part:

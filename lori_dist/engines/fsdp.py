@@ -15,6 +15,7 @@ from lori_dist.config import Train
 from lori_dist.errors import ConfigError, JobError
 from lori_dist.training.data import Batch
 from lori_dist.training.engine import (
+    Accept,
     LearningRate,
     Part,
     Quantity,
@@ -22,9 +23,11 @@ from lori_dist.training.engine import (
     StepResult,
     TaskGradients,
     adamw,
+    always,
     finish,
     restore,
     set_learning_rate,
+    set_num_steps,
     start_moments,
     steps_had,
     trained,
@@ -97,7 +100,13 @@ class FullySharded:
         restore(self, state)
 
     def step(
-        self, micro_batches: Sequence[Batch], *, num_targets: int, lr: LearningRate, tasks: TaskGradients | None = None
+        self,
+        micro_batches: Sequence[Batch],
+        *,
+        num_targets: int,
+        lr: LearningRate,
+        tasks: TaskGradients | None = None,
+        accept: Accept = always,
     ) -> StepResult:
         set_learning_rate(self.optimizer, lr)
         losses = []
@@ -113,10 +122,17 @@ class FullySharded:
             for path, gradient in tasks.gradient(self.parts("values"), self.num_steps).items():
                 self.parameters[path].grad = _like(self.parameters[path], gradient)
         norm = self._clip()
-        self.optimizer.step()
+        result = finish(losses, norm)
+        if accept(result):
+            self.optimizer.step()
+            self.num_steps += 1
         self.optimizer.zero_grad()
-        self.num_steps += 1
-        return finish(losses, norm)
+        return result
+
+    def load(self, state: State) -> None:
+        self.num_steps = state.step
+        set_num_steps(self.optimizer, state.step)
+        restore(self, state)
 
     def parts(self, quantity: Quantity) -> Mapping[str, Part]:
         state = self.optimizer.state

@@ -2,8 +2,9 @@
 
 A file is `<phase>-<step>.safetensors` with flat tensors `values`, `exp_avg` and `exp_avg_sq`, the modules' kept entries
 one after the other, and `digest`, 16 bytes over all the rest. Its metadata has one key, `lori`, with a JSON object:
-format, phase, step, modules (path -> entries, in the model's order) and origin (of what it is a state). Which rows a
-step takes and what random generators give follow from the origin's seed and the step.
+format, phase, step (updates done), skipped (steps besides), modules (path -> entries, in the model's order) and origin
+(of what it is a state). Which rows a step takes and what random generators give follow from the origin's seed and the
+number of steps.
 """
 
 import hashlib
@@ -43,22 +44,32 @@ def save(
     origin: Origin,
     keep: int,
     still_mine: Callable[[], None] = lambda: None,
+    skipped: int = 0,
+    spare: int | None = None,
 ) -> Path:
     """Writes a checkpoint and deletes all but the newest `keep` of its phase. Every rank calls this; rank 0 writes.
 
     Rank 0 holds one quantity at a time. The file appears by a rename: a kill at any byte leaves the previous
-    checkpoints as they were. still_mine: called on rank 0 before anything is written.
+    checkpoints as they were. still_mine: called on rank 0 before anything is written. skipped: steps whose updates were
+    left out. spare: a step whose checkpoint stays.
     """
-    path = folder / f"{phase}-{engine.num_steps:08d}.safetensors"
+    path = file_of(folder, phase, engine.num_steps + skipped)
     if world.rank == 0:
         still_mine()
         folder.mkdir(parents=True, exist_ok=True)
-    write_state(path, phase, engine, world, origin=origin)
+    write_state(path, phase, engine, world, origin=origin, skipped=skipped)
     if world.rank == 0:
+        spared = None if spare is None else file_of(folder, phase, spare)
         cut_off = folder.glob(f".{phase}-*.partial")  # by a kill
         for old in (*_files(folder, phase)[keep:], *cut_off):
-            old.unlink()
+            if old != spared:
+                old.unlink()
     return path
+
+
+def file_of(folder: Path, phase: str, step: int) -> Path:
+    """The checkpoint after so many steps, those whose updates were left out among them."""
+    return folder / f"{phase}-{step:08d}.safetensors"
 
 
 def newest(folder: Path, phase: str, origin: Origin) -> State | None:
@@ -89,6 +100,7 @@ def write_state(
     *,
     origin: Origin,
     quantities: Sequence[Quantity] = QUANTITIES,
+    skipped: int = 0,
 ) -> None:
     """Writes an engine's state, or some quantities of it, to a file of any name. Every rank calls this."""
     first, *others = quantities
@@ -98,7 +110,14 @@ def write_state(
             gather(engine, quantity, world)
         return
     modules = {module: tensor.numel() for module, tensor in values.items()}
-    header = {"format": FORMAT, "phase": phase, "step": engine.num_steps, "modules": modules, "origin": dict(origin)}
+    header = {
+        "format": FORMAT,
+        "phase": phase,
+        "step": engine.num_steps,
+        "skipped": skipped,
+        "modules": modules,
+        "origin": dict(origin),
+    }
     num_entries = sum(modules.values())
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]
     layout = {quantity: (torch.float32, (num_entries,)) for quantity in quantities}
@@ -137,7 +156,7 @@ def read(path: Path, phase: str, *, origin: Origin) -> State:
         else {}
         for quantity in QUANTITIES
     }
-    return State(step=header["step"], **parts)
+    return State(step=header["step"], skipped=header.get("skipped", 0), **parts)
 
 
 class Damaged(JobError):

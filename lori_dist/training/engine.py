@@ -5,7 +5,7 @@ that have a default are its options.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -46,7 +46,9 @@ class State:
     """
 
     step: int
-    """Optimizer steps done; of several adapters, the most."""
+    """Updates done; of several adapters, the most."""
+    skipped: int = 0
+    """Steps besides, which changed nothing."""
     values: Mapping[str, Tensor]
     """Module path -> (kept,)."""
     exp_avg: Mapping[str, Tensor]
@@ -69,6 +71,14 @@ class StepResult:
     """Of tasks trained together: each one's part of the loss."""
 
 
+Accept = Callable[[StepResult], bool]
+"""Whether a step's gradient is to change the values. Called once a step, on every rank, with the same answer."""
+
+
+def always(result: StepResult) -> bool:
+    return True
+
+
 class Engine(Protocol):
     """A model being trained. `step` is a collective: every rank calls it as often."""
 
@@ -79,7 +89,7 @@ class Engine(Protocol):
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps done, those before a resumption included."""
+        """Updates done, those before a resumption included."""
         ...
 
     def step(
@@ -89,12 +99,18 @@ class Engine(Protocol):
         num_targets: int,
         lr: "LearningRate",
         tasks: "TaskGradients | None" = None,
+        accept: Accept = always,
     ) -> StepResult:
         """One optimizer step over this rank's micro-batches, of which every rank has the same number.
 
         num_targets: of the global batch, over all ranks; 1 where the batches have weights. lr: for this step. tasks:
-        what sums up gradients over batches and ranks and makes the step's gradient, in the engine's place.
+        what sums up gradients over batches and ranks and makes the step's gradient, in the engine's place. accept:
+        where it says no, values and moments stay as they were, bit for bit.
         """
+        ...
+
+    def load(self, state: State) -> None:
+        """Puts a state in the place of values and moments."""
         ...
 
     def parts(self, quantity: Quantity) -> Mapping[str, Part]:
@@ -172,6 +188,11 @@ def steps_had(name: str, state: State | None) -> int:
     return 0 if state is None else state.steps.get(packed.adapter_of(name), state.step)
 
 
+def set_num_steps(optimizer: torch.optim.Optimizer, num_steps: int) -> None:
+    for moments in optimizer.state.values():
+        moments["step"].fill_(num_steps)
+
+
 LearningRate = float | Sequence[float]
 """For all that is trained, or for each adapter in the order of `adapters_of`."""
 
@@ -212,8 +233,8 @@ def restore(engine: Engine, state: State | None, quantities: Sequence[Quantity] 
 
 def collect(engine: Engine, world: World) -> State:
     """The portable state, in full on rank 0 and empty on the others. A collective."""
-    quantities = {quantity: gather(engine, quantity, world) for quantity in QUANTITIES}
-    return State(step=engine.num_steps, **quantities)  # type: ignore[arg-type]
+    values, exp_avg, exp_avg_sq = (gather(engine, quantity, world) for quantity in QUANTITIES)
+    return State(step=engine.num_steps, values=values, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
 
 
 @torch.no_grad()

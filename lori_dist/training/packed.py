@@ -378,4 +378,5 @@ def _joined(found: Mapping[str, State | None], shapes: Mapping[str, int]) -> Sta
         }
 
     steps = {task: state.step if state else 0 for task, state in found.items()}
-    return State(step=max(steps.values()), steps=steps, **{of: quantity(of) for of in QUANTITIES})
+    values, exp_avg, exp_avg_sq = (quantity(of) for of in QUANTITIES)
+    return State(step=max(steps.values()), steps=steps, values=values, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)

@@ -29,8 +29,10 @@ from lori_dist.config import Run, held_out, trained_as
 from lori_dist.errors import AdapterError, ConfigError, JobError
 from lori_dist.jobs import Job as Planned
 from lori_dist.jobs import joint_job, task_seed, train_job
-from lori_dist.training import checkpoint, conflicts, data, flops, metrics
+from lori_dist.training import checkpoint, conflicts, data, flops, metrics, validation
 from lori_dist.training.data import Example
+from lori_dist.training.determinism import set_deterministic
+from lori_dist.training.divergence import MOST, UPDATE, Divergence
 from lori_dist.training.engine import Engine, State, StepResult, gather
 from lori_dist.training.joint import Joint
 from lori_dist.training.joint import batches as joint_batches
@@ -41,6 +43,7 @@ from lori_dist.training.model import check, check_base, identity, load_tokenizer
 from lori_dist.training.schedule import learning_rate
 from lori_dist.training.surgery import Surgery, layers_of, surgery
 from lori_dist.training.trackers import forget, tracked
+from lori_dist.training.validation import Best
 from lori_dist.training.weights import Weights, skeleton
 from lori_dist.training.world import World, agree, from_first
 
@@ -95,6 +98,8 @@ class Job:
     """From the entries of `before`."""
     start: Adapter | None
     """That whose training goes on."""
+    validation: Sequence[Sequence[Example]]
+    """Of each task, for the loss while it trains; none where that is not measured."""
 
 
 def train(
@@ -121,11 +126,12 @@ def train(
     sequel: `before`, the tasks that were trained one after another, to whose entries those of this one are added, and
     `masks`: whether these may be anywhere (independent) or where none of theirs are (disjoint).
     Returns kept, total, bytes, steps, loss (of the last step), seconds (of this attempt) and, where tasks' gradients
-    were projected, conflicts.
-    Raises ConfigError for rows or a model that cannot be used, JobError if ranks disagree or the loss is not finite.
+    were projected, conflicts; where a validation loss chose them, best, its step and loss.
+    Raises ConfigError for rows or a model that cannot be used, JobError if ranks disagree or the loss diverges.
     Source: LoRI (arXiv 2504.07448), section 3, but for A, which the authors' code draws again for the second phase.
     """
     start = time.monotonic()
+    set_deterministic(run.train.deterministic)
     planned = joint_job(run, joint) if joint is not None else train_job(run, task, sequel=sequel)
     with tracked(run, planned.name) as track:
         job = make_job(
@@ -148,14 +154,16 @@ def train(
 
     def summary() -> dict[str, Any]:
         assert adapter is not None
+        records = metrics.read(folder)
         return {
             "kept": adapter.kept,
             "total": adapter.total,
             "bytes": (folder / ADAPTER).stat().st_size,
-            "steps": last.num_steps,
-            "loss": metrics.read(folder)[-1]["loss"],
+            "steps": records[-1]["step"],
+            "loss": records[-1]["loss"],
             "seconds": time.monotonic() - start,
             **_conflicts(job, model),
+            **_best(job, records),
         }
 
     return from_first(world, summary)
@@ -200,6 +208,7 @@ def make_job(
         before=None if sequel is None else _before(run, sequel["before"]),
         is_disjoint=sequel is not None and sequel["masks"] == "disjoint",
         start=_start(run, task) if "start" in planned.settings else None,
+        validation=_validation(run, tasks, tokenizer),
     )
 
 
@@ -214,6 +223,17 @@ def _rows(run: Run, task: str, tokenizer: PreTrainedTokenizerBase) -> list[list[
     if count:
         log.info("%s: the last %d of %d rows are held out for the search for weights", where, count, len(rows))
     return [rows[: len(rows) - count], *others]
+
+
+def _validation(run: Run, tasks: Sequence[str], tokenizer: Any) -> list[list[Example]]:
+    if run.train.validate_every is None:
+        return []
+    found = []
+    for name in tasks:
+        where, path, template = f"tasks.{name}.validation", str(run.tasks[name].validation), run.tasks[name].template
+        texts = data.read(path, template, where=where, tokenizer=tokenizer)
+        found.append(data.encode(texts, tokenizer, run.train.max_length, where=where))
+    return found
 
 
 def _before(run: Run, tasks: Sequence[str]) -> Adapter | None:
@@ -366,7 +386,7 @@ def _fit(job: Job, phase: Phase, masks: Mapping[str, Tensor] | None) -> tuple[Pr
         torch.cuda.reset_peak_memory_stats(job.world.device)
     origin = {**origin_of(job, phase), "mask": digest_of(masks)}
     found = checkpoint.newest(job.folder / CHECKPOINTS, phase.name, origin)
-    first = found.step if found else 0
+    first = found.step + found.skipped if found else 0
     if found is None and job.start is not None:
         found = _state_of(job.start)
     agree(job.world, str(first), f"newest checkpoint in {job.folder}", "give an output folder that all ranks share")
@@ -381,19 +401,95 @@ def _fit(job: Job, phase: Phase, masks: Mapping[str, Tensor] | None) -> tuple[Pr
         refuse_other_projections(model, job.start)
     if job.world.rank == 0:
         rewind(job, phase, first)
+    _do_steps(job, phase, engine, first, origin, tasks, mfu)
+    return model, engine
+
+
+def _do_steps(
+    job: Job,
+    phase: Phase,
+    engine: Engine,
+    first: int,
+    origin: Mapping[str, Any],
+    tasks: Surgery | None,
+    mfu: flops.Utilisation,
+) -> None:
+    """Those after the first so many, to the last one, or until it ends early, with the best values."""
+    train = job.run.train
+    records = from_first(job.world, lambda: [line for line in metrics.read(job.folder) if line["phase"] == phase.name])
+    divergence, best = Divergence(train.spike, records), validation.best(records)
+    if first == 0 and train.on_divergence == "rollback":
+        _save(job, phase, engine, 0, origin, best)
     for step in range(first, phase.num_steps):
-        record = _step(job, phase, engine, step, tasks, mfu)
+        if train.early_stop is not None and best.num_since >= train.early_stop:
+            break
+        record, num_done = _step(job, phase, engine, step, tasks, mfu, divergence), step + 1
+        if divergence.problem is not None:
+            _treat(job, phase, engine, divergence, origin, record)
+        if _is_measured(job, phase, num_done):
+            losses = [_validation_loss(job, engine, examples) for examples in job.validation]
+            record[validation.LOSS] = sum(losses) / len(losses)
+            best = best.after(num_done, record[validation.LOSS])
         if job.world.rank == 0:
             if tasks is not None and tasks.conflicts is not None:
-                line = {"phase": phase.name, "step": step + 1, "cosines": conflicts.of_layers(tasks.conflicts)}
+                line = {"phase": phase.name, "step": num_done, "cosines": conflicts.of_layers(tasks.conflicts)}
                 append(job, conflicts.FILE, line)
             append(job, METRICS, record)
             job.track(record)
             job.progress(record)
-        if is_due(job, phase, step + 1):
-            keep, folder = job.run.train.keep, job.folder / CHECKPOINTS
-            checkpoint.save(folder, phase.name, engine, job.world, origin=origin, keep=keep, still_mine=job.still_mine)
-    return model, engine
+        is_saved = is_due(job, phase, num_done) or (train.early_stop is not None and best.step == num_done)
+        if is_saved:
+            _save(job, phase, engine, num_done, origin, best)
+    if train.early_stop is not None and best.step > 0:
+        path = checkpoint.file_of(job.folder / CHECKPOINTS, phase.name, best.step)
+        from_first(job.world, lambda: None)  # which may be writing it
+        engine.load(checkpoint.read(path, phase.name, origin=origin))
+
+
+def _save(job: Job, phase: Phase, engine: Engine, num_done: int, origin: Mapping[str, Any], best: Best) -> None:
+    checkpoint.save(
+        job.folder / CHECKPOINTS,
+        phase.name,
+        engine,
+        job.world,
+        origin=origin,
+        keep=job.run.train.keep,
+        still_mine=job.still_mine,
+        skipped=num_done - engine.num_steps,
+        spare=best.step if job.run.train.early_stop is not None else None,
+    )
+
+
+def _treat(
+    job: Job, phase: Phase, engine: Engine, divergence: Divergence, origin: Mapping[str, Any], record: Record
+) -> None:
+    """After a step whose update was not done: ends, or goes on, maybe with an earlier state. The record tells it."""
+    said = f"{job.task}: at step {record['step']} of {phase.num_steps} of phase {phase.name} {divergence.problem}"
+    policy = job.run.train.on_divergence
+    if policy == "stop" or divergence.in_a_row > MOST:
+        before = "" if policy == "stop" else f", as at the {MOST} steps before"
+        raise JobError(f"{said}{before}; lower the learning rate (here {record['lr']:g}) or use model.dtype float32")
+    record[UPDATE] = "skipped"
+    if policy == "rollback":
+        found = checkpoint.newest(job.folder / CHECKPOINTS, phase.name, origin)
+        back = -1 if found is None else found.step + found.skipped
+        agree(job.world, str(back), f"newest checkpoint in {job.folder}", "give an output folder that all ranks share")
+        if found is None:
+            raise JobError(f"{said}, and there is no checkpoint to go back to; lower the learning rate")
+        engine.load(found)
+        record[UPDATE] = f"rolled back to step {back}"
+    record.update({key: None for key in ("loss", "grad_norm") if not math.isfinite(record[key])})
+    log.warning("%s; its update is %s", said, record[UPDATE])
+
+
+def _is_measured(job: Job, phase: Phase, num_done: int) -> bool:
+    every = job.run.train.validate_every
+    return every is not None and phase.name == TRAIN and (num_done % every == 0 or num_done == phase.num_steps)
+
+
+def _validation_loss(job: Job, engine: Engine, examples: Sequence[Example]) -> float:
+    rows = job.run.train.micro_batch_size
+    return validation.measure(engine, examples, job.world, batch_size=rows, pad_id=job.pad_id)
 
 
 def _state_of(adapter: Adapter) -> State:
@@ -485,7 +581,15 @@ def _surgery(job: Job, model: nn.Module) -> Surgery | None:
     )
 
 
-def _step(job: Job, phase: Phase, engine: Engine, step: int, tasks: Surgery | None, mfu: flops.Utilisation) -> Record:
+def _step(
+    job: Job,
+    phase: Phase,
+    engine: Engine,
+    step: int,
+    tasks: Surgery | None,
+    mfu: flops.Utilisation,
+    divergence: Divergence,
+) -> Record:
     start = time.monotonic()
     train, world = job.run.train, job.world
     # Whatever draws random numbers draws the same ones in a training that was resumed.
@@ -504,12 +608,11 @@ def _step(job: Job, phase: Phase, engine: Engine, step: int, tasks: Surgery | No
     num_targets = sum(len(example.response_ids) for example in examples)  # of all ranks, and nothing is sent
     data_wait = time.monotonic() - start
     if tasks is None:
-        result = engine.step(batches, num_targets=num_targets if job.joint is None else 1, lr=lr)
+        num = num_targets if job.joint is None else 1
+        result = engine.step(batches, num_targets=num, lr=lr, accept=divergence.accepts)
     else:
-        result = engine.step(batches, num_targets=1, lr=lr, tasks=tasks)
+        result = engine.step(batches, num_targets=1, lr=lr, tasks=tasks, accept=divergence.accepts)
     seconds = time.monotonic() - start
-    if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
-        raise not_finite(job, phase, step, result.loss, result.grad_norm, lr)
     num_tokens = num_targets + sum(len(example.prompt_ids) for example in examples)
     return {
         "phase": phase.name,
@@ -605,6 +708,13 @@ def memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _best(job: Job, records: Sequence[Record]) -> Record:
+    if job.run.train.early_stop is None:
+        return {}
+    found = validation.best(line for line in records if line["phase"] == TRAIN)
+    return {"best": {"step": found.step, "loss": found.loss}}
 
 
 def _conflicts(job: Job, model: nn.Module) -> Record:

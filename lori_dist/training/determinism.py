@@ -1,0 +1,12 @@
+"""Kernels that give the same bits every time."""
+
+import os
+
+import torch
+
+
+def set_deterministic(is_on: bool) -> None:
+    """Of this process, from here on. An operation that has no such kernel then raises RuntimeError."""
+    if is_on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(is_on)

@@ -1,0 +1,50 @@
+"""Steps that go wrong: a loss or a gradient that is no number, or a loss far above the last ones."""
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Sequence
+
+from lori_dist.training.engine import StepResult
+from lori_dist.training.metrics import Record
+
+WINDOW, LEAST = 32, 8
+"""Losses that a spike is told by: the last of them, and how many there must be."""
+MOST = 10
+"""Steps in a row that may go wrong; more are no accident."""
+UPDATE = "update"
+"""In the record of a step that went wrong: what was done in the place of its update."""
+
+
+class Divergence:
+    """Looks at each step before its update, on every rank, with the same answer."""
+
+    def __init__(self, spike: float | None, records: Sequence[Record]) -> None:
+        """spike: a loss that is so many times the median of the last is one; None: none is. records: of the steps
+        before, which a training that goes on has."""
+        self.spike = spike
+        self.problem: str | None = None
+        """What is wrong with the last step; None: nothing."""
+        self.losses = deque((line["loss"] for line in records if UPDATE not in line), maxlen=WINDOW)
+        wrong = [UPDATE in line for line in reversed(records)]
+        self.in_a_row = wrong.index(False) if False in wrong else len(wrong)
+
+    def accepts(self, result: StepResult) -> bool:
+        """Whether its update is to be done."""
+        self.problem = self._problem(result)
+        if self.problem is None:
+            self.losses.append(result.loss)
+            self.in_a_row = 0
+        else:
+            self.in_a_row += 1
+        return self.problem is None
+
+    def _problem(self, result: StepResult) -> str | None:
+        if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
+            return f"the loss is {result.loss} and the gradient's norm {result.grad_norm}"
+        if self.spike is None or len(self.losses) < LEAST:
+            return None
+        median = statistics.median(self.losses)
+        if result.loss <= self.spike * median:
+            return None
+        return f"the loss is {result.loss:.4g}, and the median of the last {len(self.losses)} {median:.4g}"

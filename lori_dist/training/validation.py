@@ -1,0 +1,55 @@
+"""The loss on rows that are not trained on, while a training goes on, and which of its steps had the lowest."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from lori_dist.training import data
+from lori_dist.training.data import Example
+from lori_dist.training.engine import Engine
+from lori_dist.training.loss import loss_sum
+from lori_dist.training.metrics import Record
+from lori_dist.training.world import World
+
+LOSS = "validation_loss"
+"""In the record of a step after which it was measured."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Best:
+    """The lowest of the losses so far."""
+
+    step: int = 0
+    """After so many steps; 0: none was measured yet."""
+    loss: float = math.inf
+    num_since: int = 0
+    """Measurements after it."""
+
+    def after(self, step: int, loss: float) -> "Best":
+        if loss < self.loss:
+            return Best(step=step, loss=loss)
+        return Best(step=self.step, loss=self.loss, num_since=self.num_since + 1)
+
+
+def best(records: Iterable[Record]) -> Best:
+    """Of the steps that were done."""
+    found = Best()
+    for line in records:
+        if LOSS in line:
+            found = found.after(line["step"], line[LOSS])
+    return found
+
+
+@torch.no_grad()
+def measure(engine: Engine, examples: Sequence[Example], world: World, *, batch_size: int, pad_id: int) -> float:
+    """Mean over the target tokens of all rows, in nats. A collective; batch_size: rows that a rank runs at once."""
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    for piece in data.micro_batches(range(len(examples)), world.rank, world.size, batch_size):
+        batch = data.collate([examples[row] for row in piece], pad_id).to(world.device)
+        total += loss_sum(engine.model, batch)
+    if world.size > 1:
+        dist.all_reduce(total)
+    return float(total) / sum(len(example.response_ids) for example in examples)
