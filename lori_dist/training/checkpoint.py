@@ -2,9 +2,9 @@
 
 A file is `<phase>-<step>.safetensors` with flat tensors `values`, `exp_avg` and `exp_avg_sq`, the modules' kept entries
 one after the other, and `digest`, 16 bytes over all the rest. Its metadata has one key, `lori`, with a JSON object:
-format, phase, step (updates done), skipped (steps besides), modules (path -> entries, in the model's order) and origin
-(of what it is a state). Which rows a step takes and what random generators give follow from the origin's seed and the
-number of steps.
+format, phase, step (updates done), skipped (steps besides, if any), modules (path -> entries, in the model's order) and
+origin (of what it is a state). Which rows a step takes and what random generators give follow from the origin's seed
+and the number of steps.
 """
 
 import hashlib
@@ -114,7 +114,7 @@ def write_state(
         "format": FORMAT,
         "phase": phase,
         "step": engine.num_steps,
-        "skipped": skipped,
+        **({"skipped": skipped} if skipped else {}),
         "modules": modules,
         "origin": dict(origin),
     }

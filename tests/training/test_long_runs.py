@@ -108,7 +108,7 @@ def by_hand(run: Run, num_steps: int = STEPS) -> tuple[Tensor, list[int]]:
         batch = data.collate([examples[row] for row in rows], 0)
         loss = loss_sum(model, batch) / num_targets(batch)
         loss.backward()
-        if divergence.accepts(StepResult(loss=float(loss), grad_norm=0.0)):
+        if divergence.accepts(StepResult(loss=float(loss.detach()), grad_norm=0.0)):
             optimizer.step()
         else:
             wrong.append(step + 1)

@@ -136,8 +136,10 @@ def test_an_adapter_of_another_base_is_refused(place: Path, tmp_path: Path) -> N
     other = {**identity(config.Model(path=str(place / "tiny"))), "weights": "0" * 16}
     file.save(trained(tiny_llama(), base=other), tmp_path / "other.safetensors")
     run = described(place, tmp_path, str(tmp_path / "other.safetensors"))
-    with pytest.raises(ConfigError, match=r"tasks.more.start: .*other.safetensors: was trained on "):
-        go_on(run, tmp_path / "job")
+    with pytest.raises(
+        pytest.fail.Exception, match=r"ConfigError: tasks.more.start: .*other.safetensors: was trained on"
+    ):
+        run_distributed(go_on, run, tmp_path / "job", world_size=1)
 
 
 @pytest.mark.parametrize(
