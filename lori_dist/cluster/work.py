@@ -137,8 +137,10 @@ def _spread(run: Run, job: Job) -> dict[str, Any]:
     call = ray.remote(num_cpus=shape.part.cpus, max_retries=0, runtime_env=runtime_env(run))(_call)
 
     def spread(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+        calls = [call.remote(function, item) for item in items]
+        ray.wait(calls, num_returns=len(calls))  # where one fails, the others write until they end
         try:
-            return ray.get([call.remote(function, item) for item in items])
+            return ray.get(calls)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
 
