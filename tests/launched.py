@@ -55,7 +55,7 @@ class Faulty:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
 
-    def step(self, micro_batches: Sequence[Batch], *, num_targets: int, lr: float) -> StepResult:
+    def step(self, micro_batches: Sequence[Batch], *, num_targets: int, lr: float, accept: object) -> StepResult:
         self.num_steps += 1
         if self.num_steps == 2:
             if self.fault.startswith("refuse_"):
