@@ -73,7 +73,7 @@ def attach(
     elif train:
         for parameter in saved.parameters(model).values():
             parameter.requires_grad_(True)
-    _put(model, layers)
+    put(model, layers)
     for layer in layers.values():
         for delta in layer.deltas:
             delta.requires_grad_(train or isinstance(what, Spec))
@@ -107,7 +107,7 @@ def detach(model: nn.Module) -> None:
     setattr(model, ATTACHED, None)
 
 
-def _put(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> None:
+def put(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> None:
     """Each in the place of its base; those of experts, all of a layer in the place of its experts."""
     of_experts: dict[str, dict[tuple[str, int], AdaptedLinear]] = {}
     for path, layer in layers.items():
@@ -386,7 +386,7 @@ def _trained(path: str, base: nn.Module, block: Block, goes_on: bool) -> Delta:
         stored=None if block.seed is not None else block.projection(path, in_features),
     )
     if not is_meta:
-        _refuse_other(block, path, delta.a())
+        refuse_other_projections(block, {path: checksum(delta.a())})
         assert delta.values is not None
         delta.values.copy_(entries.values)
     return delta
@@ -395,25 +395,19 @@ def _trained(path: str, base: nn.Module, block: Block, goes_on: bool) -> Delta:
 def checked_projection(block: Block, path: str, in_features: int, device: torch.device) -> Tensor:
     """A of a module, (rank, in_features). Raises AdapterError if it is not the one that was trained with."""
     a = block.projection(path, in_features, device=device)
-    _refuse_other(block, path, a)
+    refuse_other_projections(block, {path: checksum(a)})
     return a
 
 
-def refuse_other_projections(model: nn.Module, adapter: Adapter) -> None:
-    """Raises AdapterError where a model with this adapter of one block has another A than it was trained with."""
-    for path, layer in adapted(model).items():
-        for block, delta in zip(adapter.blocks, layer.deltas, strict=False):
-            _refuse_other(block, path, delta.a())
-
-
-def _refuse_other(block: Block, path: str, a: Tensor) -> None:
-    made = checksum(a)
-    if made != block.checksums[path]:
-        what = "its A" if block.seed is None else f"A made from seed {block.seed}"
-        raise AdapterError(
-            f"{path}: {what} has checksum {made}, the adapter was trained "
-            f"with {block.checksums[path]}; the file is damaged or comes from another generator"
-        )
+def refuse_other_projections(block: Block, made: Mapping[str, str]) -> None:
+    """Raises AdapterError where A is another than the block was trained with. made: module path -> checksum of A."""
+    for path, found in made.items():
+        if found != block.checksums[path]:
+            what = "its A" if block.seed is None else f"A made from seed {block.seed}"
+            raise AdapterError(
+                f"{path}: {what} has checksum {found}, the adapter was trained "
+                f"with {block.checksums[path]}; the file is damaged or comes from another generator"
+            )
 
 
 def match(

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lori_dist.adapter.adapter import Adapter, Block, Entries
+from lori_dist.adapter.peft_folder import CONFIG, TENSORS, base_of
 from lori_dist.adapter.projection import GENERATOR
 from lori_dist.errors import AdapterError
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 TYPE = "LORI"
 """What `peft_type` begins with."""
 
@@ -62,9 +62,7 @@ def opened(folder: Path) -> Adapter:
         entries={module: of_one for module, of_one in entries.items() if of_one.kept},
         checksums=_mapping(config, "checksums"),
     )
-    name = config.get("base_model_name_or_path")
-    base = {"name": name} if isinstance(name, str) and name else {}
-    return Adapter(shapes=shapes, blocks=(block,), targets=tuple(shapes), base=base)
+    return Adapter(shapes=shapes, blocks=(block,), targets=tuple(shapes), base=base_of(config))
 
 
 def _mapping(config: Mapping[str, Any], field: str) -> dict[str, Any]:
@@ -88,8 +86,14 @@ def _entries(module: str, parts: Mapping[str, Tensor], size: int) -> Entries:
     if index is None:
         is_whole = is_whole and kept == size
     elif kept:
-        ascends = index.dtype == torch.int32 and index.shape == values.shape and bool((index[1:] > index[:-1]).all())
-        is_whole = is_whole and ascends and int(index[0]) >= 0 and int(index[-1]) < size
+        is_whole = is_whole and index.shape == values.shape and are_positions(index, size)
     if not is_whole:
         raise AdapterError(f"{module}: its kept entries are damaged, or of another rank; save the adapter again")
     return Entries(index=index if kept else None, values=values)
+
+
+def are_positions(index: Tensor, size: int) -> bool:
+    """Whether these are ascending flat positions of entries of a B of that size."""
+    if index.dtype != torch.int32 or index.dim() != 1 or not bool((index[1:] > index[:-1]).all()):
+        return False
+    return index.numel() == 0 or (int(index[0]) >= 0 and int(index[-1]) < size)

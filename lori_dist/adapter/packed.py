@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec
-from lori_dist.adapter.attach import ATTACHED, adapted, checked_projection, match, refuse_adapted, trained_on
+from lori_dist.adapter.attach import ATTACHED, adapted, checked_projection, match, put, refuse_adapted, trained_on
 from lori_dist.adapter.experts import Expert
 from lori_dist.adapter.linear import AdaptedLinear, features
 from lori_dist.adapter.projection import Recipe, checksum
@@ -321,31 +321,42 @@ def attach(
     bases = match(model, first.targets)
     _refuse_unroutable(bases, saves=bool(first.modules_to_save))
     model.requires_grad_(False)
-    for path, base in bases.items():
-        delta = _to_train(path, base, specs, masks, routing)
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, AdaptedLinear(base, [delta]))  # type: ignore[list-item]
+    put(model, {path: _adapted(base, _to_train(path, base, specs, masks, routing)) for path, base in bases.items()})
     setattr(model, ATTACHED, dict(specs))
     return routing
 
 
 def _refuse_unroutable(bases: Mapping[str, nn.Module], *, saves: bool) -> None:
+    if problem := _unroutable(bases, saves=saves):
+        raise AdapterError(problem)
+
+
+def _unroutable(bases: Mapping[str, nn.Module], *, saves: bool) -> str | None:
+    """Why rows cannot be told apart; None: they can."""
     if saves:
-        raise AdapterError("modules_to_save: what is trained whole cannot be told apart by rows; attach one at a time")
+        return "modules_to_save: what is trained whole cannot be told apart by rows; attach one at a time"
     expert = next((path for path, base in bases.items() if isinstance(base, Expert)), None)
-    if expert is not None:
-        raise AdapterError(
-            f"{expert}: experts see tokens without their rows; attach one adapter at a time, in a run by "
-            "cluster.packing: off"
-        )
+    if expert is None:
+        return None
+    remedy = "attach one adapter at a time, in a run by cluster.packing: off"
+    return f"{expert}: experts see tokens without their rows; {remedy}"
 
 
 def is_routable(model: nn.Module, adapters: Mapping[str, Adapter]) -> bool:
     """Whether `attach_several` takes them: experts, and what was trained whole, do not know the rows."""
-    bases = {path: base for adapter in adapters.values() for path, base in trained_on(model, adapter).items()}
-    return not any(adapter.saved for adapter in adapters.values()) and not any(
-        isinstance(base, Expert) for base in bases.values()
-    )
+    return _unroutable(_bases(model, adapters), saves=_save(adapters)) is None
+
+
+def _bases(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, nn.Module]:
+    return {path: base for adapter in adapters.values() for path, base in trained_on(model, adapter).items()}
+
+
+def _save(adapters: Mapping[str, Adapter]) -> bool:
+    return any(adapter.saved for adapter in adapters.values())
+
+
+def _adapted(base: nn.Module, delta: PackedDelta) -> AdaptedLinear:
+    return AdaptedLinear(base, [delta])  # type: ignore[list-item]
 
 
 def _to_train(
@@ -393,15 +404,10 @@ def attach_several(model: nn.Module, adapters: Mapping[str, Adapter]) -> Routing
     """
     refuse_adapted(model)
     routing = Routing(names=tuple(adapters))
-    found = {name: trained_on(model, adapter) for name, adapter in adapters.items()}
+    bases = _bases(model, adapters)
+    _refuse_unroutable(bases, saves=_save(adapters))
     model.requires_grad_(False)
-    bases = {path: base for of_one in found.values() for path, base in of_one.items()}
-    _refuse_unroutable(bases, saves=any(adapter.saved for adapter in adapters.values()))
-    order = [path for path, _ in model.named_modules() if path in bases]
-    for path in order:
-        delta = _frozen(path, bases[path], adapters, routing)
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, AdaptedLinear(bases[path], [delta]))  # type: ignore[list-item]
+    put(model, {path: _adapted(base, _frozen(path, base, adapters, routing)) for path, base in bases.items()})
     setattr(model, ATTACHED, dict(adapters))
     routing.only(routing.names[0])
     return routing

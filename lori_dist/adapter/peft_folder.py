@@ -129,7 +129,7 @@ def adapter(folder: Path, found: Mapping[str, Factors], masks: Mapping[str, Tens
         projections=projections,
     )
     shapes = {module: (factors.b.shape[0], factors.a.shape[1]) for module, factors in found.items()}
-    return Adapter(shapes=shapes, blocks=(block,), targets=tuple(shapes), base=_base(_config(folder)))
+    return Adapter(shapes=shapes, blocks=(block,), targets=tuple(shapes), base=base_of(_config(folder)))
 
 
 def read(folder: Path) -> dict[str, Factors]:
@@ -282,7 +282,8 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _base(config: Mapping[str, Any]) -> dict[str, Any]:
+def base_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What an adapter_config.json says of the base model; of a folder, its name alone."""
     name = config.get("base_model_name_or_path")
     base: dict[str, Any] = {}
     if isinstance(name, str) and name:

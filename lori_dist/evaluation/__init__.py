@@ -3,7 +3,6 @@
 
 import contextlib
 import functools
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -47,7 +46,6 @@ class Subject:
 Rows = list[tuple[str, str]]  # (prompt, response)
 Measure = Callable[[PreTrainedModel, PreTrainedTokenizerBase], Mapping[str, Mapping[str, float]]]
 """Gives task -> metric -> value."""
-log = logging.getLogger(__name__)
 
 
 def evaluate(

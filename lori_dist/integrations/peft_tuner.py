@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from lori_dist.adapter import source
 from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec
 from lori_dist.adapter.linear import Delta, features, is_conv1d
+from lori_dist.adapter.lori_folder import are_positions
 from lori_dist.adapter.projection import GENERATOR, checksum
 from lori_dist.errors import AdapterError
 
@@ -359,10 +360,7 @@ def _check(config: LoriConfig, path: str, delta: Delta) -> None:
 
 
 def _check_index(layer: LoriLinear, config: LoriConfig, index: Tensor | None) -> None:
-    if index is None or index.numel() == 0:
-        return
-    ascends = index.dtype == torch.int32 and index.dim() == 1 and bool((index[1:] > index[:-1]).all())
-    if not ascends or int(index[0]) < 0 or int(index[-1]) >= layer.out_features * config.r:
+    if index is not None and index.numel() and not are_positions(index, layer.out_features * config.r):
         raise AdapterError(f"{layer.path}: the positions of its kept entries are damaged; save the adapter again")
 
 

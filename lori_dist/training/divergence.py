@@ -40,11 +40,17 @@ class Divergence:
         return self.problem is None
 
     def _problem(self, result: StepResult) -> str | None:
-        if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
-            return f"the loss is {result.loss} and the gradient's norm {result.grad_norm}"
-        if self.spike is None or len(self.losses) < LEAST:
-            return None
+        problem = not_finite(result.loss, result.grad_norm)
+        if problem is not None or self.spike is None or len(self.losses) < LEAST:
+            return problem
         median = statistics.median(self.losses)
         if result.loss <= self.spike * median:
             return None
         return f"the loss is {result.loss:.4g}, and the median of the last {len(self.losses)} {median:.4g}"
+
+
+def not_finite(loss: float, norm: float) -> str | None:
+    """What is wrong with a step, if its loss or the norm of its gradient is no number."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        return None
+    return f"the loss is {loss} and the gradient's norm {norm}"

@@ -7,7 +7,6 @@ state, learning rate, number of steps, folder and checkpoints; what goes wrong i
 import dataclasses
 import gc
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,13 +19,12 @@ from transformers import PreTrainedModel
 
 from lori_dist import plugin
 from lori_dist.adapter import file, packed
-from lori_dist.adapter.adapter import Spec
 from lori_dist.adapter.packed import Routing, adapter_of, module_of
 from lori_dist.config import Run
 from lori_dist.errors import ConfigError, JobError, LoriError
-from lori_dist.jobs import task_seed
 from lori_dist.training import checkpoint, data, metrics
 from lori_dist.training.data import Batch, Example
+from lori_dist.training.divergence import not_finite
 from lori_dist.training.engine import QUANTITIES, Engine, Part, Quantity, State, gather
 from lori_dist.training.exchange import Exchange
 from lori_dist.training.model import check, identity
@@ -42,14 +40,15 @@ from lori_dist.training.train import (
     calibrated_masks,
     checkpoint_activations,
     digest_of,
+    diverged,
     is_calibrated,
     is_due,
     memory,
-    not_finite,
     origin_of,
     phases,
     rewind,
     rows_of_step,
+    spec_of,
 )
 from lori_dist.training.weights import skeleton
 from lori_dist.training.world import World, agree, from_first
@@ -205,7 +204,7 @@ class Pack:
         model, weights = skeleton(run.model)
         for job in jobs.values():
             check(job.examples[0], model)
-        routing = packed.attach(model, {task: _spec(run, task) for task in jobs}, masks)
+        routing = packed.attach(model, {task: spec_of(run, task) for task in jobs}, masks)
         if run.train.activation_checkpointing:
             checkpoint_activations(model)
         found = {task: _newest(job, steps[task], _of(masks, task)) for task, job in jobs.items()}
@@ -248,8 +247,9 @@ class Pack:
         failed: dict[str, Outcome] = {}
         for task in going:
             job, phase, loss, norm = self.jobs[task], self.steps[task], losses[task], self.gradients.norms[task]
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                failed[task] = not_finite(job, phase, self.done[task], loss, norm, rates[task])
+            problem = not_finite(loss, norm)
+            if problem is not None:
+                failed[task] = diverged(job, phase, self.done[task] + 1, problem, rates[task])
                 continue
             self.done[task] += 1
             examples = [job.examples[0][row] for row in rows[task]]
@@ -343,17 +343,6 @@ class Pack:
             }
 
         return from_first(job.world, write)
-
-
-def _spec(run: Run, task: str) -> Spec:
-    adapter = run.adapter
-    return Spec(
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        seed=task_seed(run, task),
-        targets=adapter.targets,
-        dtype=getattr(torch, adapter.dtype),
-    )
 
 
 def _of(masks: Mapping[str, Mapping[str, Tensor]] | None, task: str) -> Mapping[str, Tensor] | None:

@@ -395,10 +395,10 @@ def _fit(job: Job, phase: Phase, masks: Mapping[str, Tensor] | None) -> tuple[Pr
     options = method.bind(chosen.options, "train.engine")
     tasks = _surgery(job, model)
     engine: Engine = method.load()(model, weights, job.run.train, job.world, state=found, **options)
-    checksums = json.dumps(projection_checksums(model))
-    agree(job.world, checksums, "projection A", "install the same version of the program on all machines")
+    checksums = projection_checksums(model)
+    agree(job.world, json.dumps(checksums), "projection A", "install the same version of the program on all machines")
     if job.start is not None:
-        refuse_other_projections(model, job.start)
+        refuse_other_projections(job.start.blocks[0], checksums)
     if job.world.rank == 0:
         rewind(job, phase, first)
     _do_steps(job, phase, engine, first, origin, tasks, mfu)
@@ -416,8 +416,7 @@ def _do_steps(
 ) -> None:
     """Those after the first so many, to the last one, or until it ends early, with the best values."""
     train = job.run.train
-    records = from_first(job.world, lambda: [line for line in metrics.read(job.folder) if line["phase"] == phase.name])
-    divergence, best = Divergence(train.spike, records), validation.best(records)
+    divergence, best = from_first(job.world, lambda: _known(job, phase))
     if first == 0 and train.on_divergence == "rollback":
         _save(job, phase, engine, 0, origin, best)
     for step in range(first, phase.num_steps):
@@ -446,6 +445,12 @@ def _do_steps(
         engine.load(checkpoint.read(path, phase.name, origin=origin))
 
 
+def _known(job: Job, phase: Phase) -> tuple[Divergence, Best]:
+    """From the steps that were done."""
+    records = [line for line in metrics.read(job.folder) if line["phase"] == phase.name]
+    return Divergence(job.run.train.spike, records), validation.best(records)
+
+
 def _save(job: Job, phase: Phase, engine: Engine, num_done: int, origin: Mapping[str, Any], best: Best) -> None:
     checkpoint.save(
         job.folder / CHECKPOINTS,
@@ -464,11 +469,12 @@ def _treat(
     job: Job, phase: Phase, engine: Engine, divergence: Divergence, origin: Mapping[str, Any], record: Record
 ) -> None:
     """After a step whose update was not done: ends, or goes on, maybe with an earlier state. The record tells it."""
-    said = f"{job.task}: at step {record['step']} of {phase.num_steps} of phase {phase.name} {divergence.problem}"
-    policy = job.run.train.on_divergence
-    if policy == "stop" or divergence.in_a_row > MOST:
-        before = "" if policy == "stop" else f", as at the {MOST} steps before"
-        raise JobError(f"{said}{before}; lower the learning rate (here {record['lr']:g}) or use model.dtype float32")
+    policy, problem = job.run.train.on_divergence, str(divergence.problem)
+    if policy == "stop":
+        raise diverged(job, phase, record["step"], problem, record["lr"])
+    if divergence.in_a_row > MOST:
+        raise diverged(job, phase, record["step"], f"{problem}, as at the {MOST} steps before", record["lr"])
+    said = _told(job, phase, record["step"], problem)
     record[UPDATE] = "skipped"
     if policy == "rollback":
         found = checkpoint.newest(job.folder / CHECKPOINTS, phase.name, origin)
@@ -480,6 +486,16 @@ def _treat(
         record[UPDATE] = f"rolled back to step {back}"
     record.update({key: None for key in ("loss", "grad_norm") if not math.isfinite(record[key])})
     log.warning("%s; its update is %s", said, record[UPDATE])
+
+
+def diverged(job: Job, phase: Phase, step: int, problem: str, lr: float) -> JobError:
+    """problem: what is wrong with the step."""
+    said = _told(job, phase, step, problem)
+    return JobError(f"{said}; lower the learning rate (here {lr:g}) or use model.dtype float32")
+
+
+def _told(job: Job, phase: Phase, step: int, problem: str) -> str:
+    return f"{job.task}: at step {step} of {phase.num_steps} of phase {phase.name} {problem}"
 
 
 def _is_measured(job: Job, phase: Phase, num_done: int) -> bool:
@@ -530,7 +546,7 @@ def _adapted_model(job: Job, masks: Mapping[str, Tensor] | None) -> tuple[PreTra
     for examples in job.examples:
         check(examples, model)
     if job.start is None:
-        attach(model, _spec(job), masks=masks, before=job.before)
+        attach(model, spec_of(job.run, job.task), masks=masks, before=job.before)
     else:
         attach(model, job.start, train=True)
     if job.run.train.activation_checkpointing:
@@ -538,12 +554,13 @@ def _adapted_model(job: Job, masks: Mapping[str, Tensor] | None) -> tuple[PreTra
     return model, weights
 
 
-def _spec(job: Job) -> Spec:
-    adapter = job.run.adapter
+def spec_of(run: Run, task: str) -> Spec:
+    """What a task's adapter is before its training."""
+    adapter = run.adapter
     return Spec(
         rank=adapter.rank,
         alpha=adapter.alpha,
-        seed=task_seed(job.run, job.task),
+        seed=task_seed(run, task),
         targets=adapter.targets,
         dtype=getattr(torch, adapter.dtype),
         projection=adapter.projection,
@@ -631,13 +648,6 @@ def _step(
         "time": time.time(),
         **_of_tasks(job, result, tasks),
     }
-
-
-def not_finite(job: Job, phase: Phase, step: int, loss: float, norm: float, lr: float) -> JobError:
-    return JobError(
-        f"{job.task}: at step {step + 1} of {phase.num_steps} of phase {phase.name} the loss is {loss} and "
-        f"the gradient's norm {norm}; lower the learning rate (here {lr:g}) or use model.dtype float32"
-    )
 
 
 def rows_of_step(job: Job, phase: Phase, step: int) -> list[tuple[int, int]]:
