@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lori_dist import config
 from lori_dist.adapter.adapter import Spec
@@ -18,6 +19,21 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 DENSITY = 0.1
 
 Made = tuple[nn.Module, Weights]
+
+
+def make_llama(folder: Path, layers: int, hidden: int, length: int, vocabulary: int) -> None:
+    """A base of random weights."""
+    settings = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=max(length, 512),
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(settings).save_pretrained(folder)
 
 
 def floor(base: Path, rank: int, dtype: str) -> Made:

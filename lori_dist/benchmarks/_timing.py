@@ -1,8 +1,10 @@
 """Timing candidates side by side in one run, so that what is quoted are ratios."""
 
+import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -19,6 +21,13 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], repetitions: int
         for name, candidate in candidates.items():
             seconds[name].append(_seconds(candidate))
     return seconds
+
+
+def quotients(name: str, ones: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
+    """The median of one over other, of times taken in the same turns, and `NAME_quartiles`."""
+    found = [one / other for one, other in zip(ones, others, strict=True)]
+    low, median, high = statistics.quantiles(found, n=4) if len(found) > 1 else found * 3
+    return {name: round(median, 4), f"{name}_quartiles": [round(low, 4), round(high, 4)]}
 
 
 @contextmanager

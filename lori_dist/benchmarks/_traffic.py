@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -79,6 +81,23 @@ def saved_bytes(model: nn.Module, is_adapted: Callable[[nn.Module], bool]) -> It
         yield saved
     for handle in handles:
         handle.remove()
+
+
+def local_bytes(tensor: Any) -> int:
+    """Of what this rank has of a tensor."""
+    return int((tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes)
+
+
+def moment_bytes(engine: Any) -> int:
+    """Of Adam's moments on this rank."""
+    held = [kept[name] for kept in engine.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    return sum(map(local_bytes, held))
+
+
+def process_bytes(name: str) -> int:
+    """Of this process, as Linux counts them: `VmRSS`, what it has; `VmHWM`, the most it had."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def _bytes_of_all(tree: Any) -> int:

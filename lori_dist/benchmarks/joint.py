@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lori_dist import config
 from lori_dist.adapter.adapter import Spec
 from lori_dist.adapter.attach import attach, match
 from lori_dist.adapter.linear import features
-from lori_dist.benchmarks._timing import interleaved, one_thread
+from lori_dist.benchmarks._methods import make_llama
+from lori_dist.benchmarks._timing import interleaved, one_thread, quotients
 from lori_dist.engines.ddp import Replicated, build
 from lori_dist.errors import ConfigError
 from lori_dist.training.data import Batch
@@ -65,32 +65,18 @@ def run(
     ratios: dict[str, Any] = {method: {} for method in METHODS}
     with tempfile.TemporaryDirectory() as place, one_thread():
         base = Path(place)
-        _make_base(base, layers, hidden, length)
+        make_llama(base, layers, hidden, length, VOCABULARY)
         for method in METHODS:
             for num_tasks in tasks:
                 batch = _batch(num_tasks, rows, length)
                 seconds = _measure(base, method, rank, dtype, batch, world, steps)
                 table += [_row(method, num_tasks, name, times, batch) for name, times in seconds.items()]
                 ratios[method][str(num_tasks)] = {
-                    **_quotients("joint_over_plain", seconds["joint"], seconds["plain"]),
-                    **_quotients("loop_over_plain", seconds["loop"], seconds["plain"]),
-                    **_quotients("loop_over_joint", seconds["loop"], seconds["joint"]),
+                    **quotients("joint_over_plain", seconds["joint"], seconds["plain"]),
+                    **quotients("loop_over_plain", seconds["loop"], seconds["plain"]),
+                    **quotients("loop_over_joint", seconds["loop"], seconds["joint"]),
                 }
     return {"rows": table, "ratios": ratios}
-
-
-def _make_base(folder: Path, layers: int, hidden: int, length: int) -> None:
-    settings = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=hidden,
-        intermediate_size=hidden * 11 // 4,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        max_position_embeddings=max(length, 512),
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(settings).save_pretrained(folder)
 
 
 def _batch(num_tasks: int, rows: int, length: int) -> Batch:
@@ -195,9 +181,3 @@ def _row(method: str, num_tasks: int, name: str, times: Sequence[float], batch: 
         "step_seconds": round(median, 4),
         "tokens_per_second": round(batch.input_ids.numel() / median),
     }
-
-
-def _quotients(name: str, ones: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
-    quotients = [one / other for one, other in zip(ones, others, strict=True)]
-    low, median, high = statistics.quantiles(quotients, n=4) if len(quotients) > 1 else quotients * 3
-    return {name: round(median, 4), f"{name}_quartiles": [round(low, 4), round(high, 4)]}

@@ -5,7 +5,6 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lori_dist import config, plugin
 from lori_dist.adapter import packed
 from lori_dist.adapter.adapter import Spec
 from lori_dist.adapter.attach import attach, match
 from lori_dist.adapter.linear import features
-from lori_dist.benchmarks._traffic import Traffic
+from lori_dist.benchmarks._methods import make_llama
+from lori_dist.benchmarks._timing import quotients
+from lori_dist.benchmarks._traffic import Traffic, moment_bytes
 from lori_dist.training.data import Batch
 from lori_dist.training.engine import Engine
 from lori_dist.training.packed import Gradients
@@ -79,7 +78,7 @@ def run(
     ratios: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        _make_base(folder / "base", layers, hidden, length)
+        make_llama(folder / "base", layers, hidden, length, VOCABULARY)
         for engine in engines:
             setting = Setting(
                 folder=folder,
@@ -118,33 +117,13 @@ def run(
                     )
                 further = (found["packed"]["held"] - found["one"]["held"]) / (number - 1)
                 ratios[engine][str(number)] = {
-                    **_quotients("packed_over_after", seconds["after"], seconds["packed"]),
+                    **quotients("packed_over_after", seconds["after"], seconds["packed"]),
                     "packed_over_beside": round(
                         statistics.median(seconds["beside"]) / statistics.median(seconds["packed"]), 3
                     ),
                     "memory_per_task": round(further / found["one"]["own"], 3),
                 }
     return {"rows": table, "ratios": ratios}
-
-
-def _quotients(name: str, slower: Sequence[float], faster: Sequence[float]) -> dict[str, Any]:
-    quotients = [one / other for one, other in zip(slower, faster, strict=True)]
-    low, median, high = statistics.quantiles(quotients, n=4) if len(quotients) > 1 else quotients * 3
-    return {name: round(median, 3), f"{name}_quartiles": [round(low, 3), round(high, 3)]}
-
-
-def _make_base(folder: Path, layers: int, hidden: int, length: int) -> None:
-    settings = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=hidden,
-        intermediate_size=hidden * 11 // 4,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        max_position_embeddings=max(length, 512),
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(settings).save_pretrained(folder)
 
 
 # --- gangs -----------------------------------------------------------------------------------------------------------
@@ -259,8 +238,7 @@ class Way:
         with Traffic() as traffic:
             self.step()
         engine: Any = self.engine
-        kept = [state[name] for state in engine.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-        moments = sum(_bytes(tensor) for tensor in kept)
+        moments = moment_bytes(engine)
         values = sum(part.data.nbytes for part in engine.parts("values").values())
         a = sum(buffer.nbytes for name, buffer in engine.model.named_buffers() if ".projection" in name)
         places = sum(buffer.nbytes for name, buffer in engine.model.named_buffers() if name.endswith(PLACES))
@@ -269,10 +247,6 @@ class Way:
 
 
 PLACES = (".index", ".positions")
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
 
 
 def _masks(model: torch.nn.Module, spec: Spec, density: float) -> dict[str, torch.Tensor]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lori_dist import config, plugin
@@ -19,7 +18,7 @@ from lori_dist.adapter import file
 from lori_dist.adapter.attach import adapted, attach, extract, match
 from lori_dist.adapter.linear import features
 from lori_dist.benchmarks._gang import gang
-from lori_dist.benchmarks._traffic import Traffic
+from lori_dist.benchmarks._traffic import Traffic, local_bytes, moment_bytes, process_bytes
 from lori_dist.masks.random import mask
 from lori_dist.plan import file_bytes
 from lori_dist.plan.model import count, spec
@@ -173,10 +172,8 @@ def _of_rank(world: World, setting: Setting) -> dict[str, int]:
         file.save(extract(model, name="one", values=values), path)
     held = {
         "base": sum(map(_held, {id(one): one for one in base_parameters(model).values()}.values())),
-        "adapter": sum(map(_local, _of_adapter(model))) + _values(engine, setting),
-        "moments": sum(
-            _local(kept[name]) for kept in engine.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")
-        ),
+        "adapter": sum(map(local_bytes, _of_adapter(model))) + _values(engine, setting),
+        "moments": moment_bytes(engine),
     }
     return {
         **held,
@@ -200,21 +197,16 @@ def _values(engine: Any, setting: Setting) -> int:
     if setting.engine == "deepspeed":
         zero = engine.model.optimizer
         parts = zero.fp32_partitioned_groups_flat if engine.stage == 3 else zero.single_partition_of_fp32_groups
-        found += sum(map(_local, parts))
+        found += sum(map(local_bytes, parts))
     return found
 
 
 def _held(parameter: Any) -> int:
     """Bytes of a parameter on this rank, hpZ's second copy with them."""
     if not hasattr(parameter, "ds_tensor"):
-        return _local(parameter)
+        return local_bytes(parameter)
     second = getattr(parameter, "ds_secondary_tensor", None)
-    return _local(parameter.ds_tensor) + (0 if second is None else _local(second))
-
-
-def _local(tensor: Any) -> int:
-    held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return int(held.numel() * held.element_size())
+    return local_bytes(parameter.ds_tensor) + (0 if second is None else local_bytes(second))
 
 
 def _growth(step: Callable[[], Any]) -> int:
@@ -222,11 +214,6 @@ def _growth(step: Callable[[], Any]) -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # or what was freed would count as there
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = process_bytes("VmRSS")
     step()
-    return _status("VmHWM") - before
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+    return process_bytes("VmHWM") - before

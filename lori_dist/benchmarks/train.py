@@ -14,17 +14,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lori_dist import config, plugin
 from lori_dist.adapter import file
 from lori_dist.adapter.attach import adapted, extract
 from lori_dist.adapter.linear import features
 from lori_dist.benchmarks._gang import gang
-from lori_dist.benchmarks._methods import METHODS, is_adapted
-from lori_dist.benchmarks._traffic import Traffic, saved_bytes
+from lori_dist.benchmarks._methods import METHODS, is_adapted, make_llama
+from lori_dist.benchmarks._timing import quotients
+from lori_dist.benchmarks._traffic import Traffic, moment_bytes, process_bytes, saved_bytes
 from lori_dist.errors import ConfigError
 from lori_dist.training import checkpoint
 from lori_dist.training.data import Batch
@@ -91,7 +90,7 @@ def run(
     num_ranks = min(ranks, torch.cuda.device_count()) if on_cuda else ranks
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        _make_base(folder / "base", layers, hidden, length)
+        make_llama(folder / "base", layers, hidden, length, VOCABULARY)
         rows_of_table: list[dict[str, Any]] = []
         ratios: dict[str, Any] = {}
         for engine in chosen:
@@ -122,20 +121,6 @@ def _check(engines: Sequence[str]) -> None:
             "bench train: PEFT is not installed, and its LoRA is what is measured against; "
             "pip install 'lori_dist[peft]'"
         )
-
-
-def _make_base(folder: Path, layers: int, hidden: int, length: int) -> None:
-    settings = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=hidden,
-        intermediate_size=hidden * 11 // 4,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        max_position_embeddings=max(length, 512),
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(settings).save_pretrained(folder)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -179,18 +164,12 @@ def _ratios(rows: Mapping[str, Mapping[str, Any]], together: Mapping[str, Any]) 
         share = together["adapter_flops"] / together["floor_flops"]
         found[method] = {
             **counted,
-            **_paired("step_seconds", together["seconds"], method, AGAINST),
-            **_paired("step_seconds_over_floor", together["seconds"], method, FLOOR),
+            **quotients("step_seconds", together["seconds"][method], together["seconds"][AGAINST]),
+            **quotients("step_seconds_over_floor", together["seconds"][method], together["seconds"][FLOOR]),
             "adapter_share_of_flops": round(share, 4),
             "wanted_over_floor": round(1 + 1.5 * share, 4),
         }
     return found
-
-
-def _paired(name: str, seconds: Mapping[str, list[float]], method: str, over: str) -> dict[str, Any]:
-    quotients = [one / other for one, other in zip(seconds[method], seconds[over], strict=True)]
-    low, median, high = statistics.quantiles(quotients, n=4) if len(quotients) > 1 else quotients * 3
-    return {name: round(median, 4), f"{name}_quartiles": [round(low, 4), round(high, 4)]}
 
 
 # --- gangs -----------------------------------------------------------------------------------------------------------
@@ -263,7 +242,7 @@ def _alone(world: World, setting: Setting, method: str, started: float) -> dict[
     return {
         # At ZeRO's stage 3, parameters are empty between steps.
         "trainable": sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained(model).values()),
-        "optimizer_bytes": _optimizer_bytes(engine),
+        "optimizer_bytes": moment_bytes(engine),
         "reduced": traffic.reduced,
         "gathered": traffic.gathered,
         "collectives": traffic.num_calls,
@@ -289,13 +268,6 @@ def _save(path: Path, method: str, model: nn.Module, engine: Engine, world: Worl
     return path.stat().st_size
 
 
-def _optimizer_bytes(engine: Any) -> int:
-    """Of Adam's moments on this rank."""
-    held = [kept[name] for kept in engine.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    local = [moment.to_local() if isinstance(moment, DTensor) else moment for moment in held]
-    return sum(moment.numel() * moment.element_size() for moment in local)
-
-
 def _memory(world: World, *, reset: bool) -> int:
     """The most bytes in use: of the device, on CPU of the whole process. reset: only what is in use now."""
     if world.device.type == "cuda":
@@ -304,5 +276,4 @@ def _memory(world: World, *, reset: bool) -> int:
         return torch.cuda.max_memory_allocated()
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return process_bytes("VmHWM")
