@@ -95,6 +95,9 @@ def plan(arguments: argparse.Namespace) -> None:
     from lori_dist.plan.table import table
 
     described = config.load(arguments.config, arguments.settings)
+    if arguments.gpu not in DEVICES:
+        near = plugin.nearest(arguments.gpu, DEVICES)
+        raise ConfigError(f"--gpu: there is no {arguments.gpu!r}; there are {', '.join(DEVICES)}.{near}")
     usual = dict(DEVICES[arguments.gpu])
     given = {name: getattr(arguments, name) for name in (*usual, "efficiency", "price")}
     usual |= {name: value for name, value in given.items() if value is not None}
@@ -437,9 +440,6 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return chosen
 
 
-DEVICE_NAMES = ("h100", "h200", "a100", "a100-40", "l40s", "a6000")
-"""Those of `lori_dist.plan.DEVICES`, which would take a second to import."""
-
 OVERRIDES = """\
 overrides:
   KEY=VALUE changes the configuration without editing the file; KEY is the dotted path of a field, VALUE is YAML:
@@ -516,7 +516,9 @@ examples:
     _add_config(verb)
     verb.add_argument("--gpus", type=_count, required=True, metavar="N", help="devices in all")
     verb.add_argument("--nodes", type=_count, default=1, metavar="N", help="they are on; 1 by default")
-    verb.add_argument("--gpu", choices=DEVICE_NAMES, default="h100", help="gives what is not given here")
+    verb.add_argument(
+        "--gpu", metavar="NAME", default="h100", help="gives what is not given here; h100, a100, l40s ..."
+    )
     verb.add_argument("--gpu-memory", type=_size, metavar="SIZE", help="of a device, such as 80GiB")
     verb.add_argument("--tflops", type=_above_zero, metavar="X", help="peak of a device in the base's dtype")
     verb.add_argument("--link", type=_above_zero, metavar="GB/S", help="between devices of a node, one direction")

@@ -16,6 +16,7 @@ from lori_dist.config import Run, trained_as
 from lori_dist.errors import ConfigError
 from lori_dist.plan.model import Counted, count
 from lori_dist.plan.placement import Placement, memory, placements, sent, traffic
+from lori_dist.training.train import phases
 
 __all__ = ["DEVICES", "Hardware", "plan"]
 
@@ -200,12 +201,9 @@ def _steps(run: Run) -> dict[str, dict[str, int]]:
     found = {}
     for task, settings in run.tasks.items():
         train = trained_as(run, task)
-        rows = sum(1 for _ in tables.read(settings.train)) if train.steps is None else 0
-        steps = train.steps or math.ceil(rows * (train.epochs or 0) / train.batch_size)
-        calibrate = train.calibrate.steps or (
-            math.ceil(rows * train.calibrate.epochs / train.batch_size) if train.calibrate.epochs else steps
-        )
-        found[task] = {"train": steps, **({"calibrate": calibrate} if run.adapter.density < 1 else {})}
+        is_told = train.steps is not None and train.calibrate.epochs is None
+        num_rows = 0 if is_told else sum(1 for _ in tables.read(settings.train))
+        found[task] = {one.name: one.num_steps for one in phases(train, run.adapter.density, num_rows)}
     return found
 
 

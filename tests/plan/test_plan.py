@@ -136,6 +136,7 @@ def test_steps_and_cost_are_those_of_the_configuration() -> None:
     [
         (["--gpus", "3", "--nodes", "2"], "--nodes: 2 was given for 3 GPUs; give a number that divides them"),
         (["--gpus", "2", "model.path=nowhere/at/all"], "model.path: "),
+        (["--gpus", "2", "--gpu", "h10"], "--gpu: there is no 'h10'; there are h100, h200, a100, "),
         (["--gpus", "2", "--out", "/nowhere/plan.json"], "--out: "),
     ],
 )
