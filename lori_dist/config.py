@@ -672,7 +672,7 @@ def _projections(run: Run) -> Iterator[str]:
 
 
 def _quantized(run: Run) -> Iterator[str]:
-    if run.model.quantize == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+    if run.model.quantize == "nf4" and not _is_installed("bitsandbytes"):
         yield (
             "model.quantize: nf4 needs the package bitsandbytes, which is not installed; "
             "pip install 'lori_dist[quantize]', or use int8"
@@ -1055,7 +1055,7 @@ def _searches(run: Run) -> Iterator[str]:
             yield f"{path}.search.metric: choice is measured on tasks that have labels, and none has; use loss"
         if search.method == "cma" and search.per == "task" and len(tasks) == 1:
             yield f"{path}.search.method: cma needs two weights, there is one; use coordinate"
-        if search.method == "cma" and importlib.util.find_spec("cma") is None:
+        if search.method == "cma" and not _is_installed("cma"):
             yield (
                 f"{path}.search.method: cma needs the package of this name, which is not installed; "
                 "pip install 'lori_dist[search]', or use coordinate"
@@ -1066,10 +1066,15 @@ def _lm_eval(run: Run) -> Iterator[str]:
     settings = run.evaluate.lm_eval
     if settings is None:
         return
-    if getattr(importlib.util.find_spec("lm_eval"), "origin", None) is None:
+    if not _is_installed("lm_eval"):
         yield "evaluate.lm_eval: lm-eval is not installed; pip install 'lori_dist[lm-eval]', or leave it out"
     if settings.include is not None and not os.path.isdir(settings.include):
         yield f"evaluate.lm_eval.include: there is no folder {settings.include!r}; paths are relative to {Path.cwd()}"
+
+
+def _is_installed(package: str) -> bool:
+    """A folder of that name in the current one is no package."""
+    return getattr(importlib.util.find_spec(package), "origin", None) is not None
 
 
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
@@ -1081,7 +1086,7 @@ def _trackers(run: Run) -> Iterator[str]:
         if name not in TRACKERS:
             listing = f"there are {', '.join(TRACKERS)}.{plugin.nearest(name, TRACKERS)}"
             yield f"trackers: there is nothing called {name!r}; {listing}"
-        elif getattr(importlib.util.find_spec(name), "origin", None) is None:  # a folder of that name is no package
+        elif not _is_installed(name):
             package = name.replace("_", "-")
             yield f"trackers: {name} is not installed; pip install {package}, or leave it out"
         if run.trackers.count(name) > 1:

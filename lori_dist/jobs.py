@@ -33,8 +33,15 @@ PLACEMENT = (
 )
 """Settings of training and of the adapter that change the result by rounding at most; but for a trained projection."""
 
-NEUTRAL = {"on_divergence": "stop", "spike": None, "validate_every": None, "early_stop": None}
-"""Settings of training that change nothing at these values, and are part of a fingerprint only at others."""
+NEUTRAL: Mapping[str, Any] = {
+    "on_divergence": "stop",
+    "spike": None,
+    "validate_every": None,
+    "early_stop": None,
+    "modules_to_save": [],
+}
+"""Settings of training and of the adapter that change nothing at these values, and are part of a fingerprint only at
+others."""
 
 JOINT = "joint"
 """The adapter that tasks have together has this name in the place of a task's."""
@@ -131,15 +138,18 @@ def _protocol(run: config.Run) -> dict[str, Any]:
     """How an adapter is trained, whatever its rows."""
     tree = config.dump(run)
     is_trained = {"projection": "trained"} if run.adapter.projection == "trained" else {}
-    outside = ("seed", "share_projection", *(() if run.adapter.modules_to_save else ("modules_to_save",)), *PLACEMENT)
     return {
-        "adapter": {**{key: value for key, value in tree["adapter"].items() if key not in outside}, **is_trained},
-        "train": {
-            key: value
-            for key, value in tree["train"].items()
-            if key not in PLACEMENT and not (key in NEUTRAL and value == NEUTRAL[key])
-        },
+        "adapter": {**_telling(tree["adapter"], ("seed", "share_projection", *PLACEMENT)), **is_trained},
+        "train": _telling(tree["train"], PLACEMENT),
         **_code("adapter.mask", run.adapter.mask.name),
+    }
+
+
+def _telling(section: Mapping[str, Any], outside: Sequence[str]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in section.items()
+        if key not in outside and not (key in NEUTRAL and value == NEUTRAL[key])
     }
 
 

@@ -1,6 +1,5 @@
 """A model card in the hub's form: front matter that programs read, and what is known of the adapter for people."""
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from typing import Any
 
 from lori_dist.adapter import file
 from lori_dist.adapter.adapter import Adapter, Block
+from lori_dist.jobs import sha256
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def origin(adapter: Path) -> Origin:
     record = _record(adapter.parent)
     if adapter.is_dir() or adapter.name not in record.get("sha256", {}):
         return UNKNOWN
-    digest = hashlib.sha256(adapter.read_bytes()).hexdigest()
+    digest = sha256(adapter)
     if record["sha256"][adapter.name] != digest:
         return UNKNOWN
     evaluations = (_record(folder) for folder in sorted(adapter.parent.parent.glob("evaluate-*")))
