@@ -129,14 +129,14 @@ def _set(model: nn.Module, path: str, module: nn.Module) -> None:
 def fold(model: nn.Module, *, dequantize: bool = False) -> None:
     """Adds the updates to the base's weights, so that the model runs at the base's speed. `unfold` takes them out.
 
-    dequantize: puts a float32 layer in the place of each quantised one first, which stays, also after `detach`; without
-    it, AdapterError is raised for these. Quantising the sum again would round most of an update away.
+    dequantize: puts a layer of the model's dtype in the place of each quantised one first, which stays, also after
+    `detach`; without it, AdapterError is raised for these. Quantising the sum again would round most of an update away.
     """
     layers = _attached(model)
     if dequantize:
         for layer in layers.values():
             if is_quantized(layer.base):
-                layer.base = dequantized(cast(nn.Linear, layer.base))
+                layer.base = dequantized(cast(nn.Linear, layer.base), _dtype(model))
     _refuse_unfoldable(model, {path: layer.base for path, layer in layers.items()})
     for layer in layers.values():
         if layer.folded is None:
@@ -505,8 +505,8 @@ def _refuse_unfoldable(model: nn.Module, bases: Mapping[str, nn.Module]) -> None
     for path, base in bases.items():
         if is_quantized(base):
             raise AdapterError(
-                f"{path}: its weight is quantised ({type(base).__name__}); fold(model, dequantize=True) makes it "
-                "float32 first, or keep the adapter unfolded"
+                f"{path}: its weight is quantised ({type(base).__name__}); fold(model, dequantize=True) makes it a "
+                "plain layer first, or keep the adapter unfolded"
             )
         is_expert = isinstance(base, Expert)
         weight = base.fused if is_expert else base.get_parameter("weight")
@@ -538,6 +538,13 @@ def _add(layer: AdaptedLinear, sign: float) -> None:
 def _values(delta: Delta) -> Tensor | None:
     """A copy: what is trained or loaded later was not folded."""
     return None if delta.values is None else delta.values.detach().clone()
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """What a quantised model computes in: that of its weights, such as embeddings, which are not quantised."""
+    own = (module for module in model.modules() if not isinstance(module, Delta) and not is_quantized(module))
+    weights = (weight for module in own for weight in module.parameters(recurse=False))
+    return next((weight.dtype for weight in weights if weight.is_floating_point()), torch.float32)
 
 
 def _device(base: nn.Module) -> torch.device:

@@ -421,13 +421,14 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def dequantized(base: nn.Linear) -> nn.Linear:
-    """A float32 layer that computes what a quantised one does: its weight is what that makes of the unit vectors."""
+def dequantized(base: nn.Linear, dtype: torch.dtype) -> nn.Linear:
+    """A layer of this dtype that computes what a quantised one does: its weight is what that makes of the unit
+    vectors."""
     device = base.weight.device
-    made = nn.Linear(base.in_features, base.out_features, base.bias is not None, device=device, dtype=torch.float32)
+    made = nn.Linear(base.in_features, base.out_features, base.bias is not None, device=device, dtype=dtype)
     for start in range(0, base.in_features, 1024):
         size = min(1024, base.in_features - start)
-        units = torch.zeros(size, base.in_features, device=device)
+        units = torch.zeros(size, base.in_features, device=device, dtype=dtype)
         units[:, start : start + size].fill_diagonal_(1.0)
         columns = base(units).float()
         made.weight[:, start : start + size] = (columns if base.bias is None else columns - base.bias.float()).t()

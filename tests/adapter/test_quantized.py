@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lori_dist import AdapterError, Spec, attach, detach, extract, fold, trainable, unfold
+from lori_dist.training.quantized import QuantizedLinear
 from tests.integrations.made import adapted_logits, logits
 from tests.models import tiny
 
@@ -40,13 +41,18 @@ def torchao(linear: nn.Linear) -> nn.Linear:
     return made[0]
 
 
-kinds = pytest.mark.parametrize("quantize", [four_bits, eight_bits, torchao])
+def shardable(linear: nn.Linear) -> nn.Linear:
+    """As `model.quantize` does."""
+    return QuantizedLinear(linear, "nf4")
+
+
+kinds = pytest.mark.parametrize("quantize", [four_bits, eight_bits, torchao, shardable])
 Quantize = Callable[[nn.Linear], nn.Linear]
 
 
-def quantised(quantize: Quantize) -> PreTrainedModel:
+def quantised(quantize: Quantize, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """All linear layers but the output embedding; their sizes are multiples of 4."""
-    model = tiny("qwen2")
+    model = tiny("qwen2").to(dtype)
     for path, module in list(model.named_modules()):
         if type(module) is nn.Linear and path != "lm_head":
             model.set_submodule(path, quantize(module))
@@ -80,3 +86,21 @@ def test_it_trains_on_a_quantised_base_and_folds_only_where_told_to(quantize: Qu
     unfold(model)
     detach(model)
     assert (logits(model) - before).abs().max() < (0.05 if quantize is eight_bits else 1e-4) * scale
+
+
+@kinds
+def test_a_base_in_bfloat16_is_folded_in_bfloat16(quantize: Quantize) -> None:
+    """As is loaded from a model of today: weights in 4 or 8 bits, all the rest in bfloat16."""
+    model = quantised(quantize, torch.bfloat16)
+    attach(model, SPEC)
+    with torch.no_grad():
+        for values in trainable(model).values():
+            values.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
+    before = logits(model).float()
+    fold(model, dequantize=True)
+    assert {weight.dtype for path, weight in model.named_parameters() if "deltas" not in path} == {torch.bfloat16}
+    assert (logits(model).float() - before).abs().max() < 0.05 * before.abs().max()
+    unfold(model)
+    detach(model)
+    attach(model, SPEC)  # to the layers that stayed
+    assert torch.isfinite(logits(model)).all()
