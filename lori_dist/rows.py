@@ -26,13 +26,13 @@ def read(path: str, template: config.Template, *, where: str = "") -> list[Text]
     """
     prefix = f"{where}: " if where else ""
     render = _renderer(template, prefix)
-    texts, problems = list[Text](), dict[int, ConfigError]()
+    texts, problems = list[Text](), list[tuple[int, ConfigError]]()
     try:
         for number, row in tables.read(path):
             try:
                 texts.append(render(_usable(row)))
             except ConfigError as error:
-                problems[number] = error
+                problems.append((number, error))
     except OSError as error:
         raise ConfigError(
             f"{prefix}{path} cannot be read ({error.strerror}); give the path of a JSON lines, CSV or Parquet file"
@@ -59,11 +59,10 @@ def check(run: config.Run) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def _listed(where: str, problems: Mapping[int, ConfigError], num_rows: int) -> Iterator[str]:
-    numbers = list(problems)
-    yield from (f"{where}:{number}: {problems[number]}" for number in numbers[:LISTED])
-    if others := numbers[LISTED:]:
-        lines = ", ".join(_ranges(others))
+def _listed(where: str, problems: Sequence[tuple[int, ConfigError]], num_rows: int) -> Iterator[str]:
+    yield from (f"{where}:{number}: {problem}" for number, problem in problems[:LISTED])
+    if others := [number for number, _ in problems[LISTED:]]:
+        lines = ", ".join(_ranges([*dict.fromkeys(others)]))  # a line may hold several rows
         yield f"{where}: {len(others)} more of {num_rows} rows cannot be used, in lines {lines}"
 
 

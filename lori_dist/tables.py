@@ -5,6 +5,7 @@ import csv
 import importlib.util
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from lori_dist.errors import ConfigError
 HUB = "hub:"
 """Begins `hub:NAME:SPLIT`, a data set of the hub, or a folder of data files, as `datasets` loads it."""
 Row = dict[str, Any]
+BLANKS = re.compile(r"[ \t\n\r]*")
+UNDECODED = re.compile("[\udc80-\udcff]")
+"""Bytes that are not UTF-8, as `surrogateescape` keeps them."""
 
 
 def is_hub(path: str) -> bool:
@@ -78,21 +82,44 @@ def _object(row: Any) -> Row | ConfigError:
 
 
 def _array(path: str) -> Iterator[tuple[int, Row | ConfigError]]:
+    """Each row with the line it begins in. After what is not JSON nothing can be told from anything."""
+    raw = Path(path).read_bytes()
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-        rows = json.loads(text, parse_float=str, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        yield 1, ConfigError(f"is not JSON ({error}); wanted an array of objects, or one object on each line")
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        yield line, ConfigError(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8")
         return
-    yield from ((number, _object(row)) for number, row in enumerate(rows, start=1))
+    constants: list[str] = []
+    decoder = json.JSONDecoder(parse_float=str, parse_constant=constants.append)
+    place, line, counted = _after_blanks(text, text.index("[") + 1), 1, 0
+    more = not text.startswith("]", place)
+    while more:
+        line, counted = line + text.count("\n", counted, place), place
+        try:
+            row, place = decoder.raw_decode(text, place)
+        except (ValueError, RecursionError) as error:
+            yield line, ConfigError(f"is not JSON ({error}); wanted an array of objects, or one object on each line")
+            return
+        yield line, ConfigError(_no_value(constants.pop())) if constants else _object(row)
+        constants.clear()
+        place = _after_blanks(text, place)
+        more = text.startswith(",", place)
+        place = _after_blanks(text, place + more)
+    if text[place:].rstrip() != "]":
+        yield line, ConfigError("is followed by no comma, or the array by more; wanted an array of objects")
+
+
+def _after_blanks(text: str, place: int) -> int:
+    match = BLANKS.match(text, place)
+    assert match is not None  # of no blanks too
+    return match.end()
 
 
 def _csv(path: str) -> Iterator[tuple[int, Row | ConfigError]]:
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        yield 1, ConfigError(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8")
-        return
+    # What is not UTF-8 is let through, to be told with the line of its row.
+    text = Path(path).read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
     number = 1
@@ -103,13 +130,15 @@ def _csv(path: str) -> Iterator[tuple[int, Row | ConfigError]]:
             return
         except csv.Error as error:
             yield number, ConfigError(f"is not CSV ({error}); put a text with quotes or commas in quotes")
-            return
-        if header is None:
-            header = values
-        elif len(values) == len(header):
-            yield number, dict(zip(header, values, strict=True))
-        elif values:
-            yield number, ConfigError(f"has {len(values)} values; the header, in line 1, has {len(header)}")
+        else:
+            if any(UNDECODED.search(value) for value in values):
+                yield number, ConfigError("is not UTF-8; save the file as UTF-8")
+            elif header is None:
+                header = values
+            elif len(values) == len(header):
+                yield number, dict(zip(header, values, strict=True))
+            elif values:
+                yield number, ConfigError(f"has {len(values)} values; the header, in line 1, has {len(header)}")
         number = reader.line_num + 1
 
 
@@ -131,7 +160,11 @@ def _begins(path: str, sign: bytes) -> bool:
 
 
 def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON value; a missing value is often written so")
+    raise ValueError(_no_value(name))
+
+
+def _no_value(name: str) -> str:
+    return f"{name} is no JSON value; a missing value is often written so"
 
 
 def kind(value: Any) -> str:

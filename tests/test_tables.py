@@ -40,10 +40,14 @@ def problems(path: Path) -> dict[int, str]:
     ("name", "text", "wanted"),
     [
         ("a.csv", b"x,y\n1,2\n3\n\n4,5,6\n", {3: "has 1 values; the header, in line 1, has 2", 5: "has 3 values"}),
-        ("a.csv", b'x,y\n1,2\n"3"4,5\n', {3: "is not CSV"}),
-        ("a.csv", b"x,y\n1,\xff\n", {1: "is not UTF-8"}),
-        ("a.json", b'[{"x": 1}, 2]', {2: "holds a number"}),
-        ("a.json", b'[{"x": 1}', {1: "is not JSON"}),
+        ("a.csv", b'x,y\n1,2\n"3"4,5\n6,7\n"8"9,0\n', {3: "is not CSV", 5: "is not CSV"}),
+        ("a.csv", b"x,y\n1,\xff\n2,3\n\xfe,4\n", {2: "is not UTF-8", 4: "is not UTF-8"}),
+        ("a.json", b'[\n{"x":\n 1},\n2,\n{"y": [NaN]}, null\n]', {4: "holds a number", 5: "holds null"}),
+        ("a.json", b'[{"x": 1},\n {"x": NaN},\n {"x": 2}]', {2: "NaN is no JSON value"}),
+        ("a.json", b'[{"x": 1}', {1: "is followed by no comma"}),
+        ("a.json", b'[{"x": 1},\n{"x": }]', {2: "is not JSON"}),
+        ("a.json", b'[{"x": 1}]\n]', {1: "the array by more"}),
+        ("a.json", b'[{"x": "\n\xff"}]', {2: "is not UTF-8"}),
         ("a.json", b'{"x": 1}\n[]\n', {2: "holds a list"}),
     ],
 )
@@ -53,6 +57,17 @@ def test_what_is_no_row_is_told_with_its_line(tmp_path: Path, name: str, text: b
     found = problems(path)
     assert list(found) == list(wanted)
     assert all(message in found[number] for number, message in wanted.items())
+
+
+def test_a_csv_text_may_be_of_any_length(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f"x\n{'long ' * 100_000}\n")
+    assert [len(row["x"]) for _, row in tables.read(str(tmp_path / "a.csv"))] == [500_000]
+
+
+@pytest.mark.parametrize("text", ["[]", " [ ] ", '[{"x": 1}]', '\n[{"x": 1}\n,\n{"x": 1.50}]\n'])
+def test_an_array_is_read_as_json_reads_it(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    assert [row for _, row in tables.read(str(tmp_path / "a.json"))] == json.loads(text, parse_float=str)
 
 
 def test_a_data_set_that_is_not_there_is_named(tmp_path: Path) -> None:
