@@ -13,6 +13,8 @@ from transformers import Trainer, TrainingArguments
 
 from lori_dist import config, load_adapter, plugin
 from lori_dist.__main__ import main
+from lori_dist.adapter import source
+from lori_dist.masks.magnitude import mask
 from lori_dist.merges import merge
 from tests.merges.made import adapter, block
 from tests.models import tiny_llama
@@ -78,6 +80,33 @@ def test_the_script_of_one_s_own_trains_with_the_trainer_of_transformers(
     trained = load_adapter("adapter.safetensors")
     assert trained.kept == round(0.1 * trained.total)
     assert all(entries.values.any() for entries in trained.blocks[0].entries.values())
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
+def test_the_lines_for_peft_train_both_phases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrap, phases = (text for text in blocks("python") if "peft_tuner" in text)
+    monkeypatch.chdir(tmp_path)
+    rows = [{"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}] * 8
+
+    def trainer_of(model: Any, steps: int) -> Trainer:
+        arguments = TrainingArguments(
+            output_dir="trainer", max_steps=steps, report_to=[], use_cpu=True, save_strategy="no", learning_rate=1e-2
+        )
+        return Trainer(model=model, args=arguments, train_dataset=rows)
+
+    wrapped = []
+    for _ in range(2):
+        names: dict[str, Any] = {"model": tiny_llama()}
+        exec(wrap, names)
+        wrapped.append(names["model"])
+    trainer = trainer_of(wrapped[0], 2)
+    trainer.train()
+    exec(phases, {"trainer": trainer, "new_model": wrapped[1], "mask": mask})
+    trainer_of(wrapped[1], 2).train()
+    wrapped[1].save_pretrained("sparse")
+    trained = source.load(Path("sparse"))
+    assert trained.kept == round(0.1 * trained.total)
+    assert any(entries.values.any() for entries in trained.blocks[0].entries.values())
 
 
 @pytest.mark.ray
