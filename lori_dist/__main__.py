@@ -109,7 +109,7 @@ def plan(arguments: argparse.Namespace) -> None:
         _write_json(arguments.out, found)
     if arguments.picture is not None:
         picture.save(found, arguments.picture)
-    print(table(found))
+    print(json.dumps(found, indent=2) if arguments.json else table(found))
 
 
 def _size(text: str) -> float:
@@ -525,6 +525,7 @@ examples:
     verb.add_argument("--network", type=_above_zero, metavar="GB/S", help="between nodes, all adapters of one together")
     verb.add_argument("--efficiency", type=_above_zero, metavar="X", help="share of the peak that is reached; 0.5")
     verb.add_argument("--price", type=_above_zero, metavar="X", help="of a device's hour")
+    verb.add_argument("--json", action="store_true", help="the same for programs, and more of it")
     verb.add_argument("--out", metavar="FILE", type=Path, help="write the plan there, as JSON")
     verb.add_argument("--picture", metavar="FILE", type=Path, help="write a picture of the memory there, as PNG")
 

@@ -21,11 +21,12 @@ from lori_dist.benchmarks._gang import gang
 from lori_dist.benchmarks._traffic import Traffic, local_bytes, moment_bytes, process_bytes
 from lori_dist.masks.random import mask
 from lori_dist.plan import file_bytes
-from lori_dist.plan.model import count, spec
+from lori_dist.plan.model import Counted, count, spec
 from lori_dist.plan.placement import Placement, memory, placements, traffic
 from lori_dist.training import checkpoint
 from lori_dist.training.data import Batch
 from lori_dist.training.engine import gather, trained
+from lori_dist.training.train import checkpoint_activations
 from lori_dist.training.weights import base_parameters, skeleton
 from lori_dist.training.world import World
 
@@ -40,6 +41,8 @@ MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {"vocab_size": 4096, "n_positions": 512, "n_embd": 256, "n_layer": 6, "n_head": 8}),
 }
 """Name -> type, and settings of its configuration."""
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
+"""Numbers of mallopt(3)."""
 ON_CPU = 0.15
 """Share of what is used that the C library's allocator wastes beside it."""
 
@@ -70,8 +73,9 @@ def run(
     default, hybrids as if there were two nodes. rows, length: of a rank's batch.
 
     Kinds: of a rank `base`, `adapter` (A, positions, values and what DeepSpeed keeps of them twice) and `moments`,
-    between steps; `gathered` and `reduced` in the collectives of a step, each the whole tensor; `file`, `checkpoint`;
-    `peak`: these between steps, and what the process grows by in a step.
+    between steps; `gathered` and `reduced` in the collectives of a step, each the whole tensor, and `gathered_2`,
+    `reduced_2` in those of a step of two micro-batches; `file`, `checkpoint`; `peak`: what there is between steps and
+    what the process grows by in one, and `peak_checkpointed`, with activation checkpointing.
     """
     rows_of_table: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -121,21 +125,40 @@ def _make_base(folder: Path, name: str) -> Path:
     return folder
 
 
-def _planned(counted: Any, placement: Placement) -> dict[str, int]:
+def _planned(counted: Counted, placement: Placement) -> dict[str, int]:
     kept = counted.kept
-    held = memory(counted, placement, kept=kept, checkpointing=False, projection="cached", fragmentation=ON_CPU)
-    sends = traffic(counted, placement, kept=kept, micro_batches=1, nodes=1)
-    by_kind = {kind: sum(one.bytes for one in sends if one.kind == kind) for kind in ("gather", "reduce")}
+    held, saving = (
+        memory(counted, placement, kept=kept, checkpointing=is_saving, fragmentation=ON_CPU)
+        for is_saving in (False, True)
+    )
+    one, two = (_sent(counted, placement, number) for number in (1, 2))
     return {
         "base": held["base"],
         "adapter": held["projections"] + held["positions"] + held["values"],
         "moments": held["moments"],
-        "gathered": by_kind["gather"],
-        "reduced": by_kind["reduce"],
+        "gathered": one.gathered,
+        "reduced": one.reduced,
+        "gathered_2": two.gathered,
+        "reduced_2": two.reduced,
         "file": file_bytes(counted),
         "checkpoint": 3 * 4 * kept,
         "peak": sum(held.values()),
+        "peak_checkpointed": sum(saving.values()),
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sent:
+    """Bytes of a step."""
+
+    gathered: int
+    reduced: int
+
+
+def _sent(counted: Counted, placement: Placement, micro_batches: int) -> _Sent:
+    sends = traffic(counted, placement, kept=counted.kept, micro_batches=micro_batches, nodes=1)
+    gathered = sum(one.bytes for one in sends if one.kind == "gather")
+    return _Sent(gathered=gathered, reduced=sum(one.bytes for one in sends) - gathered)
 
 
 # --- ranks -----------------------------------------------------------------------------------------------------------
@@ -149,6 +172,7 @@ def _measured(described: config.Run, placement: Placement, folder: Path) -> dict
 
 
 def _of_rank(world: World, setting: Setting) -> dict[str, int]:
+    _keep_no_freed_memory()
     described = setting.run
     rows, length = described.train.micro_batch_size, described.train.max_length
     ids = torch.randint(4096, (rows, length), generator=torch.Generator().manual_seed(world.rank))
@@ -161,10 +185,16 @@ def _of_rank(world: World, setting: Setting) -> dict[str, int]:
     build = plugin.find("engines", setting.engine, "build", "engine").load()
     engine = build(model, weights, described.train, world, state=None, **setting.options)
     targets = world.size * batch.labels[:, 1:].numel()
-    engine.step([batch], num_targets=targets, lr=1e-4)
-    grown = _growth(lambda: engine.step([batch], num_targets=targets, lr=1e-4))
+
+    def step(micro_batches: int = 1) -> None:
+        engine.step([batch] * micro_batches, num_targets=micro_batches * targets, lr=1e-4)
+
+    step()
+    grown = _growth(step)
     with Traffic() as sends:
-        engine.step([batch], num_targets=targets, lr=1e-4)
+        step()
+    with Traffic() as of_two:
+        step(2)
     state = checkpoint.save(setting.place / "checkpoints", "train", engine, world, origin={}, keep=1)
     values = gather(engine, "values", world)
     path = setting.place / "adapter.safetensors"
@@ -175,13 +205,19 @@ def _of_rank(world: World, setting: Setting) -> dict[str, int]:
         "adapter": sum(map(local_bytes, _of_adapter(model))) + _values(engine, setting),
         "moments": moment_bytes(engine),
     }
+    checkpoint_activations(model)
+    step()
+    grown_checkpointed = _growth(step)
     return {
         **held,
         "gathered": sends.gathered,
         "reduced": sends.reduced,
+        "gathered_2": of_two.gathered,
+        "reduced_2": of_two.reduced,
         "file": path.stat().st_size if world.rank == 0 else 0,
         "checkpoint": state.stat().st_size if world.rank == 0 else 0,
         "peak": sum(held.values()) + grown,
+        "peak_checkpointed": sum(held.values()) + grown_checkpointed,
     }
 
 
@@ -207,6 +243,13 @@ def _held(parameter: Any) -> int:
         return local_bytes(parameter)
     second = getattr(parameter, "ds_secondary_tensor", None)
     return local_bytes(parameter.ds_tensor) + (0 if second is None else local_bytes(second))
+
+
+def _keep_no_freed_memory() -> None:
+    """What is freed goes back to the system at once, so that a process has what its tensors take."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(MMAP_THRESHOLD, 1 << 14)
+    libc.mallopt(TRIM_THRESHOLD, 1 << 14)
 
 
 def _growth(step: Callable[[], Any]) -> int:

@@ -7,13 +7,14 @@ of memory that the allocator wastes.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lori_dist import tables
-from lori_dist.config import Run, trained_as
+from lori_dist.config import Run, Train, held_out, trained_as
 from lori_dist.errors import ConfigError
+from lori_dist.jobs import JOINT
 from lori_dist.plan.model import Counted, count
 from lori_dist.plan.placement import Placement, memory, placements, sent, traffic
 from lori_dist.training.train import phases
@@ -73,27 +74,29 @@ def plan(run: Run, hardware: Hardware) -> dict[str, Any]:
     trainings, cost, and how many tasks' trainings would fit at once (`cluster.packing`); and `recommended`.
     Raises ConfigError for a model whose configuration cannot be read or counted.
     """
-    model = count(run)
+    own = placements(hardware.gpus, hardware.nodes, run.train.engine)
+    model = count(run, ranks=hardware.gpus)
     steps = _steps(run)
-    found = [_placed(run, model, hardware, placement, steps) for placement in placements(hardware.gpus, hardware.nodes)]
+    found = [_placed(run, model, hardware, placement, steps) for placement in own]
     return {
         "model": {"path": run.model.path, **{key: getattr(model, key) for key in ("parameters", "base", "num_blocks")}},
         "adapter": {
             "entries": model.entries,
             "kept": model.kept,
+            "whole": model.whole,
             "projections": model.projections,
             "file": file_bytes(model),
-            "checkpoint": 3 * 4 * model.kept,
+            "checkpoint": 3 * 4 * (model.kept + model.whole),
         },
         "training": {"steps": steps, "tokens_per_step": _tokens(run), "tasks": list(run.tasks)},
         "hardware": dataclasses.asdict(hardware),
         "placements": found,
-        "recommended": recommended(found),
+        "recommended": recommended(found, run.train.activation_checkpointing),
     }
 
 
-def recommended(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """The fastest that fits, without activation checkpointing where that fits; and why."""
+def recommended(found: list[dict[str, Any]], checkpointing: bool) -> dict[str, Any]:
+    """The fastest that fits, without activation checkpointing where that fits and is not asked for; and why."""
     fitting = [one for one in found if one["fits"] or one["fits_with_checkpointing"]]
     if not fitting:
         least = min(found, key=lambda one: one["total_with_checkpointing"])
@@ -104,14 +107,15 @@ def recommended(found: list[dict[str, Any]]) -> dict[str, Any]:
             "more devices, a quantised base (model.quantize), fewer tokens (train.micro_batch_size, train.max_length)",
         }
     best = min(fitting, key=lambda one: one["seconds"])
-    needs = "" if best["fits"] else ", with train.activation_checkpointing: true"
+    is_saving = checkpointing or not best["fits"]
+    needs = ", with train.activation_checkpointing: true," if is_saving else ""
     bound = "computing" if best["step"]["compute"] >= best["step"]["traffic"] else "traffic"
     others = [one["name"] for one in found if one not in fitting]
     short = f"; {', '.join(others)} would not fit" if others else ""
     return {
         "placement": best["name"],
         "engine": best["engine"],
-        "activation_checkpointing": not best["fits"],
+        "activation_checkpointing": is_saving,
         "reason": f"{best['name']}{needs} is the fastest of {len(fitting)} that fit, bound by {bound}{short}",
     }
 
@@ -119,19 +123,17 @@ def recommended(found: list[dict[str, Any]]) -> dict[str, Any]:
 def _placed(
     run: Run, model: Counted, hardware: Hardware, placement: Placement, steps: Mapping[str, Mapping[str, int]]
 ) -> dict[str, Any]:
-    def of_rank(kept: int, checkpointing: bool) -> dict[str, int]:
+    def of_rank(checkpointing: bool) -> dict[str, int]:
         return memory(
             model,
             placement,
-            kept=kept,
+            kept=model.entries,  # the dense phase, which finds the mask, takes more than the sparse one
             checkpointing=checkpointing,
-            projection=run.adapter.projection,
+            micro_batches=_micro_batches(run, model, hardware),
             fragmentation=hardware.fragmentation,
         )
 
-    # The dense phase, which finds the mask, takes more than the sparse one.
-    most = model.entries
-    plain, saving = of_rank(most, False), of_rank(most, True)
+    plain, saving = of_rank(False), of_rank(True)
     room = hardware.gpu_memory - hardware.reserved
     fits, fits_saving = sum(plain.values()) <= room, sum(saving.values()) <= room
     is_saving = not fits or run.train.activation_checkpointing
@@ -166,7 +168,7 @@ def _step(
     run: Run, model: Counted, hardware: Hardware, placement: Placement, kept: int, checkpointing: bool
 ) -> dict[str, Any]:
     """Seconds of one, and bytes a rank sends by owner and link."""
-    micro = max(1, math.ceil(run.train.batch_size / (hardware.gpus * run.train.micro_batch_size)))
+    micro = _micro_batches(run, model, hardware)
     sends: dict[str, dict[str, int]] = {owner: {"inside": 0, "between": 0} for owner in ("base", "adapter")}
     seconds = 0.0
     for one in traffic(model, placement, kept=kept, micro_batches=micro, nodes=hardware.nodes):
@@ -175,12 +177,18 @@ def _step(
         slowest = size / hardware.link
         if one.spans_nodes:  # a ring leaves each node once
             sends[one.owner]["between"] += size
-            slowest = max(slowest, size / hardware.network)
+            slowest = max(slowest, one.rings * size / hardware.network)
         seconds += slowest / 1e9
     flops = model.flops or 4.0 * model.parameters
     tokens = micro * model.tokens
     compute = flops * (1.5 if checkpointing else 1.0) * tokens / (hardware.tflops * 1e12 * hardware.efficiency)
     return {"sent": sends, "compute": compute, "traffic": seconds, "seconds": max(compute, seconds)}
+
+
+def _micro_batches(run: Run, model: Counted, hardware: Hardware) -> int:
+    """Of a rank in a step, at most."""
+    rows = model.tokens // run.train.max_length
+    return math.ceil(run.train.batch_size / (hardware.gpus * rows))
 
 
 def _packed(model: Counted, used: Mapping[str, int], room: float, checkpointing: bool) -> int:
@@ -197,14 +205,25 @@ def _tokens(run: Run) -> int:
 
 
 def _steps(run: Run) -> dict[str, dict[str, int]]:
-    """Task -> phase -> steps."""
-    found = {}
-    for task, settings in run.tasks.items():
-        train = trained_as(run, task)
-        is_told = train.steps is not None and train.calibrate.epochs is None
-        num_rows = 0 if is_told else sum(1 for _ in tables.read(settings.train))
-        found[task] = {one.name: one.num_steps for one in phases(train, run.adapter.density, num_rows)}
-    return found
+    """Task, or `joint` -> phase -> steps."""
+    if run.multitask.name == "joint":
+        return {JOINT: _phases(run.train, [task.train for task in run.tasks.values()], run.adapter.density)}
+    return {
+        # Of an adapter whose training goes on, the entries are known.
+        name: _phases(
+            trained_as(run, name),
+            [task.train, *task.mixture],
+            1.0 if task.start else run.adapter.density,
+            held_out(run, name),
+        )
+        for name, task in run.tasks.items()
+    }
+
+
+def _phases(train: Train, files: Iterable[str], density: float, num_held_out: int = 0) -> dict[str, int]:
+    is_told = train.steps is not None and train.calibrate.epochs is None
+    num_rows = 0 if is_told else sum(1 for path in files for _ in tables.read(path)) - num_held_out
+    return {one.name: one.num_steps for one in phases(train, density, num_rows)}
 
 
 HEADER = 400
@@ -214,7 +233,7 @@ HEADER = 400
 def file_bytes(model: Counted) -> int:
     """Values in fp32, and a mask, whose bits cost their entropy."""
     density = model.kept / model.entries
-    fixed = 4 * model.kept + HEADER * model.num_modules
+    fixed = 4 * (model.kept + model.whole) + HEADER * model.num_modules
     if density == 1:
         return fixed
     entropy = -(density * math.log2(density) + (1 - density) * math.log2(1 - density))

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from lori_dist.adapter import saved
 from lori_dist.adapter.adapter import Spec
-from lori_dist.adapter.attach import attach
+from lori_dist.adapter.attach import attach, trainable_projections
 from lori_dist.adapter.experts import is_experts
 from lori_dist.config import Run
 from lori_dist.errors import ConfigError
@@ -38,6 +39,8 @@ class Counted:
     """Entries of B over all modules."""
     kept: int
     """Those that are trained in the sparse phase."""
+    whole: int
+    """Entries that are trained besides, in both phases: of A where it is trained, and of modules_to_save."""
     projections: int
     """A, cached on every rank."""
     quantized: int
@@ -59,8 +62,10 @@ class Counted:
     """Of training on a token; None for mixtures of experts."""
 
 
-def count(run: Run) -> Counted:
-    """Raises ConfigError for a model whose configuration cannot be read, that has no blocks or fewer positions than a
+def count(run: Run, *, ranks: int = 1) -> Counted:
+    """ranks: that a batch is divided among, the micro-batch smaller where there are more of them than it has rows.
+
+    Raises ConfigError for a model whose configuration cannot be read, that has no blocks or fewer positions than a
     row has tokens, and for a mixture of experts, whose activations depend on what it is shown."""
     model = skeleton(run)
     experts = next((path for path, module in model.named_modules() if is_experts(module)), None)
@@ -76,12 +81,13 @@ def count(run: Run) -> Counted:
         )
     attached = attach(model, spec(run))
     flops = per_token(model, activation_checkpointing=False)
+    trained_a = sum(a.numel() for a in trainable_projections(model).values())
     blocks = _blocks(model)
     in_blocks = [sum(map(_bytes, _frozen(block))) for block in blocks]
     sizes = [(layer.deltas[0].out_features, layer.deltas[0].in_features) for layer in attached.values()]
     rank, entries = run.adapter.rank, sum(rows for rows, _ in sizes) * run.adapter.rank
-    one, two = (_saved(run, num_blocks) for num_blocks in (1, 2))
-    rows, length = run.train.micro_batch_size, run.train.max_length
+    rows, length = min(run.train.micro_batch_size, -(-run.train.batch_size // ranks)), run.train.max_length
+    one, two = (_saved(run, num_blocks, rows) for num_blocks in (1, 2))
     dtype = getattr(torch, run.model.dtype)
     settings = model.config.get_text_config()
     return Counted(
@@ -93,7 +99,8 @@ def count(run: Run) -> Counted:
         num_modules=len(sizes),
         entries=entries,
         kept=round(run.adapter.density * entries),
-        projections=sum(columns for _, columns in sizes) * rank * getattr(torch, run.adapter.dtype).itemsize,
+        whole=trained_a + sum(parameter.numel() for parameter in saved.parameters(model).values()),
+        projections=_cached(run) * sum(columns for _, columns in sizes) * rank,
         quantized=max((rows * columns for rows, columns in sizes), default=0) if run.model.quantize else 0,
         widest_b=max(rows for rows, _ in sizes) * rank,
         vocabulary=settings.vocab_size,
@@ -125,8 +132,20 @@ def skeleton(run: Run, *, num_blocks: int | None = None, quantized: bool = True)
 
 def spec(run: Run) -> Spec:
     adapter = run.adapter
-    dtype = getattr(torch, adapter.dtype)
-    return Spec(rank=adapter.rank, alpha=adapter.alpha, seed=adapter.seed, targets=adapter.targets, dtype=dtype)
+    return Spec(
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        seed=adapter.seed,
+        targets=adapter.targets,
+        dtype=getattr(torch, adapter.dtype),
+        projection=adapter.projection,
+        modules_to_save=adapter.modules_to_save,
+    )
+
+
+def _cached(run: Run) -> int:
+    """Bytes of an entry of A in a layer."""
+    return getattr(torch, run.adapter.dtype).itemsize if run.adapter.projection == "cached" else 0
 
 
 def _blocks(model: PreTrainedModel) -> list[nn.Module]:
@@ -150,8 +169,8 @@ def _bytes(tensor: Tensor) -> int:
 # --- activations -----------------------------------------------------------------------------------------------------
 
 
-def _saved(run: Run, num_blocks: int) -> int:
-    """What a forward pass of a micro-batch keeps for the backward pass, in a model of so many blocks."""
+def _saved(run: Run, num_blocks: int, rows: int) -> int:
+    """What a forward pass of so many rows keeps for the backward pass, in a model of so many blocks."""
     # Products with quantised weights keep what others do.
     model = skeleton(run, num_blocks=num_blocks, quantized=False)
     attach(model, spec(run))
@@ -168,7 +187,7 @@ def _saved(run: Run, num_blocks: int) -> int:
                 kept[_address(tensor)] = tensor.untyped_storage().nbytes()
             return tensor
 
-        ids = torch.zeros(run.train.micro_batch_size, run.train.max_length, dtype=torch.int64, device="cpu")
+        ids = torch.zeros(rows, run.train.max_length, dtype=torch.int64, device="cpu")
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             held.append(model(input_ids=ids, use_cache=False))
     return sum(kept.values())

@@ -2,9 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from lori_dist.config import Choice
+from lori_dist.errors import ConfigError
 from lori_dist.plan.model import Counted
+
+Kind = Literal["gather", "reduce", "all_reduce"]
+Owner = Literal["base", "adapter"]
 
 LIVE = 10**9
 """Entries that DeepSpeed's stage 3 keeps gathered (stage3_max_live_parameters, max_reuse_distance)."""
@@ -14,6 +19,12 @@ MEMORY = (
     "buffers", "fragmentation",
 )  # fmt: skip
 """Kinds of memory, in the order of tables and pictures."""
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "ddp": {},
+    "fsdp": {"base": "sharded", "replicas": 1, "offload": False},
+    "deepspeed": {"stage": 2, "hpz": 1, "offload": False},
+}
+"""Of the options of engines that can be planned."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,8 +45,36 @@ class Placement:
         return f"{self.engine} ({shown})" if shown else self.engine
 
 
-def placements(ranks: int, nodes: int) -> Iterator[Placement]:
-    """All there are, those of one node and of hybrids only where there is more than one rank, or node."""
+def placements(ranks: int, nodes: int, own: Choice | None = None) -> Iterator[Placement]:
+    """All there are, hybrids only where there is more than one node; and a run's own, where it is none of these.
+
+    Raises ConfigError for a run's own that so many ranks cannot have.
+    """
+    listed = list(_listed(ranks, nodes))
+    yield from listed
+    if own is not None and own.name in DEFAULTS:
+        found = _own(ranks, own)
+        if all(found.name != one.name for one in listed):
+            yield found
+
+
+def _own(ranks: int, own: Choice) -> Placement:
+    given = {key: value for key, value in own.options.items() if value != DEFAULTS[own.name].get(key)}
+    options = {"stage": 2, **given} if own.name == "deepspeed" else given
+    for key in ("replicas", "hpz"):
+        if ranks % options.get(key, 1):
+            raise ConfigError(
+                f"train.engine.{key}: {options[key]} was given for {ranks} GPUs; give a number that divides them"
+            )
+    if own.name == "ddp" or options.get("base") == "replicated" or options.get("stage", 3) < 3:
+        base_shards = 1
+    else:
+        base_shards = ranks // options.get("replicas", 1)
+    value_shards = ranks if options.get("base") == "replicated" else base_shards
+    return Placement(engine=own.name, options=options, ranks=ranks, base_shards=base_shards, value_shards=value_shards)
+
+
+def _listed(ranks: int, nodes: int) -> Iterator[Placement]:
 
     def made(engine: str, base_shards: int, value_shards: int, **options: Any) -> Placement:
         return Placement(
@@ -58,26 +97,36 @@ def placements(ranks: int, nodes: int) -> Iterator[Placement]:
 
 
 def memory(
-    model: Counted, placement: Placement, *, kept: int, checkpointing: bool, projection: str, fragmentation: float = 0.0
+    model: Counted,
+    placement: Placement,
+    *,
+    kept: int,
+    checkpointing: bool,
+    micro_batches: int = 1,
+    fragmentation: float = 0.0,
 ) -> dict[str, int]:
     """Bytes of a rank by kind, at the most in a step, which is when the backward pass begins.
 
-    kept: entries that are trained. fragmentation: what the allocator wastes, as a share of the rest.
+    kept: entries of B that are trained. fragmentation: what the allocator wastes, as a share of the rest.
     """
-    moments = -(-2 * FP32 * kept // _moment_shards(placement))
+    trained = kept + model.whole
+    # FSDP sums the gradients of micro-batches before they are reduced.
+    is_summed = placement.engine == "fsdp" and micro_batches > 1
+    is_host = bool(placement.options.get("offload"))  # where the shards wait
+    trains_on_host = is_host and placement.engine == "fsdp"
     found = {
-        "base": _base(model, placement),
+        "base": 0 if is_host else _base(model, placement),
         "gathered": _gathered(model, placement),
-        "projections": model.projections if projection != "recomputed" else 0,
+        "projections": model.projections,
         "positions": FP32 * kept if kept < model.entries else 0,
-        "values": _values(placement, kept),
-        "gradients": -(-FP32 * kept // placement.value_shards),
-        "moments": moments,
+        "values": 0 if trains_on_host else _values(placement, trained),
+        "gradients": -(-FP32 * trained // placement.value_shards) * (not trains_on_host) + FP32 * trained * is_summed,
+        "moments": 0 if trains_on_host else -(-2 * FP32 * trained // _moment_shards(placement)),
         "activations": activations(model, checkpointing=checkpointing),
         # What the head gives, the targets' part of it, that in fp32, and its log-softmax.
         "logits": model.tokens * model.vocabulary * (2 * model.dtype + 2 * FP32),
         "buffers": (model.widest_b + model.quantized) * (model.dtype + FP32)
-        + FP32 * min(kept, 25_000_000) * (placement.engine != "fsdp"),
+        + FP32 * min(trained, 25_000_000) * (placement.engine != "fsdp"),
     }
     return {**found, "fragmentation": round(fragmentation * sum(found.values()))}
 
@@ -103,14 +152,14 @@ def _gathered(model: Counted, placement: Placement) -> int:
     return min(model.base, LIVE * model.dtype)
 
 
-def _values(placement: Placement, kept: int) -> int:
+def _values(placement: Placement, trained: int) -> int:
     """What is updated, and, where that is sharded by DeepSpeed, what computes."""
     if placement.engine == "ddp":
-        return FP32 * kept
-    share = -(-FP32 * kept // placement.ranks)
+        return FP32 * trained
+    share = -(-FP32 * trained // placement.ranks)
     if placement.engine == "deepspeed":
-        return share + (share if placement.options["stage"] == 3 else FP32 * kept)
-    return -(-FP32 * kept // placement.value_shards)
+        return share + (share if placement.options["stage"] == 3 else FP32 * trained)
+    return -(-FP32 * trained // placement.value_shards)
 
 
 def _moment_shards(placement: Placement) -> int:
@@ -124,55 +173,59 @@ def _moment_shards(placement: Placement) -> int:
 class Collective:
     """Bytes of the whole tensors that are made or reduced in a step."""
 
-    kind: str
-    """gather or reduce."""
-    owner: str
-    """base or adapter."""
+    kind: Kind
+    """reduce: of what is summed, each rank gets its share; all_reduce: all of it."""
+    owner: Owner
     bytes: int
     group: int
     """Ranks that take part."""
     spans_nodes: bool
+    rings: int = 1
+    """Groups that send at the same time from the same node."""
 
 
 def traffic(model: Counted, placement: Placement, *, kept: int, micro_batches: int, nodes: int) -> list[Collective]:
     """Of one step of so many micro-batches."""
-    ranks, values, found = placement.ranks, FP32 * kept, []
-    if ranks == 1:
-        return []
-    spans, inside = nodes > 1, placement.base_shards < ranks or "hpz" in placement.options
+    ranks, values, found = placement.ranks, FP32 * (kept + model.whole), list[Collective]()
+    spans = nodes > 1
 
-    def add(kind: str, owner: str, size: int, group: int, spans_nodes: bool) -> None:
-        if group == 1:
-            return
-        found.append(Collective(kind=kind, owner=owner, bytes=size, group=group, spans_nodes=spans_nodes))
+    def add(kind: Kind, owner: Owner, size: int, group: int, spans_nodes: bool, rings: int = 1) -> None:
+        if group > 1:
+            found.append(
+                Collective(kind=kind, owner=owner, bytes=size, group=group, spans_nodes=spans_nodes, rings=rings)
+            )
 
     if placement.engine == "ddp":
-        add("reduce", "adapter", values, ranks, spans)
+        add("all_reduce", "adapter", values, ranks, spans)
     elif placement.engine == "fsdp":
-        group = placement.value_shards
-        crosses = spans and group == ranks
+        group, per_node = placement.value_shards, ranks // nodes
+        crosses = spans and group > per_node
         if placement.base_shards > 1:
             rest = model.base - model.blocks
             add("gather", "base", micro_batches * (2 * model.blocks + rest), group, crosses)
             add("gather", "adapter", micro_batches * 2 * values, group, crosses)
         else:
-            add("gather", "adapter", values, group, crosses)
+            add("gather", "adapter", micro_batches * values, group, crosses)
         add("reduce", "adapter", values, group, crosses)
-        if group < ranks:
-            add("reduce", "adapter", -(-values // group), ranks // group, spans)
+        # A rank's share is that of one rank of every other group, with which it is summed.
+        add("all_reduce", "adapter", -(-values // group), ranks // group, spans, min(group, per_node))
     elif placement.options["stage"] < 3:
-        add("reduce", "adapter", values, ranks, spans)
+        times = micro_batches if placement.options["stage"] == 2 else 1
+        add("all_reduce", "adapter", times * values, ranks, spans)
         add("gather", "adapter", values, ranks, spans)
     else:
         times = 1 if model.parameters <= LIVE else 2
+        near = placement.options.get("hpz", 1)
         add("gather", "base", micro_batches * model.base, ranks, spans)
-        if times == 2:  # again in the backward pass, of the node's own copy where there is one
-            add("gather", "base", micro_batches * model.base, placement.options.get("hpz", ranks), spans and not inside)
+        if times == 2:  # again in the backward pass, of the neighbours' own copy where there is one
+            is_near = 1 < near <= ranks // nodes
+            add("gather", "base", micro_batches * model.base, near if near > 1 else ranks, spans and not is_near)
         add("gather", "adapter", micro_batches * times * values, ranks, spans)
-        add("reduce", "adapter", values, ranks, spans)
+        add("reduce", "adapter", micro_batches * values, ranks, spans)
     return found
 
 
 def sent(collective: Collective) -> int:
-    """Bytes that a rank sends in a ring: twice as much where all get what is reduced."""
-    return round(collective.bytes * (collective.group - 1) / max(1, collective.group))
+    """Bytes that a rank sends in a ring: to get all of what is summed, its shares are summed and then gathered."""
+    rounds = 2 if collective.kind == "all_reduce" else 1
+    return round(rounds * collective.bytes * (collective.group - 1) / collective.group)

@@ -48,7 +48,14 @@ def main(how: dict[str, Any]) -> Trainer:
     return trainer
 
 
+def share_of_base(model: Any) -> float:
+    """That this rank holds."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    held = sum(getattr(parameter, "ds_tensor", parameter).numel() for parameter in frozen)
+    return held / sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in frozen)
+
+
 if __name__ == "__main__":
     made = main(json.loads(sys.argv[-1]))
     if made.is_world_process_zero():
-        print("WRAPPER", type(made.model_wrapped).__name__)
+        print("WRAPPER", type(made.model_wrapped).__name__, f"BASE {share_of_base(made.model):.1f}")
