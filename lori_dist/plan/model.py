@@ -52,6 +52,8 @@ class Counted:
     """Of an entry of what is computed."""
     block_activations: int
     """Kept for the backward pass by one block, of one micro-batch."""
+    block_gradients: int
+    """That a block has at once in its backward pass: of what it multiplies, and of the two factors."""
     block_input: int
     """All that activation checkpointing keeps of a block."""
     other_activations: int
@@ -106,6 +108,7 @@ def count(run: Run, *, ranks: int = 1) -> Counted:
         vocabulary=settings.vocab_size,
         dtype=dtype.itemsize,
         block_activations=two - one,
+        block_gradients=3 * rows * length * max(map(max, sizes)) * dtype.itemsize,
         block_input=rows * length * settings.hidden_size * dtype.itemsize,
         other_activations=max(0, 2 * one - two),
         tokens=rows * length,

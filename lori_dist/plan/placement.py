@@ -105,7 +105,8 @@ def memory(
     micro_batches: int = 1,
     fragmentation: float = 0.0,
 ) -> dict[str, int]:
-    """Bytes of a rank by kind, at the most in a step, which is when the backward pass begins.
+    """Bytes of a rank by kind, at the moment of a step that takes the most: when there is a loss, or when the gradient
+    is in the first of the blocks that it meets.
 
     kept: entries of B that are trained. fragmentation: what the allocator wastes, as a share of the rest.
     """
@@ -114,27 +115,32 @@ def memory(
     is_summed = placement.engine == "fsdp" and micro_batches > 1
     is_host = bool(placement.options.get("offload"))  # where the shards wait
     trains_on_host = is_host and placement.engine == "fsdp"
-    found = {
+    held = {
         "base": 0 if is_host else _base(model, placement),
-        "gathered": _gathered(model, placement),
         "projections": model.projections,
         "positions": FP32 * kept if kept < model.entries else 0,
         "values": 0 if trains_on_host else _values(placement, trained),
         "gradients": -(-FP32 * trained // placement.value_shards) * (not trains_on_host) + FP32 * trained * is_summed,
         "moments": 0 if trains_on_host else -(-2 * FP32 * trained // _moment_shards(placement)),
-        "activations": activations(model, checkpointing=checkpointing),
-        # What the head gives, the targets' part of it, that in fp32, and its log-softmax.
-        "logits": model.tokens * model.vocabulary * (2 * model.dtype + 2 * FP32),
         "buffers": (model.widest_b + model.quantized) * (model.dtype + FP32)
         + FP32 * min(trained, 25_000_000) * (placement.engine != "fsdp"),
     }
-    return {**found, "fragmentation": round(fragmentation * sum(found.values()))}
-
-
-def activations(model: Counted, *, checkpointing: bool) -> int:
-    if checkpointing:
-        return model.num_blocks * model.block_input + model.block_activations + model.other_activations
-    return model.num_blocks * model.block_activations + model.other_activations
+    kept_of_block = model.block_input if checkpointing else model.block_activations
+    saved = model.num_blocks * kept_of_block + model.other_activations
+    again = model.block_activations if checkpointing else 0
+    moments = (
+        # Of the logits in fp32: they, their log-softmax, and the gradient of either.
+        {
+            "activations": saved,
+            "logits": 3 * FP32 * model.tokens * model.vocabulary,
+            "gathered": _root(model, placement),
+        },
+        {"activations": saved + again + model.block_gradients, "logits": 0, "gathered": _gathered(model, placement)},
+    )
+    most = max(moments, key=lambda moment: sum(moment.values()))
+    found = held | most
+    found["fragmentation"] = round(fragmentation * sum(found.values()))
+    return {kind: found[kind] for kind in MEMORY}
 
 
 def _base(model: Counted, placement: Placement) -> int:
@@ -143,13 +149,17 @@ def _base(model: Counted, placement: Placement) -> int:
 
 
 def _gathered(model: Counted, placement: Placement) -> int:
-    """Of the base, whole at once: a block that computes, and the next, as it arrives."""
+    """Of the base, whole at once: a block that computes, and the next, as it arrives and is copied into place."""
+    if placement.engine == "fsdp" and placement.base_shards > 1:
+        return _root(model, placement) + 3 * model.block
+    return _root(model, placement)
+
+
+def _root(model: Counted, placement: Placement) -> int:
+    """What stays whole from the forward to the backward pass: of FSDP all but blocks, of DeepSpeed the last used."""
     if placement.base_shards == 1:
         return 0
-    rest = model.base - model.blocks  # embeddings and head
-    if placement.engine == "fsdp":  # what arrives is copied into place; the root stays from forward to backward
-        return rest + 3 * model.block
-    return min(model.base, LIVE * model.dtype)
+    return model.base - model.blocks if placement.engine == "fsdp" else min(model.base, LIVE * model.dtype)
 
 
 def _values(placement: Placement, trained: int) -> int:

@@ -109,7 +109,8 @@ def test_memory_falls_with_more_ranks_and_with_checkpointing(
     model = Counted(
         parameters=base, base=2 * base, block=base // 8, blocks=base, num_blocks=8, num_modules=56, entries=entries,
         kept=entries, whole=0, projections=entries, quantized=0, widest_b=1, vocabulary=100, dtype=2,
-        block_activations=10**6, block_input=10**5, other_activations=0, tokens=10, flops=4.0 * base,
+        block_activations=10**6, block_gradients=10**4, block_input=10**5, other_activations=0, tokens=10,
+        flops=4.0 * base,
     )  # fmt: skip
     kept = entries // 10 if is_sparse else entries
     few, many = (list(placements(ranks * nodes, nodes)) for ranks in (2 * half, 4 * half))
@@ -255,7 +256,9 @@ def test_hardware_that_does_not_divide_is_refused() -> None:
 
 # --- measured --------------------------------------------------------------------------------------------------------
 
-COUNTABLE = ("base", "adapter", "moments", "gathered", "reduced", "file", "checkpoint")
+COUNTABLE = (
+    "base", "adapter", "moments", "gathered", "reduced", "gathered_2", "reduced_2", "file", "checkpoint",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -266,8 +269,13 @@ COUNTABLE = ("base", "adapter", "moments", "gathered", "reduced", "file", "check
     ],
     ids=["two", "all"],
 )
-def test_what_can_be_counted_is_within_five_percent(models: list[str], engines: list[str], ranks: list[int]) -> None:
+def test_plans_are_within_five_percent_and_peaks_within_twenty(
+    models: list[str], engines: list[str], ranks: list[int]
+) -> None:
     ratios = measure(models=models, engines=engines, ranks=ranks)["ratios"]
     for kind in COUNTABLE:
         low, high = ratios[kind]
         assert 0.95 <= low <= high <= 1.05, (kind, low, high)
+    for kind in ("peak", "peak_checkpointed"):
+        low, high = ratios[kind]
+        assert 0.8 <= low <= high <= 1.2, (kind, low, high)
