@@ -97,7 +97,7 @@ def _by_first(
     mask: Callable[..., Mapping[str, Tensor]],
     options: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    def packed() -> dict[str, tuple[torch.Size, bytes]]:
+    def make() -> dict[str, tuple[torch.Size, bytes]]:
         values = checkpoint.read(path, phase, origin=origin).values
         b = {module: of_module for module, of_module in values.items() if _is_b(module)}
         if apart_from is not None:
@@ -109,7 +109,7 @@ def _by_first(
     def unpacked(shape: torch.Size, bits: bytes) -> Tensor:
         return _unpacked(np.frombuffer(bits, dtype=np.uint8), shape.numel()).view(shape)
 
-    return {module: unpacked(*packed) for module, packed in from_first(world, packed).items()}
+    return {module: unpacked(shape, bits) for module, (shape, bits) in from_first(world, make).items()}
 
 
 def _is_b(module: str) -> bool:
@@ -138,7 +138,7 @@ def _by_all(
     first = min(size * world.rank, num_entries)
     mine = slice(first, min(first + size, num_entries))
 
-    def kept() -> Tensor:
+    def kept() -> Tensor:  # what is held of B is gone before the whole mask is there
         held = _dealt(values, num_entries, mine, world)
         share = _share(held, mine, places, world)
         if apart_from is not None:

@@ -72,13 +72,14 @@ def outcome(make: Callable[[], dict[str, Tensor]]) -> Any:
 Case = tuple[dict[str, Tensor], Choice, float]
 
 
+@pytest.fixture(scope="module")
 def cases() -> list[Case]:
     """What hypothesis makes: many ties and zeros, now and then what is no number."""
     made: list[Case] = []
     strange = st.one_of(st.none(), st.none(), st.sampled_from([float("nan"), float("inf")]))
 
     @given(adapters(), st.sampled_from(METHODS), DENSITIES, strange, st.integers(0, 100))
-    @settings(max_examples=150, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=100, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     def collect(b: dict[str, Tensor], mask: Choice, density: float, value: float | None, place: int) -> None:
         if value is not None:
             for tensor in list(b.values())[place % len(b) :]:
@@ -103,10 +104,9 @@ def choose_all(cases: list[Case], folder: Path) -> tuple[list[Any], list[Any]]:
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_choose_together_what_one_chooses_alone(world_size: int, tmp_path: Path) -> None:
-    made = cases()
-    assert {mask.name for _, mask, _ in made} == set(plugin.names("masks"))
-    for together, by_itself in run_distributed(choose_all, made, tmp_path, world_size=world_size):
+def test_ranks_choose_together_what_one_chooses_alone(world_size: int, cases: list[Case], tmp_path: Path) -> None:
+    assert {mask.name for _, mask, _ in cases} == set(plugin.names("masks"))
+    for together, by_itself in run_distributed(choose_all, cases, tmp_path, world_size=world_size):
         assert together == by_itself
         assert any(isinstance(found, str) for found in together)
 
