@@ -1,6 +1,5 @@
 """The shapes of a 70B model on one machine: attaching, masks, A, files, and one block that is trained for real."""
 
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ from lori_dist.adapter.attach import attach
 from lori_dist.adapter.linear import features
 from lori_dist.adapter.projection import checksum, projection
 from lori_dist.benchmarks._gang import gang
+from lori_dist.benchmarks._traffic import process_bytes
 from lori_dist.masks.magnitude import mask
 from lori_dist.training import checkpoint, masking
 from lori_dist.training.data import Batch
@@ -144,7 +144,7 @@ def _make_block(folder: Path, settings: Any) -> Path:
 
 
 def _peak() -> int:
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    return round(process_bytes("VmHWM") / 2**20)
 
 
 # --- ranks -----------------------------------------------------------------------------------------------------------
