@@ -129,6 +129,7 @@ def test_a_mask_of_the_user_s_own_gets_all_of_b_on_the_first_rank(tmp_path: Path
 def most_held(path: Path) -> tuple[int, int]:
     """Most bytes above those before: while B is written, each rank having half of it, and while its mask is chosen."""
     world = from_environment()
+    _select._PIECE, engine.WINDOW = 2**16, 2**16  # else what is worked on at once is much of so small a B
     shared = {f"layers.{number}.q": torch.zeros(MANY // 8) for number in range(8)}
     for place, tensor in enumerate(shared.values()):
         tensor.copy_(torch.randn(tensor.numel(), generator=torch.Generator().manual_seed(place)))
@@ -147,4 +148,4 @@ def test_no_rank_holds_all_of_b(tmp_path: Path) -> None:
     for writing, choosing in run_distributed(most_held, tmp_path / "x.safetensors", world_size=2):
         print(f"of B: {writing / size:.3f} while it is written, {choosing / size:.3f} while its mask is chosen")
         assert writing < 0.5 * size
-        assert choosing < (0.5 + 0.25 + 0.25) * size  # a half of B, the mask in bytes, and what the work needs
+        assert choosing < (0.5 + 2 * 0.125 + 0.2) * size  # half of B, its mask in bytes twice, and what is worked on
