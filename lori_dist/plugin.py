@@ -13,12 +13,11 @@ import importlib
 import importlib.machinery
 import importlib.util
 import re
-import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Annotated, Any, Literal
 
 from lori_dist.errors import ConfigError
@@ -58,12 +57,16 @@ class Method:
 
     def load(self) -> Callable[..., Any]:
         """Returns the function itself; this imports its module."""
-        module = self.name if "." in self.name else f"lori_dist.{self.folder}.{self.name}"
-        return typing.cast(Callable[..., Any], getattr(importlib.import_module(module), self.role))
+        return typing.cast(Callable[..., Any], getattr(self._module(), self.role))
 
     def companion(self, role: str) -> Callable[..., Any] | None:
-        """Another function of the same file, if it has one of that name; this imports its module."""
-        return getattr(sys.modules[self.load().__module__], role, None)
+        """Another function that the same file defines, if it does; this imports its module."""
+        module = self._module()
+        found = getattr(module, role, None)
+        return found if getattr(found, "__module__", None) == module.__name__ else None
+
+    def _module(self) -> ModuleType:
+        return importlib.import_module(self.name if "." in self.name else f"lori_dist.{self.folder}.{self.name}")
 
     def bind(self, options: Mapping[str, Any], path: str) -> dict[str, Any]:
         """Returns `options` checked against the signature. Raises ConfigError that lists every mistake under `path`."""

@@ -88,18 +88,19 @@ class Stored:
                 _fill(file, part)
                 flat[first : first + part.numel()].copy_(part)
 
+    def pieces(self) -> Iterator[Tensor]:
+        """All entries, flat, at most PIECE_BYTES at a time, in memory that the next piece takes. Raises as `read`."""
+        piece = torch.empty(min(self.numel, PIECE_BYTES // self.dtype.itemsize), dtype=self.dtype)
+        for first in range(0, self.numel, max(piece.numel(), 1)):
+            part = piece[: self.numel - first]
+            self.read(part, first)
+            yield part
+
     def equals(self, other: "Stored") -> bool:
         """Whether another tensor is the same, compared piece by piece."""
         if (self.dtype, self.shape) != (other.dtype, other.shape):
             return False
-        size = min(self.numel, PIECE_BYTES // self.dtype.itemsize)
-        for first in range(0, self.numel, max(size, 1)):
-            pieces = [torch.empty(min(size, self.numel - first), dtype=self.dtype) for _ in range(2)]
-            for where, piece in zip((self, other), pieces, strict=True):
-                where.read(piece, first)
-            if not torch.equal(*pieces):
-                return False
-        return True
+        return all(torch.equal(*pair) for pair in zip(self.pieces(), other.pieces(), strict=True))
 
 
 def stored(path: Path) -> dict[str, Stored]:

@@ -39,6 +39,15 @@ def test_a_method_has_its_options_and_its_summary() -> None:
     assert method.load().__name__ == "mask"
 
 
+def test_what_a_file_only_imports_is_no_companion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "borrowed").mkdir()
+    source = "from lori_dist.masks.magnitude import rule\n\n\ndef mask(b, *, density): ...\n"
+    (tmp_path / "borrowed" / "own.py").write_text(source)
+    assert plugin.find("masks", "magnitude", "mask", "adapter.mask").companion("rule") is not None
+    assert plugin.find("masks", "borrowed.own", "mask", "adapter.mask").companion("rule") is None
+
+
 def test_parameters_without_a_default_are_no_options() -> None:
     assert "density" not in plugin.find("masks", "random", "mask", "adapter.mask").options
     assert "weights" not in plugin.find("merges", "linear", "merge", "merge.method").options

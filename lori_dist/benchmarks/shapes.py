@@ -1,13 +1,15 @@
 """The shapes of a 70B model on one machine: attaching, masks, A, files, and one block that is trained for real."""
 
-import resource
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lori_dist import config, plugin
@@ -17,8 +19,12 @@ from lori_dist.adapter.attach import attach
 from lori_dist.adapter.linear import features
 from lori_dist.adapter.projection import checksum, projection
 from lori_dist.benchmarks._gang import gang
+from lori_dist.benchmarks._traffic import process_bytes
 from lori_dist.masks.magnitude import mask
+from lori_dist.training import checkpoint, masking
 from lori_dist.training.data import Batch
+from lori_dist.training.engine import Part, Quantity
+from lori_dist.training.train import CALIBRATE, digest_of
 from lori_dist.training.weights import skeleton
 from lori_dist.training.world import World
 
@@ -41,7 +47,9 @@ def run(
     """Rows for a table: what is done, seconds, and the process's most memory in MB at its end.
 
     model: a folder with a config.json. attach: the model is built on the meta device and an adapter attached to it.
-    mask: of the largest |B| over all entries, exactly, in one process. projection: A of one block, one thread, with
+    mask: of the largest |B| over all entries, exactly, in one process. calibrated: so many ranks, each holding a part,
+    write that B to a file. mask, RANKS ranks: they choose the mask from the file together; `megabytes` is that of the
+    rank that takes most, `before` what that was until then. projection: A of one block, one thread, with
     `entries_per_second`. write, read: the adapter's file. block: a model with one of the blocks, weights in bfloat16 in
     files, is loaded and trained on so many ranks, `seconds` of its last step, with rows * length tokens a rank.
     """
@@ -60,10 +68,12 @@ def run(
     spec = Spec(rank=rank, alpha=2.0 * rank, seed=0, dtype=torch.bfloat16)
     layers = timed("attach", lambda: attach(_on_meta(settings), spec))
     shapes = {path: features(layer.base) for path, layer in layers.items()}
-    generator = torch.Generator().manual_seed(0)
-    b = {path: torch.randn(rows_of_b, rank, generator=generator) for path, (rows_of_b, _) in shapes.items()}
+    b = dict(_calibrated_b(shapes, rank))
     masks = timed(
-        "mask", lambda: mask(b, density=density), kept=lambda made, _: int(sum(m.sum() for m in made.values()))
+        "mask",
+        lambda: mask(b, density=density),
+        kept=lambda made, _: _kept(made),
+        digest=lambda made, _: digest_of(made),
     )
     block = {path: shape for path, shape in shapes.items() if ".layers.0." in path}
     timed(
@@ -76,6 +86,10 @@ def run(
         path = Path(place) / "adapter.safetensors"
         timed("write", lambda: file.save(adapter, path), bytes=lambda *_: path.stat().st_size)
         timed("read", lambda: file.load(path))
+        calibrated = Path(place) / "calibrated.safetensors"
+        rows_of_table.append({"what": "calibrated", **gang(_written, ranks, calibrated, shapes, rank)})
+        together = gang(_chosen, ranks, calibrated, rank, density)
+        rows_of_table.append({"what": f"mask, {ranks} ranks", **together})
         base = _make_block(Path(place) / "base", settings)
         for engine in engines:
             found = gang(_trained, ranks, base, engine, spec, density, rows, length, steps)
@@ -88,8 +102,19 @@ def _on_meta(settings: Any) -> Any:
         return AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
 
 
+def _calibrated_b(shapes: Mapping[str, tuple[int, int]], rank: int) -> Iterator[tuple[str, Tensor]]:
+    """Any B: the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    for path, (rows_of_b, _) in shapes.items():
+        yield path, torch.randn(rows_of_b, rank, generator=generator)
+
+
+def _kept(masks: Mapping[str, Tensor]) -> int:
+    return int(sum(mask.sum() for mask in masks.values()))
+
+
 def _adapter(
-    spec: Spec, shapes: Mapping[str, tuple[int, int]], b: Mapping[str, Any], masks: Mapping[str, Any]
+    spec: Spec, shapes: Mapping[str, tuple[int, int]], b: Mapping[str, Tensor], masks: Mapping[str, Tensor]
 ) -> Adapter:
     """With the checksums of A of the first block alone made, as they would take minutes for all."""
     entries = {}
@@ -119,10 +144,52 @@ def _make_block(folder: Path, settings: Any) -> Path:
 
 
 def _peak() -> int:
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    return round(process_bytes("VmHWM") / 2**20)
 
 
 # --- ranks -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Held:
+    """As much of an engine as a file is written from."""
+
+    b: Mapping[str, Part]
+    num_steps: int = 0
+
+    def parts(self, quantity: Quantity) -> Mapping[str, Part]:
+        return self.b
+
+
+def _written(world: World, path: Path, shapes: Mapping[str, tuple[int, int]], rank: int) -> dict[str, Any]:
+    b = {}
+    for module, tensor in _calibrated_b(shapes, rank):
+        first, end = (tensor.numel() * number // world.size for number in (world.rank, world.rank + 1))
+        b[module] = Part(start=first, data=tensor.view(-1)[first:end].clone())
+    held: Any = _Held(b=b)
+
+    def write() -> None:
+        checkpoint.write_state(path, CALIBRATE, held, world, origin={}, quantities=("values",))
+
+    return _measured(world, write)[1]
+
+
+def _chosen(world: World, path: Path, rank: int, density: float) -> dict[str, Any]:
+    settings = config.Adapter(rank=rank, density=density)
+    masks, found = _measured(world, lambda: masking.choose(path, CALIBRATE, origin={}, settings=settings, world=world))
+    return {**found, "kept": _kept(masks), "digest": digest_of(masks)}
+
+
+def _measured(world: World, do: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
+    before = _peak()
+    dist.barrier()
+    start = time.perf_counter()
+    result = do()
+    dist.barrier()
+    seconds = time.perf_counter() - start
+    most = torch.tensor([_peak(), before], device=world.device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return result, {"seconds": round(seconds, 3), "megabytes": int(most[0]), "before": int(most[1])}
 
 
 def _trained(

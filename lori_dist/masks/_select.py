@@ -1,6 +1,7 @@
-"""The k largest entries of each group of modules, exactly, without sorting or joining them."""
+"""The largest entries of each group of modules, exactly, without sorting or joining them, by one process or several."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,71 +9,115 @@ from torch import Tensor
 from lori_dist.errors import AdapterError, ConfigError
 
 Keys = Callable[[str], Iterator[Tensor]]
-"""Module path -> its entries' keys in flat order, in pieces: integers in [0, 2^bits) that order as the entries do."""
+"""Module path -> the keys of the entries that this process has, in flat order, in pieces."""
 
 _DIGIT = 11  # bits a pass decides: three passes over fp32, and a histogram that costs small adapters nothing
 _PIECE = 1 << 21  # entries worked on at once: bounds the temporaries, whatever the size of a module
+_GROUPS = 256  # whose histograms are added up at once: 4 MB
 
 
-def magnitudes(b: Mapping[str, Tensor], group: Callable[[str], str], density: float) -> dict[str, Tensor]:
-    """Which entries are among the largest |b| of their group, as the functions `mask` of this folder return it.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rule:
+    """What is kept: the entries with the largest keys of each group, of equal ones the earlier."""
 
-    group: module path -> name of its group. Of a group of n entries exactly max(1, round(density * n)) are kept, halves
-    rounded to even. Ties go to the earlier entry: by the order of `b`, then by flat index. Zeros are the smallest, so
-    they are kept only where there are too few others.
+    group: Callable[[str], str]
+    """Module path -> name of its group."""
+    keys: Callable[[str, int, Tensor], Tensor]
+    """Module path, flat position of the first, entries that follow each other -> their keys: integers that order as the
+    entries do and are not negative, always of one dtype for entries of one dtype."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """What one of several processes has of B: entries that follow each other, earlier processes having earlier ones."""
+
+    b: Mapping[str, Tensor]
+    """Module path -> the entries it has, of any shape. Every process has all modules, if only with nothing of them."""
+    starts: Mapping[str, int]
+    """Module path -> flat position of the first."""
+    sizes: Mapping[str, int]
+    """Module path -> entries of all processes."""
+    process: int = 0
+    num_processes: int = 1
+    total: Callable[[Tensor], Tensor] = lambda counts: counts
+    """Counts, int64, of this process -> those of all, added up; every process calls it as often."""
+
+    def before(self, counts: Tensor) -> Tensor:
+        """What earlier processes counted, added up."""
+        table = counts.new_zeros(self.num_processes, *counts.shape)
+        table[self.process] = counts
+        return self.total(table)[: self.process].sum(0)
+
+
+def magnitudes(module: str, start: int, entries: Tensor) -> Tensor:
+    """The keys of a rule that keeps the largest |b|; zeros are the smallest."""
+    # Without its sign, a float orders as the integer of the same bits.
+    integer = torch.int64 if entries.dtype == torch.float64 else torch.int32
+    return entries.view(integer) & torch.iinfo(integer).max
+
+
+def largest(b: Mapping[str, Tensor], rule: Rule, density: float) -> dict[str, Tensor]:
+    """Which entries a rule keeps, as the functions `mask` of this folder return it.
+
+    Of a group of n entries exactly max(1, round(density * n)) are kept, halves rounded to even. Ties go to the earlier
+    entry: by the order of `b`, then by flat index.
     Raises ConfigError if density is outside (0, 1], AdapterError naming the module for an entry that is not finite.
     """
-    wide = any(tensor.dtype == torch.float64 for tensor in b.values())
-    floating, integer, bits = (torch.float64, torch.int64, 63) if wide else (torch.float32, torch.int32, 31)
-
-    def keys(module: str) -> Iterator[Tensor]:
-        # Without its sign, a float orders as the integer of the same bits; the narrower types fit in exactly.
-        flat = b[module].detach().reshape(-1)
-        for start in range(0, flat.numel(), _PIECE):
-            piece = flat[start : start + _PIECE]
-            yield piece.to(floating).view(integer) & (2**bits - 1)
-
-    return largest(b, keys, bits, group, density)
+    sizes = {module: tensor.numel() for module, tensor in b.items()}
+    return largest_of(Share(b=b, starts=dict.fromkeys(b, 0), sizes=sizes), rule, density)
 
 
-def largest(
-    b: Mapping[str, Tensor], keys: Keys, bits: int, group: Callable[[str], str], density: float
-) -> dict[str, Tensor]:
-    """As `magnitudes`, for any keys: the largest of each group are kept, and ties go to the earlier entry."""
+def largest_of(share: Share, rule: Rule, density: float) -> dict[str, Tensor]:
+    """As `largest`, for the entries that this process has, in their shapes. Every process calls this.
+
+    The same is raised by all.
+    """
     if not 0 < density <= 1:
         raise ConfigError(f"density: {density} was given; it is kept entries over all of them, above 0 and at most 1")
-    for module, tensor in b.items():
-        _refuse_not_finite(module, tensor)
+    _refuse_not_finite(share)
+    # The narrower types fit in exactly.
+    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in share.b.values()) else torch.float32
+    bits = torch.iinfo(rule.keys("", 0, torch.empty(0, dtype=dtype)).dtype).bits - 1
+
+    def keys(module: str) -> Iterator[Tensor]:
+        flat = share.b[module].detach().reshape(-1)
+        for start in range(0, flat.numel(), _PIECE):
+            yield rule.keys(module, share.starts[module] + start, flat[start : start + _PIECE].to(dtype))
+
     groups: dict[str, list[str]] = {}
-    for module in b:
-        groups.setdefault(group(module), []).append(module)
+    for module in share.b:
+        groups.setdefault(rule.group(module), []).append(module)
+    found: list[tuple[int, int]] = []
+    for first in range(0, len(groups), _GROUPS):
+        found += _thresholds(share, keys, bits, list(groups.values())[first : first + _GROUPS], density)
     masks: dict[str, Tensor] = {}
-    for modules in groups.values():
-        masks.update(_keep(b, modules, keys, bits, density))
-    return {module: masks[module] for module in b}
+    for modules, (threshold, num_ties) in zip(groups.values(), found, strict=True):
+        masks.update(_keep(share, keys, modules, threshold, num_ties))
+    return {module: masks[module] for module in share.b}
 
 
-def _refuse_not_finite(module: str, tensor: Tensor) -> None:
+def _refuse_not_finite(share: Share) -> None:
+    found = share.total(torch.tensor([_num_not_finite(tensor) for tensor in share.b.values()], dtype=torch.int64))
+    for module, num_strange in zip(share.b, found.tolist(), strict=True):
+        if num_strange:
+            raise AdapterError(
+                f"{module}: {num_strange} of {share.sizes[module]} entries of B are NaN or infinite; "
+                "the calibration diverged, so lower its learning rate or clip its gradients"
+            )
+
+
+def _num_not_finite(tensor: Tensor) -> int:
     if torch.isfinite(tensor.sum()):  # so is every entry, seen without a copy; a sum can also overflow
-        return
-    num_strange = tensor.numel() - int(torch.isfinite(tensor).sum())
-    if num_strange:
-        raise AdapterError(
-            f"{module}: {num_strange} of {tensor.numel()} entries of B are NaN or infinite; "
-            "the calibration diverged, so lower its learning rate or clip its gradients"
-        )
+        return 0
+    return tensor.numel() - int(torch.isfinite(tensor).sum())
 
 
 def _keep(
-    b: Mapping[str, Tensor], modules: Sequence[str], keys: Keys, bits: int, density: float
+    share: Share, keys: Keys, modules: Sequence[str], threshold: int, num_ties: int
 ) -> Iterator[tuple[str, Tensor]]:
-    num_entries = sum(b[module].numel() for module in modules)
-    if num_entries == 0:
-        yield from ((module, torch.zeros_like(b[module], dtype=torch.bool)) for module in modules)
-        return
-    threshold, num_ties = _threshold(modules, keys, bits, max(1, round(density * num_entries)))
     for module in modules:
-        kept = torch.empty(b[module].numel(), dtype=torch.bool, device=b[module].device)
+        tensor = share.b[module]
+        kept = torch.empty(tensor.numel(), dtype=torch.bool, device=tensor.device)
         place = 0
         for piece in keys(module):
             mask = kept[place : place + piece.numel()]
@@ -82,28 +127,42 @@ def _keep(
                 mask[ties] = True
                 num_ties -= ties.numel()
             place += piece.numel()
-        yield module, kept.view(b[module].shape)
+        yield module, kept.view(tensor.shape)
 
 
-def _threshold(modules: Sequence[str], keys: Keys, bits: int, num_kept: int) -> tuple[int, int]:
-    """(key, num_ties): to keep num_kept entries, keep those above the key, and the first num_ties of those equal to it.
+def _thresholds(
+    share: Share, keys: Keys, bits: int, groups: Sequence[Sequence[str]], density: float
+) -> list[tuple[int, int]]:
+    """(key, num_ties) of each group: this process keeps its entries above the key, and the first so many equal to it.
 
     Radix selection: each pass counts the entries by the next digit of their key, among those that agree with the
-    threshold in the digits before. It ends as soon as all of those are kept.
+    threshold in the digits before. A group is done as soon as all of those are kept.
     """
-    known, num_left = 0, num_kept
+    sizes = [sum(share.sizes[module] for module in modules) for modules in groups]
+    num_left = [max(1, round(density * size)) for size in sizes]
+    known, ties = [0] * len(groups), [0] * len(groups)
+    left = [number for number, size in enumerate(sizes) if size]
     for shift in range((bits - 1) // _DIGIT * _DIGIT, -1, -_DIGIT):
-        counts = _counts(modules, keys, shift, known if shift + _DIGIT < bits else None)
-        num_above = counts.flip(0).cumsum(0).flip(0) - counts  # by digit: entries whose digit is larger
-        digit = int((num_above < num_left).nonzero()[0])
-        known = known << _DIGIT | digit
-        num_left -= int(num_above[digit])
-        if num_left == int(counts[digit]):
-            return (known << shift) - 1, 0
-    return known, num_left
+        if not left:
+            break
+        is_first = shift + _DIGIT >= bits
+        own = torch.stack(
+            [_counts(keys, groups[number], shift, None if is_first else known[number]) for number in left]
+        )
+        for number, counts, here in zip(left, share.total(own.clone()), own, strict=True):
+            num_above = counts.flip(0).cumsum(0).flip(0) - counts  # by digit: entries whose digit is larger
+            digit = int((num_above < num_left[number]).nonzero()[0])
+            known[number] = known[number] << _DIGIT | digit
+            num_left[number] -= int(num_above[digit])
+            ties[number] = int(here[digit])
+            if num_left[number] == int(counts[digit]):
+                known[number], num_left[number] = (known[number] << shift) - 1, 0
+        left = [number for number in left if num_left[number]]
+    before = share.before(torch.tensor(ties, dtype=torch.int64)).tolist()
+    return [(key, max(0, count - earlier)) for key, count, earlier in zip(known, num_left, before, strict=True)]
 
 
-def _counts(modules: Sequence[str], keys: Keys, shift: int, known: int | None) -> Tensor:
+def _counts(keys: Keys, modules: Sequence[str], shift: int, known: int | None) -> Tensor:
     """Entries by the digit of their key at `shift`, (2^11,), among those whose higher digits are `known`."""
     counts = torch.zeros(1 << _DIGIT, dtype=torch.int64)
     for module in modules:

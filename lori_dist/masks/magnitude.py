@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lori_dist.masks._select import magnitudes
+from lori_dist.masks._select import Rule, largest, magnitudes
 
 
 def mask(b: Mapping[str, Tensor], *, density: float) -> dict[str, Tensor]:
@@ -17,4 +17,9 @@ def mask(b: Mapping[str, Tensor], *, density: float) -> dict[str, Tensor]:
     Raises ConfigError if density is outside (0, 1], AdapterError naming the module for an entry that is not finite.
     Source: LoRI (arXiv 2504.07448), model-wise magnitude mask.
     """
-    return magnitudes(b, lambda module: "", density)
+    return largest(b, rule(), density)
+
+
+def rule() -> Rule:
+    """By which processes choose together."""
+    return Rule(group=lambda module: "", keys=magnitudes)

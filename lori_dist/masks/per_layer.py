@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lori_dist.masks._select import magnitudes
+from lori_dist.masks._select import Rule, largest, magnitudes
 
 
 def mask(b: Mapping[str, Tensor], *, density: float) -> dict[str, Tensor]:
@@ -15,7 +15,12 @@ def mask(b: Mapping[str, Tensor], *, density: float) -> dict[str, Tensor]:
     with the count, the ties and the zeros settled in each group apart.
     Source: juzhengz/LoRI (layer-wise mask).
     """
-    return magnitudes(b, _layer, density)
+    return largest(b, rule(), density)
+
+
+def rule() -> Rule:
+    """By which processes choose together."""
+    return Rule(group=_layer, keys=magnitudes)
 
 
 def _layer(module: str) -> str:

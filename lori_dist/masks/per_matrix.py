@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lori_dist.masks._select import magnitudes
+from lori_dist.masks._select import Rule, largest, magnitudes
 
 
 def mask(b: Mapping[str, Tensor], *, density: float) -> dict[str, Tensor]:
@@ -14,4 +14,9 @@ def mask(b: Mapping[str, Tensor], *, density: float) -> dict[str, Tensor]:
     least one entry.
     Source: juzhengz/LoRI (matrix-wise mask).
     """
-    return magnitudes(b, lambda module: module, density)
+    return largest(b, rule(), density)
+
+
+def rule() -> Rule:
+    """By which processes choose together."""
+    return Rule(group=lambda module: module, keys=magnitudes)

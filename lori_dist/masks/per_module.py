@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lori_dist.masks._select import magnitudes
+from lori_dist.masks._select import Rule, largest, magnitudes
 
 ATTENTION = ("attn", "attention", "q_proj", "k_proj", "v_proj", "o_proj", "qkv")
 MLP = ("mlp", "ffn", "feed_forward", "expert", "moe", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
@@ -18,7 +18,12 @@ def mask(b: Mapping[str, Tensor], *, density: float) -> dict[str, Tensor]:
     in each group apart.
     Source: juzhengz/LoRI (module-wise mask).
     """
-    return magnitudes(b, _kind, density)
+    return largest(b, rule(), density)
+
+
+def rule() -> Rule:
+    """By which processes choose together."""
+    return Rule(group=_kind, keys=magnitudes)
 
 
 def _kind(module: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lori_dist.masks._select import magnitudes
+from lori_dist.masks._select import Rule, largest, magnitudes
 
 
 def mask(b: Mapping[str, Tensor], *, density: float) -> dict[str, Tensor]:
@@ -14,4 +14,9 @@ def mask(b: Mapping[str, Tensor], *, density: float) -> dict[str, Tensor]:
     count, the ties and the zeros settled in each group apart.
     Source: juzhengz/LoRI (projection-wise mask).
     """
-    return magnitudes(b, lambda module: module.rpartition(".")[2], density)
+    return largest(b, rule(), density)
+
+
+def rule() -> Rule:
+    """By which processes choose together."""
+    return Rule(group=lambda module: module.rpartition(".")[2], keys=magnitudes)

@@ -1,16 +1,16 @@
 """Any entries: what a mask is worth shows against this one."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lori_dist.masks._select import largest
+from lori_dist.masks._select import Rule, largest
 
 _BITS = 62  # among 215M entries, two keys at the threshold are equal about once in 20 billion masks
-_PIECE = 1 << 20
+_BLOCK = 4  # words that the generator makes at once
 
 
 def mask(b: Mapping[str, Tensor], *, density: float, seed: int = 0) -> dict[str, Tensor]:
@@ -23,14 +23,17 @@ def mask(b: Mapping[str, Tensor], *, density: float, seed: int = 0) -> dict[str,
     other generators do not matter.
     Raises ConfigError if density is outside (0, 1], AdapterError naming the module for an entry that is not finite.
     """
+    return largest(b, rule(seed=seed), density)
 
-    def keys(module: str) -> Iterator[Tensor]:
+
+def rule(*, seed: int = 0) -> Rule:
+    """By which processes choose together."""
+
+    def keys(module: str, start: int, entries: Tensor) -> Tensor:
         digest = hashlib.blake2b(f"lori_dist.masks.random\0{seed}\0{module}".encode(), digest_size=16).digest()
-        words = np.random.Philox(key=int.from_bytes(digest, "little"))
-        flat = b[module].detach().reshape(-1)
-        for start in range(0, flat.numel(), _PIECE):
-            piece = flat[start : start + _PIECE]
-            raw = words.random_raw(piece.numel()) >> np.uint64(64 - _BITS)
-            yield torch.from_numpy(raw.view(np.int64)).to(flat.device) | (piece != 0).long() << _BITS
+        words = np.random.Philox(key=int.from_bytes(digest, "little")).advance(start // _BLOCK)
+        skipped = start % _BLOCK
+        raw = words.random_raw(skipped + entries.numel())[skipped:] >> np.uint64(64 - _BITS)
+        return torch.from_numpy(raw.view(np.int64)).to(entries.device) | (entries != 0).long() << _BITS
 
-    return largest(b, keys, _BITS + 1, lambda module: "", density)
+    return Rule(group=lambda module: "", keys=keys)

@@ -11,7 +11,9 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from lori_dist.errors import JobError
 from lori_dist.tensors import Stored, metadata, stored, write
-from lori_dist.training.engine import QUANTITIES, Engine, Quantity, State, gather
+from lori_dist.training.engine import QUANTITIES, Engine, Quantity, State, entries, gather_in_turn
 from lori_dist.training.world import World
 
 FORMAT = "lori-checkpoint-2"
@@ -49,7 +51,7 @@ def save(
 ) -> Path:
     """Writes a checkpoint and deletes all but the newest `keep` of its phase. Every rank calls this; rank 0 writes.
 
-    Rank 0 holds one quantity at a time. The file appears by a rename: a kill at any byte leaves the previous
+    Rank 0 holds a piece at a time. The file appears by a rename: a kill at any byte leaves the previous
     checkpoints as they were. still_mine: called on rank 0 before anything is written. skipped: steps whose updates were
     left out. spare: a step whose checkpoint stays.
     """
@@ -102,14 +104,14 @@ def write_state(
     quantities: Sequence[Quantity] = QUANTITIES,
     skipped: int = 0,
 ) -> None:
-    """Writes an engine's state, or some quantities of it, to a file of any name. Every rank calls this."""
-    first, *others = quantities
-    values = gather(engine, first, world)
+    """Writes an engine's state, or some quantities of it, to a file of any name. Every rank calls this; rank 0 writes,
+    and holds some of it at a time."""
+    modules = entries(engine, world)
     if world.rank > 0:
-        for quantity in others:
-            gather(engine, quantity, world)
+        for quantity in quantities:
+            for _ in gather_in_turn(engine, quantity, world):
+                pass
         return
-    modules = {module: tensor.numel() for module, tensor in values.items()}
     header = {
         "format": FORMAT,
         "phase": phase,
@@ -118,21 +120,17 @@ def write_state(
         "modules": modules,
         "origin": dict(origin),
     }
-    num_entries = sum(modules.values())
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]
-    layout = {quantity: (torch.float32, (num_entries,)) for quantity in quantities}
+    layout = {quantity: (torch.float32, (sum(modules.values()),)) for quantity in quantities}
     layout["digest"] = (torch.uint8, (DIGEST_BYTES,))
-    digest = hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=DIGEST_BYTES)
+    digest = _digest(header)
 
     def pieces() -> Iterator[Tensor]:
-        held = values
         for quantity in quantities:
-            if quantity != first:
-                held.clear()
-                held = gather(engine, quantity, world)
-            for tensor in held.values():
-                digest.update(tensor.numpy().data)
-                yield tensor
+            for held in gather_in_turn(engine, quantity, world):
+                for tensor in held.values():
+                    digest.update(tensor.numpy().data)
+                    yield tensor
         yield torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
     write(path, layout, pieces(), {KEY: json.dumps(header)})
@@ -143,12 +141,10 @@ def read(path: Path, phase: str, *, origin: Origin) -> State:
 
     Raises JobError if it is of another phase or origin, and Damaged, which is one, if it is not what was written.
     """
-    header, tensors = _load(path)
-    if header["phase"] != phase or header["origin"] != json.loads(json.dumps(origin)):
-        raise JobError(
-            f"{path}: is a checkpoint of something else: {_differences(header, phase, origin)}; delete {path.parent}, "
-            "or use another output folder"
-        )
+    header, found = _open(path)
+    tensors: dict[str, Tensor] = {}
+    _verify(path, header, found, (tensors.setdefault(quantity, found[quantity].load()) for quantity in _held(found)))
+    _refuse_another(path, header, phase, origin)
     sizes = list(header["modules"].values())
     parts = {
         quantity: dict(zip(header["modules"], tensors[quantity].split(sizes), strict=True))
@@ -159,8 +155,25 @@ def read(path: Path, phase: str, *, origin: Origin) -> State:
     return State(step=header["step"], skipped=header.get("skipped", 0), **parts)
 
 
+def check(path: Path, phase: str, *, origin: Origin) -> tuple[dict[str, int], Stored]:
+    """Module path -> its entries, and where the values of all lie, one after the other. Raises what `read` raises, but
+    holds a piece of the file at a time."""
+    header, found = _open(path)
+    _verify(path, header, found, chain.from_iterable(found[quantity].pieces() for quantity in _held(found)))
+    _refuse_another(path, header, phase, origin)
+    return header["modules"], found["values"]
+
+
 class Damaged(JobError):
     """What a file says about itself is not so."""
+
+
+def _refuse_another(path: Path, header: Mapping[str, Any], phase: str, origin: Origin) -> None:
+    if header["phase"] != phase or header["origin"] != json.loads(json.dumps(origin)):
+        raise JobError(
+            f"{path}: is a checkpoint of something else: {_differences(header, phase, origin)}; delete {path.parent}, "
+            "or use another output folder"
+        )
 
 
 def _differences(header: Mapping[str, Any], phase: str, origin: Origin) -> str:
@@ -183,31 +196,50 @@ def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
     }
 
 
-def _load(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
+def _open(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
+    """What a file says about itself, and where its tensors lie."""
+    with _damage(path):
         found = stored(path)
         header = json.loads(metadata(path)[KEY])
-        tensors = {name: _read(where) for name, where in found.items()}
-        digest = hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=DIGEST_BYTES)
-        for quantity in QUANTITIES:
-            if quantity in tensors:
-                digest.update(tensors[quantity].numpy().data)
-        written = bytes(tensors["digest"].numpy())
         version, num_entries = header["format"], sum(header["modules"].values())
-    except (OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise Damaged(f"{path}: cannot be read as a checkpoint ({error}); it is damaged") from error
     if version != FORMAT:
         raise Damaged(f"{path}: is not of format {FORMAT}; it is damaged or was written by another version")
-    is_whole = all(tensor.shape == (num_entries,) for name, tensor in tensors.items() if name in QUANTITIES)
-    if written != digest.digest() or not is_whole:
-        raise Damaged(f"{path}: its content does not match its digest; it is damaged")
-    return header, tensors
+    if any(
+        (found[quantity].shape, found[quantity].dtype) != ((num_entries,), torch.float32) for quantity in _held(found)
+    ):
+        raise _other_content(path)
+    return header, found
 
 
-def _read(where: Stored) -> Tensor:
-    tensor = torch.empty(where.shape, dtype=where.dtype)
-    where.read(tensor)
-    return tensor
+def _held(found: Mapping[str, Stored]) -> list[Quantity]:
+    return [quantity for quantity in QUANTITIES if quantity in found]
+
+
+def _verify(path: Path, header: Mapping[str, Any], found: Mapping[str, Stored], content: Iterable[Tensor]) -> None:
+    """content: of all quantities, in order."""
+    with _damage(path):
+        digest = _digest(header)
+        for tensor in content:
+            digest.update(tensor.numpy().data)
+        written = bytes(found["digest"].load().numpy())
+    if written != digest.digest():
+        raise _other_content(path)
+
+
+def _digest(header: Mapping[str, Any]) -> Any:
+    return hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=DIGEST_BYTES)
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise Damaged(f"{path}: cannot be read as a checkpoint ({error}); it is damaged") from error
+
+
+def _other_content(path: Path) -> Damaged:
+    return Damaged(f"{path}: its content does not match its digest; it is damaged")
 
 
 def _files(folder: Path, phase: str) -> list[Path]:

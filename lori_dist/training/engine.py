@@ -37,6 +37,9 @@ QUANTITIES: tuple[Quantity, ...] = ("values", "exp_avg", "exp_avg_sq")
 PIECE = 2**19
 """Entries that are sent at once when something is gathered: 2 MB."""
 
+WINDOW = 2**22
+"""Entries that rank 0 holds at once when something is gathered in turn: 16 MB, or one tensor."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class State:
@@ -237,19 +240,53 @@ def collect(engine: Engine, world: World) -> State:
     return State(step=engine.num_steps, values=values, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
 
 
-@torch.no_grad()
 def gather(engine: Engine, quantity: Quantity, world: World) -> dict[str, Tensor]:
     """A quantity in full, flat, on the CPU of rank 0; nothing on the others. A collective.
 
     Nothing of the base is sent, and besides the result no rank needs memory for more than PIECE entries.
     """
     parts = engine.parts(quantity)
+    return _gathered(parts, _holdings(parts, world), world)
+
+
+def gather_in_turn(engine: Engine, quantity: Quantity, world: World) -> Iterator[dict[str, Tensor]]:
+    """What `gather` gives, some tensors after the others: at most WINDOW entries, or one tensor. All ranks take all."""
+    parts = engine.parts(quantity)
     holdings = _holdings(parts, world)
+    for paths in _windows(_sizes(parts, holdings)):
+        some = {path: parts[path] for path in paths}
+        yield _gathered(some, [holding for holding in holdings if holding.path in some], world)
+
+
+def entries(engine: Engine, world: World) -> dict[str, int]:
+    """How many entries each trained tensor has, over all ranks. A collective."""
+    parts = engine.parts("values")
+    return _sizes(parts, _holdings(parts, world))
+
+
+def _sizes(parts: Mapping[str, Part], holdings: Iterable["_Holding"]) -> dict[str, int]:
+    sizes = dict.fromkeys(parts, 0)
+    for holding in holdings:
+        sizes[holding.path] = max(sizes[holding.path], holding.start + holding.numel)
+    return sizes
+
+
+def _windows(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    window: list[str] = []
+    for path in sizes:
+        if window and sum(sizes[one] for one in (*window, path)) > WINDOW:
+            yield window
+            window = []
+        window.append(path)
+    if window:
+        yield window
+
+
+@torch.no_grad()
+def _gathered(parts: Mapping[str, Part], holdings: Sequence["_Holding"], world: World) -> dict[str, Tensor]:
     gathered: dict[str, Tensor] = {}
     if world.rank == 0:
-        sizes = dict.fromkeys(parts, 0)
-        for holding in holdings:
-            sizes[holding.path] = max(sizes[holding.path], holding.start + holding.numel)
+        sizes = _sizes(parts, holdings)
         full = torch.empty(sum(sizes.values()))
         gathered = dict(zip(sizes, full.split(list(sizes.values())), strict=True))
     buffer = torch.empty(min(PIECE, sum(holding.numel for holding in holdings)), device=world.device)

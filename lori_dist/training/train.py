@@ -14,7 +14,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,13 +22,11 @@ from lori_dist import config, plugin
 from lori_dist.adapter import file, source
 from lori_dist.adapter.adapter import Adapter, Spec
 from lori_dist.adapter.attach import attach, extract, projection_checksums, refuse_other_projections
-from lori_dist.adapter.per_task import is_a
-from lori_dist.adapter.saved import is_saved
 from lori_dist.config import Run, held_out, trained_as
 from lori_dist.errors import AdapterError, ConfigError, JobError
 from lori_dist.jobs import Job as Planned
 from lori_dist.jobs import joint_job, task_seed, train_job
-from lori_dist.training import checkpoint, conflicts, data, flops, metrics, validation
+from lori_dist.training import checkpoint, conflicts, data, flops, masking, metrics, validation
 from lori_dist.training.data import Example
 from lori_dist.training.determinism import set_deterministic
 from lori_dist.training.divergence import MOST, UPDATE, Divergence
@@ -51,8 +48,6 @@ ADAPTER = "adapter.safetensors"
 CALIBRATED = "calibrated.safetensors"
 CHECKPOINTS = "checkpoints"
 CALIBRATE, TRAIN = "calibrate", "train"
-TINY = 1e-45
-"""What an entry that calibration left at zero counts as where others are not to be had."""
 
 log = logging.getLogger(__name__)
 
@@ -300,53 +295,14 @@ def _masks(job: Job, phase: Phase) -> dict[str, Tensor]:
 
 def calibrated_masks(job: Job, phase: Phase) -> dict[str, Tensor]:
     """The masks that a finished calibration gives, the same on all ranks."""
-    path = job.folder / CALIBRATED
-    chosen = job.run.adapter.mask
-    method = plugin.find("masks", chosen.name, "mask", "adapter.mask")
-    options = method.bind(chosen.options, "adapter.mask")
-
-    def choose() -> dict[str, tuple[torch.Size, bytes]]:
-        state = checkpoint.read(path, CALIBRATE, origin=origin_of(job, phase))
-        of_b = {module: values for module, values in state.values.items() if not is_a(module) and not is_saved(module)}
-        dense = {module: values.view(-1, job.run.adapter.rank) for module, values in of_b.items()}
-        if job.before is None or not job.is_disjoint:
-            masks = method.load()(dense, density=job.run.adapter.density, **options)
-        else:
-            taken = {module: taken_by(job.before, module) for module in dense}
-            for module, values in dense.items():
-                values.masked_fill_(values == 0, TINY).masked_fill_(taken[module], 0.0)  # zeros are kept last
-            masks = method.load()(dense, density=job.run.adapter.density, **options)
-            _refuse_taken(chosen.name, masks, taken)
-        return {module: (mask.shape, np.packbits(mask.numpy()).tobytes()) for module, mask in masks.items()}
-
-    # On one rank: nobody else needs B, and what is sent are bits.
-    return {module: _unpacked(*packed) for module, packed in from_first(job.world, choose).items()}
-
-
-def taken_by(adapter: Adapter, module: str) -> Tensor:
-    """Which entries of a module's B its blocks keep, (out_features, rank)."""
-    shape = adapter.shapes[module][0], adapter.blocks[0].rank
-    taken = torch.zeros(shape, dtype=torch.bool)
-    for block in adapter.blocks:
-        if module in block.entries:
-            index = block.entries[module].index
-            taken.view(-1)[slice(None) if index is None else index.long()] = True
-    return taken
-
-
-def _refuse_taken(method: str, masks: Mapping[str, Tensor], taken: Mapping[str, Tensor]) -> None:
-    for module, mask in masks.items():
-        count = int((mask & taken[module]).sum())
-        if count:
-            raise JobError(
-                f"adapter.mask: {method} keeps {count} entries of {module} that earlier tasks have, as too few others "
-                "are left; give a lower adapter.density, a mask over the whole model, or masks: independent"
-            )
-
-
-def _unpacked(shape: torch.Size, packed: bytes) -> Tensor:
-    bits = np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=shape.numel())
-    return torch.from_numpy(bits).bool().view(shape)
+    return masking.choose(
+        job.folder / CALIBRATED,
+        CALIBRATE,
+        origin=origin_of(job, phase),
+        settings=job.run.adapter,
+        world=job.world,
+        apart_from=job.before if job.is_disjoint else None,
+    )
 
 
 def is_calibrated(job: Job, phase: Phase) -> bool:
@@ -358,7 +314,7 @@ def is_calibrated(job: Job, phase: Phase) -> bool:
         if not path.exists():
             return False
         try:
-            checkpoint.read(path, CALIBRATE, origin=origin_of(job, phase))
+            checkpoint.check(path, CALIBRATE, origin=origin_of(job, phase))
         except checkpoint.Damaged as error:
             log.warning("%s; calibrating again", error)
             return False

@@ -42,6 +42,16 @@ def test_the_signature_is_the_one_documented(mask: Mask) -> None:
     assert mask.__doc__ is not None and mask.__doc__.startswith("Which entries of B live: ")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_processes_can_choose_together_with_the_same_options(name: str) -> None:
+    method = plugin.find("masks", name, "mask", "adapter.mask")
+    rule = method.companion("rule")
+    assert rule is not None
+    assert {option: parameter.default for option, parameter in inspect.signature(rule).parameters.items()} == {
+        option: about.default for option, about in method.options.items()
+    }
+
+
 @given(st.sampled_from(NAMES), adapters(), DENSITIES)
 def test_masks_are_bool_of_the_shapes_and_order_of_b_and_keep_a_known_number(
     name: str, b: dict[str, Tensor], density: float

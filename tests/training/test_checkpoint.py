@@ -152,8 +152,9 @@ def test_a_checkpoint_of_something_else_is_refused_with_what_differs(other: str,
 
 def test_another_phase_is_something_else(tmp_path: Path) -> None:
     [path] = save(tmp_path, 5)
-    with pytest.raises(JobError, match="phase is 'train' there and 'calibrate' here"):
-        checkpoint.read(path, "calibrate", origin=ORIGIN)
+    for read in (checkpoint.read, checkpoint.check):
+        with pytest.raises(JobError, match="phase is 'train' there and 'calibrate' here"):
+            read(path, "calibrate", origin=ORIGIN)
 
 
 def save_sharded(folder: Path) -> None:
@@ -206,6 +207,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
         assert_is(newest(tmp_path), 5)
     assert str(path) in caplog.text
     assert "continuing from the checkpoint before it" in caplog.text
+    with pytest.raises(checkpoint.Damaged, match="damaged"):
+        checkpoint.check(path, PHASE, origin=ORIGIN)
 
 
 def test_if_all_are_damaged_training_starts_over_with_a_warning_for_each(
