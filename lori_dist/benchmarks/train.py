@@ -25,7 +25,7 @@ from lori_dist.benchmarks._methods import METHODS, is_adapted, make_llama
 from lori_dist.benchmarks._timing import quotients
 from lori_dist.benchmarks._traffic import Traffic, moment_bytes, process_bytes, saved_bytes
 from lori_dist.errors import ConfigError
-from lori_dist.training import checkpoint
+from lori_dist.training import checkpoint, device
 from lori_dist.training.data import Batch
 from lori_dist.training.engine import Engine, gather, trained
 from lori_dist.training.world import World
@@ -86,8 +86,7 @@ def run(
     """
     chosen = engines.split(",")
     _check(chosen)
-    on_cuda = torch.cuda.is_available()
-    num_ranks = min(ranks, torch.cuda.device_count()) if on_cuda else ranks
+    num_ranks = device.num_ranks(ranks)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         make_llama(folder / "base", layers, hidden, length, VOCABULARY)
@@ -101,7 +100,7 @@ def run(
                 rows=rows,
                 length=length,
                 steps=steps,
-                dtype=dtype or ("bfloat16" if on_cuda else "float32"),
+                dtype=dtype or device.dtype_of_base(),
             )
             alone = {method: gang(_alone, num_ranks, setting, method, time.time()) for method in METHODS}
             together = gang(_together, num_ranks, setting)
@@ -272,8 +271,8 @@ def _memory(world: World, *, reset: bool) -> int:
     """The most bytes in use: of the device, on CPU of the whole process. reset: only what is in use now."""
     if world.device.type == "cuda":
         if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated()
+            device.reset_peak(world.device)
+        return device.memory(world.device)
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     return process_bytes("VmHWM")

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from lori_dist.jobs import joint_job, task_seed, train_job
 from lori_dist.training import checkpoint, conflicts, data, flops, metrics, validation
 from lori_dist.training.data import Example
 from lori_dist.training.determinism import set_deterministic
+from lori_dist.training.device import memory, reset_peak
 from lori_dist.training.divergence import MOST, UPDATE, Divergence
 from lori_dist.training.engine import Engine, State, StepResult, gather
 from lori_dist.training.joint import Joint
@@ -382,8 +382,7 @@ def _fit(job: Job, phase: Phase, masks: Mapping[str, Tensor] | None) -> tuple[Pr
     """Trains the entries that masks keep, from zero or from the newest checkpoint. Returns what holds them."""
     model, weights = _adapted_model(job, masks)
     mfu = flops.utilisation(model, job.run, job.world)  # before an engine shards the model
-    if job.world.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(job.world.device)
+    reset_peak(job.world.device)
     origin = {**origin_of(job, phase), "mask": digest_of(masks)}
     found = checkpoint.newest(job.folder / CHECKPOINTS, phase.name, origin)
     first = found.step + found.skipped if found else 0
@@ -711,13 +710,6 @@ def rewind(job: Job, phase: Phase, first: int) -> None:
         metrics.rewrite(job.folder, kept, name)
         if not kept and name == METRICS:
             forget(job.run, job.name)
-
-
-def memory(device: torch.device) -> int:
-    """Bytes: the most that tensors took since the phase began, or, without a device, what the process has resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _best(job: Job, records: Sequence[Record]) -> Record:
