@@ -29,6 +29,7 @@ from lori_dist.errors import AdapterError, ConfigError, JobError
 from lori_dist.jobs import Job as Planned
 from lori_dist.jobs import joint_job, task_seed, train_job
 from lori_dist.training import checkpoint, conflicts, data, flops, metrics, validation
+from lori_dist.training.compilation import compile_blocks
 from lori_dist.training.data import Example
 from lori_dist.training.determinism import set_deterministic
 from lori_dist.training.device import memory, reset_peak
@@ -39,7 +40,7 @@ from lori_dist.training.joint import batches as joint_batches
 from lori_dist.training.joint import rows_of_step as joint_rows
 from lori_dist.training.metrics import METRICS
 from lori_dist.training.metrics import Record as Record
-from lori_dist.training.model import check, check_base, identity, load_tokenizer
+from lori_dist.training.model import check, check_base, check_device, identity, load_tokenizer
 from lori_dist.training.schedule import learning_rate
 from lori_dist.training.surgery import Surgery, layers_of, surgery
 from lori_dist.training.trackers import forget, tracked
@@ -181,6 +182,7 @@ def make_job(
     progress: Callable[[Record], None],
 ) -> Job:
     """What is to be trained, with its rows read and encoded. Raises ConfigError for rows that cannot be used."""
+    check_device(run.model, world.device)
     folder.mkdir(parents=True, exist_ok=True)
     task: str = planned.settings["task"]
     joint, sequel = planned.settings.get("joint"), planned.settings.get("sequel")
@@ -550,6 +552,8 @@ def _adapted_model(job: Job, masks: Mapping[str, Tensor] | None) -> tuple[PreTra
         attach(model, job.start, train=True)
     if job.run.train.activation_checkpointing:
         checkpoint_activations(model)
+    if job.run.train.compile:
+        compile_blocks(model)
     return model, weights
 
 
