@@ -21,7 +21,7 @@ from lori_dist.adapter import file
 from lori_dist.adapter.attach import adapted, extract
 from lori_dist.adapter.linear import features
 from lori_dist.benchmarks._gang import gang
-from lori_dist.benchmarks._methods import METHODS, is_adapted, make_llama
+from lori_dist.benchmarks._methods import METHODS, from_files, is_adapted, make_llama
 from lori_dist.benchmarks._timing import quotients
 from lori_dist.benchmarks._traffic import Traffic, moment_bytes, process_bytes, saved_bytes
 from lori_dist.errors import ConfigError
@@ -176,7 +176,7 @@ def _ratios(rows: Mapping[str, Mapping[str, Any]], together: Mapping[str, Any]) 
 
 def _build(setting: Setting, method: str, world: World) -> tuple[nn.Module, Engine]:
     name, options = ENGINES[setting.engine]
-    model, weights = METHODS[method](setting.folder / "base", setting.rank, setting.dtype)
+    model, weights = METHODS[method](from_files(setting.folder / "base", setting.dtype), setting.rank)
     build = plugin.find("engines", name, "build", "engine").load()
     train = config.Train(steps=setting.steps, micro_batch_size=setting.rows)
     return model, build(model, weights, train, world, state=None, **options)
@@ -213,7 +213,7 @@ def _together(world: World, setting: Setting) -> dict[str, Any]:
 
 def _adapter_flops(setting: Setting) -> int:
     """Of LoRI's products in one forward and backward pass of a rank: A x and B (A x), their transposes, and B's."""
-    model, _ = METHODS["lori_d"](setting.folder / "base", setting.rank, setting.dtype)
+    model, _ = METHODS["lori_d"](from_files(setting.folder / "base", setting.dtype), setting.rank)
     sizes = [features(layer.base) for layer in adapted(model).values()]
     each = sum(2 * (inputs + outputs) + outputs for outputs, inputs in sizes)
     return 2 * setting.rows * setting.length * setting.rank * each

@@ -56,6 +56,11 @@ def first(num_devices: int) -> torch.device:
     return torch.device("cuda" if num_devices else "cpu")
 
 
+def without_cuda() -> None:
+    """This process, and those it starts, have no CUDA device from here on. To be called before one is used."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def num_ranks(wanted: int) -> int:
     """As many ranks of this machine as are wanted, on CUDA at most one for each device."""
     return min(wanted, torch.cuda.device_count()) if torch.cuda.is_available() else wanted
@@ -90,6 +95,11 @@ def reset_peak(device: torch.device) -> None:
     """Lets `memory` count from now on."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes of a device that nobody uses; None of a CPU's."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def free_cached() -> None:

@@ -50,9 +50,7 @@ def skeleton(model: config.Model) -> tuple[PreTrainedModel, Weights]:
         settings = AutoConfig.from_pretrained(model.path)
         if getattr(settings, "quantization_config", None) is not None:
             raise ConfigError(f"model.path: {model.path!r} is quantised, which is not supported; give the base itself")
-        with init_empty_weights(include_buffers=False):
-            made = cast(PreTrainedModel, AutoModelForCausalLM.from_config(settings, dtype=dtype, **attention(model)))
-        made.tie_weights()
+        made = without_weights(settings, dtype, **attention(model))
         _keep_exact(made, dtype)
         weights = _Files(made, {name: where for file in weight_files(model) for name, where in stored(file).items()})
     weights.check(model.path)
@@ -61,6 +59,14 @@ def skeleton(model: config.Model) -> tuple[PreTrainedModel, Weights]:
         return made.eval(), weights
     quantize_layers(made, model.quantize)
     return made.eval(), QuantizedWeights(made, weights.read)
+
+
+def without_weights(settings: Any, dtype: torch.dtype, **more: Any) -> PreTrainedModel:
+    """The model of a configuration, its parameters on the meta device, its buffers real."""
+    with init_empty_weights(include_buffers=False):
+        made = cast(PreTrainedModel, AutoModelForCausalLM.from_config(settings, dtype=dtype, **more))
+    made.tie_weights()
+    return made
 
 
 def _keep_exact(model: PreTrainedModel, dtype: torch.dtype) -> None:
