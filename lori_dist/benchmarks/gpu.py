@@ -6,6 +6,7 @@ import statistics
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,12 +18,12 @@ from lori_dist import config, plugin
 from lori_dist.benchmarks import layer
 from lori_dist.benchmarks._methods import METHODS, Made
 from lori_dist.benchmarks._timing import interleaved, quotients
-from lori_dist.engines.ddp import build
+from lori_dist.engines.ddp import Replicated, build
 from lori_dist.errors import ConfigError
 from lori_dist.training import flops
 from lori_dist.training.compilation import compile_blocks
 from lori_dist.training.data import Batch
-from lori_dist.training.device import dtype_of_base, free_cached, free_memory, memory, reset_peak, without_cuda
+from lori_dist.training.device import free_cached, free_memory, memory, reset_peak, without_cuda
 from lori_dist.training.engine import StepResult, trained
 from lori_dist.training.weights import without_weights
 from lori_dist.training.world import World, from_environment
@@ -56,8 +57,13 @@ TINY = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-MEASURED = ("peft_lora", "lori_s")
-AGAINST, OURS = MEASURED
+WAYS: Mapping[str, Mapping[str, bool]] = {
+    "peft_lora": {"peft_lora": False, "peft_lora_autocast": True},
+    "lori_s": {"lori_s": False},
+}
+"""Method -> name of what is measured -> whether under autocast, as Trainers run PEFT, which else computes in fp32."""
+OURS = "lori_s"
+DTYPE = torch.bfloat16
 SIDE = {"cuda": 8192, "cpu": 256}
 """Of the matrices whose product is what a device can do."""
 LAYER = {"cuda": (8192, 4096, 14336), "cpu": (64, 64, 176)}
@@ -83,10 +89,10 @@ def run(
     length: of a batch. steps: timed, after one that is not. compile: the blocks, as train.compile does. tflops: what
     the device can do by its data sheet; by default what is known of it by its name.
 
-    training: tokens_per_second, the TFLOP/s that the base's products come to (four for each weight and token, without
-    those of attention's scores and of the adapters), mfu, their share of tflops, of_matmul, their share of the rate of
-    one large product measured here, and peak_memory_bytes with the method's own base. matmul: that product. layer: one
-    layer alone, as `lori bench layer` measures it.
+    training: peft_lora, as PEFT computes by itself, and under autocast; lori_s. tokens_per_second; tflops, the rate that
+    the base's products come to (four operations for each weight and token, without those of attention's scores and of
+    the adapters); mfu, its share of the device's; of_matmul, its share of the rate of one large product measured here;
+    peak_memory_bytes with the method's own base. matmul: that product. layer: one layer alone, as in `bench layer`.
     Raises ConfigError where there is no GPU, where PEFT is not installed, and for a shape that is not known or that
     there is no memory for.
     """
@@ -95,11 +101,10 @@ def run(
         without_cuda()
     settings = {"rank": rank, "rows": rows, "length": length, "steps": steps, "compile": compile}
     with _alone() as world:
-        dtype: torch.dtype = getattr(torch, dtype_of_base())
-        peak = tflops * 1e12 or flops.peak(world.device, dtype)
-        matmul = _matmul(world.device, dtype)
-        name, found, seconds = _largest([shape] if shape else [*_shapes(device)], device, world, dtype, settings)
-        of_layer = {row.pop("name"): row for row in layer.measure(*LAYER[device], device, dtype)}
+        peak = tflops * 1e12 or flops.peak(world.device, DTYPE)
+        matmul = _matmul(world.device)
+        name, found, seconds = _largest([shape] if shape else [*_shapes(device)], device, world, settings)
+        of_layer = {row.pop("name"): row for row in layer.measure(*LAYER[device], device, DTYPE)}
     training = {method: _row(name, one, seconds[method], rows * length, peak, matmul) for method, one in found.items()}
     return {
         "rows": [
@@ -108,7 +113,11 @@ def run(
             *({"what": "layer", "method": method, **row} for method, row in of_layer.items()),
         ],
         "ratios": {
-            **quotients("step_seconds", seconds[OURS], seconds[AGAINST]),
+            **{
+                f"step_seconds over {name}": quotients("step_seconds", seconds[OURS], times)
+                for name, times in seconds.items()
+                if name != OURS
+            },
             "layer, ms": of_layer["lori_sparse"]["ms_over_peft"],
             **{
                 figure: {method: row[figure] for method, row in training.items()}
@@ -152,16 +161,16 @@ def _check(device: str, shape: str) -> None:
 
 
 def _largest(
-    names: Sequence[str], device: str, world: World, dtype: torch.dtype, settings: Mapping[str, Any]
+    names: Sequence[str], device: str, world: World, settings: Mapping[str, Any]
 ) -> tuple[str, dict[str, dict[str, Any]], dict[str, list[float]]]:
     """The first of the shapes that there is memory for, what was found of it, and seconds of every step."""
     room = free_memory(world.device)
     for name in names:
         shape = LlamaConfig(**_shapes(device)[name], max_position_embeddings=max(512, settings["length"]))
-        if room is not None and 2 * _num_parameters(without_weights(shape, dtype)) * dtype.itemsize > room:
+        if room is not None and 2 * _num_parameters(without_weights(shape, DTYPE)) * DTYPE.itemsize > room:
             continue
         try:
-            return name, *_train(shape, world, dtype, settings)
+            return name, *_train(shape, world, settings)
         except torch.OutOfMemoryError:
             pass
         gc.collect()  # outside of the clause above, which holds on to what was made
@@ -187,40 +196,52 @@ class _Random:
 
 
 def _train(
-    shape: LlamaConfig, world: World, dtype: torch.dtype, settings: Mapping[str, Any]
+    shape: LlamaConfig, world: World, settings: Mapping[str, Any]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
-    """What was found of each method, and seconds of its steps, which take turns."""
+    """What was found of each way, and seconds of its steps, which take turns."""
     batch = _batch(shape, settings["rows"], settings["length"])
     found: dict[str, dict[str, Any]] = {}
     steps: dict[str, Callable[[], StepResult]] = {}
-    for method in MEASURED:
-        reset_peak(world.device)
-        before = memory(world.device)
-        base: Made = (without_weights(shape, dtype).eval(), _Random())
-        counted = {
-            "parameters": _num_parameters(base[0]),
-            "flops_per_token": flops.per_token(base[0].requires_grad_(False), activation_checkpointing=False),
-        }
-        model, weights = METHODS[method](base, settings["rank"])
-        if settings["compile"]:
-            compile_blocks(model)
-        engine = build(model, weights, config.Train(steps=1), world, state=None)
-
-        def step(engine: Any = engine) -> StepResult:
-            return engine.step([batch], num_targets=batch.labels[:, 1:].numel(), lr=LR)
-
-        first = step()
-        found[method] = {
-            **counted,
-            "trainable": sum(parameter.numel() for parameter in trained(model).values()),
-            "peak_memory_bytes": memory(world.device) - before,
-            "first_loss": round(first.loss, 4),
-        }
-        steps[method] = step
+    for method, ways in WAYS.items():
+        before = _held(world)
+        counted, engine = _engine(method, shape, world, settings)
+        own = _held(world) - before
+        for name, casts in ways.items():
+            start = _held(world)
+            steps[name] = partial(_step, engine, batch, casts)
+            first = steps[name]()
+            peak = own + memory(world.device) - start
+            found[name] = {**counted, "peak_memory_bytes": peak, "first_loss": round(first.loss, 4)}
     seconds = interleaved(steps, settings["steps"])
-    for method, last in steps.items():
-        found[method]["last_loss"] = round(last().loss, 4)
+    for name, step in steps.items():
+        found[name]["last_loss"] = round(step().loss, 4)
     return found, seconds
+
+
+def _engine(
+    method: str, shape: LlamaConfig, world: World, settings: Mapping[str, Any]
+) -> tuple[dict[str, Any], Replicated]:
+    """What a method has to compute and train, and what does."""
+    base: Made = (without_weights(shape, DTYPE).eval().requires_grad_(False), _Random())
+    num_flops = flops.per_token(base[0], activation_checkpointing=False)
+    parameters = _num_parameters(base[0])
+    model, weights = METHODS[method](base, settings["rank"])
+    if settings["compile"]:
+        compile_blocks(model)
+    trainable = sum(parameter.numel() for parameter in trained(model).values())
+    counted = {"flops_per_token": num_flops, "parameters": parameters, "trainable": trainable}
+    return counted, build(model, weights, config.Train(steps=1), world, state=None)
+
+
+def _step(engine: Replicated, batch: Batch, casts: bool) -> StepResult:
+    with torch.autocast(engine.world.device.type, DTYPE, enabled=casts):
+        return engine.step([batch], num_targets=batch.labels[:, 1:].numel(), lr=LR)
+
+
+def _held(world: World) -> int:
+    """Bytes in use now, from which `memory` then counts."""
+    reset_peak(world.device)
+    return memory(world.device)
 
 
 def _batch(shape: LlamaConfig, rows: int, length: int) -> Batch:
@@ -231,10 +252,10 @@ def _batch(shape: LlamaConfig, rows: int, length: int) -> Batch:
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
-def _matmul(device: torch.device, dtype: torch.dtype) -> float:
+def _matmul(device: torch.device) -> float:
     """FLOP/s of one large product."""
     side = SIDE[device.type]
-    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    left, right = (torch.randn(side, side, device=device, dtype=DTYPE) for _ in range(2))
     seconds = interleaved({"matmul": lambda: left @ right}, 20)["matmul"]
     return 2 * side**3 / statistics.median(seconds)
 

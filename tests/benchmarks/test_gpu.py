@@ -8,7 +8,7 @@ from lori_dist.__main__ import main
 from lori_dist.benchmarks.gpu import run
 from lori_dist.errors import ConfigError
 
-METHODS = ["peft_lora", "lori_s"]
+METHODS = ["peft_lora", "peft_lora_autocast", "lori_s"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is tested is its error where there is no GPU")
@@ -35,9 +35,10 @@ def assert_measured(out: Path, *, is_known: bool) -> None:
         assert row["last_loss"] < row["first_loss"]
     ours, theirs = training["lori_s"], training["peft_lora"]
     # An update begins at zero, so both have the loss of the base.
-    assert ours["first_loss"] == pytest.approx(theirs["first_loss"], rel=1e-3)
+    assert ours["first_loss"] == pytest.approx(theirs["first_loss"], rel=1e-2)
     assert ours["trainable"] < 0.1 * theirs["trainable"]
-    assert {"step_seconds", "step_seconds_quartiles", "mfu", "of_matmul", "layer, ms"} <= set(measured["ratios"])
+    of_times = {f"step_seconds over {name}" for name in METHODS[:2]}
+    assert {*of_times, "mfu", "of_matmul", "layer, ms"} <= set(measured["ratios"])
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
