@@ -89,10 +89,10 @@ def run(
     length: of a batch. steps: timed, after one that is not. compile: the blocks, as train.compile does. tflops: what
     the device can do by its data sheet; by default what is known of it by its name.
 
-    training: peft_lora, as PEFT computes by itself, and under autocast; lori_s. tokens_per_second; tflops, the rate that
-    the base's products come to (four operations for each weight and token, without those of attention's scores and of
-    the adapters); mfu, its share of the device's; of_matmul, its share of the rate of one large product measured here;
-    peak_memory_bytes with the method's own base. matmul: that product. layer: one layer alone, as in `bench layer`.
+    training: peft_lora, as PEFT computes by itself, and under autocast; lori_s. tflops: the rate that the base's
+    products come to, four operations for each weight and token, without those of attention's scores and of adapters.
+    mfu, of_matmul: its share of the device's rate, and of that of one large product measured here, which is the row
+    matmul. peak_memory_bytes: with the method's own base. layer: one layer alone, as in `bench layer`.
     Raises ConfigError where there is no GPU, where PEFT is not installed, and for a shape that is not known or that
     there is no memory for.
     """

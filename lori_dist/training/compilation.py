@@ -11,11 +11,12 @@ GRAPHS = 8
 """Of a block, at most, on average: with and without a gradient of its input, for fixed and for changing sizes."""
 
 
-def compile_blocks(model: nn.Module) -> None:
+def compile_blocks(model: nn.Module, *, backend: str = "inductor") -> None:
     """Compiles each block's forward pass, and with it the backward pass, when it is first called; blocks that are
     alike share what was made. Once for each model, before an engine takes it.
 
     Only `forward` is: the hooks by which engines gather and free a block's weights are called outside of it.
+    backend: of torch.compile; aot_eager takes the same graphs, and runs them with torch's own kernels.
     Raises ConfigError for a model that does not say which of its modules are blocks.
     Source: torchtitan, which compiles each of its TransformerBlocks.
     """
@@ -36,4 +37,4 @@ def compile_blocks(model: nn.Module) -> None:
     settings.recompile_limit = max(settings.recompile_limit, GRAPHS * len(found))
     settings.accumulated_recompile_limit = max(settings.accumulated_recompile_limit, GRAPHS * len(found))
     for block in found:
-        block.forward = torch.compile(block.forward)
+        block.forward = torch.compile(block.forward, backend=backend)

@@ -26,12 +26,12 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
-def course(engine: str, layers: int, *, is_compiled: bool) -> State:
+def course(engine: str, layers: int, backend: str | None) -> State:
     """Trained on two rows of one length a step and rank: each size would be compiled."""
     world = from_environment()
     model = adapt(tiny_llama(layers=layers))
-    if is_compiled:
-        compile_blocks(model)
+    if backend is not None:
+        compile_blocks(model, backend=backend)
     made = plugin.find("engines", engine, "build", "engine").load()(*on_meta(model), TRAIN, world, state=None)
     for step in range(STEPS):
         ids = torch.arange(3, 19).view(2, 8) + 7 * step + 16 * world.rank
@@ -40,31 +40,31 @@ def course(engine: str, layers: int, *, is_compiled: bool) -> State:
     return collect(made, world)
 
 
-def both(engines: tuple[str, ...], layers: int) -> list[tuple[float, int]]:
+def both(engines: tuple[str, ...], layers: int, backend: str) -> list[tuple[float, int]]:
     """How far each state is from that without compiling, on rank 0, and how many graphs were made for it."""
     from torch._dynamo.utils import counters
 
     is_first, found = from_environment().rank == 0, []
     for engine in engines:
         before = counters["stats"]["unique_graphs"]
-        plain, compiled = (course(engine, layers, is_compiled=is_compiled) for is_compiled in (False, True))
+        plain, compiled = (course(engine, layers, how) for how in (None, backend))
         error = difference(compiled, plain) if is_first else 0.0
         found.append((error, counters["stats"]["unique_graphs"] - before))
     return found
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore")  # torch's compiler calls what torch warns of
-def test_compiled_blocks_train_what_others_do() -> None:
-    for found in run_distributed(both, ("ddp", "fsdp"), 1, world_size=2):
+def test_compiled_blocks_train_what_others_do(backend: str) -> None:
+    for found in run_distributed(both, ("ddp", "fsdp"), 1, backend, world_size=2):
         assert all(error <= 1e-5 and num_graphs == 1 for error, num_graphs in found), found
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_blocks_share_what_was_compiled() -> None:
     """Of six, the first has an input that needs no gradient, and layers without entries and with all; the second finds
     the sizes fixed, the third finds that they change."""
-    [[(error, num_graphs)]] = run_distributed(both, ("ddp",), 6, world_size=1)
+    [[(error, num_graphs)]] = run_distributed(both, ("ddp",), 6, "aot_eager", world_size=1)
     assert error <= 1e-5
     assert num_graphs == 3
 
