@@ -24,7 +24,7 @@ find "$TORCH_EXTENSIONS_DIR" -name lock -mmin +30 -delete 2>/dev/null || true
 
 if [[ $selection == gpu ]]; then
     "$bin/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
-        echo "launch/test.sh: --gpu: torch finds no CUDA device, so these tests would all be skipped; run it where there is one" >&2
+        echo "launch/test.sh: --gpu: torch finds no CUDA device, and all of these tests need one; run it where one is" >&2
         exit 1
     }
 else

@@ -306,7 +306,7 @@ class Cluster:
     """Where nodes are lost, a train job goes on with as few as that; by default it waits for `workers`."""
     cpus_per_worker: Rate = 1.0
     gpus_per_worker: Count = 0
-    """A rank computes on the first of them."""
+    """A rank computes on the first of them; with 0 on a CPU, whatever GPUs there are."""
     placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
     """A gang on few nodes, on many, on one, or on as many as it has workers: Ray's placement strategies."""
     max_concurrent: Positive | None = None
