@@ -236,8 +236,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
     from lori_dist import evaluation, progress
     from lori_dist.evaluation._table import table
+    from lori_dist.training.device import first
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = first(torch.cuda.device_count())
     for path in adapters.values():
         evaluation.check_adapter(path, described.model)
     matrix: dict[str, dict[str, dict[str, float]]] = {}

@@ -95,6 +95,8 @@ class Model:
     """Of the base. Trained values are float32 whatever it is."""
     quantize: Literal["nf4", "int8"] | None = None
     """What the weights of its linear layers are kept in: 4 bits (QLoRA) or 8."""
+    attention: Literal["eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] | None = None
+    """What computes attention, in training and in evaluation, by transformers' name; null: as transformers chooses."""
 
 
 @section
@@ -199,6 +201,8 @@ class Train:
     clip: Rate | None = 1.0
     """Largest global gradient norm; null for none."""
     activation_checkpointing: bool = False
+    compile: bool = False
+    """Transformer blocks as torch.compile makes them, at the first steps."""
     deterministic: bool = False
     """Only kernels that give the same bits every time, where others are faster."""
     on_divergence: Literal["stop", "skip", "rollback"] = "stop"
@@ -302,7 +306,7 @@ class Cluster:
     """Where nodes are lost, a train job goes on with as few as that; by default it waits for `workers`."""
     cpus_per_worker: Rate = 1.0
     gpus_per_worker: Count = 0
-    """A rank computes on the first of them."""
+    """A rank computes on the first of them; with 0 on a CPU, whatever GPUs there are."""
     placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
     """A gang on few nodes, on many, on one, or on as many as it has workers: Ray's placement strategies."""
     max_concurrent: Positive | None = None
@@ -364,7 +368,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, elsewhere: bool = F
     one need not have its inputs. Raises ConfigError that lists every mistake by its path, with the nearest valid name.
     """
     tree, problems = _read(path, overrides)
-    run, others = _check(tree, [rule for rule in RULES if not (elsewhere and rule in (_inputs, _in_a_job, _trackers))])
+    run, others = _check(tree, [rule for rule in RULES if not (elsewhere and rule in OF_THIS_MACHINE)])
     return _unless(problems + others, run)
 
 
@@ -676,6 +680,56 @@ def _quantized(run: Run) -> Iterator[str]:
         yield (
             "model.quantize: nf4 needs the package bitsandbytes, which is not installed; "
             "pip install 'lori_dist[quantize]', or use int8"
+        )
+
+
+FLASH = {
+    "flash_attention_2": ("flash_attn", "flash-attn"),
+    "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
+}
+"""Attention -> the package it is in, and what pip calls that."""
+
+
+def _attention(run: Run) -> Iterator[str]:
+    attention = run.model.attention
+    if attention not in FLASH:
+        return
+    if run.model.dtype == "float32":
+        yield (
+            f"model.attention: {attention} was given, which computes in half precision, and model.dtype is float32; "
+            "set that to bfloat16, or use sdpa"
+        )
+    if run.train.pack:
+        yield (
+            f"model.attention: {attention} was given, which lets packed rows see each other in a batch of several "
+            "sequences; leave out train.pack, or use sdpa"
+        )
+
+
+def _attention_is_there(run: Run) -> Iterator[str]:
+    package, name = FLASH.get(str(run.model.attention), (None, None))
+    if package is not None and not _is_installed(package):
+        yield (
+            f"model.attention: {run.model.attention} needs the package {package}, which is not installed; "
+            f"pip install {name}, or use sdpa"
+        )
+
+
+def _compiled(run: Run) -> Iterator[str]:
+    if not run.train.compile:
+        return
+    engine = run.train.engine
+    if engine.name == "deepspeed" and engine.options.get("stage") == 3:
+        yield (
+            "train.compile: is given with stage 3 of deepspeed, whose hooks around each layer leave too little of a "
+            "block to compile; leave it out, or use fsdp"
+        )
+    if run.cluster.packing != "off":
+        yield "train.compile: is given with cluster.packing, whose layers are told each batch's tasks; leave one out"
+    if run.multitask.name == "joint" and run.multitask.options.get("projection") != "none":
+        yield (
+            "train.compile: is given with multitask joint, whose layers keep each task's gradient apart; leave it out, "
+            "or set multitask.projection to none"
         )
 
 
@@ -1098,6 +1152,9 @@ RULES: tuple[Rule, ...] = (
     _projections,
     _saved,
     _quantized,
+    _attention,
+    _attention_is_there,
+    _compiled,
     _lengths,
     _long_runs,
     _tasks,
@@ -1117,3 +1174,6 @@ RULES: tuple[Rule, ...] = (
     _lm_eval,
     _trackers,
 )
+
+OF_THIS_MACHINE = (_inputs, _in_a_job, _trackers, _attention_is_there)
+"""What is so for this machine alone."""

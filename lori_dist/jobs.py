@@ -25,6 +25,7 @@ PLACEMENT = (
     "engine",
     "micro_batch_size",
     "activation_checkpointing",
+    "compile",
     "checkpoint_every",
     "keep",
     "projection",
@@ -293,8 +294,9 @@ def sha256(path: str | Path) -> str:
 
 
 def _model(model: config.Model) -> dict[str, Any]:
-    quantize = {} if model.quantize is None else {"quantize": model.quantize}
-    return {"content": model_content(model.path), "dtype": model.dtype, **quantize}
+    asked = {name: getattr(model, name) for name in ("quantize", "attention")}
+    given = {name: value for name, value in asked.items() if value is not None}
+    return {"content": model_content(model.path), "dtype": model.dtype, **given}
 
 
 def model_content(path: str) -> dict[str, str]:

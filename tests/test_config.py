@@ -281,6 +281,31 @@ def test_cma_must_be_installed_and_needs_two_weights(monkeypatch: pytest.MonkeyP
     ]
 
 
+def test_flash_attention_must_be_installed_and_fit_the_run(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (place / "model" / "config.json").write_text('{"model_type": "llama"}')
+    asked = ["model.attention=flash_attention_2", "train.pack=true", "trackers=[]"]
+    assert [problem.partition("; ")[0] for problem in problems(MINIMAL, *asked)] == [
+        "model.attention: flash_attention_2 was given, which computes in half precision, and model.dtype is float32",
+        "model.attention: flash_attention_2 was given, which lets packed rows see each other in a batch of several "
+        "sequences",
+        "model.attention: flash_attention_2 needs the package flash_attn, which is not installed",
+    ]
+    Path("run.yaml").write_text(MINIMAL)
+    alone = ["model={path: model, attention: flash_attention_3, dtype: bfloat16}"]
+    assert config.load("run.yaml", alone, elsewhere=True).model.attention == "flash_attention_3"
+
+
+def test_blocks_are_compiled_where_nothing_looks_into_their_layers() -> None:
+    joint = ["multitask=joint", "merges={}", "tasks.nlu.labels=null", "train.compile=true"]
+    assert problems(MINIMAL, *joint)[0].startswith("train.compile: is given with multitask joint, whose layers keep")
+    assert load(MINIMAL, *joint, "multitask={name: joint, projection: none}").train.compile
+    [packed] = problems(MINIMAL, "train.compile=true", "cluster.packing=auto")
+    assert packed.endswith("whose layers are told each batch's tasks; leave one out")
+    [sharded] = problems(MINIMAL, "train.compile=true", "train.engine={name: deepspeed, stage: 3}")
+    assert sharded.startswith("train.compile: is given with stage 3 of deepspeed, whose hooks")
+
+
 def test_a_tracker_must_be_installed(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -441,6 +466,7 @@ print(sorted({"torch", "transformers", "numpy", "ray", "deepspeed"} & set(sys.mo
         ("tasks.code.mixture={none.csv: 0.5}", "tasks.code.mixture: there is no file 'none.csv'; .*"),
         ("tasks.code.train=hub:none", "tasks.code.train: 'hub:none' was given; wanted hub:NAME:SPLIT, .*"),
         ("tasks.nlu.template.messages=prompt", "tasks.nlu.labels: are for template.response, and template.messages .*"),
+        ("model.attention=flash", "model.attention: 'flash' was given; wanted eager or sdpa or flex_attention or .*"),
         ("train.pack=true", "train.pack: it is not known that .* keeps packed rows apart, as gemma, .*"),
         ("adapter.modules_to_save=[x]", "adapter.modules_to_save: is given, and merges.* cannot merge what each .*"),
         ("adapter={projection: trained, dtype: bfloat16}", "adapter.dtype: bfloat16 was given, and a trained A is .*"),

@@ -128,6 +128,7 @@ def test_a_fingerprint_follows_all_its_parts(upstream: list[str]) -> None:
         {"adapter": {"seed": 1}},
         {"adapter": {"targets": ["q_proj"]}},
         {"model": {"path": "model", "dtype": "bfloat16"}},
+        {"model": {"path": "model", "attention": "eager"}},
     ],
 )
 def test_what_changes_the_result_changes_the_fingerprint(inputs: Path, change: dict[str, Any]) -> None:
@@ -176,6 +177,7 @@ def test_a_method_of_one_s_own_counts_with_its_source(inputs: Path, monkeypatch:
     [
         {"train": {"steps": 4, "engine": "fsdp"}},
         {"train": {"steps": 4, "micro_batch_size": 1, "activation_checkpointing": True}},
+        {"train": {"steps": 4, "compile": True}},
         {"train": {"steps": 4, "checkpoint_every": 1, "keep": 5}},
         {"adapter": {"projection": "recomputed"}},
         {"cluster": {"workers": 4, "retries": 3}},

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from lori_dist import Adapter, config, load_adapter
@@ -117,6 +118,17 @@ def test_the_kubernetes_job_asks_for_what_its_workers_have(tmp_path: Path, monke
 
 def assert_fields(tree: dict[str, Any], fields: dict[str, type]) -> None:
     assert {name: type(value) for name, value in tree.items()} == fields
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is tested is its error where there is no GPU")
+def test_gpu_tests_are_an_error_where_there_is_no_gpu(tmp_path: Path) -> None:
+    make_program(tmp_path / "launch" / "test.sh", (LAUNCH / "test.sh").read_text())
+    make_program(tmp_path / "launch" / "setup.sh", "")  # this environment is set up
+    (tmp_path / ".venv").mkdir()
+    make_program(tmp_path / ".venv" / "bin" / "python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    launched = run_all([["bash", str(tmp_path / "launch" / "test.sh"), "--gpu"]], tmp_path, tmp_path / "log")
+    assert launched.codes == [1]
+    assert "--gpu: torch finds no CUDA device" in launched.output
 
 
 # --- one task, under launchers ---------------------------------------------------------------------------------------

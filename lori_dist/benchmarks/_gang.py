@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from lori_dist.training.device import group_settings
 from lori_dist.training.world import World, from_environment
 
 
@@ -30,8 +31,8 @@ def _rank(
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # of PEFT
     os.environ["LOCAL_RANK"] = str(number)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{place / 'store'}", rank=number, world_size=num_ranks)
+    store = f"file://{place / 'store'}"
+    dist.init_process_group(init_method=store, rank=number, world_size=num_ranks, **group_settings(number))
     world: World = from_environment()
     found = function(world, *args)
     if number == 0:

@@ -18,7 +18,7 @@ from lori_dist.training.weights import Weights, skeleton
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DENSITY = 0.1
 
-Made = tuple[nn.Module, Weights]
+Made = tuple[Any, Weights]  # of which the first is a PreTrainedModel, or PEFT's
 
 
 def make_llama(folder: Path, layers: int, hidden: int, length: int, vocabulary: int) -> None:
@@ -36,9 +36,14 @@ def make_llama(folder: Path, layers: int, hidden: int, length: int, vocabulary: 
     LlamaForCausalLM(settings).save_pretrained(folder)
 
 
-def floor(base: Path, rank: int, dtype: str) -> Made:
+def from_files(base: Path, dtype: str) -> Made:
+    """A base without an adapter."""
+    return skeleton(config.Model(path=str(base), dtype=dtype))  # type: ignore[arg-type]
+
+
+def floor(base: Made, rank: int) -> Made:
     """No adapter; one number before the first block, so that gradients flow through all of them."""
-    model, weights = _base(base, dtype)
+    model, weights = base
     model.requires_grad_(False)
     model.probe = nn.Parameter(torch.zeros(1))
     model.get_input_embeddings().register_forward_hook(
@@ -47,11 +52,11 @@ def floor(base: Path, rank: int, dtype: str) -> Made:
     return model, weights
 
 
-def peft_lora(base: Path, rank: int, dtype: str) -> Made:
+def peft_lora(base: Made, rank: int) -> Made:
     """LoRA as PEFT has it: A and B trained, in fp32 also above a base in half precision, as is its default."""
     from peft import LoraConfig, get_peft_model
 
-    model, weights = _base(base, dtype)
+    model, weights = base
     settings = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=list(TARGETS))
     adapted: Any = get_peft_model(model, settings)
     generator = torch.Generator().manual_seed(0)
@@ -65,17 +70,17 @@ def peft_lora(base: Path, rank: int, dtype: str) -> Made:
     return adapted, _OfPeft(weights)
 
 
-def lori_d(base: Path, rank: int, dtype: str) -> Made:
+def lori_d(base: Made, rank: int) -> Made:
     """LoRI with dense B."""
-    return _lori(base, rank, dtype, None)
+    return _lori(base, rank, None)
 
 
-def lori_s(base: Path, rank: int, dtype: str) -> Made:
+def lori_s(base: Made, rank: int) -> Made:
     """LoRI with one entry of B in ten."""
-    return _lori(base, rank, dtype, DENSITY)
+    return _lori(base, rank, DENSITY)
 
 
-METHODS: dict[str, Callable[[Path, int, str], Made]] = {
+METHODS: dict[str, Callable[[Made, int], Made]] = {
     "floor": floor,
     "peft_lora": peft_lora,
     "lori_d": lori_d,
@@ -87,12 +92,8 @@ def is_adapted(module: nn.Module) -> bool:
     return isinstance(module, AdaptedLinear) or hasattr(module, "lora_A")
 
 
-def _base(base: Path, dtype: str) -> tuple[Any, Weights]:
-    return skeleton(config.Model(path=str(base), dtype=dtype))  # type: ignore[arg-type]
-
-
-def _lori(base: Path, rank: int, dtype: str, density: float | None) -> Made:
-    model, weights = _base(base, dtype)
+def _lori(base: Made, rank: int, density: float | None) -> Made:
+    model, weights = base
     masks = None
     if density is not None:
         generator = torch.Generator().manual_seed(0)
@@ -100,7 +101,7 @@ def _lori(base: Path, rank: int, dtype: str, density: float | None) -> Made:
             path: torch.rand(features(module)[0], rank, generator=generator) < density
             for path, module in match(model, TARGETS).items()
         }
-    spec = Spec(rank=rank, alpha=2.0 * rank, seed=0, targets=TARGETS, dtype=getattr(torch, dtype))
+    spec = Spec(rank=rank, alpha=2.0 * rank, seed=0, targets=TARGETS, dtype=model.dtype)
     attach(model, spec, masks=masks)
     return model, weights
 

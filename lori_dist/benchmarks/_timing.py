@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from lori_dist.training.device import synchronize
+
 
 def interleaved(candidates: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
     """Seconds of every repetition of every candidate.
@@ -44,6 +46,5 @@ def one_thread() -> Iterator[None]:
 def _seconds(candidate: Callable[[], object]) -> float:
     start = time.perf_counter()
     candidate()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    synchronize()
     return time.perf_counter() - start

@@ -19,6 +19,7 @@ from lori_dist.benchmarks._timing import interleaved, one_thread, quotients
 from lori_dist.engines.ddp import Replicated, build
 from lori_dist.errors import ConfigError
 from lori_dist.training.data import Batch
+from lori_dist.training.device import dtype_of_base
 from lori_dist.training.loss import task_loss_sums
 from lori_dist.training.surgery import order, surgery
 from lori_dist.training.weights import skeleton
@@ -58,8 +59,7 @@ def run(
     """
     if max(tasks) > rows:
         raise ConfigError(f"bench joint: rows: {rows} was given for {max(tasks)} tasks; give each at least one")
-    on_cuda = torch.cuda.is_available()
-    dtype = dtype or ("bfloat16" if on_cuda else "float32")
+    dtype = dtype or dtype_of_base()
     world = from_environment()
     table: list[dict[str, Any]] = []
     ratios: dict[str, Any] = {method: {} for method in METHODS}

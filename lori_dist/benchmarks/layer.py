@@ -44,9 +44,9 @@ def run() -> dict[str, Any]:
             "pip install 'lori_dist[peft]'"
         )
     with one_thread():
-        rows = [row for shape in CPU_SHAPES for row in _measure(*shape, "cpu", torch.float32)]
+        rows = [row for shape in CPU_SHAPES for row in measure(*shape, "cpu", torch.float32)]
     if torch.cuda.is_available():
-        rows += [row for shape in CUDA_SHAPES for row in _measure(*shape, "cuda", torch.bfloat16)]
+        rows += [row for shape in CUDA_SHAPES for row in measure(*shape, "cuda", torch.bfloat16)]
     ratios = {
         f"{device}, {name}, {figure}": max(
             row[f"{figure}_over_peft"] for row in rows if row["name"] == name and row["device"] == device
@@ -58,7 +58,8 @@ def run() -> dict[str, Any]:
     return {"rows": rows, "ratios": ratios}
 
 
-def _measure(tokens: int, in_features: int, out_features: int, device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+def measure(tokens: int, in_features: int, out_features: int, device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """A row for each of MAKERS."""
     models = {name: make(Model(in_features, out_features, device, dtype)) for name, make in MAKERS.items()}
     x = torch.randn(tokens, in_features, device=device, dtype=dtype, requires_grad=True)
     grad = torch.randn(tokens, out_features, device=device, dtype=dtype)

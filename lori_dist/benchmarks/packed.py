@@ -21,6 +21,7 @@ from lori_dist.adapter.linear import features
 from lori_dist.benchmarks._methods import make_llama
 from lori_dist.benchmarks._timing import quotients
 from lori_dist.benchmarks._traffic import Traffic, moment_bytes
+from lori_dist.training import device
 from lori_dist.training.data import Batch
 from lori_dist.training.engine import Engine
 from lori_dist.training.packed import Gradients
@@ -72,8 +73,7 @@ def run(
     `packed_over_beside` of tokens/s; `memory_per_task`: what a further task adds to held_bytes over its values, moments
     and A there.
     """
-    on_cuda = torch.cuda.is_available()
-    num_ranks = min(ranks, torch.cuda.device_count()) if on_cuda else ranks
+    num_ranks = device.num_ranks(ranks)
     table: list[dict[str, Any]] = []
     ratios: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as place:
@@ -88,7 +88,7 @@ def run(
                 length=length,
                 steps=steps,
                 density=density,
-                dtype=dtype or ("bfloat16" if on_cuda else "float32"),
+                dtype=dtype or device.dtype_of_base(),
             )
             ratios[engine] = {}
             for number in tasks:
@@ -152,11 +152,11 @@ def _process(
     args: tuple[Any, ...],
 ) -> None:
     gang, rank = divmod(number, num_ranks)
-    on_cuda = torch.cuda.is_available()
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
     store = f"file://{place / str(gang)}"
-    dist.init_process_group("nccl" if on_cuda else "gloo", init_method=store, rank=rank, world_size=num_ranks)
+    told = device.group_settings(rank)
+    dist.init_process_group(init_method=store, rank=rank, world_size=num_ranks, **told)
     # Gangs that work at once begin and end at once.
     meeting = dist.FileStore(str(place / "all"), num_ranks * num_gangs)  # type: ignore[attr-defined]
     found = function(setting, from_environment(), lambda: _meet(meeting, num_ranks * num_gangs), *args)

@@ -21,11 +21,11 @@ from lori_dist.adapter import file
 from lori_dist.adapter.attach import adapted, extract
 from lori_dist.adapter.linear import features
 from lori_dist.benchmarks._gang import gang
-from lori_dist.benchmarks._methods import METHODS, is_adapted, make_llama
+from lori_dist.benchmarks._methods import METHODS, from_files, is_adapted, make_llama
 from lori_dist.benchmarks._timing import quotients
 from lori_dist.benchmarks._traffic import Traffic, moment_bytes, process_bytes, saved_bytes
 from lori_dist.errors import ConfigError
-from lori_dist.training import checkpoint
+from lori_dist.training import checkpoint, device
 from lori_dist.training.data import Batch
 from lori_dist.training.engine import Engine, gather, trained
 from lori_dist.training.world import World
@@ -86,8 +86,7 @@ def run(
     """
     chosen = engines.split(",")
     _check(chosen)
-    on_cuda = torch.cuda.is_available()
-    num_ranks = min(ranks, torch.cuda.device_count()) if on_cuda else ranks
+    num_ranks = device.num_ranks(ranks)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         make_llama(folder / "base", layers, hidden, length, VOCABULARY)
@@ -101,7 +100,7 @@ def run(
                 rows=rows,
                 length=length,
                 steps=steps,
-                dtype=dtype or ("bfloat16" if on_cuda else "float32"),
+                dtype=dtype or device.dtype_of_base(),
             )
             alone = {method: gang(_alone, num_ranks, setting, method, time.time()) for method in METHODS}
             together = gang(_together, num_ranks, setting)
@@ -177,7 +176,7 @@ def _ratios(rows: Mapping[str, Mapping[str, Any]], together: Mapping[str, Any]) 
 
 def _build(setting: Setting, method: str, world: World) -> tuple[nn.Module, Engine]:
     name, options = ENGINES[setting.engine]
-    model, weights = METHODS[method](setting.folder / "base", setting.rank, setting.dtype)
+    model, weights = METHODS[method](from_files(setting.folder / "base", setting.dtype), setting.rank)
     build = plugin.find("engines", name, "build", "engine").load()
     train = config.Train(steps=setting.steps, micro_batch_size=setting.rows)
     return model, build(model, weights, train, world, state=None, **options)
@@ -214,7 +213,7 @@ def _together(world: World, setting: Setting) -> dict[str, Any]:
 
 def _adapter_flops(setting: Setting) -> int:
     """Of LoRI's products in one forward and backward pass of a rank: A x and B (A x), their transposes, and B's."""
-    model, _ = METHODS["lori_d"](setting.folder / "base", setting.rank, setting.dtype)
+    model, _ = METHODS["lori_d"](from_files(setting.folder / "base", setting.dtype), setting.rank)
     sizes = [features(layer.base) for layer in adapted(model).values()]
     each = sum(2 * (inputs + outputs) + outputs for outputs, inputs in sizes)
     return 2 * setting.rows * setting.length * setting.rank * each
@@ -272,8 +271,8 @@ def _memory(world: World, *, reset: bool) -> int:
     """The most bytes in use: of the device, on CPU of the whole process. reset: only what is in use now."""
     if world.device.type == "cuda":
         if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated()
+            device.reset_peak(world.device)
+        return device.memory(world.device)
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     return process_bytes("VmHWM")

@@ -142,8 +142,9 @@ class Process:
 
 def _leave() -> None:
     """Makes the process ready for another world."""
-    import torch
     import torch.distributed as dist
+
+    from lori_dist.training.device import free_cached
 
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -152,8 +153,7 @@ def _leave() -> None:
 
         forget_groups()
     gc.collect()  # models and engines refer to themselves
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_cached()
 
 
 def interface(address: str) -> str | None:
@@ -210,7 +210,7 @@ def variables(places: Sequence[Place]) -> list[dict[str, str]]:
                 # The store is there already: nobody else is to open one.
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
                 "TORCHELASTIC_RESTART_COUNT": "0",
-                **({"CUDA_VISIBLE_DEVICES": ",".join(visible)} if visible else {}),
+                "CUDA_VISIBLE_DEVICES": ",".join(visible),  # none of those that Ray would let a rank see all the same
             }
         )
         seen[place.node] += 1

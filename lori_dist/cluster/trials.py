@@ -106,12 +106,13 @@ def _try(assignment: Assignment, weights: Sequence[Any], name: str) -> dict[str,
         import torch
 
         from lori_dist.evaluation import evaluate
+        from lori_dist.training.device import first
 
         torch.set_num_threads(1)
         out = assignment.attempt.partial / TRIED / name
         merged(run, assignment, weights, out)
         try:
-            values = evaluate(run, out, device="cuda" if run.cluster.gpus_per_worker else "cpu")
+            values = evaluate(run, out, device=first(run.cluster.gpus_per_worker))
         finally:
             out.unlink()
         return {task: value for task, metrics in values.items() for value in metrics.values()}

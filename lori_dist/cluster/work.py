@@ -156,11 +156,12 @@ def evaluate_model(assignment: Assignment) -> dict[str, Any]:
         import torch
 
         from lori_dist.evaluation import evaluate
+        from lori_dist.training.device import first
 
         torch.set_num_threads(1)
         name = assignment.job.settings["adapter"]
         adapter = None if name is None else run.folder / name / ADAPTER
-        device = "cuda" if run.cluster.gpus_per_worker else "cpu"
+        device = first(run.cluster.gpus_per_worker)
         with recorded(run, assignment.job.name, assignment.attempt.partial) as record:
             result = evaluate(run, adapter, device=device, record=record)
         folder.write_json(assignment.attempt.partial / "evaluation.json", result)
@@ -173,6 +174,7 @@ def evaluate_models(assignments: Sequence[Assignment]) -> dict[str, Any]:
         import torch
 
         from lori_dist.evaluation import evaluate_all
+        from lori_dist.training.device import first
 
         _refer(run, assignments, 0)
         torch.set_num_threads(1)
@@ -180,7 +182,7 @@ def evaluate_models(assignments: Sequence[Assignment]) -> dict[str, Any]:
         paths = {name: None if need is None else run.folder / need / ADAPTER for name, need in needs.items()}
         results: dict[str, Any] = {}
         start = time.monotonic()
-        measured = evaluate_all(run, paths, device="cuda" if run.cluster.gpus_per_worker else "cpu")
+        measured = evaluate_all(run, paths, device=first(run.cluster.gpus_per_worker))
         for one, (name, values) in zip(assignments, measured, strict=True):
             with recorded(run, one.job.name, one.attempt.partial) as record:
                 seconds = time.monotonic() - start

@@ -118,7 +118,8 @@ class Partitioned:
         offload: bool,
     ) -> None:
         _prepare(world)
-        config = _config(train, stage, hpz, offload, sum(p.numel() for p in model.parameters() if p.requires_grad))
+        num_values = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        config = _config(train, stage, hpz, offload, world, num_values)
         if stage == 3:
             _partition(model, weights, config, world)
         else:
@@ -261,7 +262,7 @@ def _share(padded: Tensor, parameter: Any, rank: int | None = None) -> Part:
     return Part(start=start, data=padded.detach().view(-1)[: min(padded.numel(), parameter.ds_numel - start)])
 
 
-def _config(train: Train, stage: int, hpz: int, offload: bool, num_values: int) -> dict[str, Any]:
+def _config(train: Train, stage: int, hpz: int, offload: bool, world: World, num_values: int) -> dict[str, Any]:
     """No bf16 section: it would cast the fp32 values too."""
     bucket = min(BUCKET, num_values + num_values % 2)  # odd ones are refused
     zero: dict[str, Any] = {
@@ -274,7 +275,7 @@ def _config(train: Train, stage: int, hpz: int, offload: bool, num_values: int) 
         "zero_hpz_partition_size": hpz,
     }
     if offload:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_param"] = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
     return {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": 1,  # losses are not divided; see set_gradient_accumulation_boundary

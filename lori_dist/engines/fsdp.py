@@ -33,6 +33,7 @@ from lori_dist.training.engine import (
     trained,
 )
 from lori_dist.training.loss import task_loss_sums
+from lori_dist.training.model import blocks
 from lori_dist.training.weights import Weights, fill, materialize, on, whole
 from lori_dist.training.world import World
 
@@ -166,15 +167,13 @@ def _shard(model: nn.Module, mesh: DeviceMesh, shards_base: bool, offload: bool)
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules that transformers keeps on one device, inner ones first."""
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    blocks = [module for module in model.modules() if type(module).__name__ in names]
-    if not blocks:
+    found = blocks(model)
+    if not found:
         raise JobError(
             f"train.engine: fsdp shards transformer blocks, and {type(model).__name__} does not say which of its "
             "modules they are (_no_split_modules); use ddp or deepspeed"
         )
-    return blocks[::-1]
+    return found
 
 
 def _like(parameter: DTensor, flat: Tensor) -> DTensor:

@@ -12,6 +12,7 @@ from lori_dist.errors import ConfigError
 from lori_dist.evaluation import Subject
 from lori_dist.evaluation._batches import by_length
 from lori_dist.training.data import pad_id, shorten
+from lori_dist.training.device import put
 from lori_dist.training.model import num_positions
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def complete(subject: Subject) -> list[str]:
             input_ids, attention_mask = _left_padded([prompts[row] for row in rows], pad)
             device = subject.model.device
             output = subject.model.generate(
-                input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), generation_config=settings
+                input_ids=put(input_ids, device), attention_mask=put(attention_mask, device), generation_config=settings
             )
             for row, tokens in zip(rows, output[:, input_ids.shape[1] :].tolist(), strict=True):
                 completions[row] = _until(tokens, eos)

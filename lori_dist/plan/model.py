@@ -16,7 +16,7 @@ from lori_dist.adapter.experts import is_experts
 from lori_dist.config import Run
 from lori_dist.errors import ConfigError
 from lori_dist.training.flops import per_token
-from lori_dist.training.model import loading
+from lori_dist.training.model import blocks, loading
 from lori_dist.training.quantized import quantize_layers
 
 
@@ -84,8 +84,8 @@ def count(run: Run, *, ranks: int = 1) -> Counted:
     attached = attach(model, spec(run))
     flops = per_token(model, activation_checkpointing=False)
     trained_a = sum(a.numel() for a in trainable_projections(model).values())
-    blocks = _blocks(model)
-    in_blocks = [sum(map(_bytes, _frozen(block))) for block in blocks]
+    found = _blocks(model)
+    in_blocks = [sum(map(_bytes, _frozen(block))) for block in found]
     sizes = [(layer.deltas[0].out_features, layer.deltas[0].in_features) for layer in attached.values()]
     rank, entries = run.adapter.rank, sum(rows for rows, _ in sizes) * run.adapter.rank
     rows, length = min(run.train.micro_batch_size, -(-run.train.batch_size // ranks)), run.train.max_length
@@ -97,7 +97,7 @@ def count(run: Run, *, ranks: int = 1) -> Counted:
         base=sum(map(_bytes, _frozen(model))),
         block=max(in_blocks),
         blocks=sum(in_blocks),
-        num_blocks=len(blocks),
+        num_blocks=len(found),
         num_modules=len(sizes),
         entries=entries,
         kept=round(run.adapter.density * entries),
@@ -152,13 +152,12 @@ def _cached(run: Run) -> int:
 
 
 def _blocks(model: PreTrainedModel) -> list[nn.Module]:
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    blocks = [module for module in model.modules() if type(module).__name__ in names]
-    if not blocks:
+    found = blocks(model)[::-1]
+    if not found:
         raise ConfigError(
             f"model.path: {type(model).__name__} does not say what its blocks are, so none can be counted"
         )
-    return blocks
+    return found
 
 
 def _frozen(module: nn.Module) -> Iterator[Tensor]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lori_dist import config, rows
 from lori_dist.errors import ConfigError
+from lori_dist.training.device import put
 
 IGNORED = -100
 """Label of a token that is no target."""
@@ -55,12 +56,12 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            attention_mask=self.attention_mask.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
+            input_ids=put(self.input_ids, device),
+            attention_mask=put(self.attention_mask, device),
+            labels=put(self.labels, device),
             tasks=self.tasks,
-            weights=None if self.weights is None else self.weights.to(device, non_blocking=True),
-            position_ids=None if self.position_ids is None else self.position_ids.to(device, non_blocking=True),
+            weights=None if self.weights is None else put(self.weights, device),
+            position_ids=None if self.position_ids is None else put(self.position_ids, device),
         )
 
 

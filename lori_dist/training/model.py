@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
@@ -39,6 +40,7 @@ def load_model(model: config.Model) -> PreTrainedModel:
             model.path,
             dtype=getattr(torch, model.dtype),
             use_safetensors=True,
+            **attention(model),
             # Reported below with their names: by itself it refuses them with an error that names none.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
@@ -50,9 +52,40 @@ def load_model(model: config.Model) -> PreTrainedModel:
             f"model.path: the weights in {model.path!r} lack {len(missing)} tensors of the shape config.json asks for "
             f"({shown}); give a folder whose weights and config.json belong together"
         )
+    check_attention(loaded, model)
     if model.quantize is not None:
         quantize_layers(loaded, model.quantize)
     return cast(PreTrainedModel, loaded.eval())
+
+
+def attention(model: config.Model) -> dict[str, str]:
+    """What transformers is told of it when it makes a model."""
+    return {} if model.attention is None else {"attn_implementation": model.attention}
+
+
+def check_attention(made: PreTrainedModel, model: config.Model) -> None:
+    """Raises ConfigError where transformers has taken another one than was asked for, as it does for some models."""
+    found = made.config._attn_implementation
+    if model.attention not in (None, found):
+        raise ConfigError(
+            f"model.attention: {model.attention} was given, in the place of which transformers takes {found} for "
+            f"{type(made).__name__}; give that one, or leave it out"
+        )
+
+
+def check_device(model: config.Model, device: torch.device) -> None:
+    """Raises ConfigError where attention as it is asked for has no backward pass on a device."""
+    if device.type == "cpu" and model.attention in ("flex_attention", *config.FLASH):
+        raise ConfigError(
+            f"model.attention: {model.attention} was given, which trains on CUDA devices only, and this rank computes "
+            "on a CPU; use sdpa"
+        )
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """Its transformer blocks, inner ones first: the modules that transformers keeps on one device, if it says so."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names][::-1]
 
 
 def load_tokenizer(model: config.Model) -> PreTrainedTokenizerBase:
@@ -152,9 +185,10 @@ def loading(model: config.Model, part: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
+        remedy = "" if model.attention is None else f", or leave out model.attention, which is {model.attention}"
         raise ConfigError(
             f"model.path: {part}{model.path!r} cannot be loaded ({type(error).__name__}: {reason}); give a folder with "
-            "config.json, safetensors weights and a tokenizer, or such a model's name on the hub"
+            f"config.json, safetensors weights and a tokenizer, or such a model's name on the hub{remedy}"
         ) from error
 
 

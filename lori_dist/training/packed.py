@@ -24,6 +24,7 @@ from lori_dist.config import Run
 from lori_dist.errors import ConfigError, JobError, LoriError
 from lori_dist.training import checkpoint, data, metrics
 from lori_dist.training.data import Batch, Example
+from lori_dist.training.device import memory
 from lori_dist.training.divergence import not_finite
 from lori_dist.training.engine import QUANTITIES, Engine, Part, Quantity, State, gather
 from lori_dist.training.exchange import Exchange
@@ -43,7 +44,6 @@ from lori_dist.training.train import (
     diverged,
     is_calibrated,
     is_due,
-    memory,
     origin_of,
     phases,
     rewind,

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,8 +26,10 @@ from lori_dist.errors import AdapterError, ConfigError, JobError
 from lori_dist.jobs import Job as Planned
 from lori_dist.jobs import joint_job, task_seed, train_job
 from lori_dist.training import checkpoint, conflicts, data, flops, masking, metrics, validation
+from lori_dist.training.compilation import compile_blocks
 from lori_dist.training.data import Example
 from lori_dist.training.determinism import set_deterministic
+from lori_dist.training.device import memory, reset_peak
 from lori_dist.training.divergence import MOST, UPDATE, Divergence
 from lori_dist.training.engine import Engine, State, StepResult, gather
 from lori_dist.training.joint import Joint
@@ -36,7 +37,7 @@ from lori_dist.training.joint import batches as joint_batches
 from lori_dist.training.joint import rows_of_step as joint_rows
 from lori_dist.training.metrics import METRICS
 from lori_dist.training.metrics import Record as Record
-from lori_dist.training.model import check, check_base, identity, load_tokenizer
+from lori_dist.training.model import check, check_base, check_device, identity, load_tokenizer
 from lori_dist.training.schedule import learning_rate
 from lori_dist.training.surgery import Surgery, layers_of, surgery
 from lori_dist.training.trackers import forget, tracked
@@ -176,6 +177,7 @@ def make_job(
     progress: Callable[[Record], None],
 ) -> Job:
     """What is to be trained, with its rows read and encoded. Raises ConfigError for rows that cannot be used."""
+    check_device(run.model, world.device)
     folder.mkdir(parents=True, exist_ok=True)
     task: str = planned.settings["task"]
     joint, sequel = planned.settings.get("joint"), planned.settings.get("sequel")
@@ -338,8 +340,7 @@ def _fit(job: Job, phase: Phase, masks: Mapping[str, Tensor] | None) -> tuple[Pr
     """Trains the entries that masks keep, from zero or from the newest checkpoint. Returns what holds them."""
     model, weights = _adapted_model(job, masks)
     mfu = flops.utilisation(model, job.run, job.world)  # before an engine shards the model
-    if job.world.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(job.world.device)
+    reset_peak(job.world.device)
     origin = {**origin_of(job, phase), "mask": digest_of(masks)}
     found = checkpoint.newest(job.folder / CHECKPOINTS, phase.name, origin)
     first = found.step + found.skipped if found else 0
@@ -507,6 +508,8 @@ def _adapted_model(job: Job, masks: Mapping[str, Tensor] | None) -> tuple[PreTra
         attach(model, job.start, train=True)
     if job.run.train.activation_checkpointing:
         checkpoint_activations(model)
+    if job.run.train.compile:
+        compile_blocks(model)
     return model, weights
 
 
@@ -667,13 +670,6 @@ def rewind(job: Job, phase: Phase, first: int) -> None:
         metrics.rewrite(job.folder, kept, name)
         if not kept and name == METRICS:
             forget(job.run, job.name)
-
-
-def memory(device: torch.device) -> int:
-    """Bytes: the most that tensors took since the phase began, or, without a device, what the process has resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _best(job: Job, records: Sequence[Record]) -> Record:

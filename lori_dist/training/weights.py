@@ -22,7 +22,7 @@ from lori_dist.adapter.packed import PackedDelta
 from lori_dist.errors import ConfigError
 from lori_dist.tensors import Stored, stored
 from lori_dist.training.engine import Part
-from lori_dist.training.model import loading, weight_files
+from lori_dist.training.model import attention, check_attention, loading, weight_files
 from lori_dist.training.quantized import QuantizedWeights, quantize_layers
 
 HOLDERS = (AdaptedLinear, AdaptedExperts)
@@ -50,16 +50,23 @@ def skeleton(model: config.Model) -> tuple[PreTrainedModel, Weights]:
         settings = AutoConfig.from_pretrained(model.path)
         if getattr(settings, "quantization_config", None) is not None:
             raise ConfigError(f"model.path: {model.path!r} is quantised, which is not supported; give the base itself")
-        with init_empty_weights(include_buffers=False):
-            made = cast(PreTrainedModel, AutoModelForCausalLM.from_config(settings, dtype=dtype))
-        made.tie_weights()
+        made = without_weights(settings, dtype, **attention(model))
         _keep_exact(made, dtype)
         weights = _Files(made, {name: where for file in weight_files(model) for name, where in stored(file).items()})
     weights.check(model.path)
+    check_attention(made, model)
     if model.quantize is None:
         return made.eval(), weights
     quantize_layers(made, model.quantize)
     return made.eval(), QuantizedWeights(made, weights.read)
+
+
+def without_weights(settings: Any, dtype: torch.dtype, **more: Any) -> PreTrainedModel:
+    """The model of a configuration, its parameters on the meta device, its buffers real."""
+    with init_empty_weights(include_buffers=False):
+        made = cast(PreTrainedModel, AutoModelForCausalLM.from_config(settings, dtype=dtype, **more))
+    made.tie_weights()
+    return made
 
 
 def _keep_exact(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from lori_dist.errors import JobError, LoriError
+from lori_dist.training.device import group_settings, of_rank
 from lori_dist.training.rendezvous import rendezvous
 
 T = TypeVar("T")
@@ -44,10 +45,7 @@ def from_environment() -> World:
     if not dist.is_initialized():
         _make_group()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    # Who made a gloo group wants the CPU, whatever else the machine has.
-    device = torch.device("cpu") if dist.get_backend() == "gloo" else _cuda(local_rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = of_rank(local_rank, dist.get_backend())
     return World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank, device=device)
 
 
@@ -77,17 +75,15 @@ def agree(world: World, found: str, what: str, remedy: str) -> None:
 
 
 def _make_group() -> None:
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
     launcher = rendezvous(os.environ)
+    os.environ.update(launcher or {})  # libraries look there as well, and srun leaves them unset
+    settings = group_settings(int(os.environ.get("LOCAL_RANK", "0")))
     if launcher is None:
         with _on_loopback():
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)  # type: ignore[attr-defined]
+            dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT, **settings)  # type: ignore[attr-defined]
         return
-    os.environ.update(launcher)  # libraries look there as well, and srun leaves them unset
-    if backend == "nccl":
-        torch.cuda.set_device(_cuda(int(launcher["LOCAL_RANK"])))
     try:
-        dist.init_process_group(backend, init_method="env://", timeout=TIMEOUT)
+        dist.init_process_group(init_method="env://", timeout=TIMEOUT, **settings)
     except dist.DistError as error:  # no free port, or not all came
         place = f"{launcher['MASTER_ADDR']}:{launcher['MASTER_PORT']}"
         found = str(error).strip().partition("\n")[0]
@@ -109,15 +105,3 @@ def _on_loopback() -> Iterator[None]:
         yield
     finally:
         del os.environ["GLOO_SOCKET_IFNAME"]
-
-
-def _cuda(local_rank: int) -> torch.device:
-    visible = torch.cuda.device_count()
-    if local_rank < visible:
-        return torch.device("cuda", local_rank)
-    if visible == 1:  # a launcher that shows each process its own device
-        return torch.device("cuda", 0)
-    raise JobError(
-        f"environment: this is rank {local_rank} of its machine, which shows {visible} CUDA devices; "
-        "start at most one rank per device"
-    )

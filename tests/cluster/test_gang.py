@@ -49,6 +49,10 @@ def test_rank_0_is_where_the_others_meet_and_each_finds_its_gpu_at_its_local_ran
     }
 
 
+def test_a_rank_that_was_given_no_gpu_sees_none() -> None:
+    assert [rank["CUDA_VISIBLE_DEVICES"] for rank in variables([place("1"), place("2")])] == ["", ""]
+
+
 def test_the_interface_of_an_address() -> None:
     assert interface("127.0.0.1") == "lo"
     assert interface("192.0.2.77") is None

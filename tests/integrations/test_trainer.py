@@ -128,12 +128,6 @@ LAUNCHES: dict[str, tuple[list[str], dict[str, Any], str]] = {
         {},
         "DistributedDataParallel",
     ),
-    # Without a GPU accelerate leaves fsdp= out and says nothing.
-    "fsdp": (
-        ["torchrun", "--standalone", "--nproc-per-node", "2"],
-        {"fsdp": "full_shard", "fsdp_config": {"fsdp_version": 2}},
-        "FSDP" if torch.cuda.is_available() else "DistributedDataParallel",
-    ),
 }
 
 
@@ -149,15 +143,35 @@ def test_two_ranks_train_what_one_does(model: Path, dense_folder: Path, launcher
     for out, resume in (("two", False), ("resumed", True)):
         if resume:
             shutil.copytree(tmp_path / "two" / "checkpoint-3", tmp_path / out / "checkpoint-3")
-        words = [word.replace("PORT", free_port()) for word in command]
-        words[0] = str(BIN / words[0])
-        told = json.dumps({**how, "out": str(tmp_path / out), "args": args, "resume": resume})
-        script = str(ROOT / "tests" / "integrations" / "trainer_script.py")
-        launched = run_all([[*words, script, told]], ROOT, tmp_path / f"{out}.log")
-        assert launched.codes == [0], launched.output
-        assert f"WRAPPER {wrapper} BASE {0.5 if launcher == 'zero3' else 1.0}" in launched.output
+        found = launch(command, {**how, "out": str(tmp_path / out), "args": args, "resume": resume})
+        assert found == (wrapper, 0.5 if launcher == "zero3" else 1.0)
         assert_no_base(tmp_path / out / "checkpoint-6")
         assert_equal(tmp_path / out / "final", tmp_path / "one" / "final", TOLERANCE)
+
+
+def launch(command: list[str], how: dict[str, Any]) -> tuple[str, float]:
+    """What a launcher's processes have put around the model, and the share of the base that the first holds."""
+    words = [word.replace("PORT", free_port()) for word in command]
+    script = str(ROOT / "tests" / "integrations" / "trainer_script.py")
+    log = Path(how["out"]).with_suffix(".log")
+    launched = run_all([[str(BIN / words[0]), *words[1:], script, json.dumps(how)]], ROOT, log)
+    assert launched.codes == [0], launched.output
+    wrapper, share = launched.output.partition("WRAPPER ")[2].split()[:2]
+    return wrapper, float(share)
+
+
+@pytest.mark.gpu
+def test_fsdp_trains_what_one_gpu_does(model: Path, dense_folder: Path, tmp_path: Path) -> None:
+    """On as many GPUs as divide a batch. Without any, accelerate leaves fsdp= out and says nothing."""
+    num_ranks = max(number for number in (1, 2, 4) if number <= torch.cuda.device_count())
+    fsdp = {"fsdp": "full_shard", "fsdp_config": {"fsdp_version": 2}}
+    for out, ranks, args in (("one", 1, {}), ("all", num_ranks, fsdp)):
+        args |= {"use_cpu": False, "per_device_train_batch_size": 4 // ranks}
+        command = ["torchrun", "--standalone", "--nproc-per-node", str(ranks)]
+        how = {"model": str(model), "dense": str(dense_folder), "out": str(tmp_path / out), "args": args}
+        assert launch(command, how)[0].startswith("FSDP") == (out == "all")
+    # Kernels for batches of another size may add up in another order.
+    assert_equal(tmp_path / "all" / "final", tmp_path / "one" / "final", 1e-4)
 
 
 @pytest.mark.parametrize("form", ["prompts", "messages"])

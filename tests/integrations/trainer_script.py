@@ -58,4 +58,4 @@ def share_of_base(model: Any) -> float:
 if __name__ == "__main__":
     made = main(json.loads(sys.argv[-1]))
     if made.is_world_process_zero():
-        print("WRAPPER", type(made.model_wrapped).__name__, f"BASE {share_of_base(made.model):.1f}")
+        print("WRAPPER", type(made.model_wrapped).__name__, f"{share_of_base(made.model):.1f}")

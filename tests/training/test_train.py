@@ -291,6 +291,17 @@ def test_activation_checkpointing_changes_no_number(run: Run, tmp_path: Path) ->
     assert torch.equal(values(found), values(wanted))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's compiler calls what torch warns of
+def test_compiled_blocks_change_the_rounding_alone(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    short = changed(replace(run, adapter=replace(run.adapter, density=1.0)), steps=2)  # each size would be compiled
+    [(_, expected)] = run_distributed(train_rank, short, tmp_path / "plain", world_size=1)
+    [(_, records)] = run_distributed(train_rank, changed(short, compile=True), tmp_path / "other", world_size=1)
+    assert [record["loss"] for record in records] == pytest.approx([record["loss"] for record in expected], rel=1e-5)
+
+
 def test_a_recomputed_projection_changes_no_number(run: Run, tmp_path: Path) -> None:
     other = replace(run, adapter=replace(run.adapter, projection="recomputed"))
     [(cached, expected)] = run_distributed(train_rank, run, tmp_path / "cached", world_size=1)

@@ -14,7 +14,7 @@ from lori_dist.adapter.attach import attach
 from lori_dist.config import Model
 from lori_dist.errors import ConfigError
 from lori_dist.training.engine import Part
-from lori_dist.training.model import load_model
+from lori_dist.training.model import check_device, load_model
 from lori_dist.training.weights import base_parameters, fill, materialize, skeleton, whole
 from tests.models import tiny_gpt2, tiny_llama
 
@@ -62,6 +62,29 @@ def test_it_is_what_transformers_loads(name: str, dtype: Any, stored: torch.dtyp
     MODELS[name]().to(stored).save_pretrained(tmp_path, max_shard_size="60KB")
     model = Model(path=str(tmp_path), dtype=dtype)
     assert_same(read(model), load_model(model))
+
+
+def test_attention_is_computed_as_asked_for(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    eager, default = Model(path=str(tmp_path), attention="eager"), Model(path=str(tmp_path))
+    ids = torch.arange(3, 15)[None]
+    for make in (read, load_model):
+        models = make(eager), make(default)
+        assert [model.config._attn_implementation for model in models] == ["eager", "sdpa"]
+        torch.testing.assert_close(*(model(ids).logits for model in models), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [read, load_model])
+def test_attention_that_a_model_does_not_have_is_refused(make: Callable[[Model], Any], tmp_path: Path) -> None:
+    tiny_gpt2().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"model.path: .* or leave out model.attention, which is flash_attention_2$"):
+        make(Model(path=str(tmp_path), attention="flash_attention_2", dtype="bfloat16"))
+
+
+def test_attention_that_has_no_backward_pass_on_a_cpu_is_refused() -> None:
+    check_device(Model(path="m", attention="sdpa"), CPU)
+    with pytest.raises(ConfigError, match=r"model.attention: flex_attention was given, which trains on CUDA devices"):
+        check_device(Model(path="m", attention="flex_attention"), CPU)
 
 
 def test_names_without_the_model_s_prefix_are_found(tmp_path: Path) -> None:
