@@ -40,6 +40,7 @@ from lori_dist.training.joint import rows_of_step as joint_rows
 from lori_dist.training.metrics import METRICS
 from lori_dist.training.metrics import Record as Record
 from lori_dist.training.model import check, check_base, identity, load_tokenizer
+from lori_dist.training.preemption import Notice, Told, nothing, of_any, preempted
 from lori_dist.training.schedule import learning_rate
 from lori_dist.training.surgery import Surgery, layers_of, surgery
 from lori_dist.training.trackers import forget, tracked
@@ -84,6 +85,8 @@ class Job:
     track: Callable[[Record], None]
     """To the run's trackers."""
     progress: Callable[[Record], None]
+    told: Told
+    """Of the time that is left."""
     examples: Sequence[Sequence[Example]]
     """Of each task: one, or those of `joint`."""
     mixture: Sequence[int]
@@ -111,6 +114,7 @@ def train(
     fingerprint: str,
     still_mine: Callable[[], None] = lambda: None,
     progress: Callable[[Record], None] = lambda record: None,
+    told: Told = nothing,
     joint: Mapping[str, Any] | None = None,
     sequel: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -121,13 +125,15 @@ def train(
 
     folder: on storage that all ranks see; an earlier attempt's calibration and checkpoints in it are continued.
     fingerprint: of all that determines the result; files of another one are refused. still_mine: called before each
-    write, raises JobError where a newer attempt has taken over. progress: gets each step's record, on rank 0. joint:
-    how tasks are trained together, in the place of the one, which is then the adapter's name; as `Joint` takes it.
+    write, raises JobError where a newer attempt has taken over. progress: gets each step's record, on rank 0. told:
+    asked after each step whether to end; where any rank is told so, all save and end. joint: how tasks are trained
+    together, in the place of the one, which is then the adapter's name; as `Joint` takes it.
     sequel: `before`, the tasks that were trained one after another, to whose entries those of this one are added, and
     `masks`: whether these may be anywhere (independent) or where none of theirs are (disjoint).
     Returns kept, total, bytes, steps, loss (of the last step), seconds (of this attempt) and, where tasks' gradients
     were projected, conflicts; where a validation loss chose them, best, its step and loss.
-    Raises ConfigError for rows or a model that cannot be used, JobError if ranks disagree or the loss diverges.
+    Raises ConfigError for rows or a model that cannot be used, JobError if ranks disagree or the loss diverges,
+    Preempted if it was told to end.
     Source: LoRI (arXiv 2504.07448), section 3, but for A, which the authors' code draws again for the second phase.
     """
     start = time.monotonic()
@@ -143,6 +149,7 @@ def train(
             still_mine=still_mine,
             track=track,
             progress=progress,
+            told=told,
         )
         density = run.adapter.density if job.start is None else 1.0  # its entries are known
         *calibration, last = phases(job.run.train, density, sum(map(len, job.examples)))
@@ -179,6 +186,7 @@ def make_job(
     still_mine: Callable[[], None],
     track: Callable[[Record], None],
     progress: Callable[[Record], None],
+    told: Told = nothing,
 ) -> Job:
     """What is to be trained, with its rows read and encoded. Raises ConfigError for rows that cannot be used."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -197,6 +205,7 @@ def make_job(
         still_mine=still_mine,
         track=track,
         progress=progress,
+        told=told,
         examples=[
             data.encode([*chain(*parts)], tokenizer, run.train.max_length, where=f"tasks.{name}.train")
             for name, parts in rows.items()
@@ -437,12 +446,22 @@ def _do_steps(
             job.track(record)
             job.progress(record)
         is_saved = is_due(job, phase, num_done) or (train.early_stop is not None and best.step == num_done)
-        if is_saved:
+        notice = notice_after(job, phase, num_done)
+        if is_saved or notice:
             _save(job, phase, engine, num_done, origin, best)
+        if notice:
+            from_first(job.world, lambda: None)  # which may be writing, and ends with the first that ends
+            raise preempted(notice, {job.task: (num_done, phase.num_steps, phase.name)})
     if train.early_stop is not None and best.step > 0:
         path = checkpoint.file_of(job.folder / CHECKPOINTS, phase.name, best.step)
         from_first(job.world, lambda: None)  # which may be writing it
         engine.load(checkpoint.read(path, phase.name, origin=origin))
+
+
+def notice_after(job: Job, phase: Phase, num_done: int) -> Notice:
+    """Whether to save and end after a step, the same on all ranks. After the last, what is left is not much more."""
+    is_last = phase.name == TRAIN and num_done == phase.num_steps
+    return Notice.NONE if is_last else of_any(job.told(), job.world)
 
 
 def _known(job: Job, phase: Phase) -> tuple[Divergence, Best]:
