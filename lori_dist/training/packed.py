@@ -28,7 +28,7 @@ from lori_dist.training.divergence import not_finite
 from lori_dist.training.engine import QUANTITIES, Engine, Part, Quantity, State, gather
 from lori_dist.training.exchange import Exchange
 from lori_dist.training.model import check, identity
-from lori_dist.training.preemption import preempted
+from lori_dist.training.preemption import Notice, preempted
 from lori_dist.training.schedule import learning_rate
 from lori_dist.training.train import (
     ADAPTER,
@@ -75,6 +75,7 @@ def train_packed(run: Run, jobs: Mapping[str, Callable[[], Job]], world: World) 
             outcomes[task] = made
         else:
             members[task] = made
+            made.folder.mkdir(parents=True, exist_ok=True)
     steps = {task: phases(job.run.train, run.adapter.density, len(job.examples[0])) for task, job in members.items()}
     masks: dict[str, Mapping[str, Tensor]] = {}
     if run.adapter.density < 1:
@@ -232,7 +233,7 @@ class Pack:
             if not going:
                 return failed
             failed |= self._step(going)
-            self._end_if_told([task for task in self.jobs if task not in failed])
+            self._save_if_told([task for task in self.jobs if task not in failed])
 
     def view(self, task: str) -> Engine:
         return View(engine=self.engine, task=task, num_steps=self.done[task])  # type: ignore[return-value]
@@ -281,7 +282,7 @@ class Pack:
                 self._save(task)
         return failed
 
-    def _end_if_told(self, tasks: Sequence[str]) -> None:
+    def _save_if_told(self, tasks: Sequence[str]) -> None:
         """tasks: that have not failed. Those that have done all of their steps have them in memory alone."""
         if not tasks:
             return
@@ -290,6 +291,7 @@ class Pack:
         if notice:
             for task in tasks:
                 self._save(task)
+        if notice > Notice.NODE:
             from_first(self.jobs[first].world, lambda: None)  # which may be writing, and ends with the first that ends
             raise preempted(
                 notice, {task: (self.done[task], self.steps[task].num_steps, self.steps[task].name) for task in tasks}

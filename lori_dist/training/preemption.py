@@ -21,9 +21,11 @@ class Notice(enum.IntEnum):
     """What a rank is told of the time that is left. Of several, the largest counts."""
 
     NONE = 0
-    TIME_LIMIT = 1
-    SIGNAL = 2
-    RUN = 3
+    NODE = 1
+    """Saves and goes on: its node is to go, and where that is lost, the training is started again elsewhere."""
+    TIME_LIMIT = 2
+    SIGNAL = 3
+    RUN = 4
 
 
 Told = Callable[[], Notice]

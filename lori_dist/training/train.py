@@ -33,7 +33,7 @@ from lori_dist.training import checkpoint, conflicts, data, flops, metrics, vali
 from lori_dist.training.data import Example
 from lori_dist.training.determinism import set_deterministic
 from lori_dist.training.divergence import MOST, UPDATE, Divergence
-from lori_dist.training.engine import Engine, State, StepResult, gather
+from lori_dist.training.engine import Engine, State, StepResult, gather, trained
 from lori_dist.training.joint import Joint
 from lori_dist.training.joint import batches as joint_batches
 from lori_dist.training.joint import rows_of_step as joint_rows
@@ -138,6 +138,7 @@ def train(
     """
     start = time.monotonic()
     set_deterministic(run.train.deterministic)
+    folder.mkdir(parents=True, exist_ok=True)
     planned = joint_job(run, joint) if joint is not None else train_job(run, task, sequel=sequel)
     with tracked(run, planned.name) as track:
         job = make_job(
@@ -176,6 +177,48 @@ def train(
     return from_first(world, summary)
 
 
+def rehearse(
+    run: Run,
+    task: str,
+    world: World,
+    folder: Path,
+    *,
+    fingerprint: str,
+    joint: Mapping[str, Any] | None = None,
+    sequel: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """All that `train` does before its next step; nothing is written. Every rank calls this.
+
+    The arguments are those of `train`; folder: need not be there. Returns rows, phases (name and steps of each that is
+    not done yet), done (steps of the first of them, by an earlier attempt) and entries (that are trained in that one).
+    Raises what `train` would by then.
+    """
+    set_deterministic(run.train.deterministic)
+    planned = joint_job(run, joint) if joint is not None else train_job(run, task, sequel=sequel)
+
+    def nothing_done(*args: Any) -> None: ...
+
+    job = make_job(
+        run,
+        planned,
+        world,
+        folder,
+        fingerprint=fingerprint,
+        still_mine=nothing_done,
+        track=nothing_done,
+        progress=nothing_done,
+    )
+    num_rows = sum(map(len, job.examples))
+    left = phases(job.run.train, run.adapter.density if job.start is None else 1.0, num_rows)
+    masks = None
+    if len(left) > 1 and is_calibrated(job, left[0]):
+        masks = calibrated_masks(job, left.pop(0))
+    built = _build(job, left[0], masks)
+    built.engine.close()
+    steps = [(phase.name, phase.num_steps) for phase in left]
+    return {"rows": num_rows, "phases": steps, "done": built.first, "entries": built.num_entries}
+
+
 def make_job(
     run: Run,
     planned: Planned,
@@ -189,7 +232,6 @@ def make_job(
     told: Told = nothing,
 ) -> Job:
     """What is to be trained, with its rows read and encoded. Raises ConfigError for rows that cannot be used."""
-    folder.mkdir(parents=True, exist_ok=True)
     task: str = planned.settings["task"]
     joint, sequel = planned.settings.get("joint"), planned.settings.get("sequel")
     tokenizer = load_tokenizer(run.model)
@@ -389,7 +431,31 @@ def _calibrate(job: Job, phase: Phase, path: Path) -> None:
 
 def _fit(job: Job, phase: Phase, masks: Mapping[str, Tensor] | None) -> tuple[PreTrainedModel, Engine]:
     """Trains the entries that masks keep, from zero or from the newest checkpoint. Returns what holds them."""
+    built = _build(job, phase, masks)
+    if job.world.rank == 0:
+        rewind(job, phase, built.first)
+    _do_steps(job, phase, built)
+    return built.model, built.engine
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Built:
+    """All that a phase's steps need."""
+
+    model: PreTrainedModel
+    engine: Engine
+    num_entries: int
+    """That are trained."""
+    first: int
+    """Steps that were done before."""
+    origin: Mapping[str, Any]
+    tasks: Surgery | None
+    mfu: flops.Utilisation
+
+
+def _build(job: Job, phase: Phase, masks: Mapping[str, Tensor] | None) -> _Built:
     model, weights = _adapted_model(job, masks)
+    num_entries = sum(parameter.numel() for parameter in trained(model).values())
     mfu = flops.utilisation(model, job.run, job.world)  # before an engine shards the model
     if job.world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(job.world.device)
@@ -408,30 +474,19 @@ def _fit(job: Job, phase: Phase, masks: Mapping[str, Tensor] | None) -> tuple[Pr
     agree(job.world, json.dumps(checksums), "projection A", "install the same version of the program on all machines")
     if job.start is not None:
         refuse_other_projections(job.start.blocks[0], checksums)
-    if job.world.rank == 0:
-        rewind(job, phase, first)
-    _do_steps(job, phase, engine, first, origin, tasks, mfu)
-    return model, engine
+    return _Built(model=model, engine=engine, num_entries=num_entries, first=first, origin=origin, tasks=tasks, mfu=mfu)
 
 
-def _do_steps(
-    job: Job,
-    phase: Phase,
-    engine: Engine,
-    first: int,
-    origin: Mapping[str, Any],
-    tasks: Surgery | None,
-    mfu: flops.Utilisation,
-) -> None:
-    """Those after the first so many, to the last one, or until it ends early, with the best values."""
-    train = job.run.train
+def _do_steps(job: Job, phase: Phase, built: _Built) -> None:
+    """Those that are left, to the last one, or until it ends early, with the best values."""
+    train, engine, first, origin, tasks = job.run.train, built.engine, built.first, built.origin, built.tasks
     divergence, best = from_first(job.world, lambda: _known(job, phase))
     if first == 0 and train.on_divergence == "rollback":
         _save(job, phase, engine, 0, origin, best)
     for step in range(first, phase.num_steps):
         if train.early_stop is not None and best.num_since >= train.early_stop:
             break
-        record, num_done = _step(job, phase, engine, step, tasks, mfu, divergence), step + 1
+        record, num_done = _step(job, phase, engine, step, tasks, built.mfu, divergence), step + 1
         if divergence.problem is not None:
             _treat(job, phase, engine, divergence, origin, record)
         if _is_measured(job, phase, num_done):
@@ -449,7 +504,7 @@ def _do_steps(
         notice = notice_after(job, phase, num_done)
         if is_saved or notice:
             _save(job, phase, engine, num_done, origin, best)
-        if notice:
+        if notice > Notice.NODE:
             from_first(job.world, lambda: None)  # which may be writing, and ends with the first that ends
             raise preempted(notice, {job.task: (num_done, phase.num_steps, phase.name)})
     if train.early_stop is not None and best.step > 0:
@@ -459,7 +514,7 @@ def _do_steps(
 
 
 def notice_after(job: Job, phase: Phase, num_done: int) -> Notice:
-    """Whether to save and end after a step, the same on all ranks. After the last, what is left is not much more."""
+    """Whether to save, and end, after a step: the same on all ranks. After the last, what is left is not much more."""
     is_last = phase.name == TRAIN and num_done == phase.num_steps
     return Notice.NONE if is_last else of_any(job.told(), job.world)
 

@@ -126,6 +126,31 @@ def test_what_a_rank_raises_is_told(tmp_path: Path) -> None:
         gang.close()
 
 
+@pytest.mark.ray
+def test_ranks_that_are_asked_to_end_still_give_their_result(tmp_path: Path) -> None:
+    run = described(tmp_path, cpus_per_worker=0.5)
+    job = Job(name="train-copy", kind="train", fingerprint="")
+    with connected(run) as nodes:
+        gangs = Gangs(environment={}, nodes=nodes)
+        gang = gangs.take(job, Cluster(workers=2, cpus_per_worker=0.5))
+        threading.Timer(1.0, gangs.asked.set).start()
+        assert gang.run(_until_asked, "done", gangs.stopping, gangs.asked) == "done"
+        with pytest.raises(Broken) as caught:
+            gang.run(_rank_1_fails, None, gangs.stopping, gangs.asked)
+        assert caught.value.failure.message == "ValueError: of rank 1"
+        with pytest.raises(JobError, match="stopped"):
+            gangs.take(job, run.cluster)
+        gang.close()
+
+
+def _until_asked(result: str) -> str:
+    import ray
+
+    while not ray.get_runtime_context().is_canceled():
+        time.sleep(0.01)
+    return result
+
+
 def _pid(_: object) -> int:
     return os.getpid()
 
