@@ -101,7 +101,9 @@ def test_launched_ranks_train_together(launcher: Launcher, alone: Adapter, folde
 # --- when a rank is told to end --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("launcher", "rank", "code"), [(deepspeed, 0, 3), (torchrun, 1, 1)])
+@pytest.mark.parametrize(
+    ("launcher", "rank", "code"), [(deepspeed, 0, 3), pytest.param(torchrun, 1, 1, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_one_rank_saves_and_another_launcher_goes_on(
     launcher: Launcher, rank: int, code: int, alone: Adapter, folder: Path, tmp_path: Path
 ) -> None:

@@ -60,6 +60,7 @@ def test_it_says_what_there_is_to_do_and_leaves_the_folder_as_it_was(
     assert lines[-1] == f"{built} {run.folder} is as it was."
 
 
+@pytest.mark.slow
 def test_what_a_training_would_meet_it_meets(
     run: config.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,7 +1,6 @@
 """A run that is told to end has its trainings save first."""
 
 import dataclasses
-import itertools
 import json
 import signal
 import subprocess
@@ -10,44 +9,40 @@ from pathlib import Path
 
 import pytest
 
+from lori_dist import config
 from lori_dist.cluster.gang import DIED
-from lori_dist.cluster.status import stop
 from lori_dist.config import Calibrate
 from tests.cluster.trained import assert_undisturbed, attempts, described, driven, last_step
 from tests.raylets import ENVIRONMENT, RAY, Nodes
 
 pytestmark = pytest.mark.ray
 
-CALIBRATE, TRAIN = 150, 300
-
 
 def test_a_run_that_is_ended_does_no_step_twice(tmp_path: Path) -> None:
-    """Without checkpoints but those of trainings that are asked to save."""
-    run = described(tmp_path, workers=2, cpus_per_worker=0.5)
-    calibrate = dataclasses.replace(run.train.calibrate, steps=CALIBRATE)
-    train = dataclasses.replace(run.train, steps=TRAIN, calibrate=calibrate, checkpoint_every=None)
-    run = dataclasses.replace(run, train=train)
+    """Without checkpoints but that of a training that is asked to save."""
+    run = changed(described(tmp_path, workers=2, cpus_per_worker=0.5), calibrate=10, train=200)
     with driven(run, tmp_path) as driver:
-        driver.until(lambda: last_step(run)[1] >= 5)
+        driver.until(lambda: last_step(run)[0] == "train" and last_step(run)[1] >= 5)
         driver.process.send_signal(signal.SIGTERM)
         assert driver.ends() == 3, driver.said()
         assert f"{run.folder}: ended by SIGTERM; the same command continues from here\n" in driver.said()
     with driven(run, tmp_path) as driver:
-        driver.until(lambda: last_step(run)[0] == "train" and last_step(run)[1] >= 5)
-        assert stop(run.folder, timeout=60) is not None
-        assert driver.ends() == 3, driver.said()
-    with driven(run, tmp_path) as driver:
         assert driver.ends() == 0, driver.said()
     lines = (run.folder / "train-copy" / "metrics.jsonl").read_text().splitlines()
     found = [(record["phase"], record["step"]) for record in map(json.loads, lines)]
-    assert found == [
-        *(("calibrate", step) for step in range(1, CALIBRATE + 1)),
-        *(("train", step) for step in range(1, TRAIN + 1)),
-    ]
-    assert len(attempts(run)) == 3
-    for before, after in itertools.pairwise(attempts(run)):
-        assert after["resumed_at"] == before["reached"]
+    steps = [(phase, step) for phase, count in (("calibrate", 10), ("train", 200)) for step in range(1, count + 1)]
+    assert found == steps
+    first, second = attempts(run)
+    assert second["resumed_at"] == first["reached"]
     assert_undisturbed(run, tmp_path, world_size=2)
+
+
+def changed(run: config.Run, *, calibrate: int, train: int) -> config.Run:
+    """Of so many steps, and without checkpoints."""
+    phase = Calibrate(steps=calibrate)
+    return dataclasses.replace(
+        run, train=dataclasses.replace(run.train, steps=train, calibrate=phase, checkpoint_every=None)
+    )
 
 
 NODES = """
@@ -63,9 +58,7 @@ def test_a_training_whose_node_is_to_go_saves_and_goes_on(tmp_path: Path) -> Non
     """The node is lost after the notice, and another one is there."""
     with Nodes(tmp_path) as nodes:
         [leaving] = nodes.add(1, cpus=1)
-        run = described(tmp_path, address=nodes.address, workers=1, patience=120)
-        train = dataclasses.replace(run.train, steps=3000, calibrate=Calibrate(steps=20), checkpoint_every=None)
-        run = dataclasses.replace(run, train=train)
+        run = changed(described(tmp_path, address=nodes.address, patience=120), calibrate=20, train=2000)
         saved = run.folder / ".partial-train-copy" / "checkpoints"
         asked = subprocess.run(
             [sys.executable, "-c", NODES, nodes.address], capture_output=True, text=True, check=True, env=ENVIRONMENT
