@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb. Returns the exit code: 0, 1 for what failed, 2 for a mistake in the configuration or the call, 3
-    for a run that `lori stop` ended."""
+    for what was told to end, and has saved."""
     chosen = _parse(sys.argv[1:] if arguments is None else arguments)
     world_rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     _configure_logging(chosen.verbose, first=world_rank == "0")
@@ -67,8 +67,11 @@ def run(arguments: argparse.Namespace) -> int | None:
     if arguments.address is not None:
         from lori_dist.cluster.submission import submit
 
-        return submit(arguments.config, arguments.settings, arguments.address)
+        return submit(arguments.config, arguments.settings, arguments.address, dry_run=arguments.dry_run)
     described = config.load(arguments.config, arguments.settings)
+    if arguments.dry_run:
+        _show_dry_run(described)
+        return None
     from lori_dist import progress
     from lori_dist.cluster.board import SUMMARY
     from lori_dist.cluster.run import execute
@@ -87,6 +90,17 @@ def run(arguments: argparse.Namespace) -> int | None:
         print(f"\n{summary['report'].get('path') or 'No report: ' + summary['report']['error']}")
     print(f"\n{described.folder / SUMMARY}")
     return None
+
+
+def _show_dry_run(described: config.Run) -> None:
+    from lori_dist.cluster.dry_run import TITLES, dry_run
+
+    print(describe.table(TITLES, dry_run(described)))
+    ranks, place = described.cluster.workers, described.cluster.address
+    built = f"What is to be trained was built by {ranks} rank{'' if ranks == 1 else 's'} (cluster.address: {place})"
+    print(f"\n{built}, and no step was done. {described.folder} is as it was.")
+    if described.cluster.packing != "off":
+        print("Trainings were built one by one; packed, they take more memory.")
 
 
 def plan(arguments: argparse.Namespace) -> None:
@@ -477,12 +491,16 @@ examples:
   lori run configs/quickstart.yaml train.engine=fsdp cluster.workers=2
   lori run mine.yaml --address http://HOST:8265 cluster.workers=16 cluster.gpus_per_worker=1
 
-exit code: 0; 1 if a job failed, 2 for a mistake in the configuration, 3 if `lori stop` ended the run.
+exit code: 0; 1 if a job failed, 2 for a mistake in the configuration, 3 if `lori stop`, SIGTERM or train.time_limit
+ended the run.
 
 {OVERRIDES}""",
     )
     _add_config(verb)
     verb.add_argument("--address", metavar="URL", help="of the dashboard of a Ray cluster to run on")
+    verb.add_argument(
+        "--dry-run", action="store_true", help="do all but the steps, keep nothing, and say what is to do"
+    )
 
     verb = _add(
         verbs,
@@ -552,7 +570,7 @@ examples:
         "end a run, so that the same command goes on from there",
         f"""\
 Asks the process that works on a run to end, through the run's folder, and waits until it has. That process ends its
-jobs; a training loses what it did since its last checkpoint. It exits with code 3.
+jobs, once trainings have saved, and exits with code 3.
 
 example:
   lori stop runs/quickstart

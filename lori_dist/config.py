@@ -38,11 +38,22 @@ def _off(value: Any) -> Any:
     return "off" if value is False else value
 
 
+def _seconds(value: Any) -> Any:
+    """Of `11h30m`."""
+    if not isinstance(value, str) or value.replace(".", "", 1).isdecimal():
+        return value
+    found = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", value)
+    if found is None or not value:
+        raise ValueError("wanted a duration such as 11h30m, 90m, or 3600 for so many seconds")
+    return sum(int(number or 0) * unit for number, unit in zip(found.groups(), (86400, 3600, 60, 1), strict=True))
+
+
 NotBool = pydantic.BeforeValidator(_number)
 Positive = Annotated[int, pydantic.Field(gt=0), NotBool]
 Count = Annotated[int, pydantic.Field(ge=0), NotBool]
 Number = Annotated[float, pydantic.Field(allow_inf_nan=False), NotBool]
 Rate = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False), NotBool]
+Duration = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False), NotBool, pydantic.BeforeValidator(_seconds)]
 Fraction = Annotated[float, pydantic.Field(gt=0, le=1), NotBool]
 Decay = Annotated[float, pydantic.Field(ge=0, lt=1), NotBool]
 Seed = Annotated[int, pydantic.Field(ge=0, lt=2**53), NotBool]
@@ -219,6 +230,9 @@ class Train:
     """Steps between checkpoints; null for none."""
     keep: Positive = 2
     """Checkpoints kept."""
+    time_limit: Duration | None = None
+    """Seconds, or `11h30m`, from the start of the process, `lori train` or `lori run`, after which what is in training
+    is saved and the process ends with code 3; the same command goes on from there. null: none."""
     seed: Seed = 0
     """Of the order of the rows."""
 

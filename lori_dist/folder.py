@@ -47,11 +47,17 @@ def finished(root: Path, job: Job) -> dict[str, Any] | None:
     return record
 
 
+def begun(root: Path, job: Job) -> bool:
+    """Whether there is a folder that an earlier attempt at the same job has left."""
+    partial = root / f"{PARTIAL}{job.name}"
+    record = _read(partial / STARTED) or _read(partial / FINISHED)
+    return record is not None and record.get("fingerprint") == job.fingerprint
+
+
 def open(root: Path, job: Job) -> Path:
     """The folder to work in: as an earlier attempt at the same job left it, or else empty."""
     partial = root / f"{PARTIAL}{job.name}"
-    record = _read(partial / STARTED) or _read(partial / FINISHED)
-    if record is None or record.get("fingerprint") != job.fingerprint:
+    if not begun(root, job):
         _remove(partial)
         partial.mkdir(parents=True)
         write_json(partial / STARTED, {"name": job.name, "fingerprint": job.fingerprint})
@@ -158,10 +164,7 @@ def lock(root: Path) -> Iterator[str]:
         end = time.monotonic() + LOCK_SECONDS
         while not _locked(descriptor, fcntl.LOCK_EX):
             if time.monotonic() > end:
-                raise JobError(
-                    f"{root}: {shown_owner(_owner(descriptor))} is working on this run; wait for it, or end it with "
-                    f"`lori stop {root}`"
-                )
+                raise _taken(root, _owner(descriptor))
             time.sleep(0.05)
         name = f"process {os.getpid()} on {socket.gethostname()}, {secrets.token_hex(8)}"
         os.ftruncate(descriptor, 0)
@@ -182,6 +185,20 @@ def owner(root: Path) -> str | None:
         return None if _locked(descriptor, fcntl.LOCK_SH) else _owner(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_free(root: Path) -> None:
+    """Raises what `lock` would, and leaves no trace."""
+    check_links(root)
+    name = owner(root)
+    if name is not None:
+        raise _taken(root, name)
+
+
+def _taken(root: Path, name: str) -> JobError:
+    return JobError(
+        f"{root}: {shown_owner(name)} is working on this run; wait for it, or end it with `lori stop {root}`"
+    )
 
 
 def shown_owner(name: str) -> str:

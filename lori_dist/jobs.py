@@ -31,6 +31,7 @@ PLACEMENT = (
     "projection",
     "pack",
     "deterministic",
+    "time_limit",
 )
 """Settings of training and of the adapter that change the result by rounding at most; but for a trained projection."""
 

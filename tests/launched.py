@@ -29,7 +29,7 @@ def mask(b: Mapping[str, Tensor], *, density: float, mark: str = "mask") -> dict
 
 def build(
     *args: Any,
-    fault: Literal["raise", "kill", "refuse", "refuse_all", "refuse_each"] = "raise",
+    fault: Literal["raise", "kill", "terminate", "refuse", "refuse_all", "refuse_each"] = "raise",
     rank: int = 1,
     busy: float = 0.0,
     mark: str = "fault",
@@ -71,4 +71,7 @@ class Faulty:
         self.mark.touch()
         if self.fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.fault == "terminate":
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
         raise RuntimeError(MESSAGE) if self.fault == "raise" else JobError(REFUSAL)

@@ -1,4 +1,4 @@
-"""A Slurm of this machine: programs `srun` and `scontrol` that do what Slurm's do, with this machine for every node."""
+"""A Slurm of this machine: srun, scontrol and scancel that do what Slurm's do, with this machine for every node."""
 
 import itertools
 import os
@@ -54,12 +54,26 @@ else:
         step.terminate()
     psutil.wait_procs(steps)
 """
+SCANCEL = f"""#!{sys.executable}
+# Sends a signal to all that the job's steps have started.
+import sys
+import psutil
+assert sys.argv[1] == "--signal=TERM", sys.argv
+children = psutil.Process().parent().children()
+steps = [process for process in children if any("srun" in word for word in process.cmdline())]
+for process in [process for step in steps for process in step.children(recursive=True)]:
+    try:
+        process.terminate()
+    except psutil.NoSuchProcess:
+        pass
+"""
 
 
 def make_slurm(place: Path) -> None:
     """Writes the programs into a folder for PATH."""
     make_program(place / "srun", SRUN)
     make_program(place / "scontrol", SCONTROL)
+    make_program(place / "scancel", SCANCEL)
 
 
 def job(number: int, nodes: str, cpus: int = 1) -> Mapping[str, str]:

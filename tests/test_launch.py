@@ -196,15 +196,17 @@ def test_a_slurm_job_that_runs_out_of_time_is_queued_again_and_goes_on(
     """As Slurm does it: a signal to the batch script before the end, and after it the same script once more."""
     job = slurm.job(slurm.free_job(), "localhost,localhost")
     words = [str(LAUNCH / "slurm.sbatch"), "mine.yaml", "--task", "math", f"output={tmp_path}"]
-    words.append("train.checkpoint_every=1")
+    words.append("train.checkpoint_every=null")
     partial = tmp_path / "demo" / f"{PARTIAL}train-math"
     until_told = f"until [ -e {partial}/metrics.jsonl ]; do sleep 0.1; done; kill -USR1 $!; wait $!"
-    hanging = "train.engine={name: tests.launched, rank: 2, busy: 600.0}"
-    run_all([["bash", "-c", f'bash "$@" & {until_told}', "bash", *words, hanging]], folder, tmp_path / "log", [job])
+    slow = "train.engine={name: tests.launched, rank: 2, busy: 3.0}"
+    run_all([["bash", "-c", f'bash "$@" & {until_told}', "bash", *words, slow]], folder, tmp_path / "log", [job])
     assert (folder / f"requeued-{job['SLURM_JOB_ID']}").exists()
     launched = run_all([["bash", *words]], folder, tmp_path / "log", [job])
     assert launched.codes == [0], launched.output
-    assert len(json.loads(adapter_of(tmp_path).with_name("job.json").read_text())["attempts"]) == 2
+    first, second = json.loads(adapter_of(tmp_path).with_name("job.json").read_text())["attempts"]
+    assert first["error"].endswith("saved and ended, as SIGTERM came; the same command goes on from there")
+    assert second["resumed_at"] == first["reached"]
     assert_equal(load_adapter(adapter_of(tmp_path)), alone)
 
 

@@ -1,6 +1,7 @@
 """`lori train` under every launcher, by the commands of the README: two ranks train together, and when one dies nobody
 hangs and the cause is told."""
 
+import json
 import re
 import shlex
 import sys
@@ -94,6 +95,28 @@ def test_launched_ranks_train_together(launcher: Launcher, alone: Adapter, folde
     path = tmp_path / "demo" / "train-math" / "adapter.safetensors"
     assert launched.output.count(f"{path}\n") == 1
     assert sorted(file.name for file in tmp_path.glob("mask-*")) == ["mask-0-of-2"]
+    assert_equal(load_adapter(path), alone)
+
+
+# --- when a rank is told to end --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("launcher", "rank", "code"), [(deepspeed, 0, 3), pytest.param(torchrun, 1, 1, marks=pytest.mark.slow)]
+)
+def test_a_signal_to_one_rank_saves_and_another_launcher_goes_on(
+    launcher: Launcher, rank: int, code: int, alone: Adapter, folder: Path, tmp_path: Path
+) -> None:
+    engine = f"train.engine={{name: tests.launched, mark: {tmp_path / 'mark'}, fault: terminate, rank: {rank}}}"
+    launched = launch(launcher()[0], [engine], folder, tmp_path / "log")
+    assert launched.codes == [code], launched.output
+    said = "math after step 2 of 3 of phase calibrate: saved and ended, as SIGTERM came; the same command goes on from "
+    assert launched.output.count(said) == 1
+    again = launch(torchrun()[0], [], folder, tmp_path / "again")
+    assert again.codes == [0], again.output
+    path = tmp_path / "demo" / "train-math" / "adapter.safetensors"
+    records = [json.loads(line) for line in path.with_name("metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3, 1, 2]
     assert_equal(load_adapter(path), alone)
 
 

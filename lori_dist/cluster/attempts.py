@@ -52,9 +52,9 @@ def do(run: Run, job: Job, inputs: Mapping[str, Any], gangs: Gangs) -> dict[str,
                 mirror.pull(partial.name)
             failure = failure_of(error)
             log.debug("%s: attempt %d failed", job.name, assignment.attempt.number, exc_info=error)
-            if not gangs.stopping.is_set():
+            if not gangs.is_ending:
                 history.end(failure.message)
-            if gangs.stopping.is_set() or not schedule.retry(failure, number, run.cluster.retries):
+            if gangs.is_ending or not schedule.retry(failure, number, run.cluster.retries):
                 raise JobError(described(run, job, failure)) from error
             again = f"it is started again ({number} of {run.cluster.retries})"
             log.warning("%s: %s; %s", job.name, failure.message, again)
@@ -94,7 +94,7 @@ def _result(run: Run, assignment: Assignment, gangs: Gangs, history: "History") 
         ranks = gangs.take(job, run.cluster)
         history.begin(workers=ranks.shape.count)
         try:
-            result: dict[str, Any] = ranks.run(train_rank, assignment, gangs.stopping)
+            result: dict[str, Any] = ranks.run(train_rank, assignment, gangs.stopping, gangs.asked)
         except BaseException:
             ranks.close()
             raise

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lori_dist import folder
+from lori_dist import folder, storage
 from lori_dist.cluster import schedule
 from lori_dist.cluster.schedule import Resources
 from lori_dist.cluster.summary import ADAPTER, attempts_of, last_steps, summarize
@@ -127,6 +127,13 @@ class Board:
 
     def seconds(self, job: Job) -> float:
         return round(time.monotonic() - self.started[job.name], 3) if job.name in self.started else 0.0
+
+    def has_steps(self, job: Job) -> bool:
+        """Whether a training may have done some since it started. Of a URL this machine sees none."""
+        if storage.is_url(self.run.output):
+            return True
+        steps = last_steps(self.run.folder / f"{folder.PARTIAL}{job.name}")
+        return bool(steps) and steps[-1].get("time", 0.0) >= self.states[job.name]["started"]
 
     def report_steps(self) -> None:
         for job in self.named("running"):

@@ -13,7 +13,7 @@ from typing import Any
 
 from lori_dist.cluster.schedule import Resources
 from lori_dist.config import Run
-from lori_dist.errors import ConfigError, JobError, is_secret
+from lori_dist.errors import ConfigError, JobError, Preempted, is_secret
 
 # Ray is imported by functions, after the environment it reads while it is imported has been set.
 
@@ -65,7 +65,7 @@ def connected(run: Run) -> Iterator[Callable[[], list[Resources]]]:
             # That of a cluster which outlives the run is looked up in logs as well.
             log.log(logging.INFO if local else logging.WARNING, "Ray's dashboard: http://%s", context.dashboard_url)
         try:
-            with _stopped_by_sigterm(), _token_file(run) if is_open else contextlib.nullcontext():
+            with _stopped_by_sigterm(run), _token_file(run) if is_open else contextlib.nullcontext():
                 yield _nodes
         finally:
             disconnect()
@@ -107,15 +107,25 @@ def _nodes() -> list[Resources]:
     ]
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
 @contextlib.contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
+def _stopped_by_sigterm(run: Run) -> Iterator[None]:
     """As by Ctrl-C: batch systems end jobs so, and Ray's own handler aborts with a dump of its stack."""
     if threading.current_thread() is not threading.main_thread():  # where no handler can be set
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def end(number: int, frame: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
+    except _Terminated:
+        raise Preempted(f"{run.folder}: ended by SIGTERM; the same command continues from here") from None
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: one set by C code
 

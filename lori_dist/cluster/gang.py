@@ -94,6 +94,7 @@ class Process:
     def __init__(self) -> None:
         self._listening: socket.socket | None = None
         self._store: Any = None
+        self._outcome: Outcome | None = None
 
     def place(self) -> Place:
         """Opens a port anew with every call."""
@@ -114,11 +115,17 @@ class Process:
 
     def run(self, variables: Mapping[str, str], function: Callable[..., Any], argument: Any) -> Outcome:
         """Calls function(argument) as the rank that the variables describe."""
+        self._outcome = None
         os.environ.update(variables)
         rank = int(variables["RANK"])
         if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface(variables["NODE_ADDRESS"])):
             os.environ["GLOO_SOCKET_IFNAME"] = name
-        return outcome_of(rank, self._run, rank, function, argument)
+        self._outcome = outcome_of(rank, self._run, rank, function, argument)
+        return self._outcome
+
+    def outcome(self) -> Outcome | None:
+        """Of the last run. Of one that was cancelled Ray tells nothing, however it went."""
+        return self._outcome
 
     def _run(self, rank: int, function: Callable[..., Any], argument: Any) -> Any:
         assert self._listening is not None
@@ -261,9 +268,16 @@ class Gang:
         self._processes = [self._processes[number] for number in order]
         self._variables = variables([places[number] for number in order])
 
-    def run(self, function: Callable[[Any], Any], argument: Any, stopping: threading.Event) -> Any:
+    def run(
+        self,
+        function: Callable[[Any], Any],
+        argument: Any,
+        stopping: threading.Event,
+        asked: threading.Event | None = None,
+    ) -> Any:
         """Calls function(argument) as each rank of a world. Returns what it returns on rank 0.
 
+        stopping: when set, the ranks are given up. asked: when set, they are asked to save and end, and waited for.
         Raises Broken for the failure that brought the others down, as soon as one rank has failed.
         """
         self.meet()
@@ -272,7 +286,7 @@ class Gang:
             for rank, process in enumerate(self._processes)
         }
         outcomes: dict[int, Outcome | None] = {}
-        for rank, outcome in _ended(calls, stopping):
+        for rank, outcome in _ended(calls, self._processes, stopping, asked or threading.Event()):
             outcomes[rank] = outcome
         failure = _cause(outcomes)
         if failure is not None:
@@ -302,17 +316,23 @@ def _bundle(part: Resources) -> dict[str, float]:
     return {"CPU": part.cpus} | ({"GPU": part.gpus} if part.gpus else {})
 
 
-def _ended(calls: dict[Any, int], stopping: threading.Event) -> Iterator[tuple[int, Outcome | None]]:
+def _ended(
+    calls: dict[Any, int], processes: Sequence[Any], stopping: threading.Event, asked: threading.Event
+) -> Iterator[tuple[int, Outcome | None]]:
     """Rank and outcome, or None for a process that died, as they come; after the first failure only for a while."""
     import ray
 
-    end = float("inf")
+    end, were_asked = float("inf"), False
     while calls and time.monotonic() < end and not stopping.is_set():
+        if asked.is_set() and not were_asked:
+            were_asked = True
+            for call in calls:
+                ray.cancel(call)  # a method of an actor is not interrupted; it may ask for this
         done, _ = ray.wait(list(calls), num_returns=1, timeout=1.0)
         for call in done:
             rank = calls.pop(call)
             try:
-                outcome = ray.get(call)
+                outcome = _outcome(call, processes[rank])
             except ray.exceptions.RayActorError as error:
                 log.debug("rank %d", rank, exc_info=error)
                 outcome = None
@@ -321,6 +341,16 @@ def _ended(calls: dict[Any, int], stopping: threading.Event) -> Iterator[tuple[i
             yield rank, outcome
     if stopping.is_set():
         raise Broken(Failure(rank=None, time=time.time(), types=(), message="stopped"))
+
+
+def _outcome(call: Any, process: Any) -> Outcome | None:
+    import ray
+
+    try:
+        outcome: Outcome | None = ray.get(call)
+    except ray.exceptions.TaskCancelledError:
+        outcome = ray.get(process.outcome.remote())
+    return outcome
 
 
 def _cause(outcomes: Mapping[int, Outcome | None]) -> Failure | None:
@@ -343,9 +373,15 @@ class Gangs:
     nodes: Callable[[], Sequence[Resources]]
     """The cluster's, now."""
     stopping: threading.Event = field(default_factory=threading.Event)
-    """Set when the run is to end."""
+    """Set when the run ends now."""
+    asked: threading.Event = field(default_factory=threading.Event)
+    """Set before, when trainings are to save and end, and no job is started any more."""
     _idle: list[Gang] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def is_ending(self) -> bool:
+        return self.asked.is_set() or self.stopping.is_set()
 
     def take(self, job: Job, cluster: Cluster) -> Gang:
         """A gang for a training, as soon as there is room for one, one that waits or a new one.
@@ -355,7 +391,7 @@ class Gangs:
         """
         enough = time.monotonic()
         num_starts = 0
-        while not self.stopping.is_set():
+        while not self.is_ending:
             nodes = self.nodes()
             shape = schedule.possible(job, cluster, nodes)
             if shape is not None:

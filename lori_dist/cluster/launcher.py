@@ -9,9 +9,10 @@ from lori_dist.cluster.attempts import History
 from lori_dist.cluster.run import with_absolute_paths
 from lori_dist.cluster.summary import ADAPTER, ATTEMPTS, CHECKPOINTS, path
 from lori_dist.config import Run
-from lori_dist.errors import ConfigError, JobError
+from lori_dist.errors import ConfigError, JobError, Preempted
 from lori_dist.folder import Attempt
 from lori_dist.jobs import Job, check_inputs
+from lori_dist.training import preemption
 from lori_dist.training.train import Record, train
 from lori_dist.training.world import World, from_first
 
@@ -22,7 +23,8 @@ def train_task(run: Run, task: str, world: World, *, progress: Callable[[Record]
     """Trains one task's adapter unless that is done already. Returns its file. Every rank calls this.
 
     progress: gets each step's record, on rank 0. Raises JobError if the task needs another one that is not trained, or
-    if another process has taken the job over; else what `training.train` raises.
+    if another process has taken the job over; Preempted, saved, after SIGTERM or train.time_limit; else what
+    `training.train` raises.
     """
     run = with_absolute_paths(run)
     job, attempt, inputs = from_first(world, lambda: _begin(run, task))
@@ -32,17 +34,24 @@ def train_task(run: Run, task: str, world: World, *, progress: Callable[[Record]
     if world.rank == 0:
         history = History(attempt.partial, attempt.number)
         history.begin(workers=world.size)
-    result = train(
-        run,
-        task,
-        world,
-        attempt.partial,
-        fingerprint=job.fingerprint,
-        still_mine=attempt.check,
-        progress=progress,
-        joint=job.settings.get("joint"),
-        sequel=job.settings.get("sequel"),
-    )
+    try:
+        with preemption.of_process(run.train.time_limit) as told:
+            result = train(
+                run,
+                task,
+                world,
+                attempt.partial,
+                fingerprint=job.fingerprint,
+                still_mine=attempt.check,
+                progress=progress,
+                told=told,
+                joint=job.settings.get("joint"),
+                sequel=job.settings.get("sequel"),
+            )
+    except Preempted as error:
+        if world.rank == 0:
+            history.end(str(error))
+        raise
     if world.rank == 0:
         seconds = round(time.monotonic() - start, 3)
         history.end(None)

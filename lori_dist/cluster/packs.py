@@ -49,10 +49,10 @@ def do(
         except Exception as error:
             failure = failure_of(error)
             log.debug("%s: attempt %d failed", jobs[0].name, number, exc_info=error)
-            if not gangs.stopping.is_set():
+            if not gangs.is_ending:
                 for history in histories:
                     history.end(failure.message)
-            if gangs.stopping.is_set() or not schedule.retry(failure, number, run.cluster.retries):
+            if gangs.is_ending or not schedule.retry(failure, number, run.cluster.retries):
                 raise JobError(described(run, jobs[0], failure)) from error
             again = f"they are started again ({number} of {run.cluster.retries})"
             log.warning("%s: %s; %s", ", ".join(job.name for job in jobs), failure.message, again)
@@ -78,7 +78,7 @@ def _trained(
     for history in histories:
         history.begin(workers=ranks.shape.count)
     try:
-        outcomes: dict[str, dict[str, Any]] = ranks.run(train_rank_of_pack, assignments, gangs.stopping)
+        outcomes: dict[str, dict[str, Any]] = ranks.run(train_rank_of_pack, assignments, gangs.stopping, gangs.asked)
     except BaseException:
         ranks.close()
         raise

@@ -4,6 +4,7 @@ The driver holds the plan and the run's folder; a thread of its own watches over
 in files, so that nothing is lost with a process, a node or the cluster: the same run again goes on from them.
 """
 
+import contextlib
 import dataclasses
 import logging
 import queue
@@ -22,13 +23,16 @@ from lori_dist.cluster.schedule import Resources
 from lori_dist.cluster.summary import ATTEMPTS, CHECKPOINTS
 from lori_dist.cluster.trials import TRIED
 from lori_dist.config import Run
-from lori_dist.errors import JobError, Stopped
+from lori_dist.errors import JobError, Preempted, Stopped
 from lori_dist.integrations import model_card
 from lori_dist.jobs import Job, order
 from lori_dist.report import write_of_run
+from lori_dist.training import preemption
 
 POLL_SECONDS = 1.0
 STOP_SECONDS = 15.0
+SAVE_SECONDS = 60.0
+"""For which a run that is to end waits until its trainings have saved: some steps. Batch systems may give less."""
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +43,10 @@ def execute(run: Run, *, progress: Callable[[Progress], None] | None = None) -> 
     progress: called whenever a job changes its state, and every second for each training that runs.
     Raises ConfigError before anything is started if a job is larger than the cluster, and JobError if another process
     is working on the run, or when jobs failed, after all others that did not need them are done; Stopped after
-    `lori stop`.
+    `lori stop`, and Preempted, which is one, after SIGTERM or train.time_limit. Then what is in training is saved.
     """
     run = with_absolute_paths(run)
-    method = plugin.find("multitask", run.multitask.name, "plan", "multitask")
-    jobs = order(method.load()(run, **method.bind(run.multitask.options, "multitask")))
+    jobs = planned(run)
     with storage.driving(run.output, run.name), folder.lock(run.folder) as owner:
         folder.clean(run.folder, scratch=[CHECKPOINTS, TRIED, ATTEMPTS])
         board = Board(run=run, jobs=jobs, progress=progress or (lambda event: None))
@@ -60,6 +63,12 @@ def execute(run: Run, *, progress: Callable[[Progress], None] | None = None) -> 
     if failed:
         raise JobError("\n".join(f"{name}: {error}" for name, error in failed.items()))
     return board.summary()
+
+
+def planned(run: Run) -> list[Job]:
+    """The jobs of a run, each after what it needs."""
+    method = plugin.find("multitask", run.multitask.name, "plan", "multitask")
+    return order(method.load()(run, **method.bind(run.multitask.options, "multitask")))
 
 
 def with_absolute_paths(run: Run) -> Run:
@@ -94,6 +103,7 @@ def _work(board: Board, nodes: Callable[[], Sequence[Resources]], owner: str) ->
     ended: queue.Queue[tuple[Job, dict[str, Any] | str]] = queue.Queue()
     gangs = Gangs(environment=runtime_env(board.run), nodes=nodes)
     watchers: list[threading.Thread] = []
+    limit = board.run.train.time_limit
 
     def watch(jobs: Sequence[Job]) -> None:
         left = {job.name: job for job in jobs}
@@ -120,6 +130,10 @@ def _work(board: Board, nodes: Callable[[], Sequence[Resources]], owner: str) ->
         while board.named("running") or board.ready():
             if folder.stop_requested(board.run.folder, owner):
                 raise Stopped(f"{board.run.folder}: ended by `lori stop`; the same command continues from here")
+            if limit is not None and preemption.age() > limit:
+                raise Preempted(
+                    f"{board.run.folder}: ended, as train.time_limit has passed; the same command continues from here"
+                )
             starting = board.startable(nodes())
             if starting or board.named("running"):
                 room = time.monotonic()
@@ -142,10 +156,30 @@ def _work(board: Board, nodes: Callable[[], Sequence[Resources]], owner: str) ->
             else:
                 board.finish(job, outcome)
     finally:
-        gangs.stopping.set()
+        gangs.asked.set()
         if board.named("running"):
             log.warning("%s: stopped; the same command continues from here", board.run.name)
+            with contextlib.suppress(KeyboardInterrupt):  # a second one: at once
+                _await_saved(board, watchers, ended)
             board.interrupt()  # first, as Ray may end the driver of a job that has left it
+            gangs.stopping.set()
             disconnect()  # which ends what the watchers wait for
+        gangs.stopping.set()
         for watcher in watchers:
             watcher.join(timeout=STOP_SECONDS)
+
+
+def _await_saved(
+    board: Board, watchers: Sequence[threading.Thread], ended: "queue.Queue[tuple[Job, dict[str, Any] | str]]"
+) -> None:
+    """Until the trainings that have something to save have done so, and ended. What has finished meanwhile is."""
+    end = time.monotonic() + SAVE_SECONDS
+    saving = {board.leaders[job.name] for job in board.named("running") if job.kind == "train" and board.has_steps(job)}
+    for watcher in watchers:
+        if watcher.name in saving:
+            watcher.join(timeout=max(0.0, end - time.monotonic()))
+    with contextlib.suppress(queue.Empty):
+        while True:
+            job, outcome = ended.get_nowait()
+            if not isinstance(outcome, str):
+                board.finish(job, outcome)

@@ -32,7 +32,7 @@ POLL_SECONDS = 0.2
 """Between two looks at whether Ctrl-C was pressed."""
 
 
-def submit(path: str, overrides: list[str], address: str) -> int:
+def submit(path: str, overrides: list[str], address: str, *, dry_run: bool = False) -> int:
     """Runs a configuration on a cluster, and writes what the job writes to stdout. Returns the job's exit code.
 
     The job gets the configuration and this very package, and runs whatever becomes of this process. address: of the
@@ -54,7 +54,7 @@ def submit(path: str, overrides: list[str], address: str) -> int:
             "py_modules": [str(PACKAGE)],
             "excludes": ["__pycache__"],
         }
-        command = f"python -m lori_dist run {CONFIG} cluster.address=auto"
+        command = f"python -m lori_dist run {CONFIG} cluster.address=auto{' --dry-run' * dry_run}"
         with _told(address):
             client.submit_job(entrypoint=command, submission_id=job, runtime_env=environment)
     print(f"{job}: {address.rstrip('/')}/#/jobs/{job}", flush=True)

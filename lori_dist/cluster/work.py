@@ -4,12 +4,14 @@ import contextlib
 import logging
 import os
 import sys
+import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lori_dist import config, folder, storage
 from lori_dist.cluster import schedule
@@ -21,7 +23,12 @@ from lori_dist.folder import Attempt
 from lori_dist.jobs import Job
 from lori_dist.training.metrics import recorded
 
+if TYPE_CHECKING:
+    from lori_dist.training.preemption import Told
+
 PUSH_SECONDS = 1.0
+LOOK_SECONDS = 2.0
+"""Between two looks at whether a node is to go."""
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +45,7 @@ class Assignment:
 
 def train_rank(assignment: Assignment) -> dict[str, Any]:
     """One rank of a training, in a process of a gang."""
-    with working(assignment, int(os.environ["RANK"])) as run:
+    with working(assignment, int(os.environ["RANK"])) as run, _listening() as told:
         import torch
 
         from lori_dist.training.train import train
@@ -53,6 +60,7 @@ def train_rank(assignment: Assignment) -> dict[str, Any]:
             fingerprint=assignment.job.fingerprint,
             still_mine=assignment.attempt.check,
             progress=_pushing(run, assignment),
+            told=told,
             joint=assignment.job.settings.get("joint"),
             sequel=assignment.job.settings.get("sequel"),
         )
@@ -64,7 +72,7 @@ def train_rank_of_pack(assignments: Sequence[Assignment]) -> dict[str, Any]:
     What the process writes goes to the log of the first.
     """
     rank = int(os.environ["RANK"])
-    with working(assignments[0], rank) as run, contextlib.ExitStack() as stack:
+    with working(assignments[0], rank) as run, _listening() as told, contextlib.ExitStack() as stack:
         import torch
 
         from lori_dist.training.packed import train_packed
@@ -85,6 +93,7 @@ def train_rank_of_pack(assignments: Sequence[Assignment]) -> dict[str, Any]:
                 still_mine=assignment.attempt.check,
                 track=stack.enter_context(tracked(run, assignment.job.name)),
                 progress=lambda record: None,
+                told=told,
             )
 
         _refer(run, assignments, rank)
@@ -95,12 +104,85 @@ def train_rank_of_pack(assignments: Sequence[Assignment]) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def _listening() -> Iterator["Told"]:
+    """Gives what this process of a gang is told: by its driver, to save and end; by Ray, to save, as its node goes."""
+    import ray
+
+    from lori_dist.training.preemption import Notice
+
+    context = ray.get_runtime_context()
+    node, ended, is_leaving = context.get_node_id(), threading.Event(), threading.Event()
+
+    def look() -> None:
+        """Beside the steps, as Ray may take its time."""
+        while not ended.wait(LOOK_SECONDS):
+            try:
+                if node in ray._private.state.state.get_draining_nodes():
+                    is_leaving.set()
+                    return
+            except Exception as error:  # it may be restarting; what ends with the node is done again elsewhere
+                log.debug("whether this node is to go is not known", exc_info=error)
+
+    was_told = False
+
+    def told() -> Notice:
+        nonlocal was_told
+        if context.is_canceled():
+            return Notice.RUN
+        if was_told or not is_leaving.is_set():
+            return Notice.NONE
+        was_told = True
+        return Notice.NODE
+
+    if os.environ["LOCAL_RANK"] == "0":  # one for all of a node
+        threading.Thread(target=look, name="leaving", daemon=True).start()
+    try:
+        yield told
+    finally:
+        ended.set()
+
+
 def _refer(run: Run, assignments: Sequence[Assignment], rank: int) -> None:
     """Says in the logs of all jobs of a pack but the first where theirs is."""
     names, first = ", ".join(one.job.name for one in assignments), log_file(run.folder, assignments[0].job, rank)
     for one in assignments[1:]:
         with log_file(run.folder, one.job, rank).open("a", encoding="utf-8") as stream:
             stream.write(f"attempt {one.attempt.number}: packed, {names}; see {first}\n")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rehearsal:
+    """What a worker is told of a training that is not to be done."""
+
+    tree: dict[str, Any]
+    """The run."""
+    job: Job
+    partial: Path | None
+    """What an earlier attempt has left."""
+    sequel: Mapping[str, Any] | None
+    """As far as what it adds to is there."""
+
+
+def rehearse_rank(rehearsal: Rehearsal) -> dict[str, Any]:
+    """One rank of a training up to its first step. It logs nothing, and leaves nothing."""
+    import torch
+
+    from lori_dist.training.train import rehearse
+    from lori_dist.training.world import from_environment
+
+    run = config.validate(rehearsal.tree)
+    torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
+    with tempfile.TemporaryDirectory() as place:
+        return rehearse(
+            run,
+            rehearsal.job.settings["task"],
+            from_environment(),
+            rehearsal.partial or Path(place),
+            fingerprint=rehearsal.job.fingerprint,
+            joint=rehearsal.job.settings.get("joint"),
+            sequel=rehearsal.sequel,
+        )
 
 
 def merge_adapters(assignment: Assignment) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from lori_dist.training.divergence import not_finite
 from lori_dist.training.engine import QUANTITIES, Engine, Part, Quantity, State, gather
 from lori_dist.training.exchange import Exchange
 from lori_dist.training.model import check, identity
+from lori_dist.training.preemption import Notice, preempted
 from lori_dist.training.schedule import learning_rate
 from lori_dist.training.train import (
     ADAPTER,
@@ -44,6 +45,7 @@ from lori_dist.training.train import (
     diverged,
     is_calibrated,
     is_due,
+    notice_after,
     origin_of,
     phases,
     rewind,
@@ -73,6 +75,7 @@ def train_packed(run: Run, jobs: Mapping[str, Callable[[], Job]], world: World) 
             outcomes[task] = made
         else:
             members[task] = made
+            made.folder.mkdir(parents=True, exist_ok=True)
     steps = {task: phases(job.run.train, run.adapter.density, len(job.examples[0])) for task, job in members.items()}
     masks: dict[str, Mapping[str, Tensor]] = {}
     if run.adapter.density < 1:
@@ -230,6 +233,7 @@ class Pack:
             if not going:
                 return failed
             failed |= self._step(going)
+            self._save_if_told([task for task in self.jobs if task not in failed])
 
     def view(self, task: str) -> Engine:
         return View(engine=self.engine, task=task, num_steps=self.done[task])  # type: ignore[return-value]
@@ -275,16 +279,35 @@ class Pack:
                 job.track(record)
                 job.progress(record)
             if is_due(job, phase, self.done[task]):
-                checkpoint.save(
-                    job.folder / CHECKPOINTS,
-                    phase.name,
-                    self.view(task),
-                    job.world,
-                    origin={**origin_of(job, phase), "mask": digest_of(_of(self.masks, task))},
-                    keep=job.run.train.keep,
-                    still_mine=job.still_mine,
-                )
+                self._save(task)
         return failed
+
+    def _save_if_told(self, tasks: Sequence[str]) -> None:
+        """tasks: that have not failed. Those that have done all of their steps have them in memory alone."""
+        if not tasks:
+            return
+        first = min(tasks, key=lambda task: self.done[task] - self.steps[task].num_steps)  # the one with most to do
+        notice = notice_after(self.jobs[first], self.steps[first], self.done[first])
+        if notice:
+            for task in tasks:
+                self._save(task)
+        if notice > Notice.NODE:
+            from_first(self.jobs[first].world, lambda: None)  # which may be writing, and ends with the first that ends
+            raise preempted(
+                notice, {task: (self.done[task], self.steps[task].num_steps, self.steps[task].name) for task in tasks}
+            )
+
+    def _save(self, task: str) -> None:
+        job, phase = self.jobs[task], self.steps[task]
+        checkpoint.save(
+            job.folder / CHECKPOINTS,
+            phase.name,
+            self.view(task),
+            job.world,
+            origin={**origin_of(job, phase), "mask": digest_of(_of(self.masks, task))},
+            keep=job.run.train.keep,
+            still_mine=job.still_mine,
+        )
 
     def _rate(self, task: str) -> float:
         phase, train = self.steps[task], self.jobs[task].run.train

@@ -31,13 +31,14 @@ from lori_dist.training.data import Example
 from lori_dist.training.determinism import set_deterministic
 from lori_dist.training.device import memory, reset_peak
 from lori_dist.training.divergence import MOST, UPDATE, Divergence
-from lori_dist.training.engine import Engine, State, StepResult, gather
+from lori_dist.training.engine import Engine, State, StepResult, gather, trained
 from lori_dist.training.joint import Joint
 from lori_dist.training.joint import batches as joint_batches
 from lori_dist.training.joint import rows_of_step as joint_rows
 from lori_dist.training.metrics import METRICS
 from lori_dist.training.metrics import Record as Record
 from lori_dist.training.model import check, check_base, check_device, identity, load_tokenizer
+from lori_dist.training.preemption import Notice, Told, nothing, of_any, preempted
 from lori_dist.training.schedule import learning_rate
 from lori_dist.training.surgery import Surgery, layers_of, surgery
 from lori_dist.training.trackers import forget, tracked
@@ -80,6 +81,8 @@ class Job:
     track: Callable[[Record], None]
     """To the run's trackers."""
     progress: Callable[[Record], None]
+    told: Told
+    """Of the time that is left."""
     examples: Sequence[Sequence[Example]]
     """Of each task: one, or those of `joint`."""
     mixture: Sequence[int]
@@ -107,6 +110,7 @@ def train(
     fingerprint: str,
     still_mine: Callable[[], None] = lambda: None,
     progress: Callable[[Record], None] = lambda record: None,
+    told: Told = nothing,
     joint: Mapping[str, Any] | None = None,
     sequel: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -117,17 +121,20 @@ def train(
 
     folder: on storage that all ranks see; an earlier attempt's calibration and checkpoints in it are continued.
     fingerprint: of all that determines the result; files of another one are refused. still_mine: called before each
-    write, raises JobError where a newer attempt has taken over. progress: gets each step's record, on rank 0. joint:
-    how tasks are trained together, in the place of the one, which is then the adapter's name; as `Joint` takes it.
+    write, raises JobError where a newer attempt has taken over. progress: gets each step's record, on rank 0. told:
+    asked after each step whether to end; where any rank is told so, all save and end. joint: how tasks are trained
+    together, in the place of the one, which is then the adapter's name; as `Joint` takes it.
     sequel: `before`, the tasks that were trained one after another, to whose entries those of this one are added, and
     `masks`: whether these may be anywhere (independent) or where none of theirs are (disjoint).
     Returns kept, total, bytes, steps, loss (of the last step), seconds (of this attempt) and, where tasks' gradients
     were projected, conflicts; where a validation loss chose them, best, its step and loss.
-    Raises ConfigError for rows or a model that cannot be used, JobError if ranks disagree or the loss diverges.
+    Raises ConfigError for rows or a model that cannot be used, JobError if ranks disagree or the loss diverges,
+    Preempted if it was told to end.
     Source: LoRI (arXiv 2504.07448), section 3, but for A, which the authors' code draws again for the second phase.
     """
     start = time.monotonic()
     set_deterministic(run.train.deterministic)
+    folder.mkdir(parents=True, exist_ok=True)
     planned = joint_job(run, joint) if joint is not None else train_job(run, task, sequel=sequel)
     with tracked(run, planned.name) as track:
         job = make_job(
@@ -139,6 +146,7 @@ def train(
             still_mine=still_mine,
             track=track,
             progress=progress,
+            told=told,
         )
         density = run.adapter.density if job.start is None else 1.0  # its entries are known
         *calibration, last = phases(job.run.train, density, sum(map(len, job.examples)))
@@ -165,6 +173,48 @@ def train(
     return from_first(world, summary)
 
 
+def rehearse(
+    run: Run,
+    task: str,
+    world: World,
+    folder: Path,
+    *,
+    fingerprint: str,
+    joint: Mapping[str, Any] | None = None,
+    sequel: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """All that `train` does before its next step; nothing is written. Every rank calls this.
+
+    The arguments are those of `train`; folder: need not be there. Returns rows, phases (name and steps of each that is
+    not done yet), done (steps of the first of them, by an earlier attempt) and entries (that are trained in that one).
+    Raises what `train` would by then.
+    """
+    set_deterministic(run.train.deterministic)
+    planned = joint_job(run, joint) if joint is not None else train_job(run, task, sequel=sequel)
+
+    def nothing_done(*args: Any) -> None: ...
+
+    job = make_job(
+        run,
+        planned,
+        world,
+        folder,
+        fingerprint=fingerprint,
+        still_mine=nothing_done,
+        track=nothing_done,
+        progress=nothing_done,
+    )
+    num_rows = sum(map(len, job.examples))
+    left = phases(job.run.train, run.adapter.density if job.start is None else 1.0, num_rows)
+    masks = None
+    if len(left) > 1 and is_calibrated(job, left[0]):
+        masks = calibrated_masks(job, left.pop(0))
+    built = _build(job, left[0], masks)
+    built.engine.close()
+    steps = [(phase.name, phase.num_steps) for phase in left]
+    return {"rows": num_rows, "phases": steps, "done": built.first, "entries": built.num_entries}
+
+
 def make_job(
     run: Run,
     planned: Planned,
@@ -175,10 +225,10 @@ def make_job(
     still_mine: Callable[[], None],
     track: Callable[[Record], None],
     progress: Callable[[Record], None],
+    told: Told = nothing,
 ) -> Job:
     """What is to be trained, with its rows read and encoded. Raises ConfigError for rows that cannot be used."""
     check_device(run.model, world.device)
-    folder.mkdir(parents=True, exist_ok=True)
     task: str = planned.settings["task"]
     joint, sequel = planned.settings.get("joint"), planned.settings.get("sequel")
     tokenizer = load_tokenizer(run.model)
@@ -194,6 +244,7 @@ def make_job(
         still_mine=still_mine,
         track=track,
         progress=progress,
+        told=told,
         examples=[
             data.encode([*chain(*parts)], tokenizer, run.train.max_length, where=f"tasks.{name}.train")
             for name, parts in rows.items()
@@ -338,7 +389,31 @@ def _calibrate(job: Job, phase: Phase, path: Path) -> None:
 
 def _fit(job: Job, phase: Phase, masks: Mapping[str, Tensor] | None) -> tuple[PreTrainedModel, Engine]:
     """Trains the entries that masks keep, from zero or from the newest checkpoint. Returns what holds them."""
+    built = _build(job, phase, masks)
+    if job.world.rank == 0:
+        rewind(job, phase, built.first)
+    _do_steps(job, phase, built)
+    return built.model, built.engine
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Built:
+    """All that a phase's steps need."""
+
+    model: PreTrainedModel
+    engine: Engine
+    num_entries: int
+    """That are trained."""
+    first: int
+    """Steps that were done before."""
+    origin: Mapping[str, Any]
+    tasks: Surgery | None
+    mfu: flops.Utilisation
+
+
+def _build(job: Job, phase: Phase, masks: Mapping[str, Tensor] | None) -> _Built:
     model, weights = _adapted_model(job, masks)
+    num_entries = sum(parameter.numel() for parameter in trained(model).values())
     mfu = flops.utilisation(model, job.run, job.world)  # before an engine shards the model
     reset_peak(job.world.device)
     origin = {**origin_of(job, phase), "mask": digest_of(masks)}
@@ -356,30 +431,19 @@ def _fit(job: Job, phase: Phase, masks: Mapping[str, Tensor] | None) -> tuple[Pr
     agree(job.world, json.dumps(checksums), "projection A", "install the same version of the program on all machines")
     if job.start is not None:
         refuse_other_projections(job.start.blocks[0], checksums)
-    if job.world.rank == 0:
-        rewind(job, phase, first)
-    _do_steps(job, phase, engine, first, origin, tasks, mfu)
-    return model, engine
+    return _Built(model=model, engine=engine, num_entries=num_entries, first=first, origin=origin, tasks=tasks, mfu=mfu)
 
 
-def _do_steps(
-    job: Job,
-    phase: Phase,
-    engine: Engine,
-    first: int,
-    origin: Mapping[str, Any],
-    tasks: Surgery | None,
-    mfu: flops.Utilisation,
-) -> None:
-    """Those after the first so many, to the last one, or until it ends early, with the best values."""
-    train = job.run.train
+def _do_steps(job: Job, phase: Phase, built: _Built) -> None:
+    """Those that are left, to the last one, or until it ends early, with the best values."""
+    train, engine, first, origin, tasks = job.run.train, built.engine, built.first, built.origin, built.tasks
     divergence, best = from_first(job.world, lambda: _known(job, phase))
     if first == 0 and train.on_divergence == "rollback":
         _save(job, phase, engine, 0, origin, best)
     for step in range(first, phase.num_steps):
         if train.early_stop is not None and best.num_since >= train.early_stop:
             break
-        record, num_done = _step(job, phase, engine, step, tasks, mfu, divergence), step + 1
+        record, num_done = _step(job, phase, engine, step, tasks, built.mfu, divergence), step + 1
         if divergence.problem is not None:
             _treat(job, phase, engine, divergence, origin, record)
         if _is_measured(job, phase, num_done):
@@ -394,12 +458,22 @@ def _do_steps(
             job.track(record)
             job.progress(record)
         is_saved = is_due(job, phase, num_done) or (train.early_stop is not None and best.step == num_done)
-        if is_saved:
+        notice = notice_after(job, phase, num_done)
+        if is_saved or notice:
             _save(job, phase, engine, num_done, origin, best)
+        if notice > Notice.NODE:
+            from_first(job.world, lambda: None)  # which may be writing, and ends with the first that ends
+            raise preempted(notice, {job.task: (num_done, phase.num_steps, phase.name)})
     if train.early_stop is not None and best.step > 0:
         path = checkpoint.file_of(job.folder / CHECKPOINTS, phase.name, best.step)
         from_first(job.world, lambda: None)  # which may be writing it
         engine.load(checkpoint.read(path, phase.name, origin=origin))
+
+
+def notice_after(job: Job, phase: Phase, num_done: int) -> Notice:
+    """Whether to save, and end, after a step: the same on all ranks. After the last, what is left is not much more."""
+    is_last = phase.name == TRAIN and num_done == phase.num_steps
+    return Notice.NONE if is_last else of_any(job.told(), job.world)
 
 
 def _known(job: Job, phase: Phase) -> tuple[Divergence, Best]:

@@ -118,16 +118,27 @@ def test_a_gang_that_ends_while_it_waits_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-def test_what_a_rank_raises_is_told(tmp_path: Path) -> None:
+def test_what_a_rank_raises_is_told_and_what_it_returns_when_asked_to_end(tmp_path: Path) -> None:
     run = described(tmp_path, cpus_per_worker=0.5)
     job = Job(name="train-copy", kind="train", fingerprint="")
     with connected(run) as nodes:
         gangs = Gangs(environment={}, nodes=nodes)
         gang = gangs.take(job, Cluster(workers=2, cpus_per_worker=0.5))
+        asked = threading.Event()
+        threading.Timer(1.0, asked.set).start()
+        assert gang.run(_until_asked, "done", gangs.stopping, asked) == "done"
         with pytest.raises(Broken) as caught:
             gang.run(_rank_1_fails, None, gangs.stopping)
         assert (caught.value.failure.rank, caught.value.failure.message) == (1, "ValueError: of rank 1")
         gang.close()
+
+
+def _until_asked(result: str) -> str:
+    import ray
+
+    while not ray.get_runtime_context().is_canceled():
+        time.sleep(0.01)
+    return result
 
 
 def _pid(_: object) -> int:

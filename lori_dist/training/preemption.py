@@ -1,0 +1,89 @@
+"""A training that is told to end: by what, and how all ranks come to do the same after the same step. Needs no torch:
+a run's driver has the same limit."""
+
+import contextlib
+import enum
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lori_dist.errors import Preempted
+
+if TYPE_CHECKING:
+    from lori_dist.training.world import World
+
+
+class Notice(enum.IntEnum):
+    """What a rank is told of the time that is left. Of several, the largest counts."""
+
+    NONE = 0
+    NODE = 1
+    """Saves and goes on: its node is to go, and where that is lost, the training is started again elsewhere."""
+    TIME_LIMIT = 2
+    SIGNAL = 3
+    RUN = 4
+
+
+Told = Callable[[], Notice]
+"""Called after each step."""
+
+WHY = {
+    Notice.TIME_LIMIT: "train.time_limit has passed",
+    Notice.SIGNAL: "SIGTERM came",
+    Notice.RUN: "its run ends",
+}
+
+
+def nothing() -> Notice:
+    return Notice.NONE
+
+
+def of_any(own: Notice, world: "World") -> Notice:
+    """What any rank is told, the same on all of them. A collective."""
+    import torch
+    import torch.distributed as dist
+
+    if world.size == 1:
+        return own
+    largest = torch.tensor(own.value, device=world.device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return Notice(int(largest))
+
+
+def preempted(notice: Notice, saved: Mapping[str, tuple[int, int, str]]) -> Preempted:
+    """saved: task -> steps done, of how many, and their phase."""
+    where = ", ".join(f"{task} after step {step} of {of} of phase {phase}" for task, (step, of, phase) in saved.items())
+    return Preempted(f"{where}: saved and ended, as {WHY[notice]}; the same command goes on from there")
+
+
+@contextlib.contextmanager
+def of_process(limit: float | None) -> Iterator[Told]:
+    """What this process is told: by SIGTERM, which batch systems and launchers send ahead of the end, or by a limit.
+
+    limit: seconds from the start of the process; None: none. SIGTERM does nothing else meanwhile.
+    """
+    came = threading.Event()
+
+    def told() -> Notice:
+        if came.is_set():
+            return Notice.SIGNAL
+        return Notice.TIME_LIMIT if limit is not None and age() > limit else Notice.NONE
+
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+        yield told
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.set())
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: one set by C code
+
+
+def age() -> float:
+    """Seconds since this process began."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
