@@ -142,6 +142,8 @@ def _work(board: Board, nodes: Callable[[], Sequence[Resources]], owner: str) ->
                     board.fail(job, schedule.no_room(job, board.run.cluster, nodes()))
             if starting:
                 gangs.keep(sum(jobs[0].kind == "train" for jobs in starting))
+            elif not any(job.kind == "train" for job in board.named("waiting") + board.named("running")):
+                gangs.keep(0)  # a job that began while a node was being lost may wait for their room
             for jobs in starting:
                 board.start(jobs)
                 watchers.append(threading.Thread(target=watch, args=(jobs,), name=jobs[0].name, daemon=True))

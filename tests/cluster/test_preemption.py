@@ -58,7 +58,7 @@ def test_a_training_whose_node_is_to_go_saves_and_goes_on(tmp_path: Path) -> Non
     """The node is lost after the notice, and another one is there."""
     with Nodes(tmp_path) as nodes:
         [leaving] = nodes.add(1, cpus=1)
-        run = changed(described(tmp_path, address=nodes.address, patience=120), calibrate=20, train=1500)
+        run = changed(described(tmp_path, address=nodes.address, patience=120), calibrate=20, train=1000)
         saved = run.folder / ".partial-train-copy" / "checkpoints"
         asked = subprocess.run(
             [sys.executable, "-c", NODES, nodes.address], capture_output=True, text=True, check=True, env=ENVIRONMENT
