@@ -116,13 +116,10 @@ def _kept(masks: Mapping[str, Tensor]) -> int:
 def _adapter(
     spec: Spec, shapes: Mapping[str, tuple[int, int]], b: Mapping[str, Tensor], masks: Mapping[str, Tensor]
 ) -> Adapter:
-    """With the checksums of A of the first block alone made, as they would take minutes for all."""
     entries = {}
     for path, of_module in masks.items():
         index = of_module.flatten().nonzero().squeeze(1)
         entries[path] = Entries(index=index.to(torch.int32), values=b[path].flatten()[index])
-    made = next(iter(shapes.items()))
-    one = checksum(projection(spec.seed, made[0], spec.rank, made[1][1], dtype=spec.dtype))
     block = Block(
         name="task",
         seed=spec.seed,
@@ -130,7 +127,10 @@ def _adapter(
         alpha=spec.alpha,
         dtype=spec.dtype,
         entries=entries,
-        checksums=dict.fromkeys(shapes, one),
+        checksums={
+            path: checksum(projection(spec.seed, path, spec.rank, columns, dtype=spec.dtype))
+            for path, (_, columns) in shapes.items()
+        },
     )
     return Adapter(shapes=dict(shapes), blocks=(block,), targets="all-linear")
 
