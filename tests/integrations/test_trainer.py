@@ -174,6 +174,21 @@ def test_fsdp_trains_what_one_gpu_does(model: Path, dense_folder: Path, tmp_path
     assert_equal(tmp_path / "all" / "final", tmp_path / "one" / "final", 1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["zero3", "torchrun"])
+def test_two_ranks_of_sft_trainer_train_what_one_does(
+    model: Path, dense_folder: Path, launcher: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("trl")
+    command, args, wrapper = LAUNCHES[launcher]
+    how = {"model": str(model), "dense": str(dense_folder), "trl": True}
+    main({**how, "out": str(tmp_path / "one"), "args": {"per_device_train_batch_size": 4}})
+    args = {**args, "per_device_train_batch_size": 2, "ddp_backend": "gloo"}
+    assert launch(command, {**how, "out": str(tmp_path / "two"), "args": args})[0] == wrapper
+    assert_no_base(tmp_path / "two" / "checkpoint-6")
+    assert_equal(tmp_path / "two" / "final", tmp_path / "one" / "final", TOLERANCE)
+
+
 @pytest.mark.parametrize("form", ["prompts", "messages"])
 def test_sft_trainer_takes_the_config(model: Path, form: str, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")

@@ -24,28 +24,42 @@ def arguments(how: dict[str, Any]) -> dict[str, Any]:
     return {**always, "output_dir": how["out"], "max_steps": 6, "save_steps": 3, **how.get("args", {})}
 
 
+def texts() -> Any:
+    """Rows for TRL, of different lengths."""
+    import datasets
+
+    pairs = [("is a rose red? ", "yes"), ("is a crow white? ", "no")] * 16
+    return datasets.Dataset.from_list([{"prompt": prompt, "completion": completion} for prompt, completion in pairs])
+
+
 def main(how: dict[str, Any]) -> Trainer:
     """model: a folder. out: where checkpoints and `final` go. dense: a folder with B, for the mask of a sparse phase.
-    resume: whether to go on from the last checkpoint. args: of TrainingArguments."""
+    resume: whether to go on from the last checkpoint. args: of TrainingArguments. trl: whether SFTTrainer trains."""
     stage = how.get("args", {}).get("deepspeed", {}).get("zero_optimization", {}).get("stage")
     if stage == 3:  # else transformers takes the world for one process, on CPU
         import deepspeed
 
         deepspeed.init_distributed("gloo")
-    args = TrainingArguments(**arguments(how))
+    args = _sft_config(how) if how.get("trl") else TrainingArguments(**arguments(how))
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(how["model"]), LoriConfig(**CONFIG))
     if "dense" in how:
         sparsify(model, mask(dense(how["dense"]), density=0.25))
-    trainer = Trainer(
-        model,
-        args,
-        train_dataset=rows(32),
-        eval_dataset=rows(4),
-        processing_class=AutoTokenizer.from_pretrained(how["model"]),
-    )
+    tokenizer = AutoTokenizer.from_pretrained(how["model"])
+    if how.get("trl"):
+        from trl import SFTTrainer
+
+        trainer = SFTTrainer(model, args, train_dataset=texts(), processing_class=tokenizer)
+    else:
+        trainer = Trainer(model, args, train_dataset=rows(32), eval_dataset=rows(4), processing_class=tokenizer)
     trainer.train(resume_from_checkpoint=how.get("resume", False))
     trainer.save_model(str(Path(how["out"]) / "final"))
     return trainer
+
+
+def _sft_config(how: dict[str, Any]) -> Any:
+    from trl import SFTConfig
+
+    return SFTConfig(**arguments(how), max_length=32, bf16=False)  # its default, whose rounding hides what is compared
 
 
 def share_of_base(model: Any) -> float:
