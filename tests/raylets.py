@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
+# Ray lets no node claim GPUs that this variable hides.
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
+ENVIRONMENT |= {"RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
 RAY = str(Path(sys.executable).with_name("ray"))
 START_SECONDS = 120.0
 
