@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lori_dist import plugin
 from lori_dist.config import Choice
 from lori_dist.errors import ConfigError
 from lori_dist.plan.model import Counted
@@ -19,12 +20,8 @@ MEMORY = (
     "buffers", "fragmentation",
 )  # fmt: skip
 """Kinds of memory, in the order of tables and pictures."""
-DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "ddp": {},
-    "fsdp": {"base": "sharded", "replicas": 1, "offload": False},
-    "deepspeed": {"stage": 2, "hpz": 1, "offload": False},
-}
-"""Of the options of engines that can be planned."""
+ENGINES = ("ddp", "fsdp", "deepspeed")
+"""That can be planned."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,15 +49,18 @@ def placements(ranks: int, nodes: int, own: Choice | None = None) -> Iterator[Pl
     """
     listed = list(_listed(ranks, nodes))
     yield from listed
-    if own is not None and own.name in DEFAULTS:
+    if own is not None and own.name in ENGINES:
         found = _own(ranks, own)
         if all(found.name != one.name for one in listed):
             yield found
 
 
 def _own(ranks: int, own: Choice) -> Placement:
-    given = {key: value for key, value in own.options.items() if value != DEFAULTS[own.name].get(key)}
-    options = {"stage": 2, **given} if own.name == "deepspeed" else given
+    known = plugin.find("engines", own.name, "build", "train.engine").options
+    given = {key: own.options.get(key, option.default) for key, option in known.items()}
+    options = {key: value for key, value in given.items() if value != known[key].default}
+    if own.name == "deepspeed":
+        options.setdefault("stage", known["stage"].default)
     for key in ("replicas", "hpz"):
         if ranks % options.get(key, 1):
             raise ConfigError(
@@ -75,7 +75,6 @@ def _own(ranks: int, own: Choice) -> Placement:
 
 
 def _listed(ranks: int, nodes: int) -> Iterator[Placement]:
-
     def made(engine: str, base_shards: int, value_shards: int, **options: Any) -> Placement:
         return Placement(
             engine=engine, options=options, ranks=ranks, base_shards=base_shards, value_shards=value_shards

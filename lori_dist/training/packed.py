@@ -47,7 +47,7 @@ from lori_dist.training.train import (
     is_due,
     notice_after,
     origin_of,
-    phases,
+    phases_of,
     rewind,
     rows_of_step,
     spec_of,
@@ -76,7 +76,7 @@ def train_packed(run: Run, jobs: Mapping[str, Callable[[], Job]], world: World) 
         else:
             members[task] = made
             made.folder.mkdir(parents=True, exist_ok=True)
-    steps = {task: phases(job.run.train, run.adapter.density, len(job.examples[0])) for task, job in members.items()}
+    steps = {task: phases_of(job) for task, job in members.items()}
     masks: dict[str, Mapping[str, Tensor]] = {}
     if run.adapter.density < 1:
         _calibrate(members, {task: of_task[0] for task, of_task in steps.items()}, outcomes)

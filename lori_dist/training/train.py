@@ -148,8 +148,7 @@ def train(
             progress=progress,
             told=told,
         )
-        density = run.adapter.density if job.start is None else 1.0  # its entries are known
-        *calibration, last = phases(job.run.train, density, sum(map(len, job.examples)))
+        *calibration, last = phases_of(job)
         masks = _masks(job, calibration[0]) if calibration else None
         gc.collect()  # models and engines refer to themselves, and two bases may not fit
         model, engine = _fit(job, last, masks)
@@ -191,28 +190,14 @@ def rehearse(
     """
     set_deterministic(run.train.deterministic)
     planned = joint_job(run, joint) if joint is not None else train_job(run, task, sequel=sequel)
-
-    def nothing_done(*args: Any) -> None: ...
-
-    job = make_job(
-        run,
-        planned,
-        world,
-        folder,
-        fingerprint=fingerprint,
-        still_mine=nothing_done,
-        track=nothing_done,
-        progress=nothing_done,
-    )
-    num_rows = sum(map(len, job.examples))
-    left = phases(job.run.train, run.adapter.density if job.start is None else 1.0, num_rows)
-    masks = None
+    job = make_job(run, planned, world, folder, fingerprint=fingerprint)
+    left, masks = phases_of(job), None
     if len(left) > 1 and is_calibrated(job, left[0]):
         masks = calibrated_masks(job, left.pop(0))
     built = _build(job, left[0], masks)
     built.engine.close()
     steps = [(phase.name, phase.num_steps) for phase in left]
-    return {"rows": num_rows, "phases": steps, "done": built.first, "entries": built.num_entries}
+    return {"rows": _num_rows(job), "phases": steps, "done": built.first, "entries": built.num_entries}
 
 
 def make_job(
@@ -222,9 +207,9 @@ def make_job(
     folder: Path,
     *,
     fingerprint: str,
-    still_mine: Callable[[], None],
-    track: Callable[[Record], None],
-    progress: Callable[[Record], None],
+    still_mine: Callable[[], None] = lambda: None,
+    track: Callable[[Record], None] = lambda record: None,
+    progress: Callable[[Record], None] = lambda record: None,
     told: Told = nothing,
 ) -> Job:
     """What is to be trained, with its rows read and encoded. Raises ConfigError for rows that cannot be used."""
@@ -316,6 +301,16 @@ def write_adapter(path: Path, model: nn.Module, engine: Engine, job: Job) -> Ada
         adapter = dataclasses.replace(adapter, blocks=(*job.before.blocks, *adapter.blocks))
     file.save(adapter, path)
     return adapter
+
+
+def phases_of(job: Job) -> list[Phase]:
+    """What is done for a job, in order. Of an adapter whose training goes on, the entries are known."""
+    density = job.run.adapter.density if job.start is None else 1.0
+    return phases(job.run.train, density, _num_rows(job))
+
+
+def _num_rows(job: Job) -> int:
+    return sum(map(len, job.examples))
 
 
 def phases(train: config.Train, density: float, num_rows: int) -> list[Phase]:

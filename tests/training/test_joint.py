@@ -24,15 +24,9 @@ from lori_dist.training.train import Record, train
 from lori_dist.training.world import from_environment
 from tests.distributed import run_distributed
 from tests.models import tiny_llama
-from tests.tokenizers import save
 
 STEPS, EVERY = 6, 2
 Failed = pytest.fail.Exception
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tiny_llama(), tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture

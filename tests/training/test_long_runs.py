@@ -29,18 +29,11 @@ from lori_dist.training.model import load_model, load_tokenizer
 from lori_dist.training.train import Record, train
 from lori_dist.training.world import from_environment
 from tests.distributed import run_distributed
-from tests.models import tiny_llama
-from tests.tokenizers import save
 
 STEPS, SPIKE, EVERY = 38, 1.04, 4
 TOLERANCE = 2e-5
 """Of so many steps at a high rate, each of which adds its rounding."""
 ENGINES = [Choice(name="ddp"), Choice(name="fsdp"), *(Choice(name="deepspeed", options={"stage": s}) for s in (2, 3))]
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tiny_llama(), tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture

@@ -21,8 +21,6 @@ from lori_dist.training import packed
 from lori_dist.training.train import Record, make_job, train
 from lori_dist.training.world import from_environment
 from tests.distributed import run_distributed
-from tests.models import tiny_llama
-from tests.tokenizers import save
 
 TASKS = {"short": ("yes", 5), "long": ("no", 9), "middle": ("yes no yes", 7)}
 ENGINES = [
@@ -33,11 +31,6 @@ ENGINES = [
 ]
 TOLERANCE = 5e-6
 Failed = pytest.fail.Exception
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tiny_llama(), tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture
@@ -94,8 +87,6 @@ def pack(run: Run, tasks: list[str], die_after: tuple[str, str, int] | None = No
             from_environment(),
             run.folder / job.name,
             fingerprint=job.fingerprint,
-            still_mine=lambda: None,
-            track=lambda record: None,
             progress=watch if die_after is not None and task == die_after[0] else lambda record: None,
         )
 

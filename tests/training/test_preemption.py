@@ -22,15 +22,8 @@ from lori_dist.training.preemption import Notice, Told, of_process
 from lori_dist.training.train import Record, make_job
 from lori_dist.training.world import from_environment
 from tests.distributed import run_distributed
-from tests.models import tiny_llama
-from tests.tokenizers import save
 
 STEPS = {"calibrate": 5, "train": 6}
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tiny_llama(), tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture
@@ -134,9 +127,6 @@ def pack(run: Run, told: Told) -> list[str] | str:
             from_environment(),
             run.folder / job.name,
             fingerprint=job.fingerprint,
-            still_mine=lambda: None,
-            track=lambda record: None,
-            progress=lambda record: None,
             told=told,
         )
 

@@ -22,7 +22,6 @@ from lori_dist.training.train import Record, train
 from lori_dist.training.world import from_environment
 from tests.distributed import run_distributed
 from tests.models import tiny_llama
-from tests.tokenizers import save
 
 TASKS = {"first": "yes", "second": "no", "third": "yes no"}
 ENGINES = [
@@ -33,11 +32,6 @@ ENGINES = [
 ]
 TOLERANCE = 5e-6
 Failed = pytest.fail.Exception
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tiny_llama(), tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture

@@ -37,11 +37,6 @@ MEASURED = {"seconds", "tokens_per_second", "mfu", "memory", "data_wait", "time"
 Failed = pytest.fail.Exception
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tiny_llama(), tmp_path_factory.mktemp("models") / "tiny")
-
-
 @pytest.fixture
 def run(model_folder: Path, tmp_path: Path) -> Run:
     """A run of one task whose rows are of very different lengths."""
