@@ -1,7 +1,6 @@
 """Processes that do something together, for benchmarks."""
 
 import json
-import multiprocessing
 import os
 import tempfile
 import warnings
@@ -16,23 +15,12 @@ import torch.multiprocessing
 from lori_dist.training.device import group_settings
 from lori_dist.training.world import World, from_environment
 
-IMPORTED = [
-    "torch.distributed.fsdp",
-    "lori_dist.engines.deepspeed",
-    "lori_dist.engines.fsdp",
-    "lori_dist.training.train",
-]
-"""By a server that ranks are forked from, or each gang would wait for it."""
-
 
 def gang(function: Callable[..., dict[str, Any]], num_ranks: int, *args: Any) -> dict[str, Any]:
     """What function(world, *args), called on every rank of new processes, gives on rank 0; plain JSON."""
     with tempfile.TemporaryDirectory() as place:
         told = (function, num_ranks, Path(place), args)
-        multiprocessing.set_forkserver_preload(IMPORTED)
-        torch.multiprocessing.start_processes(  # type: ignore[attr-defined]
-            _rank, args=told, nprocs=num_ranks, start_method="forkserver"
-        )
+        torch.multiprocessing.spawn(_rank, args=told, nprocs=num_ranks)  # type: ignore[attr-defined]
         found: dict[str, Any] = json.loads((Path(place) / "result.json").read_text())
         return found
 
