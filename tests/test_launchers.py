@@ -1,5 +1,5 @@
-"""`lori train` under every launcher, by the commands of the README: two ranks train together, and when one dies nobody
-hangs and the cause is told."""
+"""`lori train` under every launcher, by the commands of launch/README.md: two ranks train together, and when one dies
+nobody hangs and the cause is reported."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from lori_dist import Adapter, load_adapter
 from tests.launched import MESSAGE, REFUSAL
 from tests.launching import Launched, assert_equal, free_port, make_task, run_all
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (Path(__file__).parents[1] / "launch" / "README.md").read_text()
 LIMIT_S = 30.0
 """From a rank's death to the end of the job."""
 
