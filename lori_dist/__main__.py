@@ -211,7 +211,7 @@ def _train(arguments: argparse.Namespace, watch: "Callable[[World], None]") -> t
 
     world = from_environment()
     watch(world)
-    with progress.of_training() as show_progress:
+    with progress.of_training(arguments.task) as show_progress:
         path = train_task(described, arguments.task, world, progress=show_progress)
     dist.destroy_process_group()
     return path, world.rank == 0
@@ -429,12 +429,11 @@ def _finished_adapters(described: config.Run) -> dict[str, Path]:
 
 
 def _configure_logging(verbose: bool, *, first: bool) -> None:
-    """To stderr, from the first of the processes started together. Progress is for people: only where one may watch."""
+    """To stderr, from the first of the processes started together."""
     handler = logging.StreamHandler()
     handler.setFormatter(Redacting("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(handlers=[handler])
-    is_followed = sys.stderr.isatty() or config.in_a_job()
-    level = logging.DEBUG if verbose else logging.INFO if is_followed else logging.WARNING
+    level = logging.DEBUG if verbose else logging.INFO
     logging.getLogger("lori_dist").setLevel(level if first else logging.ERROR)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # those of transformers too

@@ -1,5 +1,9 @@
-"""Bars for long work, on the last line of a terminal. Where stderr is no terminal there is nothing."""
+"""How far long work is: a bar on the last line of a terminal, and lines of a log where stderr is a file or a pipe."""
 
+import logging
+import statistics
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -8,6 +12,19 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lori_dist.cluster.board import Progress
+
+SECONDS_BETWEEN_LINES = 30.0
+"""Of a log."""
+STEPS_OF_A_PACE = 32
+"""The last steps, whose median time says how long the others will take."""
+
+log = logging.getLogger(__name__)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: `1:05:09`."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 @contextmanager
@@ -33,18 +50,35 @@ def _told(event: Progress) -> str:
 
 
 @contextmanager
-def of_training() -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Gives what `training.train` reports to: the steps of the phase it is in."""
+def of_training(task: str) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Gives what `training.train` reports each step's record to. Shows phase, step, loss, tokens/s and the time that is
+    left of all phases.
+
+    On a terminal that is a bar. Else it is a line of the log after a phase's first and last step, and after the first
+    step in every `SECONDS_BETWEEN_LINES`.
+    """
+    gaps: deque[float] = deque(maxlen=STEPS_OF_A_PACE)
+    last = {"phase": "", "step": 0, "time": 0.0, "line": float("-inf")}
 
     def show(record: Mapping[str, Any]) -> None:
-        if record["step"] != bar.n + 1 or record["num_steps"] != bar.total:  # a phase begins, maybe in its middle
-            bar.reset(total=record["num_steps"])
-            bar.initial = bar.n = record["step"] - 1
-        loss = "no number" if record["loss"] is None else f"{record['loss']:.3f}"
-        bar.set_description_str(f"{record['phase']} loss {loss}", refresh=False)
+        now, phase, step, num_steps = time.monotonic(), record["phase"], record["step"], record["num_steps"]
+        is_first = (phase, step - 1) != (last["phase"], last["step"])  # of its phase, or after a restart
+        gaps.append(record["seconds"] if is_first else now - last["time"])
+        left = duration(record["steps_left"] * statistics.median(gaps))
+        loss = "not finite" if record["loss"] is None else f"{record['loss']:.3f}"
+        speed = f"{record['tokens_per_second']:,.0f} tokens/s"
+        if is_first:
+            bar.reset(total=num_steps)
+            bar.initial = bar.n = step - 1
+        bar.set_description_str(f"{task}: {phase} loss {loss}", refresh=False)
+        bar.set_postfix_str(f"{speed}, {left} left", refresh=False)
         bar.update()
+        if bar.disable and (is_first or step == num_steps or now - last["line"] >= SECONDS_BETWEEN_LINES):
+            log.info("%s: %s step %d of %d, loss %s, %s, %s left", task, phase, step, num_steps, loss, speed, left)
+            last["line"] = now
+        last.update(phase=phase, step=step, time=now)
 
-    with _bar("{desc} {n_fmt}/{total_fmt} {bar} {rate_fmt} {elapsed}<{remaining}") as bar:
+    with _bar("{desc} {n_fmt}/{total_fmt} {bar} {postfix}") as bar:
         yield show
 
 

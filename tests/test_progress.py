@@ -1,4 +1,4 @@
-"""Bars are for people: on a terminal they tell where long work is, elsewhere there are none."""
+"""Long work says how far it is: by a bar on a terminal, by lines of a log elsewhere."""
 
 import fcntl
 import os
@@ -11,12 +11,15 @@ import termios
 import pytest
 
 TRAINING = """
+import logging
 from lori_dist import progress
-with progress.of_training() as show:
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+record = {"loss": 2.0, "seconds": 0.5, "tokens_per_second": 12345.6}
+with progress.of_training("math") as show:
     for step in range(1, 4):
-        show({"phase": "calibrate", "step": step, "num_steps": 3, "loss": 2.0})
+        show({**record, "phase": "calibrate", "step": step, "num_steps": 3, "steps_left": 7203 - step})
     for step in range(3, 6):  # resumed
-        show({"phase": "train", "step": step, "num_steps": 5, "loss": 1.25})
+        show({**record, "loss": 1.25, "phase": "train", "step": step, "num_steps": 5, "steps_left": 5 - step})
 """
 RUN = """
 from lori_dist import progress
@@ -53,7 +56,7 @@ def on_a_terminal(program: str) -> str:
 @pytest.mark.parametrize(
     ("program", "told"),
     [
-        (TRAINING, ["calibrate loss 2.000 1/3", "train loss 1.250 3/5"]),
+        (TRAINING, ["math: calibrate loss 2.000 1/3", "math: train loss 1.250 3/5", "12,346 tokens/s, 1:00:01 left"]),
         (RUN, ["1/4 jobs", "train-math train 7/9 loss 0.500"]),
         (EVALUATION, ["merged: loss of math 4/6"]),
     ],
@@ -64,7 +67,21 @@ def test_a_terminal_shows_where_the_work_is(program: str, told: list[str]) -> No
     assert all(text in written for text in told), written
 
 
-@pytest.mark.parametrize("program", [TRAINING, RUN, EVALUATION], ids=["training", "run", "evaluation"])
-def test_a_file_gets_nothing(program: str) -> None:
+def test_a_file_gets_lines_of_a_phase_s_first_and_last_step() -> None:
+    result = subprocess.run([sys.executable, "-c", TRAINING], capture_output=True, text=True, check=True)
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert [line.partition(", loss")[0] for line in lines] == [
+        "math: calibrate step 1 of 3",
+        "math: calibrate step 3 of 3",
+        "math: train step 3 of 5",
+        "math: train step 5 of 5",
+    ]
+    assert lines[0].endswith("step 1 of 3, loss 2.000, 12,346 tokens/s, 1:00:01 left")
+    assert lines[-1].endswith("0:00:00 left")
+
+
+@pytest.mark.parametrize("program", [RUN, EVALUATION], ids=["run", "evaluation"])
+def test_a_file_gets_no_bar(program: str) -> None:
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert (result.stdout, result.stderr) == ("", "")

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lori_dist.adapter import packed, saved
 from lori_dist.adapter.attach import adapted, trainable, trainable_projections
@@ -152,6 +153,24 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
         whole = {saved.key(name): parameter for name, parameter in saved.parameters(model).items()}
         return {**trainable(model), **of_projections, **whole}
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def held_of_base(model: nn.Module) -> tuple[int, int]:
+    """How many of the frozen weights this rank holds between steps, and how many there are.
+
+    Shards are DTensors with FSDP2, and parameters with a `ds_tensor` with ZeRO-3.
+    """
+    held = total = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            continue
+        shard = getattr(parameter, "ds_tensor", None)
+        if shard is not None:
+            held, total = held + shard.numel(), total + parameter.ds_numel
+        else:
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            held, total = held + local.numel(), total + parameter.numel()
+    return held, total
 
 
 # --- optimizer -------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from lori_dist.training.data import Example
 from lori_dist.training.determinism import set_deterministic
 from lori_dist.training.device import memory, reset_peak
 from lori_dist.training.divergence import MOST, UPDATE, Divergence
-from lori_dist.training.engine import Engine, State, StepResult, gather, trained
+from lori_dist.training.engine import Engine, State, StepResult, gather, held_of_base, trained
 from lori_dist.training.joint import Joint
 from lori_dist.training.joint import batches as joint_batches
 from lori_dist.training.joint import rows_of_step as joint_rows
@@ -387,6 +387,7 @@ def _fit(job: Job, phase: Phase, masks: Mapping[str, Tensor] | None) -> tuple[Pr
     built = _build(job, phase, masks)
     if job.world.rank == 0:
         rewind(job, phase, built.first)
+        log.info("%s: %s", job.name, _announced(job, phase, built))
     _do_steps(job, phase, built)
     return built.model, built.engine
 
@@ -427,6 +428,20 @@ def _build(job: Job, phase: Phase, masks: Mapping[str, Tensor] | None) -> _Built
     if job.start is not None:
         refuse_other_projections(job.start.blocks[0], checksums)
     return _Built(model=model, engine=engine, num_entries=num_entries, first=first, origin=origin, tasks=tasks, mfu=mfu)
+
+
+def _announced(job: Job, phase: Phase, built: _Built) -> str:
+    """For people, at the start of a phase: what is trained, by what, where, and what this rank holds of it."""
+    world, train = job.world, job.run.train
+    rows = _num_rows(job)
+    per_step = sum(example.num_tokens for examples in job.examples for example in examples) / rows * train.batch_size
+    values = sum(part.data.numel() for part in built.engine.parts("values").values())
+    held, total = held_of_base(built.engine.model)
+    return (
+        f"phase {phase.name}, {phase.num_steps} steps of {train.batch_size} of {rows:,} rows (about {per_step:,.0f} "
+        f"tokens), on {world.size} rank{'s' * (world.size > 1)} ({world.device.type}) with {train.engine.name}; {built.num_entries:,} entries "
+        f"are trained; rank 0 holds {values:,} of them and {held / max(total, 1):.0%} of the base's {total:,} weights"
+    )
 
 
 def _do_steps(job: Job, phase: Phase, built: _Built) -> None:

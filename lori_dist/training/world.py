@@ -2,9 +2,11 @@
 
 import contextlib
 import hashlib
+import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -20,6 +22,12 @@ T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=5)
 """How long a rank waits for the others: longer than any step, shorter than anyone's patience."""
+
+
+SILENCE = timedelta(seconds=10)
+"""How long a rank waits for the others before it says so."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +91,8 @@ def _make_group() -> None:
             dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT, **settings)  # type: ignore[attr-defined]
         return
     try:
-        dist.init_process_group(init_method="env://", timeout=TIMEOUT, **settings)
+        with _patient(launcher):
+            dist.init_process_group(init_method="env://", timeout=TIMEOUT, **settings)
     except dist.DistError as error:  # no free port, or not all came
         place = f"{launcher['MASTER_ADDR']}:{launcher['MASTER_PORT']}"
         found = str(error).strip().partition("\n")[0]
@@ -91,6 +100,29 @@ def _make_group() -> None:
             f"environment: the ranks did not find each other at {place} ({found}); start all {launcher['WORLD_SIZE']} "
             f"of them within {TIMEOUT.seconds // 60} minutes, with a MASTER_PORT that is free on rank 0's machine"
         ) from error
+
+
+@contextlib.contextmanager
+def _patient(launcher: Mapping[str, str]) -> Iterator[None]:
+    """Says for whom this rank waits, where that takes longer than `SILENCE`."""
+
+    def say() -> None:
+        log.error(  # of a warning, ranks other than the first say nothing
+            "rank %s has been waiting for %.0f s for the other of %s ranks at %s:%s; it gives up after %d minutes. If "
+            "RANK and WORLD_SIZE are left over from another job in this shell, unset them",
+            launcher["RANK"],
+            SILENCE.total_seconds(),
+            *(launcher[name] for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")),
+            TIMEOUT.seconds // 60,
+        )
+
+    timer = threading.Timer(SILENCE.total_seconds(), say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager

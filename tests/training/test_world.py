@@ -183,3 +183,19 @@ def test_torchrun_starts_a_world(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for rank in range(2):
         assert json.loads((tmp_path / str(rank)).read_text()) == [rank, 2, rank, "cpu"]
+
+
+def test_a_rank_whose_others_do_not_come_says_for_whom_it_waits() -> None:
+    program = """
+from datetime import timedelta
+from lori_dist.training import world
+world.SILENCE, world.TIMEOUT = timedelta(seconds=0.2), timedelta(seconds=2)
+world.from_environment()
+"""
+    left_over = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **left_over}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert "rank 1 has been waiting for 0 s for the other of 2 ranks at 127.0.0.1:1; " in done.stderr
+    assert "unset them" in done.stderr
