@@ -14,6 +14,7 @@ from lori_dist.adapter.experts import AdaptedExperts, Expert, is_experts, matric
 from lori_dist.adapter.linear import AdaptedLinear, Delta, Kept, dequantized, features, is_conv1d, is_quantized
 from lori_dist.adapter.per_task import PerTask
 from lori_dist.adapter.projection import checksum
+from lori_dist.adapter.targets import is_number, kind, unnumbered
 from lori_dist.errors import AdapterError
 from lori_dist.plugin import nearest
 
@@ -447,14 +448,14 @@ def _named(model: nn.Module, target: str) -> list[str]:
     paths = [
         path
         for path, module in linear.items()
-        if (fnmatch.fnmatchcase(path, target) if is_pattern else f".{_weight(path, module)}".endswith(f".{target}"))
+        if (fnmatch.fnmatchcase(path, target) if is_pattern else _is_called(path, module, target))
     ]
     if paths:
         return paths
     other = next((module for path, module in model.named_modules() if path and f".{path}".endswith(f".{target}")), None)
     if other is not None:
         raise AdapterError(f"targets: {target!r} is a {type(other).__name__}, no linear layer; {_listing(linear)}")
-    names = {_name(path, module) for path, module in linear.items()}
+    names = set(map(kind, linear))
     raise AdapterError(f"targets: {target!r} matches nothing; {_listing(linear)}{nearest(target, names)}")
 
 
@@ -468,17 +469,15 @@ def _linear(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _weight(path: str, module: nn.Module) -> str:
-    """A layer's path; of an expert's matrix, that of the weight it is in."""
-    return path.rpartition(".")[0] if isinstance(module, Expert) else path
-
-
-def _name(path: str, module: nn.Module) -> str:
-    return _weight(path, module).rpartition(".")[2]
+def _is_called(path: str, module: nn.Module, target: str) -> bool:
+    """Whether the path ends with the target, its numbers at the end apart; a number alone is not an expert's name."""
+    name = unnumbered(path)
+    paths = [name] if isinstance(module, Expert) and is_number(target) else [path, name]
+    return any(f".{one}".endswith(f".{target}") for one in paths)
 
 
 def _listing(paths: Mapping[str, nn.Module]) -> str:
-    names = sorted({_name(path, module) for path, module in paths.items()})
+    names = sorted(set(map(kind, paths)))
     return f"the model's linear layers are called {', '.join(names) or '(there are none)'}."
 
 
