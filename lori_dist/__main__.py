@@ -622,7 +622,11 @@ examples:
         "--method", required=True, metavar="NAME", help="a name from `lori show`, or your own package.module"
     )
     verb.set_defaults(settings=[])
-    verb.add_argument("--weights", metavar="W,W,...", help="one per adapter; by default equal ones that sum to one")
+    verb.add_argument(
+        "--weights",
+        metavar="W,W,...",
+        help="one per adapter; by default equal ones that sum to one, or 1 each for methods that take a mean",
+    )
 
     verb = _add(
         verbs,

@@ -54,7 +54,7 @@ def searched(run: Run, assignment: Assignment) -> Assignment:
 
     bounds = tuple(settings["bounds"])
     method = search.METHODS[settings["method"]](
-        search.start(along, len(job.settings["tasks"]), bounds),
+        search.start(along, job.settings["weights"][0], bounds),
         bounds=bounds,
         budget=settings["budget"],
         seed=settings["seed"],
