@@ -200,7 +200,10 @@ def _constants(tree: ast.Module) -> dict[str, Any]:
     found = {}
     for node in tree.body:
         match node:
-            case ast.Assign(targets=[ast.Name(id=name)], value=value) if name.isupper():
+            case (
+                ast.Assign(targets=[ast.Name(id=name)], value=ast.expr() as value)
+                | ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value)
+            ) if name.isupper():
                 with contextlib.suppress(ValueError):
                     found[name] = ast.literal_eval(value)
     return found

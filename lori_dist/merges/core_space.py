@@ -13,10 +13,10 @@ from lori_dist.merges._entries import Draw, combination, trim
 from lori_dist.merges._factors import factors, noise, singular, without_noise
 from lori_dist.merges._forms import in_row_space
 
-UNIT_WEIGHTS = {"inner": ("ties", "dare_ties", "tsv")}
+UNIT_WEIGHTS: dict[str, tuple[object, ...]] = {"inner": ("ties", "dare_ties", "tsv")}
 """Options -> values for which each adapter has weight 1 where no weights are given: the paper's scale."""
 
-EXACT = {"inner": ("task_arithmetic", "dare"), "density": (1.0,), "equalize": (False,)}
+EXACT: dict[str, tuple[object, ...]] = {"inner": ("task_arithmetic", "dare"), "density": (1.0,), "equalize": (False,)}
 """Options -> values for which the result is the weighted sum of the updates, exactly."""
 
 

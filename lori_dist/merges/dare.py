@@ -7,7 +7,7 @@ from lori_dist.adapter.update import Part, Update
 from lori_dist.merges._entries import Draw, combination
 from lori_dist.merges._spaces import merge_entries
 
-EXACT = {"density": (1.0,), "rank": (None,)}
+EXACT: dict[str, tuple[object, ...]] = {"density": (1.0,), "rank": (None,)}
 """Options -> values for which the result is the weighted sum of the updates, exactly."""
 
 

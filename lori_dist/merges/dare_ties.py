@@ -7,7 +7,7 @@ from lori_dist.adapter.update import Part, Update
 from lori_dist.merges._entries import Draw, combination
 from lori_dist.merges._spaces import merge_entries
 
-UNIT_WEIGHTS = {}
+UNIT_WEIGHTS: dict[str, tuple[object, ...]] = {}
 """Each adapter has weight 1 where no weights are given: the mean of those that agree."""
 
 

@@ -12,10 +12,10 @@ from lori_dist.merges._entries import Draw, combination
 from lori_dist.merges._factors import factors, noise, singular, without_noise
 from lori_dist.merges._forms import computed, dense_on_projection, in_row_space, joined_name, scaled_b, shared
 
-UNIT_WEIGHTS = {"inner": ("ties", "dare_ties")}
+UNIT_WEIGHTS: dict[str, tuple[object, ...]] = {"inner": ("ties", "dare_ties")}
 """Options -> values for which each adapter has weight 1 where no weights are given: the paper's scale."""
 
-EXACT = {"inner": ("task_arithmetic", "dare"), "density": (1.0,), "tolerance": (0.0,)}
+EXACT: dict[str, tuple[object, ...]] = {"inner": ("task_arithmetic", "dare"), "density": (1.0,), "tolerance": (0.0,)}
 """Options -> values for which the result is the weighted sum of the updates, exactly."""
 
 

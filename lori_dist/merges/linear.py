@@ -9,7 +9,7 @@ from lori_dist.adapter.update import Part, Update
 from lori_dist.merges import concat
 from lori_dist.merges._forms import groups, on_projection, scaled_entries
 
-EXACT = {}
+EXACT: dict[str, tuple[object, ...]] = {}
 """The result is the weighted sum of the updates, exactly."""
 
 

@@ -9,7 +9,7 @@ from lori_dist.merges._factors import singular_of_product, stacked
 from lori_dist.merges._forms import in_row_space
 from lori_dist.merges._spaces import rank_within
 
-EXACT = {"rank": (None,)}
+EXACT: dict[str, tuple[object, ...]] = {"rank": (None,)}
 """Options -> values for which the result is the weighted sum of the updates, exactly."""
 
 

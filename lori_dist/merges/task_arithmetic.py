@@ -7,7 +7,7 @@ from lori_dist.errors import ConfigError
 from lori_dist.merges import linear
 from lori_dist.plugin import nearest
 
-EXACT = {"scale": (1.0,), "negate": ((),)}
+EXACT: dict[str, tuple[object, ...]] = {"scale": (1.0,), "negate": ((),)}
 """Options -> values for which the result is the weighted sum of the updates, exactly."""
 
 

@@ -9,7 +9,7 @@ from lori_dist.adapter.update import Part, Update
 from lori_dist.merges._entries import vote
 from lori_dist.merges._spaces import Cuts, Space, Trim, merge_entries, model_cuts
 
-UNIT_WEIGHTS = {}
+UNIT_WEIGHTS: dict[str, tuple[object, ...]] = {}
 """Each adapter has weight 1 where no weights are given: the paper's mean of those that agree."""
 
 

@@ -8,7 +8,7 @@ from lori_dist.merges._directions import kept_per_task, orthogonalized
 from lori_dist.merges._factors import factors, singular_of_product
 from lori_dist.merges._forms import in_row_space
 
-UNIT_WEIGHTS = {}
+UNIT_WEIGHTS: dict[str, tuple[object, ...]] = {}
 """Each adapter has weight 1 where no weights are given: the paper's sum."""
 
 
