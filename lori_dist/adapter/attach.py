@@ -114,7 +114,7 @@ def detach(model: nn.Module) -> None:
     sharded.reshard(model)
     sharded.forget(model, [delta for _, delta in _deltas(layers)])
     saved.take_back(model)
-    sharded.follow(model)
+    sharded.settle(model)
     for path, module in list(model.named_modules()):
         if isinstance(module, AdaptedExperts) or (
             isinstance(module, AdaptedLinear) and not isinstance(module.base, Expert)
@@ -248,12 +248,12 @@ def sparsify(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     _refuse_other_modules(masks, layers)
     positions = {path: _positions(path, masks, (delta.out_features, delta.rank)) for path, delta in _deltas(layers)}
     sharded.reshard(model)
-    sharded.forget(model, [delta for _, delta in _deltas(layers)])
+    places = sharded.forget(model, [delta for _, delta in _deltas(layers)])
     for path, delta in _deltas(layers):
         delta.restrict(positions[path])
     saved.begin_again(model)
     if sharded.is_fully_sharded(model):
-        sharded.join(model, _deltas(layers))
+        sharded.join(model, _deltas(layers), places)
 
 
 def separate_tasks(model: nn.Module, num_tasks: int) -> PerTask:

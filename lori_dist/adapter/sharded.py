@@ -8,7 +8,8 @@ not document of FSDP2, and a test holds on to: a state's `_fsdp_param_groups`, a
 """
 
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -120,22 +121,33 @@ def reshard(model: nn.Module) -> None:
             cast(Any, module).reshard()
 
 
-def forget(model: nn.Module, modules: Collection[nn.Module]) -> None:
-    """Takes the parameters of modules, but not of what is in these, out of the groups of a model."""
-    gone = set(modules)
+Places = Mapping[nn.Module, tuple[Any, Any]]
+"""Module -> the group that had its parameters, and what this had for one of them."""
+
+
+def forget(model: nn.Module, modules: Collection[nn.Module]) -> Places:
+    """Takes the parameters of modules, but not of what is in these, out of the groups of a model. `join` or `settle`
+    comes next."""
+    gone, places = set(modules), dict[nn.Module, tuple[Any, Any]]()
     for state in _states(model):
         for group in _groups(state):
+            places.update(
+                {one._module_info.module: (group, one) for one in group.fsdp_params if one._module_info.module in gone}
+            )
             group.fsdp_params = [one for one in group.fsdp_params if one._module_info.module not in gone]
-        _drop_empty(state)
+    return places
 
 
-def join(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> None:
+def join(model: nn.Module, modules: Sequence[tuple[str, nn.Module]], places: Places = MappingProxyType({})) -> None:
     """Shards the parameters of modules, by path, on the mesh of the base around each, whose group has them from now on.
 
-    Raises AdapterError where nothing around a module is sharded.
+    places: of modules whose parameters were in a group before. Raises AdapterError where nothing around a module is
+    sharded.
     """
     for path, module in modules:
-        group = next(iter(_around(model, path)), None)
+        group, like = places.get(module) or next(
+            ((one, one.fsdp_params[0]) for one in _around(model, path)), (None, None)
+        )
         if group is None:
             raise AdapterError(
                 f"{path}: fully_shard was applied to the model, but to no parameter around this layer (the base is "
@@ -143,7 +155,6 @@ def join(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> None:
             )
         module.to(group.device)
         for name, parameter in list(module.named_parameters(recurse=False)):
-            like = group.fsdp_params[0]
             place = type(like._module_info)(module, name)
             group.fsdp_params.append(
                 type(like)(
@@ -157,12 +168,13 @@ def join(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> None:
                     group.offload_policy,
                 )
             )
-    follow(model)
+    settle(model)
 
 
-def follow(model: nn.Module) -> None:
-    """Lets groups know which of their parameters need a gradient now, where they have asked already."""
+def settle(model: nn.Module) -> None:
+    """Lets groups know which parameters they have and which of these need a gradient, where they have asked already."""
     for state in _states(model):
+        _drop_empty(state)
         for group in _groups(state):
             for one in group.fsdp_params:
                 if hasattr(one, "_unsharded_param"):
