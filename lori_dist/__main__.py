@@ -207,8 +207,10 @@ def _train(arguments: argparse.Namespace, watch: "Callable[[World], None]") -> t
 
     from lori_dist import progress
     from lori_dist.cluster.launcher import train_task
+    from lori_dist.training.accelerate_launch import followed
     from lori_dist.training.world import from_environment
 
+    described = followed(described, os.environ, has_engine=config.has_engine(arguments.config, arguments.settings))
     world = from_environment()
     watch(world)
     with progress.of_training() as show_progress:

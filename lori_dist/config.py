@@ -395,6 +395,12 @@ def text(path: str | Path, overrides: Sequence[str] = ()) -> str:
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
+def has_engine(path: str | Path, overrides: Sequence[str] = ()) -> bool:
+    """Whether a configuration itself says which engine trains, and does not leave it at the default."""
+    train = _read(path, overrides)[0].get("train")
+    return isinstance(train, dict) and "engine" in train
+
+
 def _read(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """The tree in a YAML file with overrides applied, and what is wrong with these and its keys."""
     try:

@@ -145,14 +145,13 @@ def join(model: nn.Module, modules: Sequence[tuple[str, nn.Module]], places: Pla
     sharded.
     """
     for path, module in modules:
-        group, like = places.get(module) or next(
-            ((one, one.fsdp_params[0]) for one in _around(model, path)), (None, None)
-        )
-        if group is None:
+        found = places.get(module) or next(((one, one.fsdp_params[0]) for one in _around(model, path)), None)
+        if found is None:
             raise AdapterError(
                 f"{path}: fully_shard was applied to the model, but to no parameter around this layer (the base is "
                 "ignored, or other modules are sharded), so there is no mesh for its B; attach first, then fully_shard"
             )
+        group, like = found
         module.to(group.device)
         for name, parameter in list(module.named_parameters(recurse=False)):
             place = type(like._module_info)(module, name)
