@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec
-    from lori_dist.adapter.attach import adapted, attach, detach, extract, fold, trainable, unfold
+    from lori_dist.adapter.attach import adapted, attach, dense, detach, extract, fold, sparsify, trainable, unfold
     from lori_dist.adapter.file import load as load_adapter
     from lori_dist.adapter.file import save as save_adapter
     from lori_dist.adapter.packed import attach_several
@@ -31,6 +31,7 @@ __all__ = [
     "adapted",
     "attach",
     "attach_several",
+    "dense",
     "detach",
     "extract",
     "fold",
@@ -38,6 +39,7 @@ __all__ = [
     "load_run",
     "projection",
     "save_adapter",
+    "sparsify",
     "trainable",
     "unfold",
 ]
@@ -55,6 +57,7 @@ _PLACES = {
     "adapted": "adapter.attach:adapted",
     "attach": "adapter.attach:attach",
     "attach_several": "adapter.packed:attach_several",
+    "dense": "adapter.attach:dense",
     "detach": "adapter.attach:detach",
     "extract": "adapter.attach:extract",
     "fold": "adapter.attach:fold",
@@ -62,6 +65,7 @@ _PLACES = {
     "load_run": "config:load",
     "projection": "adapter.projection:projection",
     "save_adapter": "adapter.file:save",
+    "sparsify": "adapter.attach:sparsify",
     "trainable": "adapter.attach:trainable",
     "unfold": "adapter.attach:unfold",
 }

@@ -207,8 +207,10 @@ def _train(arguments: argparse.Namespace, watch: "Callable[[World], None]") -> t
 
     from lori_dist import progress
     from lori_dist.cluster.launcher import train_task
+    from lori_dist.training.accelerate_launch import followed
     from lori_dist.training.world import from_environment
 
+    described = followed(described, os.environ, has_engine=config.has_engine(arguments.config, arguments.settings))
     world = from_environment()
     watch(world)
     with progress.of_training(arguments.task) as show_progress:
@@ -621,7 +623,11 @@ examples:
         "--method", required=True, metavar="NAME", help="a name from `lori show`, or your own package.module"
     )
     verb.set_defaults(settings=[])
-    verb.add_argument("--weights", metavar="W,W,...", help="one per adapter; by default equal ones that sum to one")
+    verb.add_argument(
+        "--weights",
+        metavar="W,W,...",
+        help="one per adapter; by default equal ones that sum to one, or 1 each for methods that take a mean",
+    )
 
     verb = _add(
         verbs,

@@ -252,7 +252,7 @@ class Search:
     rows: Positive = 64
     """Of each task."""
     budget: Positive = 32
-    """Evaluations at most. The first is that of equal weights."""
+    """Evaluations at most. The first is that of the weights by default."""
     bounds: tuple[Number, Number] = (0.0, 1.0)
     metric: Literal["loss", "exact_match", "choice"] = "loss"
     """Its mean over the tasks of the merge counts: the lowest loss, or the highest accuracy."""
@@ -270,9 +270,10 @@ class Merge:
 
     method: Chosen
     weights: dict[str, Weight] | tuple[Weight, ...] | None = None
-    """By task name, or in the order of the tasks; by default equal weights that sum to one. A task's weight is a number
-    or, for layers and modules, a mapping such as `{default: 0.4, layers.0: 0.0, "*.mlp.*": 0.6}`: the last pattern that
-    fits a module's path counts, and `default`, which is by default the equal weight, where none does."""
+    """By task name, or in the order of the tasks; by default equal weights that sum to one, or 1 each for methods that
+    take a mean or whose paper has a sum (`ties`, `dare_ties`, `tsv`, and `knots` and `core_space` with these). A task's
+    weight is a number or, for layers and modules, a mapping such as `{default: 0.4, layers.0: 0.0, "*.mlp.*": 0.6}`:
+    the last pattern that fits a module's path counts, and `default`, by default the weight above, where none does."""
     tasks: tuple[str, ...] | None = None
     """By default all."""
     search: Search | None = None
@@ -392,6 +393,12 @@ def text(path: str | Path, overrides: Sequence[str] = ()) -> str:
     if problems:
         raise ConfigError("\n".join(problems))
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def has_engine(path: str | Path, overrides: Sequence[str] = ()) -> bool:
+    """Whether a configuration itself says which engine trains, and does not leave it at the default."""
+    train = _read(path, overrides)[0].get("train")
+    return isinstance(train, dict) and "engine" in train
 
 
 def _read(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

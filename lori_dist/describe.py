@@ -109,11 +109,16 @@ def _block(adapter: "Adapter", number: int) -> tuple[str, ...]:
 
 
 def _densities(adapter: "Adapter") -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Titles and rows: a row per layer, a column per projection, over all blocks. Row `-`: modules outside layers."""
+    """Titles and rows: a row per layer, a column per kind of module, over all blocks. Row `-`: modules outside layers.
+
+    A layer is its number, or its path where layers of two stacks have one number.
+    """
+    from lori_dist.adapter import targets
+
     kept: dict[tuple[str, str], int] = {}
     total: dict[tuple[str, str], int] = {}
     for module, (out_features, _) in adapter.shapes.items():
-        place = (_layer(module), module.rpartition(".")[2])
+        place = targets.place(module)
         entries = [block.entries[module] for block in adapter.blocks if module in block.entries]
         kept[place] = kept.get(place, 0) + sum(item.values.numel() for item in entries)
         total[place] = total.get(place, 0) + sum(out_features * block.rank_of(module) for block in adapter.blocks)
@@ -134,12 +139,13 @@ def _densities(adapter: "Adapter") -> tuple[tuple[str, ...], list[tuple[str, ...
         each = [percent((layer, name) for layer in layers) for name in projections]
         return (title, *each, percent((layer, name) for layer in layers for name in projections))
 
-    return ("layer", *projections, "all"), [*(row(layer, [layer]) for layer in layers), row("all", layers)]
+    rows = [row(title, [layer]) for title, layer in zip(_titles(layers), layers, strict=True)]
+    return ("layer", *projections, "all"), [*rows, row("all", layers)]
 
 
-def _layer(module: str) -> str:
-    number = re.search(r"\.(\d+)\.", module)
-    return number[1] if number else "-"
+def _titles(layers: Sequence[str]) -> list[str]:
+    stacks = {layer.rpartition(".")[0] for layer in layers if layer}
+    return [(layer.rpartition(".")[2] if len(stacks) == 1 else _printable(layer)) or "-" for layer in layers]
 
 
 def records(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lori_dist.adapter.adapter import Adapter
+from lori_dist.adapter.targets import place
 from lori_dist.adapter.update import Part, Update, label, split
 from lori_dist.errors import AdapterError
 
@@ -33,7 +34,7 @@ def interference(adapters: Sequence[Adapter], *, names: Sequence[str] | None = N
 
     Returns
         adapters: a list of {name, rank, blocks, kept, total, norm}.
-        layers, projections: their names, in the modules' order; see `place`.
+        layers, projections: their names, in the modules' order; see `adapter.targets`.
         norms: adapter -> {layers, projections: name -> |D|_F, table: a row for each layer with a number for each
             projection, null where there is no such module}.
         modules: path -> {shape, layer, projection, norms: adapter -> |D|_F}.
@@ -70,13 +71,6 @@ def interference(adapters: Sequence[Adapter], *, names: Sequence[str] | None = N
         },
         "pairs": [_pair(pair, of_modules) for pair, of_modules in sums.items()],
     }
-
-
-def place(module: str) -> tuple[str, str]:
-    """The layer of a module, its path up to the first number or else ``, and its projection, the path's last part."""
-    parts = module.split(".")
-    number = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
-    return "" if number is None else ".".join(parts[: number + 1]), parts[-1]
 
 
 def pair_figures(sums: Mapping[str, float]) -> Figures:

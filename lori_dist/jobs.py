@@ -168,12 +168,15 @@ def merge_job(run: config.Run, name: str, trained: Mapping[str, Job]) -> Job:
     """One merge. trained: task -> the job that makes its adapter."""
     merge = run.merges[name]
     tasks = merge.tasks if merge.tasks is not None else tuple(run.tasks)
+    share = plugin.default_weight(*_bound(name, merge), len(tasks))
     if merge.weights is None:
-        given: list[config.Weight] = [1 / len(tasks)] * len(tasks)
+        given: list[config.Weight] = [share] * len(tasks)
     elif isinstance(merge.weights, dict):
         given = [merge.weights[task] for task in tasks]
     else:
         given = list(merge.weights)
+    if share != 1 / len(tasks):  # written out, so that results of when it was the share of one are not taken
+        given = [{"default": share, **weight} if isinstance(weight, dict) else weight for weight in given]
     # As pairs, for their order counts and that of an object's keys does not show in a fingerprint.
     weights = [list(map(list, weight.items())) if isinstance(weight, dict) else weight for weight in given]
     method = {"name": merge.method.name, **merge.method.options}
@@ -188,6 +191,40 @@ def merge_job(run: config.Run, name: str, trained: Mapping[str, Job]) -> Job:
         **({} if merge.search is None else {"search": _search(run, merge.search, tasks)}),
         **_code(f"merges.{name}.method", merge.method.name),
     )
+
+
+def _bound(name: str, merge: config.Merge) -> tuple[plugin.Method, dict[str, Any]]:
+    path = f"merges.{name}.method"
+    method = plugin.find("merges", merge.method.name, "merge", path)
+    return method, method.bind(merge.method.options, path)
+
+
+def same_merges(run: config.Run, jobs: Iterable[Job]) -> list[list[str]]:
+    """Merges that are the same function of the same tasks, whatever the form of their results, in groups of names.
+
+    They have the same weights, and are one method with the same options, or all are the exact weighted sum.
+    """
+    groups: dict[str, list[str]] = {}
+    for job in jobs:
+        if job.kind == "merge" and "search" not in job.settings:
+            name = job.settings["merge"]
+            method, options = _bound(name, run.merges[name])
+            defaults = {key: option.default for key, option in method.options.items()}
+            is_sum = method.declares("EXACT", options)
+            function: Any = "sum" if is_sum else [method.name, {**defaults, **options}]
+            weights = sorted(zip(job.settings["tasks"], job.settings["weights"], strict=True), key=lambda pair: pair[0])
+            key = json.dumps([function, weights, sorted(job.needs)], sort_keys=True, default=str)
+            groups.setdefault(key, []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def same_merges_said(groups: Iterable[Sequence[str]]) -> Iterator[str]:
+    """A sentence for each group of merges that are the same function."""
+    for names in groups:
+        yield (
+            f"The merges {', '.join(names[:-1])} and {names[-1]} are the same function of the same adapters with the "
+            "same weights: they differ in the form of the result only, and their scores by rounding."
+        )
 
 
 def _search(run: config.Run, search: config.Search, tasks: Sequence[str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ Signatures are read from the source, without running it: checking a configuratio
 """
 
 import ast
+import contextlib
 import difflib
 import importlib
 import importlib.machinery
@@ -54,6 +55,15 @@ class Method:
     role: str
     options: Mapping[str, Option]
     summary: str
+    constants: Mapping[str, Any]
+    """The literals that the file gives names in capitals at its top level."""
+
+    def declares(self, constant: str, options: Mapping[str, Any]) -> bool:
+        """Whether the file has a constant, option -> values, and every option that it names has one of its values."""
+        wanted = self.constants.get(constant)
+        return isinstance(wanted, dict) and all(
+            options.get(name, self.options[name].default) in values for name, values in wanted.items()
+        )
 
     def load(self) -> Callable[..., Any]:
         """Returns the function itself; this imports its module."""
@@ -138,7 +148,8 @@ def find(folder: str, name: str, role: str, path: str) -> Method:
         raise ConfigError(
             f"{path}: there is nothing called {name!r} in {folder}; {_choices(name, names(folder), 'there are')}"
         )
-    function = _function(source, role, path)
+    tree = _tree(source, path)
+    function = next((node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == role), None)
     if function is None:
         raise ConfigError(f"{path}: {name} has no function `{role}`; define one with the signature the README shows")
     return Method(
@@ -147,6 +158,7 @@ def find(folder: str, name: str, role: str, path: str) -> Method:
         role=role,
         options=MappingProxyType(_options(function, path)),
         summary=(ast.get_docstring(function) or "").split("\n")[0],
+        constants=MappingProxyType(_constants(tree)),
     )
 
 
@@ -177,12 +189,33 @@ def source_of(module: str, path: str) -> Path:
     return Path(spec.origin)
 
 
-def _function(source: Path, role: str, path: str) -> ast.FunctionDef | None:
+def _tree(source: Path, path: str) -> ast.Module:
     try:
-        tree = ast.parse(source.read_text(encoding="utf-8"))
+        return ast.parse(source.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError) as error:
         raise ConfigError(f"{path}: {source} is no valid Python ({error}); mend it first") from error
-    return next((node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == role), None)
+
+
+def _constants(tree: ast.Module) -> dict[str, Any]:
+    found = {}
+    for node in tree.body:
+        match node:
+            case (
+                ast.Assign(targets=[ast.Name(id=name)], value=ast.expr() as value)
+                | ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value)
+            ) if name.isupper():
+                with contextlib.suppress(ValueError):
+                    found[name] = ast.literal_eval(value)
+    return found
+
+
+def default_weight(merge: Method, options: Mapping[str, Any], num_adapters: int) -> float:
+    """The weight of each adapter in a merge for which none are given.
+
+    1 where the method's file says so by `UNIT_WEIGHTS`, as it takes a mean or is the paper's sum; else equal weights
+    that sum to one.
+    """
+    return 1.0 if merge.declares("UNIT_WEIGHTS", options) else 1 / num_adapters
 
 
 def _options(function: ast.FunctionDef, path: str) -> dict[str, Option]:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 import lori_dist.interference
 from lori_dist import Adapter, AdapterError, Entries
-from lori_dist.interference import interference, place
+from lori_dist.adapter.targets import place
+from lori_dist.interference import interference
 from lori_dist.merges import merge
 from tests.merges.made import SHAPES, adapter, adapters, block, delta
 
@@ -216,18 +217,6 @@ def test_norms_by_layer_and_projection() -> None:
     same(norms["projections"]["q_proj"], math.hypot(each[0][0], each[1][0]))
     same(report["adapters"][0]["norm"], norm(*(delta(made, module) for module in SHAPES)))
     assert report["pairs"] == []
-
-
-@pytest.mark.parametrize(
-    ("module", "found"),
-    [
-        ("model.layers.3.self_attn.q_proj", ("model.layers.3", "q_proj")),
-        ("model.layers.3.mlp.experts.7.up_proj", ("model.layers.3", "up_proj")),
-        ("lm_head", ("", "lm_head")),
-    ],
-)
-def test_place(module: str, found: tuple[str, str]) -> None:
-    assert place(module) == found
 
 
 # --- laws ------------------------------------------------------------------------------------------------------------

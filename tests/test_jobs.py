@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lori_dist import config
+from lori_dist.cluster.run import planned
 from lori_dist.errors import ConfigError, JobError
 from lori_dist.jobs import (
     Job,
@@ -24,6 +25,7 @@ from lori_dist.jobs import (
     order,
     path_lengths,
     ready,
+    same_merges,
     sha256,
     task_seed,
     train_job,
@@ -291,6 +293,52 @@ def test_a_training_is_another_one_only_where_rows_are_held_out_of_it(inputs: Pa
         for name in ("math", "code")
     }
     assert trained(described(tasks=tasks, merges={"all": {"method": "linear", "search": {}}})) == plain
+
+
+UNIT: list[dict[str, Any]] = [
+    {"name": "ties"},
+    {"name": "dare_ties"},
+    {"name": "tsv"},
+    {"name": "knots"},
+    {"name": "knots", "inner": "dare_ties"},
+    {"name": "core_space", "inner": "tsv"},
+]
+SHARED: list[dict[str, Any]] = [
+    {"name": "linear"},
+    {"name": "dare"},
+    {"name": "pico", "inner": "ties"},
+    {"name": "knots", "inner": "dare"},
+    {"name": "core_space"},
+]
+
+
+@pytest.mark.parametrize(("method", "share"), [*((one, 1.0) for one in UNIT), *((one, 0.5) for one in SHARED)])
+def test_weights_by_default_are_those_of_the_method(inputs: Path, method: dict[str, Any], share: float) -> None:
+    merges: dict[str, Any] = {"method": method}
+    assert merge_of(described(merges={"all": merges})).settings["weights"] == [share] * 2
+    given = merge_of(described(merges={"all": {**merges, "weights": [{"q_proj": 0.2}, 0.5]}})).settings["weights"]
+    assert given == [[*([["default", 1.0]] if share == 1.0 else []), ["q_proj", 0.2]], 0.5]
+    halves = merge_of(described(merges={"all": {**merges, "weights": [0.5, 0.5]}}))
+    assert (halves.fingerprint == merge_of(described(merges={"all": merges})).fingerprint) == (share == 0.5)
+
+
+def test_merges_that_are_the_same_function_say_so(inputs: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = described(
+        merges={
+            "joined": {"method": "concat"},
+            "summed": {"method": {"name": "linear"}, "weights": [0.5, 0.5]},
+            "turned": {"method": {"name": "dare", "density": 1}, "tasks": ["code", "math"]},
+            "other": {"method": "linear", "weights": [0.5, 0.4]},
+            "alone": {"method": "linear", "tasks": ["code"]},
+            "ties": {"method": "ties"},
+            "again": {"method": {"name": "ties", "density": 0.2}, "weights": {"code": 1, "math": 1}},
+            "rarer": {"method": {"name": "ties", "density": 0.3}},
+            "searched": {"method": "linear", "search": {}},
+        }
+    )
+    jobs = planned(run)
+    assert same_merges(run, jobs) == [["joined", "summed", "turned"], ["ties", "again"]]
+    assert "The merges joined, summed and turned are the same function of the same adapters" in caplog.text
 
 
 def test_a_search_is_part_of_its_merge(inputs: Path) -> None:

@@ -8,12 +8,13 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lori_dist.adapter import per_task, saved
+from lori_dist.adapter import per_task, saved, sharded
 from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec, in_memory
 from lori_dist.adapter.experts import AdaptedExperts, Expert, is_experts, matrices
 from lori_dist.adapter.linear import AdaptedLinear, Delta, Kept, dequantized, features, is_conv1d, is_quantized
 from lori_dist.adapter.per_task import PerTask
 from lori_dist.adapter.projection import checksum
+from lori_dist.adapter.targets import is_number, kind, unnumbered
 from lori_dist.errors import AdapterError
 from lori_dist.plugin import nearest
 
@@ -48,8 +49,13 @@ def attach(
 
     Raises AdapterError for a merge of several blocks that is to be trained, for targets that match nothing or are no
     linear layers, for shapes that differ, for a layer used in two places, and for a model that has an adapter already.
+
+    The model may be one that `fully_shard` was applied to: what is attached is then sharded with the modules around it,
+    and every rank calls this. One that was given to DDP or to deepspeed.initialize is refused: attach first.
     """
+    sharded.refuse_late(model)
     refuse_adapted(model)
+    sharded.reshard(model)
     if isinstance(what, Adapter):
         if masks is not None:
             raise AdapterError("masks: were given with an adapter, which brings its own; leave them out")
@@ -77,8 +83,14 @@ def attach(
     for layer in layers.values():
         for delta in layer.deltas:
             delta.requires_grad_(train or isinstance(what, Spec))
+    if sharded.is_fully_sharded(model):
+        sharded.join(model, _deltas(layers))
     setattr(model, ATTACHED, what)
     return layers
+
+
+def _deltas(layers: Mapping[str, AdaptedLinear]) -> list[tuple[str, Delta]]:
+    return [(path, delta) for path, layer in layers.items() for delta in layer.deltas]
 
 
 def refuse_adapted(model: nn.Module) -> None:
@@ -97,8 +109,12 @@ def refuse_adapted(model: nn.Module) -> None:
 def detach(model: nn.Module) -> None:
     """Takes the adapter off: the base layers stand where they stood, and what was trained whole is as it was. Updates
     folded into them stay folded."""
-    _attached(model)
+    model = sharded.unwrapped(model)
+    layers = _attached(model)
+    sharded.reshard(model)
+    sharded.forget(model, [delta for _, delta in _deltas(layers)])
     saved.take_back(model)
+    sharded.settle(model)
     for path, module in list(model.named_modules()):
         if isinstance(module, AdaptedExperts) or (
             isinstance(module, AdaptedLinear) and not isinstance(module.base, Expert)
@@ -165,11 +181,16 @@ def unfold(model: nn.Module) -> None:
 
 def adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Module path -> adapted layer, in the model's order, which is the canonical order of all per-module results."""
+    model = sharded.unwrapped(model)
     return {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Module path -> the kept entries being trained, (kept,). Modules that keep none are absent."""
+    """Module path -> the kept entries being trained, (kept,). Modules that keep none are absent.
+
+    What `fully_shard` has sharded is a DTensor, also after a forward pass that has left it gathered.
+    """
+    sharded.reshard(model)
     return {
         path: delta.values
         for path, layer in adapted(model).items()
@@ -186,6 +207,53 @@ def trainable_projections(model: nn.Module) -> dict[str, nn.Parameter]:
         for delta in layer.deltas
         if delta.trained_a is not None and delta.trained_a.requires_grad
     }
+
+
+def dense(model: nn.Module) -> dict[str, Tensor]:
+    """Module path -> B of a model being trained, (out_features, rank), fp32 on the CPU: what masks are chosen from.
+
+    A collective where the model is sharded: every rank calls it and gets all. Entries that are not kept are zero.
+    """
+    return {path: entries.dense(*_shape(model, path)) for path, entries in _entries(model).items()}
+
+
+def _shape(model: nn.Module, path: str) -> tuple[int, int]:
+    [delta] = adapted(model)[path].deltas
+    return delta.out_features, delta.rank
+
+
+def _entries(model: nn.Module) -> dict[str, Entries]:
+    layers = adapted(model)
+    return {
+        path: Entries(index=_index(layers[path].deltas[0]), values=sharded.full(values))
+        for path, values in trainable(model).items()
+    }
+
+
+@torch.no_grad()
+def sparsify(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Makes of an adapter that was trained dense (LoRI-D) the sparse one to train next (LoRI-S), in place.
+
+    masks: module path -> (out_features, rank) bool, for every target, as the functions of lori_dist.masks give them
+    for `dense(model)`. The kept entries begin at zero, on the same A; modules_to_save begin as they were. The
+    parameters are new, so the optimizer must be. The base stays where it is: with `fully_shard`, the new parameters
+    take the place of the old in its groups; with DeepSpeed, call engine.destroy() before this and
+    deepspeed.initialize after it.
+    Raises AdapterError for a model that has no dense adapter to train, and for masks that do not fit.
+    """
+    model = sharded.unwrapped(model)
+    layers, spec = _attached(model), getattr(model, ATTACHED)
+    if not isinstance(spec, Spec) or any(delta.index is not None for _, delta in _deltas(layers)):
+        raise AdapterError("model: has no dense adapter that is trained; attach(model, spec) without masks first")
+    _refuse_other_modules(masks, layers)
+    positions = {path: _positions(path, masks, (delta.out_features, delta.rank)) for path, delta in _deltas(layers)}
+    sharded.reshard(model)
+    places = sharded.forget(model, [delta for _, delta in _deltas(layers)])
+    for path, delta in _deltas(layers):
+        delta.restrict(positions[path])
+    saved.begin_again(model)
+    if sharded.is_fully_sharded(model):
+        sharded.join(model, _deltas(layers), places)
 
 
 def separate_tasks(model: nn.Module, num_tasks: int) -> PerTask:
@@ -218,18 +286,21 @@ def extract(
 ) -> Adapter:
     """The adapter that a model being trained holds.
 
-    name: of the task. values: module path -> (kept,) on the CPU replaces the parameters, for engines that shard them;
-    they are not copied. A trained A, (rank * in_features,), has the key `per_task.of_a(path)`, and a parameter that is
-    trained whole, flat, `saved.key(name)`. base: identity of the base model.
+    A collective where the model is sharded, by `fully_shard` or at ZeRO's stage 3: every rank calls it, and gets all.
+
+    name: of the task. values: module path -> (kept,) on the CPU replaces the parameters; they are not copied. A trained
+    A, (rank * in_features,), has the key `per_task.of_a(path)`, and a parameter that is trained whole, flat,
+    `saved.key(name)`. base: identity of the base model.
     Raises AdapterError for a model whose adapter was attached ready-made and is not trained.
     """
+    model = sharded.unwrapped(model)
     layers, spec = _attached(model), getattr(model, ATTACHED)
     if isinstance(spec, Adapter) and not trainable(model):
         raise AdapterError("model: holds an adapter that was trained before; save that one itself, or attach a Spec")
     if values is None:
         of_a: dict[str, Tensor] = {per_task.of_a(path): a for path, a in trainable_projections(model).items()}
         heads: dict[str, Tensor] = {saved.key(name): parameter for name, parameter in saved.parameters(model).items()}
-        values = {name: _cpu(parameter) for name, parameter in {**trainable(model), **of_a, **heads}.items()}
+        values = {name: sharded.full(parameter) for name, parameter in {**trainable(model), **of_a, **heads}.items()}
     entries = {
         path: Entries(index=_index(layer.deltas[0]), values=values[path])
         for path, layer in layers.items()
@@ -255,10 +326,6 @@ def extract(
     return Adapter(shapes=shapes, blocks=(block,), targets=spec.targets, base=dict(base or {}), saved=whole)
 
 
-def _cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
-
-
 def _index(delta: Delta) -> Tensor | None:
     """Not a copy where it need not be: positions never change."""
     return None if delta.index is None else delta.index.cpu()
@@ -276,10 +343,14 @@ def _from_spec(
     bases = match(model, spec.targets, spec.modules_to_save)
     if before is not None:
         _refuse_other_projection(before, spec, {path: features(base) for path, base in bases.items()})
-    for path in masks or {}:
-        if path not in bases:
-            raise AdapterError(f"masks: there is a mask for {path}, which is not a target; {_listing(bases)}")
+    _refuse_other_modules(masks or {}, bases)
     return {path: AdaptedLinear(base, [_delta(path, base, spec, masks, before)]) for path, base in bases.items()}
+
+
+def _refuse_other_modules(masks: Mapping[str, Tensor], targets: Mapping[str, nn.Module]) -> None:
+    for path in masks:
+        if path not in targets:
+            raise AdapterError(f"masks: there is a mask for {path}, which is not a target; {_listing(targets)}")
 
 
 def _refuse_other_projection(before: Adapter, spec: Spec, shapes: Mapping[str, tuple[int, int]]) -> None:
@@ -314,17 +385,7 @@ def _sum(adapter: Adapter, path: str) -> Kept | None:
 
 def _delta(path: str, base: nn.Module, spec: Spec, masks: Mapping[str, Tensor] | None, before: Adapter | None) -> Delta:
     out_features, in_features = features(base)
-    index = None
-    if masks is not None:
-        if path not in masks:
-            raise AdapterError(f"masks: there is none for {path}; give one for every target, or none at all")
-        mask = masks[path]
-        if mask.dtype != torch.bool or tuple(mask.shape) != (out_features, spec.rank):
-            raise AdapterError(
-                f"masks: the mask of {path} is {mask.dtype} {tuple(mask.shape)}; "
-                f"wanted torch.bool {(out_features, spec.rank)}"
-            )
-        index = None if bool(mask.all()) else mask.flatten().nonzero().squeeze(1).to(torch.int32)
+    index = None if masks is None else _positions(path, masks, (out_features, spec.rank))
     return Delta(
         module=path,
         in_features=in_features,
@@ -339,6 +400,16 @@ def _delta(path: str, base: nn.Module, spec: Spec, masks: Mapping[str, Tensor] |
         trains_a=spec.projection == "trained",
         before=None if before is None else _sum(before, path),
     )
+
+
+def _positions(path: str, masks: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor | None:
+    """Flat positions of a module's kept entries, int32; None for all of them."""
+    if path not in masks:
+        raise AdapterError(f"masks: there is none for {path}; give one for every target, or none at all")
+    mask = masks[path]
+    if mask.dtype != torch.bool or tuple(mask.shape) != shape:
+        raise AdapterError(f"masks: the mask of {path} is {mask.dtype} {tuple(mask.shape)}; wanted torch.bool {shape}")
+    return None if bool(mask.all()) else mask.flatten().nonzero().squeeze(1).to(torch.int32)
 
 
 def _from_adapter(model: nn.Module, adapter: Adapter, goes_on: bool) -> dict[str, AdaptedLinear]:
@@ -447,14 +518,14 @@ def _named(model: nn.Module, target: str) -> list[str]:
     paths = [
         path
         for path, module in linear.items()
-        if (fnmatch.fnmatchcase(path, target) if is_pattern else f".{_weight(path, module)}".endswith(f".{target}"))
+        if (fnmatch.fnmatchcase(path, target) if is_pattern else _is_called(path, module, target))
     ]
     if paths:
         return paths
     other = next((module for path, module in model.named_modules() if path and f".{path}".endswith(f".{target}")), None)
     if other is not None:
         raise AdapterError(f"targets: {target!r} is a {type(other).__name__}, no linear layer; {_listing(linear)}")
-    names = {_name(path, module) for path, module in linear.items()}
+    names = set(map(kind, linear))
     raise AdapterError(f"targets: {target!r} matches nothing; {_listing(linear)}{nearest(target, names)}")
 
 
@@ -468,17 +539,15 @@ def _linear(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _weight(path: str, module: nn.Module) -> str:
-    """A layer's path; of an expert's matrix, that of the weight it is in."""
-    return path.rpartition(".")[0] if isinstance(module, Expert) else path
-
-
-def _name(path: str, module: nn.Module) -> str:
-    return _weight(path, module).rpartition(".")[2]
+def _is_called(path: str, module: nn.Module, target: str) -> bool:
+    """Whether the path ends with the target, its numbers at the end apart; a number alone is not an expert's name."""
+    name = unnumbered(path)
+    paths = [name] if isinstance(module, Expert) and is_number(target) else [path, name]
+    return any(f".{one}".endswith(f".{target}") for one in paths)
 
 
 def _listing(paths: Mapping[str, nn.Module]) -> str:
-    names = sorted({_name(path, module) for path, module in paths.items()})
+    names = sorted(set(map(kind, paths)))
     return f"the model's linear layers are called {', '.join(names) or '(there are none)'}."
 
 

@@ -322,6 +322,19 @@ class Delta(nn.Module):
         held = (self.projection, self.values, self.index)  # a layer that has no values has an index
         return next(tensor.device for tensor in held if tensor is not None)
 
+    def restrict(self, index: Tensor | None) -> None:
+        """From here on only these entries of B are kept, from zero, and a trained A is what it began as.
+
+        index: ascending flat positions, int32; None for all. The parameters are new ones.
+        """
+        device = self._device
+        self.index = None if index is None else index.to(device)
+        self.kept = self.out_features * self.rank if index is None else index.numel()
+        values = torch.zeros(self.kept, dtype=torch.float32, device=device) if self.kept else None
+        self.values = None if values is None else nn.Parameter(values)
+        if self.trained_a is not None:
+            self.trained_a = nn.Parameter(self._start(device)) if self.kept else None
+
     def extra_repr(self) -> str:
         kept = f"{self.kept} of {self.out_features * self.rank}"
         is_trained = self.trained_a is not None

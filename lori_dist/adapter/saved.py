@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lori_dist.adapter import sharded
 from lori_dist.errors import AdapterError
 from lori_dist.plugin import nearest
 
@@ -66,8 +67,7 @@ def train(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> None:
     for parameter in chosen.values():
         parameter.requires_grad_(True)
     before = {
-        name: Before(shape=tuple(parameter.shape), values=parameter.detach().clone())
-        for name, parameter in chosen.items()
+        name: Before(shape=sharded.shape(parameter), values=_kept(parameter)) for name, parameter in chosen.items()
     }
     setattr(model, SAVED, before)
 
@@ -78,25 +78,31 @@ def put(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     there = dict(model.named_parameters(remove_duplicate=False))
     before = {}
     for name, tensor in tensors.items():
-        if name not in there or there[name].shape != tensor.shape:
-            found = f"one of {tuple(there[name].shape)}" if name in there else "none of that name"
+        if name not in there or sharded.shape(there[name]) != tuple(tensor.shape):
+            found = f"one of {sharded.shape(there[name])}" if name in there else "none of that name"
             raise AdapterError(
                 f"{name}: the adapter has this parameter, of {tuple(tensor.shape)}, and the model {found}; use the "
                 "base model it was trained on, in the same class"
             )
-        before[name] = Before(shape=tuple(tensor.shape), values=there[name].detach().clone())
-        there[name].copy_(tensor)
+        before[name] = Before(shape=tuple(tensor.shape), values=_kept(there[name]))
+        sharded.put(there[name], tensor)
     setattr(model, SAVED, before)
 
 
-@torch.no_grad()
 def take_back(model: nn.Module) -> None:
-    """Gives parameters the values they had."""
-    there = dict(model.named_parameters(remove_duplicate=False))
-    for name, before in getattr(model, SAVED, {}).items():
-        there[name].copy_(before.values)
-        there[name].requires_grad_(False)
+    """Gives parameters the values they had, and trains them no more."""
+    for parameter in begin_again(model):
+        parameter.requires_grad_(False)
     setattr(model, SAVED, {})
+
+
+def begin_again(model: nn.Module) -> list[nn.Parameter]:
+    """Gives parameters the values they had. Returns them."""
+    there = dict(model.named_parameters(remove_duplicate=False))
+    before: dict[str, Before] = getattr(model, SAVED, {})
+    for name, was in before.items():
+        sharded.put(there[name], was.values)
+    return [there[name] for name in before]
 
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -108,6 +114,11 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name -> shape, whatever an engine made of the parameter."""
     return {name: before.shape for name, before in getattr(model, SAVED, {}).items()}
+
+
+def _kept(parameter: nn.Parameter) -> Tensor:
+    """A copy: of what is on one device where it is, of what ZeRO-3 has partitioned in full, on the CPU."""
+    return sharded.full(parameter) if hasattr(parameter, "ds_id") else parameter.detach().clone()
 
 
 def refuse_both(targets: Mapping[str, nn.Module], chosen: Mapping[str, nn.Parameter]) -> None:

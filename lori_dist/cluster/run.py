@@ -25,7 +25,7 @@ from lori_dist.cluster.trials import TRIED
 from lori_dist.config import Run
 from lori_dist.errors import JobError, Preempted, Stopped
 from lori_dist.integrations import model_card
-from lori_dist.jobs import Job, order
+from lori_dist.jobs import Job, order, same_merges, same_merges_said
 from lori_dist.report import write_of_run
 from lori_dist.training import preemption
 
@@ -68,7 +68,10 @@ def execute(run: Run, *, progress: Callable[[Progress], None] | None = None) -> 
 def planned(run: Run) -> list[Job]:
     """The jobs of a run, each after what it needs."""
     method = plugin.find("multitask", run.multitask.name, "plan", "multitask")
-    return order(method.load()(run, **method.bind(run.multitask.options, "multitask")))
+    jobs = order(method.load()(run, **method.bind(run.multitask.options, "multitask")))
+    for line in same_merges_said(same_merges(run, jobs)):
+        log.warning("%s", line)
+    return jobs
 
 
 def with_absolute_paths(run: Run) -> Run:

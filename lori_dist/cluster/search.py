@@ -56,9 +56,9 @@ def weights(point: Point, along: Sequence[Axis]) -> dict[str, Any]:
     return made
 
 
-def start(along: Sequence[Axis], num_tasks: int, bounds: tuple[float, float]) -> Point:
-    """Equal weights that sum to one, as far as the bounds let them."""
-    return tuple(_within(1 / num_tasks, bounds) for _ in along)
+def start(along: Sequence[Axis], share: float, bounds: tuple[float, float]) -> Point:
+    """The weights that the merge has by default, `share` each, as far as the bounds let them."""
+    return tuple(_within(share, bounds) for _ in along)
 
 
 def coordinate(first: Point, *, bounds: tuple[float, float], budget: int, seed: int = 0) -> Method:

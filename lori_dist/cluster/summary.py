@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lori_dist.config import Run
-from lori_dist.jobs import Job
+from lori_dist.jobs import Job, same_merges
 from lori_dist.scores import transfer
 
 ADAPTER, METRICS, CHECKPOINTS = "adapter.safetensors", "metrics.jsonl", "checkpoints"
@@ -24,9 +24,10 @@ def summarize(
 
     states: job -> what goes under "jobs", at least its "state". results: finished job -> what it returned. Models are
     in the order base, tasks, other adapters, merges. Of tasks trained one after another: `transfer`, as
-    `scores.transfer` has it.
+    `scores.transfer` has it. Of merges that are the same function: `same_merges`, groups of their names.
     """
     jobs = list(jobs)
+    same = same_merges(run, jobs)
     done = [(job, results[job.name]) for job in jobs if job.name in results]
 
     def files(kind: str, key: str, names: Iterable[str]) -> dict[str, Any]:
@@ -46,6 +47,7 @@ def summarize(
         "merges": merges,
         "evaluation": evaluation,
         **({"transfer": transfer(chain, evaluation)} if chain else {}),
+        **({"same_merges": same} if same else {}),
     }
 
 

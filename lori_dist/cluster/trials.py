@@ -54,7 +54,7 @@ def searched(run: Run, assignment: Assignment) -> Assignment:
 
     bounds = tuple(settings["bounds"])
     method = search.METHODS[settings["method"]](
-        search.start(along, len(job.settings["tasks"]), bounds),
+        search.start(along, job.settings["weights"][0], bounds),
         bounds=bounds,
         budget=settings["budget"],
         seed=settings["seed"],
@@ -90,13 +90,13 @@ def _rows(file: Path, count: int, part: str) -> bytes:
 
 
 def _projections(run: Run, job: Job) -> dict[str, list[str]]:
-    """Task -> last names of the modules that its adapter has."""
-    from lori_dist.adapter import file
+    """Task -> the kinds of module that its adapter has."""
+    from lori_dist.adapter import file, targets
 
     found = {}
     for task, need in zip(job.settings["tasks"], job.needs, strict=True):
         modules = file.header(run.folder / need / ADAPTER)["modules"]
-        found[task] = list(dict.fromkeys(module.rpartition(".")[2] for module in modules))
+        found[task] = list(dict.fromkeys(targets.kind(module) for module in modules))
     return found
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from lori_dist.adapter import targets
 from lori_dist.masks._select import Rule, largest, magnitudes
 
 
@@ -20,10 +21,4 @@ def mask(b: Mapping[str, Tensor], *, density: float) -> dict[str, Tensor]:
 
 def rule() -> Rule:
     """By which processes choose together."""
-    return Rule(group=_layer, keys=magnitudes)
-
-
-def _layer(module: str) -> str:
-    parts = module.split(".")
-    number = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
-    return "" if number is None else ".".join(parts[: number + 1])
+    return Rule(group=targets.layer, keys=magnitudes)

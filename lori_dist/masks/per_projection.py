@@ -4,13 +4,15 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from lori_dist.adapter import targets
 from lori_dist.masks._select import Rule, largest, magnitudes
 
 
 def mask(b: Mapping[str, Tensor], *, density: float) -> dict[str, Tensor]:
     """Which entries of B live: the largest |B| of each kind of projection over all layers, all of the same density.
 
-    The kind is the last part of the module's path: `q_proj`, `down_proj`, `c_attn`. As the mask `magnitude`, with the
+    The kind is the last part of the module's path that is not a number: `q_proj`, `down_proj`, `c_attn`; those of all
+    experts are one kind. As the mask `magnitude`, with the
     count, the ties and the zeros settled in each group apart.
     Source: juzhengz/LoRI (projection-wise mask).
     """
@@ -19,4 +21,4 @@ def mask(b: Mapping[str, Tensor], *, density: float) -> dict[str, Tensor]:
 
 def rule() -> Rule:
     """By which processes choose together."""
-    return Rule(group=lambda module: module.rpartition(".")[2], keys=magnitudes)
+    return Rule(group=targets.kind, keys=magnitudes)

@@ -46,17 +46,20 @@ def merge(
     """One adapter of several, over the modules of all of them.
 
     method: a file of this folder, or `package.module`. options: of the method, by name. weights: one per adapter, of
-    any sign; by default equal ones that sum to one. One that differs between modules is a mapping, pattern -> number:
-    the last that fits a module's path counts, `default` where none does, and without it the equal share.
+    any sign; by default equal ones that sum to one, or 1 each where the method's file has `UNIT_WEIGHTS`. One that
+    differs between modules is a mapping, pattern -> number: the last that fits a module's path counts, `default` where
+    none does, and without it the weight by default.
     Adapters may differ in rank, alpha, dtype and targets; a module that one does not adapt gets nothing from it.
     Raises ConfigError for a method, options or weights that do not exist or fit, AdapterError for adapters of different
     bases, shapes or generators, or that the method cannot merge.
     """
     merge_module = _bound(method, options)
     adapters = told_apart(adapters)
-    given, shapes = _given(adapters, weights), _shapes(adapters)
+    given, shapes = _given(adapters, weights, share := _share(method, options, len(adapters))), _shapes(adapters)
     known = _surveyed(adapters, shapes, method, options)
-    parts = {module: _merged(merge_module, adapters, module, shape, given, known) for module, shape in shapes.items()}
+    parts = {
+        module: _merged(merge_module, adapters, module, shape, given, share, known) for module, shape in shapes.items()
+    }
     return _join(adapters, shapes, _evened(parts, given))
 
 
@@ -94,7 +97,7 @@ def merge_files(
     """
     _bound(method, options)  # before files are read
     adapters = told_apart([source.opened(path) for path in paths])
-    given, shapes = _given(adapters, weights), _shapes(adapters)
+    given, shapes = _given(adapters, weights, _share(method, options, len(adapters))), _shapes(adapters)
     ranges, known = _ranges(list(shapes), num_ranges), _surveyed(adapters, shapes, method, options)
     with contextlib.ExitStack() as stack:
         asides = [stack.enter_context(tensors.aside(out)) for _ in ranges]
@@ -131,9 +134,10 @@ def _merge_range(
     """
     modules, aside = work
     merge_module, spool, shapes = _bound(method, options), Spool(path=aside, out=out), _shapes(adapters)
+    share = _share(method, options, len(adapters))
     found: dict[str, Sequence[Part]] = {}
     for module in modules:
-        parts = _merged(merge_module, adapters, module, shapes[module], weights, known)
+        parts = _merged(merge_module, adapters, module, shapes[module], weights, share, known)
         found[module] = [spool.keep(part) for part in parts]
     return found
 
@@ -144,10 +148,11 @@ def _merged(
     module: str,
     shape: tuple[int, int],
     weights: Sequence[Weight],
+    share: float,
     known: Mapping[str, Sequence[Any]] | None,
 ) -> Sequence[Part]:
-    """The parts of one module."""
-    here = [_weights.of(weight, module, 1 / len(adapters)) for weight in weights]
+    """The parts of one module. share: the weight by default."""
+    here = [_weights.of(weight, module, share) for weight in weights]
     updates = _updates(adapters, module, shape)
     if known is not None:
         updates = [dataclasses.replace(one, surveyed=of) for one, of in zip(updates, known[module], strict=True)]
@@ -195,9 +200,15 @@ def _bound(method: str, options: Mapping[str, Any] | None) -> Callable[..., Sequ
     return functools.partial(chosen.load(), **chosen.bind(options or {}, "merge.method"))
 
 
-def _given(adapters: Sequence[Adapter], weights: Sequence[Weight] | None) -> Sequence[Weight]:
+def _share(method: str, options: Mapping[str, Any] | None, num_adapters: int) -> float:
+    """The weight of each adapter by default."""
+    chosen = plugin.find("merges", method, "merge", "merge.method")
+    return plugin.default_weight(chosen, chosen.bind(options or {}, "merge.method"), max(1, num_adapters))
+
+
+def _given(adapters: Sequence[Adapter], weights: Sequence[Weight] | None, share: float) -> Sequence[Weight]:
     """Weights, one per adapter, once both were checked."""
-    given = [1 / len(adapters) for _ in adapters] if weights is None else weights
+    given = [share] * len(adapters) if weights is None else weights
     check(adapters, given)
     return given
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from lori_dist.adapter import targets
 from lori_dist.adapter.adapter import Entries
 from lori_dist.adapter.update import Part
 from lori_dist.plugin import nearest
@@ -16,7 +17,8 @@ Weight = float | Mapping[str, float]
 """A number, or pattern -> number: the last pattern that fits a module's path counts, and where none does `default`.
 
 A pattern is one over whole paths (`model.layers.[0-7].*`, `*.mlp.*`), or part of a path (`q_proj`, `layers.0`,
-`layers.0.mlp`). Without a `default` it is the equal share of all adapters.
+`layers.0.mlp`, `down_proj.3` of an expert). A number alone is a part only where a path begins with it: it would fit the
+layer and the expert of that number. Without a `default` it is the share that each adapter has without weights.
 """
 
 
@@ -31,6 +33,8 @@ def of(weight: Weight, module: str, share: float) -> float:
 def fits(pattern: str, module: str) -> bool:
     if any(character in pattern for character in "*?["):
         return fnmatch.fnmatchcase(module, pattern)
+    if targets.is_number(pattern):
+        return f"{module}.".startswith(f"{pattern}.")
     return f".{pattern}." in f".{module}."
 
 
@@ -38,8 +42,8 @@ def unmatched(weight: Weight, modules: Sequence[str]) -> Iterator[str]:
     """Of the patterns that fit no module: what was found, and what there is."""
     if not isinstance(weight, Mapping):
         return
-    names = sorted({name for module in modules for name in (module, module.rpartition(".")[2])})
-    short = sorted({module.rpartition(".")[2] for module in modules})
+    short = sorted(set(map(targets.kind, modules)))
+    names = sorted({*modules, *short})
     for pattern in weight:
         if pattern != DEFAULT and not any(fits(pattern, module) for module in modules):
             yield (

@@ -8,6 +8,9 @@ from lori_dist.adapter.update import Part, Update
 from lori_dist.errors import ConfigError
 from lori_dist.plugin import nearest
 
+EXACT: dict[str, tuple[object, ...]] = {"drop": ((),), "reweight": (None, {})}
+"""Options -> values for which the result is the weighted sum of the updates, exactly."""
+
 
 def merge(
     updates: Sequence[Update],

@@ -13,6 +13,12 @@ from lori_dist.merges._entries import Draw, combination, trim
 from lori_dist.merges._factors import factors, noise, singular, without_noise
 from lori_dist.merges._forms import in_row_space
 
+UNIT_WEIGHTS: dict[str, tuple[object, ...]] = {"inner": ("ties", "dare_ties", "tsv")}
+"""Options -> values for which each adapter has weight 1 where no weights are given: the paper's scale."""
+
+EXACT: dict[str, tuple[object, ...]] = {"inner": ("task_arithmetic", "dare"), "density": (1.0,), "equalize": (False,)}
+"""Options -> values for which the result is the weighted sum of the updates, exactly."""
+
 
 def merge(
     updates: Sequence[Update],
@@ -30,7 +36,8 @@ def merge(
     U_B: the left singular vectors of [B_1 | .. | B_T], V_A: the right ones of [A_1 ; .. ; A_T], both at their numerical
     rank. M_t = U_B^T s_t B_t A_t V_A loses nothing; the M_t are merged by `inner`, and the result is U_B M V_A^T: a
     computed A and B, or, where the tasks share A, a dense B on that A. `task_arithmetic` at density 1 is the exact sum.
-    updates: of one module, one per adapter. weights: one per adapter; see `ties`, `dare` and `tsv`. density: of the
+    updates: of one module, one per adapter. weights: one per adapter; by default 1 for `ties`, `dare_ties` and `tsv`,
+    else equal ones that sum to one. density: of the
     entries of M_t, what stays: the largest, or random ones for `dare` and `dare_ties`, whose masks follow from `seed`,
     module and adapter's name. elect: as of `ties`. keep: as of `tsv`. equalize: sets all singular values of M to their
     mean, which changes even a single task.

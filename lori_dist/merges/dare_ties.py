@@ -7,6 +7,9 @@ from lori_dist.adapter.update import Part, Update
 from lori_dist.merges._entries import Draw, combination
 from lori_dist.merges._spaces import merge_entries
 
+UNIT_WEIGHTS: dict[str, tuple[object, ...]] = {}
+"""Each adapter has weight 1 where no weights are given: the mean of those that agree."""
+
 
 def merge(
     updates: Sequence[Update],
@@ -21,8 +24,8 @@ def merge(
     """The mean, entry by entry, of those tasks' random, rescaled entries that have the elected sign.
 
     DARE's sparsification in place of the trimming of `ties`: Y_t = w_t (Z_t o X_t) / density, with the masks of `dare`.
-    updates: of one module, one per adapter. weights, elect: as of `ties`. density, seed: as of `dare`. space, rank: as
-    of `magnitude`; `b` needs a shared A.
+    updates: of one module, one per adapter. weights, elect: as of `ties`, so 1 by default. density, seed: as of
+    `dare`. space, rank: as of `magnitude`; `b` needs a shared A.
     Raises AdapterError for `b` without a shared A, ConfigError for a rank above what the shape allows.
     Source: Yu et al. (arXiv 2311.03099), section 4, with TIES (arXiv 2306.01708); `dare_ties` of mergekit and PEFT.
     """

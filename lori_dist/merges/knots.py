@@ -12,6 +12,12 @@ from lori_dist.merges._entries import Draw, combination
 from lori_dist.merges._factors import factors, noise, singular, without_noise
 from lori_dist.merges._forms import computed, dense_on_projection, in_row_space, joined_name, scaled_b, shared
 
+UNIT_WEIGHTS: dict[str, tuple[object, ...]] = {"inner": ("ties", "dare_ties")}
+"""Options -> values for which each adapter has weight 1 where no weights are given: the paper's scale."""
+
+EXACT: dict[str, tuple[object, ...]] = {"inner": ("task_arithmetic", "dare"), "density": (1.0,), "tolerance": (0.0,)}
+"""Options -> values for which the result is the weighted sum of the updates, exactly."""
+
 
 def merge(
     updates: Sequence[Update],
@@ -29,7 +35,8 @@ def merge(
     [D_1 | .. | D_T] = U S [V_1^T | .. | V_T^T] without singular values up to `tolerance`; the blocks S V_t^T are merged
     by `inner`, and the result is U times what that gives: a computed A and B, of a rank of at most the sum of the
     tasks'. `task_arithmetic` at density 1 is the exact sum.
-    updates: of one module, one per adapter. weights: one per adapter; see `ties` and `dare`. density: of the blocks'
+    updates: of one module, one per adapter. weights: one per adapter; by default 1 for `ties` and `dare_ties`, else
+    equal ones that sum to one. density: of the blocks'
     entries, what stays: the largest, or random ones for `dare` and `dare_ties`, whose masks follow from `seed`, module
     and adapter's name. elect: as of `ties`.
     space: `b` takes the SVD of [s_1 B_1 | .. | s_T B_T] instead, a different method with the same column space, whose

@@ -9,6 +9,9 @@ from lori_dist.adapter.update import Part, Update
 from lori_dist.merges import concat
 from lori_dist.merges._forms import groups, on_projection, scaled_entries
 
+EXACT: dict[str, tuple[object, ...]] = {}
+"""The result is the weighted sum of the updates, exactly."""
+
 
 def merge(updates: Sequence[Update], *, weights: Sequence[float]) -> list[Part]:
     """The exact weighted sum of updates, sum_t w_t D_t, with one block for each A.

@@ -9,6 +9,9 @@ from lori_dist.adapter.update import Part, Update
 from lori_dist.merges._entries import total
 from lori_dist.merges._spaces import Cuts, Space, Trim, merge_entries, model_cuts
 
+EXACT: dict[str, tuple[object, ...]] = {"density": (1.0,), "rank": (None,)}
+"""Options -> values for which the result is the weighted sum of the updates, exactly."""
+
 
 def merge(
     updates: Sequence[Update],

@@ -9,6 +9,9 @@ from lori_dist.merges._factors import singular_of_product, stacked
 from lori_dist.merges._forms import in_row_space
 from lori_dist.merges._spaces import rank_within
 
+EXACT: dict[str, tuple[object, ...]] = {"rank": (None,)}
+"""Options -> values for which the result is the weighted sum of the updates, exactly."""
+
 
 def merge(
     updates: Sequence[Update], *, weights: Sequence[float], rank: Annotated[int, "[1, inf)"] | None = None

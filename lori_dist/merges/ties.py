@@ -9,6 +9,9 @@ from lori_dist.adapter.update import Part, Update
 from lori_dist.merges._entries import vote
 from lori_dist.merges._spaces import Cuts, Space, Trim, merge_entries, model_cuts
 
+UNIT_WEIGHTS: dict[str, tuple[object, ...]] = {}
+"""Each adapter has weight 1 where no weights are given: the paper's mean of those that agree."""
+
 
 def merge(
     updates: Sequence[Update],
@@ -26,8 +29,8 @@ def merge(
 
     Y_t = w_t trim(X_t); e = sign(sum_t Y_t), + where that is zero; scale * sum of the Y_t with sign e / their number.
     Zeros have no sign, so an entry that one task alone has keeps its value.
-    updates: of one module, one per adapter. weights: one per adapter: 1 for the paper's mean. The default ones, which
-    sum to one, give a T-th of it, unless `divide` is `weight`.
+    updates: of one module, one per adapter. weights: one per adapter; 1, the default, for the paper's mean: T equal
+    adapters give one of them. Weights that sum to one give a T-th of it, unless `divide` is `weight`.
     density: of each task's entries that are not zero, the share that takes part; 0.2 in the paper. trim: the largest of
     each module, or those of the whole model, as in the paper, for which all adapters are read twice more. scale: its
     lambda.

@@ -31,14 +31,16 @@ def write(
     jobs: Mapping[str, Mapping[str, Any]] | None = None,
     conflicts: Mapping[str, Any] | None = None,
     transfer: Mapping[str, Any] | None = None,
+    same_merges: Sequence[Sequence[str]] = (),
 ) -> dict[str, Any]:
     """Writes report.json, report.html and report-NAME.png into a folder, in place of those of an earlier report.
 
     names: as of `interference`. evaluation: with it the report has the drop of each task under each merge. jobs: of a
     summary.json; with them the page has their timeline, and adapters may be missing. conflicts: of adapters that tasks
     were trained together for, what the trainings' results say of them. transfer: between tasks that were trained one
-    after another, as `scores.transfer` has it.
-    Returns what report.json holds: the tree of `interference`, under `drops` that of `drops`, `conflicts`, `transfer`.
+    after another, as `scores.transfer` has it. same_merges: groups of merges that are the same function, by name.
+    Returns what report.json holds: the tree of `interference`, under `drops` that of `drops`, `conflicts`, `transfer`,
+    `same_merges`.
     """
     from lori_dist.report.page import page  # draws with matplotlib, which takes a second to import
     from lori_dist.report.plots import plots
@@ -51,6 +53,8 @@ def write(
         report["conflicts"] = dict(conflicts)
     if transfer:
         report["transfer"] = dict(transfer)
+    if same_merges:
+        report["same_merges"] = [list(names) for names in same_merges]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -90,6 +94,7 @@ def write_of_run(summary: Mapping[str, Any], out: Path) -> dict[str, str] | None
             jobs=jobs,
             conflicts=conflicts,
             transfer=summary.get("transfer"),
+            same_merges=summary.get("same_merges", ()),
         )
     except Exception as error:
         log.warning("%s: no report could be made: %s", out, error)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from lori_dist.jobs import same_merges_said
 from lori_dist.report.plots import Plot, as_html, short_layers, style
 from lori_dist.report.timeline import MOST, STATES, Row, span
 
@@ -79,7 +80,7 @@ def _summary(report: Mapping[str, Any]) -> Iterator[str]:
     yield f'<p class="note">{as_html(names)}</p>'
     conflicts = report.get("conflicts", {})
     lines = [*_of_cosines(report["pairs"]), *_of_drops(report.get("drops", {})), *_of_conflicts(conflicts)]
-    lines += _of_transfer(report.get("transfer", {}))
+    lines += [*_of_transfer(report.get("transfer", {})), *same_merges_said(report.get("same_merges", ()))]
     if len(report["adapters"]) == 1:
         lines.append("There is one adapter only, and nothing to compare it with.")
     yield f"<ul>{''.join(f'<li>{as_html(line)}</li>' for line in lines)}</ul>"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lori_dist.adapter.attach import separate_tasks
 from lori_dist.adapter.per_task import PerTask, is_a, module_of
-from lori_dist.interference import place
+from lori_dist.adapter.targets import layer
 from lori_dist.training.data import Batch
 from lori_dist.training.engine import Part, trained
 from lori_dist.training.exchange import Exchange
@@ -93,7 +93,7 @@ class Surgery:
     def _conflicts(
         self, names: Sequence[str], gram: Tensor, of_units: Tensor, chosen: Tensor, sent_bytes: int
     ) -> Conflicts:
-        layers = numbered(place(module_of(name))[0] for name in names)
+        layers = numbered(layer(module_of(name)) for name in names)
         whole, of_layers = cosines(gram.sum(0)), cosines(summed(gram, layers))
         pairs = {(self.tasks[i], self.tasks[j]): (i, j) for i, j in combinations(range(len(self.tasks)), 2)}
         out = 1 - chosen
@@ -137,7 +137,7 @@ def surgery(
 
 def layers_of(model: nn.Module) -> tuple[str, ...]:
     """The layers where something is trained, in the model's order."""
-    return tuple(dict.fromkeys(place(module_of(name))[0] for name in trained(model)))
+    return tuple(dict.fromkeys(layer(module_of(name)) for name in trained(model)))
 
 
 # --- units -----------------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def unit_of(name: str, granularity: Granularity) -> str:
         case "matrix":
             return name
         case "layer":
-            return place(module_of(name))[0]
+            return layer(module_of(name))
         case "type":
             return "A" if is_a(name) else "B"
         case "global":

@@ -104,8 +104,9 @@ def test_axes_and_weights() -> None:
         "math": {"q_proj": 0.5, "up_proj": 0.25},
         "code": {"q_proj": 1.0},
     }
-    assert search.start(along, 3, (0.0, 1.0)) == (0.333333,) * 3
-    assert search.start(tasks, 2, (0.6, 1.0)) == (0.6, 0.6)
+    assert search.start(along, 1 / 3, (0.0, 1.0)) == (0.333333,) * 3
+    assert search.start(tasks, 0.5, (0.6, 1.0)) == (0.6, 0.6)
+    assert search.start(tasks, 1.0, (0.0, 1.0)) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("name", search.METHODS)

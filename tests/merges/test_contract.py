@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from lori_dist import merges, plugin
 from lori_dist.adapter import file
-from lori_dist.adapter.adapter import Adapter
+from lori_dist.adapter.adapter import Adapter, Entries
 from lori_dist.adapter.projection import checksum
 from lori_dist.errors import AdapterError, ConfigError
 from lori_dist.integrations import peft
@@ -257,6 +257,55 @@ def test_any_one_adapter_at_weight_one_comes_back(merge: Merge, data: st.DataObj
     (part,) = data.draw(adapters(1, shared=shared))
     merged = merge([part], weights=[1.0])
     assert all(torch.allclose(delta(merged, module), delta(part, module), rtol=0, atol=1e-10) for module in SHAPES)
+
+
+MEANS: list[tuple[str, dict[str, object]]] = [
+    ("ties", {"density": 1.0}),
+    ("ties", {"density": 1.0, "space": "dense"}),
+    ("ties", {"density": 1.0, "divide": "weight"}),
+    ("ties", {"density": 1.0, "elect": "frequency"}),
+    ("dare_ties", {"density": 1.0}),
+    ("knots", {"density": 1.0, "tolerance": 0.0}),
+    ("knots", {"density": 1.0, "tolerance": 0.0, "inner": "dare_ties"}),
+    ("tsv", {}),
+    ("core_space", {"inner": "ties"}),
+    ("core_space", {"inner": "dare_ties"}),
+    ("core_space", {"inner": "tsv"}),
+]
+"""Methods whose papers take the mean of equal tasks, with options at which nothing is dropped."""
+
+
+@pytest.mark.parametrize(("name", "options"), MEANS)
+@settings(max_examples=10, deadline=None)
+@given(number=st.integers(2, 4), draw=st.integers(0, 10**6), has_patterns=st.booleans())
+def test_equal_adapters_merge_to_one_of_them(
+    name: str, options: dict[str, object], number: int, draw: int, has_patterns: bool
+) -> None:
+    """Their updates have rank 1 on an A of rank 4, so that the directions of all find room in it."""
+    modules = ["layers.0.up_proj", "layers.1.q_proj"]
+    generator = torch.Generator().manual_seed(draw)
+
+    def b(num_rows: int) -> Entries:
+        column, row = torch.randn(num_rows, 1, generator=generator), torch.randn(1, 4, generator=generator)
+        return Entries(index=None, values=(column @ row).flatten().double())
+
+    entries = {module: b(SHAPES[module][0]) for module in modules}
+    one = adapter(block("a", rank=4, modules=modules, entries=entries), modules=modules)
+    weights: list[merges.Weight] | None = [{"layers.0": 1.0}] * number if has_patterns else None
+    merged = merges.merge([one] * number, method=name, options=options, weights=weights)
+    for module in modules:
+        torch.testing.assert_close(delta(merged, module), delta(one, module), rtol=0, atol=1e-5)
+
+
+def test_what_declares_to_be_the_sum_is_the_sum() -> None:
+    declared = {name for name in plugin.names("merges") if found(name).declares("EXACT", EXACT.get(name, {}))}
+    assert declared == set(EXACT)
+    assert not found("dare").declares("EXACT", {"density": 0.5})
+    assert not found("concat").declares("EXACT", {"drop": ("a",)})
+
+
+def found(name: str) -> plugin.Method:
+    return plugin.find("merges", name, "merge", "merge.method")
 
 
 EXACT: dict[str, dict[str, object]] = {

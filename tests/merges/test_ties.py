@@ -68,9 +68,10 @@ def test_frequency_elects_the_sign_of_most() -> None:
 
 def test_equal_weights_that_sum_to_one_give_a_part_of_the_mean_unless_divided_by() -> None:
     tasks = [task("a", {0: 1.0}), task("b", {0: 3.0})]
-    assert entries(merge(tasks)) == {0: 1.0}
-    assert entries(merge(tasks, options={**ALL, "divide": "weight"})) == {0: 2.0}
-    assert entries(merge(tasks, options={**ALL, "scale": 2.0})) == {0: 2.0}
+    assert entries(merge(tasks, weights=[0.5, 0.5])) == {0: 1.0}
+    assert entries(merge(tasks, weights=[0.5, 0.5], options={**ALL, "divide": "weight"})) == {0: 2.0}
+    assert entries(merge(tasks)) == {0: 2.0}
+    assert entries(merge(tasks, options={**ALL, "scale": 2.0})) == {0: 4.0}
 
 
 @given(st.lists(st.lists(st.sampled_from([0.0, 1.0, -1.0, 0.5]), min_size=4, max_size=4), min_size=1, max_size=5))

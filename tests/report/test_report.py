@@ -240,6 +240,14 @@ def test_a_run_leaves_its_report(tmp_path: Path) -> None:
     assert list(written["drops"]) == ["loss", "choice"]
 
 
+def test_merges_that_are_the_same_function_are_named(tmp_path: Path) -> None:
+    summary = {**summary_of(tmp_path, tasks("math", "code")), "same_merges": [["concat", "linear"]]}
+    report.write_of_run(summary, tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text())["same_merges"] == [["concat", "linear"]]
+    page = (tmp_path / "report.html").read_text()
+    assert "The merges concat and linear are the same function of the same adapters" in page
+
+
 def test_a_run_of_one_adapter_leaves_none(tmp_path: Path) -> None:
     assert report.write_of_run(summary_of(tmp_path, tasks("math")), tmp_path) is None
     assert not (tmp_path / "report.html").exists()

@@ -1,0 +1,215 @@
+"""Parameters that a user's own loop has given to FSDP2 (`fully_shard`) or to DeepSpeed ZeRO: reading them in full, and
+putting new ones into the same groups of collectives, or taking them out.
+
+Both are known by what they leave on parameters and modules, so neither has to be installed or imported. What torch does
+not document of FSDP2, and a test holds on to: a state's `_fsdp_param_groups`, a group's `fsdp_params` with its
+`mesh_info`, policies and `_init_mp_dtypes`, and the constructor of `FSDPParam`. Of DeepSpeed: a parameter's `ds_id`,
+`_z3_optimizer`, `_hp_mapping`.
+"""
+
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lori_dist.errors import AdapterError
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own model, of what DDP, DeepSpeed or torch.compile have put around it."""
+    while (inner := _inner(model)) is not None:
+        model = inner
+    return model
+
+
+def _inner(model: nn.Module) -> nn.Module | None:
+    for kind, name in (
+        ("DistributedDataParallel", "module"),
+        ("DeepSpeedEngine", "module"),
+        ("OptimizedModule", "_orig_mod"),
+    ):
+        if any(one.__name__ == kind for one in type(model).__mro__):
+            return cast(nn.Module, getattr(model, name))
+    return None
+
+
+def refuse_late(model: nn.Module) -> None:
+    """Raises AdapterError where parameters that are attached now would be in no group that reduces gradients."""
+    names = {one.__name__ for one in type(model).__mro__}
+    if "DistributedDataParallel" in names:
+        raise AdapterError("model: is wrapped in DistributedDataParallel already; attach first, then wrap the model")
+    if "FullyShardedDataParallel" in names or any(
+        type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()
+    ):
+        raise AdapterError(
+            "model: is wrapped in torch's FSDP1 (FullyShardedDataParallel), which is not supported; use fully_shard"
+        )
+    zero = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    if zero is not None and getattr(zero, "zero_init_context", False):
+        raise AdapterError(
+            "model: attach was called inside deepspeed.zero.Init, which would cast and partition what it makes; call "
+            "it after that context, with the model made there"
+        )
+    is_engine = "DeepSpeedEngine" in names
+    if is_engine or any(hasattr(p, "_hp_mapping") or hasattr(p, "_z3_optimizer") for p in model.parameters()):
+        raise AdapterError(
+            "model: was given to deepspeed.initialize already, whose optimizer does not take new parameters; attach "
+            "first, then call deepspeed.initialize (after engine.destroy(), if there was an engine)"
+        )
+
+
+# --- whole tensors ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def full(tensor: Tensor) -> Tensor:
+    """All entries of a parameter, on the CPU, a copy. A collective where it is sharded: every rank calls it.
+
+    DeepSpeed's float32 copy, where it trains one in another dtype.
+    """
+    found: Any = tensor
+    if isinstance(tensor, DTensor):
+        return cast(Any, tensor.detach()).full_tensor().to("cpu", copy=True)  # type: ignore[no-any-return]
+    if hasattr(tensor, "ds_id"):
+        optimizer = getattr(tensor, "_z3_optimizer", None)
+        if optimizer is not None and tensor.requires_grad:
+            return cast(Tensor, optimizer.get_full_hp_param(tensor)).detach().to("cpu", copy=True).view(found.ds_shape)
+        with _gathered(tensor):
+            return tensor.detach().to("cpu", copy=True)
+    if hasattr(tensor, "_hp_mapping"):
+        return cast(Tensor, found.get_full_hp_param()).detach().to("cpu", copy=True).view(tensor.shape)
+    return tensor.detach().to("cpu", copy=True)
+
+
+@torch.no_grad()
+def put(parameter: Tensor, values: Tensor) -> None:
+    """Gives a parameter values that are there in full on every rank."""
+    if isinstance(parameter, DTensor) and not isinstance(values, DTensor):
+        values = values.to(parameter.device_mesh.device_type, parameter.dtype)
+        parameter.copy_(distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None))
+    elif hasattr(parameter, "ds_id"):
+        with _gathered(parameter, modifier_rank=0):
+            parameter.copy_(values)
+    else:
+        parameter.copy_(values)
+
+
+def shape(parameter: Tensor) -> tuple[int, ...]:
+    """As it is in one process; ZeRO-3 leaves none."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _gathered(parameter: Tensor, **options: Any) -> Any:
+    return sys.modules["deepspeed"].zero.GatheredParameters([parameter], **options)
+
+
+# --- groups of FSDP2 -------------------------------------------------------------------------------------------------
+
+
+def is_fully_sharded(model: nn.Module) -> bool:
+    return any(hasattr(module, "_get_fsdp_state") for module in model.modules())
+
+
+def reshard(model: nn.Module) -> None:
+    """Makes modules hold their shards, also those that stay gathered after a forward pass, as the root's."""
+    for module in model.modules():
+        if hasattr(module, "_get_fsdp_state"):
+            cast(Any, module).reshard()
+
+
+Places = Mapping[nn.Module, tuple[Any, Any]]
+"""Module -> the group that had its parameters, and what this had for one of them."""
+
+
+def forget(model: nn.Module, modules: Collection[nn.Module]) -> Places:
+    """Takes the parameters of modules, but not of what is in these, out of the groups of a model. `join` or `settle`
+    comes next."""
+    gone, places = set(modules), dict[nn.Module, tuple[Any, Any]]()
+    for state in _states(model):
+        for group in _groups(state):
+            places.update(
+                {one._module_info.module: (group, one) for one in group.fsdp_params if one._module_info.module in gone}
+            )
+            group.fsdp_params = [one for one in group.fsdp_params if one._module_info.module not in gone]
+    return places
+
+
+def join(model: nn.Module, modules: Sequence[tuple[str, nn.Module]], places: Places = MappingProxyType({})) -> None:
+    """Shards the parameters of modules, by path, on the mesh of the base around each, whose group has them from now on.
+
+    places: of modules whose parameters were in a group before. Raises AdapterError where nothing around a module is
+    sharded.
+    """
+    for path, module in modules:
+        found = places.get(module) or next(((one, one.fsdp_params[0]) for one in _around(model, path)), None)
+        if found is None:
+            raise AdapterError(
+                f"{path}: fully_shard was applied to the model, but to no parameter around this layer (the base is "
+                "ignored, or other modules are sharded), so there is no mesh for its B; attach first, then fully_shard"
+            )
+        group, like = found
+        module.to(group.device)
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            place = type(like._module_info)(module, name)
+            group.fsdp_params.append(
+                type(like)(
+                    parameter,
+                    place,
+                    group.mesh_info,
+                    group.post_forward_mesh_info,
+                    group.device,
+                    None,
+                    group.mp_policy,
+                    group.offload_policy,
+                )
+            )
+    settle(model)
+
+
+def settle(model: nn.Module) -> None:
+    """Lets groups know which parameters they have and which of these need a gradient, where they have asked already."""
+    for state in _states(model):
+        _drop_empty(state)
+        for group in _groups(state):
+            for one in group.fsdp_params:
+                if hasattr(one, "_unsharded_param"):
+                    one._unsharded_param.requires_grad_(one.sharded_param.requires_grad)
+            if state._is_root is not None:  # else this comes at the first forward pass
+                group._init_mp_dtypes()
+
+
+def _around(model: nn.Module, path: str) -> Iterator[Any]:
+    """Groups of the modules that a path leads through, the innermost first."""
+    while path:
+        path = path.rpartition(".")[0]
+        module = model.get_submodule(path)
+        if hasattr(module, "_get_fsdp_state"):
+            yield from _groups(cast(Any, module)._get_fsdp_state())
+
+
+def _states(model: nn.Module) -> Iterator[Any]:
+    seen: set[int] = set()
+    for module in model.modules():
+        if hasattr(module, "_get_fsdp_state"):
+            state = cast(Any, module)._get_fsdp_state()
+            if id(state) not in seen:
+                seen.add(id(state))
+                yield state
+
+
+def _groups(state: Any) -> list[Any]:
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]  # of torch before 2.13
+
+
+def _drop_empty(state: Any) -> None:
+    """Collectives over nothing are errors."""
+    if hasattr(state, "_fsdp_param_groups"):
+        state._fsdp_param_groups[:] = [group for group in state._fsdp_param_groups if group.fsdp_params]
+    elif state._fsdp_param_group is not None and not state._fsdp_param_group.fsdp_params:
+        state._fsdp_param_group = None
