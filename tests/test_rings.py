@@ -60,6 +60,7 @@ LIBRARIES = {
     "benchmarks/train.py": {"torch", "safetensors", "numpy", "transformers"},
     "benchmarks/orchestration.py": {"ray"},
     "cluster": {"torch", "numpy"},
+    "integrations/_by_peft.py": {"torch", "peft"},
     "integrations/peft_tuner.py": {"torch", "peft"},
     "integrations": {"torch", "safetensors", "numpy", "transformers", "accelerate"},
     "benchmarks": {"torch", "numpy", "transformers"},
