@@ -1,10 +1,12 @@
-"""Files that somebody else names: opened only where they are regular files, and read only up to a limit."""
+"""Files that somebody else names or wrote: only regular ones are opened, read up to a limit, and strictly."""
 
 import errno
 import io
+import json
+import math
 import os
 import stat
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 MAX_TEXT_BYTES = 64 * 2**20
 """At most read of a file that is held in memory whole: parsed, JSON takes many times its size."""
@@ -59,3 +61,30 @@ def _check(mode: int, path: str | os.PathLike[str]) -> None:
         kind = next((name for test, name in _KINDS if test(mode)), "a special file")
         number = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
         raise OSError(number, f"is {kind}, not a regular file", os.fspath(path))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON that other programs read alike: no key twice, no NaN, no infinite number, no half of a surrogate pair.
+
+    Raises ValueError for other text, with the reason.
+    """
+    try:
+        parsed = json.loads(text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
+        json.dumps(parsed, ensure_ascii=False).encode()  # escapes can make text that cannot be shown or written again
+        return parsed
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        raise ValueError("an object has the same key twice")
+    return result
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return value
