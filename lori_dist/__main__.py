@@ -284,6 +284,12 @@ def export(arguments: argparse.Namespace) -> None:
             raise ConfigError("--base: is missing, and the adapter does not name its base model; name it")
         write = official.export if arguments.format == "official" else peft.export
         write(adapter, arguments.out, base_model_name=str(base), origin=origin)
+        if not peft.is_loadable(str(base)):
+            print(
+                f"{arguments.out}: names its base model {base!r}, a folder that is not here or a model that is not in "
+                "the hub's cache; for AutoPeftModelForCausalLM.from_pretrained, export with --base PATH",
+                file=sys.stderr,
+            )
     print(arguments.out)
 
 

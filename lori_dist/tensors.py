@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lori_dist.files import open_regular, parse_json
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -111,6 +113,8 @@ def stored(path: Path) -> dict[str, Stored]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
+        if not _is_entry(entry):
+            raise ValueError(f"{path.name}: its header is wrong about {name}")
         dtype = DTYPES.get(entry["dtype"])
         if dtype is None:
             raise ValueError(f"{path.name}: {name} is of dtype {entry['dtype']}, which is not supported")
@@ -122,19 +126,39 @@ def stored(path: Path) -> dict[str, Stored]:
     return found
 
 
+def _is_entry(entry: Any) -> bool:
+    """Whether a header says where a tensor lies in the way it must."""
+
+    def are_counts(numbers: Any) -> bool:
+        return isinstance(numbers, list) and all(type(number) is int and number >= 0 for number in numbers)
+
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("dtype"), str)
+        and are_counts(entry.get("shape"))
+        and are_counts(entry.get("data_offsets"))
+        and len(entry["data_offsets"]) == 2
+    )
+
+
 def metadata(path: Path) -> dict[str, str]:
     """What a file says besides its tensors. Raises ValueError if it is none of the format."""
-    found: dict[str, str] = _read_header(path)[0].get("__metadata__", {})
+    found = _read_header(path)[0].get("__metadata__") or {}
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise ValueError(f"{path.name}: its metadata is not an object of texts")
     return found
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     """The header, and where the tensors begin."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(path.stat().st_size - 8, _MAX_HEADER):
             raise ValueError(f"{path.name} is no safetensors file, or is cut off")
-        header = json.loads(file.read(length))
+        try:
+            header = parse_json(file.read(length))
+        except ValueError as error:
+            raise ValueError(f"{path.name} is no safetensors file: its header is not valid JSON ({error})") from error
     if not isinstance(header, dict):
         raise ValueError(f"{path.name} is no safetensors file: its header is no object")
     return header, 8 + length

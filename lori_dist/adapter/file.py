@@ -2,10 +2,8 @@
 
 import copy
 import json
-import math
 import os
 import re
-import stat
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +15,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lori_dist.adapter.adapter import Adapter, Block, Elsewhere, Entries, in_memory, loaded
+from lori_dist.adapter.checks import (
+    MAX_ENTRIES,
+    check_choice,
+    check_hash,
+    check_integer,
+    check_name,
+    named,
+    require,
+    shown,
+)
 from lori_dist.adapter.projection import DTYPES, GENERATOR
 from lori_dist.adapter.stored import (
     DAMAGED,
@@ -31,6 +39,7 @@ from lori_dist.adapter.stored import (
     naming,
 )
 from lori_dist.errors import AdapterError
+from lori_dist.files import parse_json, require_regular
 from lori_dist.tensors import Stored, stored, write
 
 FORMAT = "lori_dist.adapter"
@@ -42,10 +51,8 @@ DISTRIBUTION = "uniform"
 
 _METADATA = "lori"  # the key of the header in the safetensors metadata
 _DIGEST_AT_END = re.compile(r',"digest":"([0-9a-f]{16})"\}\Z')
-_HEX = re.compile(r"[0-9a-f]{16}\Z")
 _PROJECTION_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 _VALUE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_MAX_ENTRIES = 2**31 - 1  # of A or B of one module: positions are int32
 _MAX_HEADER = 1 << 24  # characters; parsed, JSON can take thirty times its size
 
 _FIELDS = ("format", "version", "generator", "distribution", "values_dtype", "targets", "base", "blocks", "modules")
@@ -140,10 +147,9 @@ def block_bytes(path: str | os.PathLike[str]) -> tuple[int, ...]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-        raise AdapterError(f"this is {kind}; give the adapter file itself")
+    if path.is_dir():
+        raise AdapterError("this is a folder; give the adapter file itself")
+    require_regular(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
@@ -153,7 +159,7 @@ def _opened(path: Path) -> Iterator[Any]:
         if first == b"PK\3\4" or (first[:1] == b"\x80" and first[1:2] in (b"\2", b"\3", b"\4", b"\5")):
             what = "this is a pickle or a zip file, which is never opened; give an adapter.safetensors"
         else:
-            what = f"this is no whole safetensors file ({_named(str(error))}); {DAMAGED}"
+            what = f"this is no whole safetensors file ({named(str(error))}); {DAMAGED}"
         raise AdapterError(what) from error
 
 
@@ -182,27 +188,9 @@ def _parse(text: str) -> Any:
     if end is None or end[1] != digest(text[: end.start()].encode()):
         raise AdapterError(f"the header is not what its digest is of; {DAMAGED}")
     try:
-        header = json.loads(
-            text[: end.start()] + "}", object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite
-        )
-        json.dumps(header, ensure_ascii=False).encode()  # escapes can make text that cannot be shown or written again
-        return header
-    except (ValueError, RecursionError) as error:
+        return parse_json(text[: end.start()] + "}")
+    except ValueError as error:
         raise AdapterError(f"the header is no valid JSON ({error}); {DAMAGED}") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        raise ValueError("an object has the same key twice")
-    return result
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text[:20]} is not a finite number")
-    return value
 
 
 def _read_header(file: Any) -> dict[str, Any]:
@@ -229,9 +217,9 @@ def _check_names(header: Mapping[str, Any], found: set[str]) -> None:
                 expected.add(f"{number}.{name}.a")
     expected |= {f"{_SAVED}{name}" for name in header.get("saved", {})}
     if missing := expected - found:
-        raise AdapterError(f"tensor {_named(min(missing))} is missing; {DAMAGED}")
+        raise AdapterError(f"tensor {named(min(missing))} is missing; {DAMAGED}")
     if superfluous := found - expected:
-        raise AdapterError(f"tensor {_named(min(superfluous))} does not follow from the header; {DAMAGED}")
+        raise AdapterError(f"tensor {named(min(superfluous))} does not follow from the header; {DAMAGED}")
 
 
 def _rank(header: Mapping[str, Any], module: str, number: int) -> int:
@@ -247,58 +235,58 @@ def _check_header(header: Any) -> None:
     version = header.get("version")
     if type(version) is not int or version not in VERSIONS:
         known = " and ".join((", ".join(map(str, VERSIONS[:-1])), str(VERSIONS[-1])))
-        raise AdapterError(f"header: version is {_shown(version)}, this program reads {known}; update lori_dist")
+        raise AdapterError(f"header: version is {shown(version)}, this program reads {known}; update lori_dist")
     _check_fields("header", header, (*_FIELDS, *(("saved",) if version > 2 else ())), version)
     for field, known in (("generator", GENERATOR), ("distribution", DISTRIBUTION)):
         if header[field] != known:
             raise AdapterError(
-                f"header: {field} is {_shown(header[field])}, this program makes A with {known!r}; update lori_dist"
+                f"header: {field} is {shown(header[field])}, this program makes A with {known!r}; update lori_dist"
             )
-    _check_choice("header: values_dtype", header["values_dtype"], _VALUE_DTYPES)
+    check_choice("header: values_dtype", header["values_dtype"], _VALUE_DTYPES)
     _check_targets(header["targets"])
-    _require(isinstance(header["base"], dict), "header: base", header["base"], "an object")
+    require(isinstance(header["base"], dict), "header: base", header["base"], "an object")
     blocks, modules = header["blocks"], header["modules"]
-    _require(isinstance(blocks, list) and len(blocks) > 0, "header: blocks", blocks, "an array with at least one block")
-    _require(isinstance(modules, dict) and len(modules) > 0, "header: modules", modules, "an object with a module")
+    require(isinstance(blocks, list) and len(blocks) > 0, "header: blocks", blocks, "an array with at least one block")
+    require(isinstance(modules, dict) and len(modules) > 0, "header: modules", modules, "an object with a module")
     for number, block in enumerate(blocks):
         _check_block(f"header: blocks[{number}]", block, version)
     for name, module in modules.items():
-        _check_name("header: modules", name)
-        _check_module(f"header: module {_named(name)}", module, blocks, version)
+        check_name("header: modules", name)
+        _check_module(f"header: module {named(name)}", module, blocks, version)
     if version > 2:
         _check_saved(header["saved"])
 
 
 def _check_saved(parameters: Any) -> None:
-    _require(isinstance(parameters, dict) and len(parameters) > 0, "header: saved", parameters, "an object of tensors")
+    require(isinstance(parameters, dict) and len(parameters) > 0, "header: saved", parameters, "an object of tensors")
     for name, about in parameters.items():
-        _check_name("header: saved", name)
-        where = f"header: saved {_named(name)}"
+        check_name("header: saved", name)
+        where = f"header: saved {named(name)}"
         _check_fields(where, about, ("shape", "digest"), 3)
-        _require(isinstance(about["shape"], list), f"{where}: shape", about["shape"], "an array")
+        require(isinstance(about["shape"], list), f"{where}: shape", about["shape"], "an array")
         for size in about["shape"]:
-            _check_integer(f"{where}: shape", size, 1, _MAX_ENTRIES)
-        _check_hash(f"{where}: digest", about["digest"])
+            check_integer(f"{where}: shape", size, 1, MAX_ENTRIES)
+        check_hash(f"{where}: digest", about["digest"])
 
 
 def _check_targets(targets: Any) -> None:
     names = [targets] if isinstance(targets, str) else targets
-    _require(isinstance(names, list) and len(names) > 0, "header: targets", targets, "a name or an array of names")
+    require(isinstance(names, list) and len(names) > 0, "header: targets", targets, "a name or an array of names")
     for name in names:
-        _check_name("header: targets", name)
+        check_name("header: targets", name)
 
 
 def _check_block(where: str, block: Any, version: int) -> None:
     _check_fields(where, block, _BLOCK_FIELDS, version)
-    _check_name(f"{where}.name", block["name"])
+    check_name(f"{where}.name", block["name"])
     if version == 1 or block["seed"] is not None:
-        _check_integer(f"{where}.seed", block["seed"], 0, 2**64 - 1)
-    _check_integer(f"{where}.rank", block["rank"], 1, _MAX_ENTRIES)
+        check_integer(f"{where}.seed", block["seed"], 0, 2**64 - 1)
+    check_integer(f"{where}.rank", block["rank"], 1, MAX_ENTRIES)
     for field in ("alpha", "weight"):
         value = block[field]
         fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-        _require(fits, f"{where}.{field}", value, "a finite number")
-    _check_choice(f"{where}.dtype", block["dtype"], _PROJECTION_DTYPES)
+        require(fits, f"{where}.{field}", value, "a finite number")
+    check_choice(f"{where}.dtype", block["dtype"], _PROJECTION_DTYPES)
 
 
 def _check_module(where: str, module: Any, blocks: list[Any], version: int) -> None:
@@ -306,76 +294,38 @@ def _check_module(where: str, module: Any, blocks: list[Any], version: int) -> N
     for field in _MODULE_FIELDS[version]:
         length = 2 if field == "shape" else len(blocks)
         fits = isinstance(module[field], list) and len(module[field]) == length
-        _require(fits, f"{where}: {field}", module[field], f"an array of {length}")
+        require(fits, f"{where}: {field}", module[field], f"an array of {length}")
     for size in module["shape"]:
-        _check_integer(f"{where}: shape", size, 1, _MAX_ENTRIES)
+        check_integer(f"{where}: shape", size, 1, MAX_ENTRIES)
     ranks = module["rank"] if version > 1 else [block["rank"] for block in blocks]
     for block, rank, kept, projection, hashed in zip(
         blocks, ranks, module["kept"], module["projection"], module["digest"], strict=True
     ):
         is_stored = block["seed"] is None
-        _check_integer(f"{where}: rank", rank, 0 if is_stored else block["rank"], block["rank"])
-        if max(module["shape"]) * rank > _MAX_ENTRIES:
+        check_integer(f"{where}: rank", rank, 0 if is_stored else block["rank"], block["rank"])
+        if max(module["shape"]) * rank > MAX_ENTRIES:
             raise AdapterError(
-                f"{where}: shape {module['shape']} with rank {rank} gives more than {_MAX_ENTRIES} entries; "
+                f"{where}: shape {module['shape']} with rank {rank} gives more than {MAX_ENTRIES} entries; "
                 "use a smaller rank"
             )
-        _check_integer(f"{where}: kept", kept, 1 if is_stored and rank else 0, module["shape"][0] * rank)
-        _check_hash(f"{where}: digest", hashed)
+        check_integer(f"{where}: kept", kept, 1 if is_stored and rank else 0, module["shape"][0] * rank)
+        check_hash(f"{where}: digest", hashed)
         if is_stored and rank == 0:
-            _require(
+            require(
                 projection is None, f"{where}: projection", projection, "null where a block without a seed has no A"
             )
         else:
-            _check_hash(f"{where}: projection", projection)
-
-
-def _check_hash(where: str, value: Any) -> None:
-    _require(isinstance(value, str) and _HEX.match(value) is not None, where, value, "16 digits of 0-9a-f")
+            check_hash(f"{where}: projection", projection)
 
 
 def _check_fields(where: str, value: Any, fields: tuple[str, ...], version: int) -> None:
-    _require(isinstance(value, dict), where, value, "an object")
+    require(isinstance(value, dict), where, value, "an object")
     for field in fields:
         if field not in value:
             raise AdapterError(f"{where}: {field} is missing; {DAMAGED}")
     for field in value:
         if field not in fields:
-            raise AdapterError(f"{where}: {_named(field)} is not known in version {version}; update lori_dist")
-
-
-def _check_name(where: str, value: Any) -> None:
-    _require(isinstance(value, str) and value != "", where, value, "a text that is not empty")
-
-
-def _check_choice(where: str, value: Any, choices: Mapping[str, Any]) -> None:
-    _require(isinstance(value, str) and value in choices, where, value, f"one of {', '.join(choices)}")
-
-
-def _check_integer(where: str, value: Any, smallest: int, largest: int) -> None:
-    fits = type(value) is int and smallest <= value <= largest  # bool is an int too
-    _require(fits, where, value, f"an integer from {smallest} to {largest}")
-
-
-def _require(fits: bool, where: str, value: Any, wanted: str) -> None:
-    if not fits:
-        raise AdapterError(f"{where} is {_shown(value)}; it must be {wanted}")
-
-
-def _named(name: Any) -> str:
-    """A name for messages, which must stay short and printable whatever is in the file."""
-    return name if isinstance(name, str) and name.isprintable() and 0 < len(name) <= 120 else _shown(name)
-
-
-def _shown(value: Any) -> str:
-    """A value for messages."""
-    if isinstance(value, str):
-        return ascii(value[:120])
-    if isinstance(value, int) and abs(value) > 2**64:
-        return f"an integer of {value.bit_length()} bits"
-    if value is None or isinstance(value, bool | int | float):
-        return repr(value)
-    return f"of type {type(value).__name__}"
+            raise AdapterError(f"{where}: {named(field)} is not known in version {version}; update lori_dist")
 
 
 def _describe(adapter: Adapter, dtype: torch.dtype) -> dict[str, Any]:
@@ -383,7 +333,7 @@ def _describe(adapter: Adapter, dtype: torch.dtype) -> dict[str, Any]:
     for block in adapter.blocks:
         if unknown := (set(block.entries) | set(block.checksums)) - set(adapter.shapes):
             raise AdapterError(
-                f"block {_named(block.name)} has {_named(min(unknown))}, which has no shape; add its shape"
+                f"block {named(block.name)} has {named(min(unknown))}, which has no shape; add its shape"
             )
     targets, version = adapter.targets, 2 if any(block.seed is None for block in adapter.blocks) else 1
     version = 3 if adapter.saved else version
@@ -433,15 +383,15 @@ def _encode_saved(name: str, tensor: Tensor | Elsewhere, dtype: torch.dtype) -> 
     """A parameter that was trained whole, as it is written. Raises AdapterError if it is not finite in dtype."""
     encoded = in_memory(tensor).detach().to("cpu", dtype).contiguous()
     if not all_finite(encoded):
-        raise AdapterError(f"{_named(name)} has values that are not finite as {dtype}; write it as float32")
+        raise AdapterError(f"{named(name)} has values that are not finite as {dtype}; write it as float32")
     return encoded
 
 
 def _saved(name: str, about: Mapping[str, Any], where: Stored, header: Mapping[str, Any]) -> StoredProjection:
     dtype, shape = _VALUE_DTYPES[header["values_dtype"]], tuple(about["shape"])
     if (where.dtype, tuple(where.shape)) != (dtype, shape):
-        raise AdapterError(f"tensor {_named(_SAVED + name)} is not {dtype} of {list(shape)}; {DAMAGED}")
-    return StoredProjection(about=_named(name), where=where, shape=shape, dtype=dtype, checksum=about["digest"])
+        raise AdapterError(f"tensor {named(_SAVED + name)} is not {dtype} of {list(shape)}; {DAMAGED}")
+    return StoredProjection(about=named(name), where=where, shape=shape, dtype=dtype, checksum=about["digest"])
 
 
 def _verify(adapter: Adapter, dtype: torch.dtype) -> None:
@@ -465,7 +415,7 @@ def _encode(adapter: Adapter, dtype: torch.dtype, modules: dict[str, Any]) -> di
     }
     for number, block in enumerate(adapter.blocks):
         for name, entries in block.entries.items():
-            about, rank = f"{_named(name)} in block {number}", block.rank_of(name)
+            about, rank = f"{named(name)} in block {number}", block.rank_of(name)
             num_entries = adapter.shapes[name][0] * rank
             if block.seed is None and entries.kept:
                 a, checksum = _encode_projection(f"A of {about}", block, name, adapter.shapes[name][1])
@@ -520,7 +470,7 @@ def _block(header: Mapping[str, Any], number: int, where: Mapping[str, Stored]) 
         },
         projections={
             name: StoredProjection(
-                about=f"A of {_named(name)} in block {number}",
+                about=f"A of {named(name)} in block {number}",
                 where=where[f"{number}.{name}.a"],
                 shape=(module["rank"][number], module["shape"][1]),
                 dtype=dtype,
@@ -542,14 +492,14 @@ def _check_tensor(name: str, where: Stored, header: Mapping[str, Any]) -> None:
     if where.dtype != dtype or len(where.shape) != num_dimensions:
         found = f"{where.dtype} with {len(where.shape)} dimensions"
         wanted = "one" if num_dimensions == 1 else "two"
-        raise AdapterError(f"tensor {_named(name)} is {found}; it must be {dtype} with {wanted}; {DAMAGED}")
+        raise AdapterError(f"tensor {named(name)} is {found}; it must be {dtype} with {wanted}; {DAMAGED}")
 
 
 def _entries(header: Mapping[str, Any], number: int, name: str, where: Mapping[str, Stored]) -> StoredEntries:
     module = header["modules"][name]
     return StoredEntries(
         Place(
-            about=f"B of {_named(name)} in block {number}",
+            about=f"B of {named(name)} in block {number}",
             values=where[f"{number}.{name}.values"],
             mask=where.get(f"{number}.{name}.mask"),
             kept=module["kept"][number],

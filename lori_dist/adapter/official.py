@@ -14,7 +14,9 @@ from torch import Tensor
 
 from lori_dist.adapter import peft_folder
 from lori_dist.adapter.adapter import Adapter
+from lori_dist.adapter.checks import named
 from lori_dist.errors import AdapterError
+from lori_dist.files import require_regular
 
 _FILE = re.compile(r"(?P<sparsity>0(?:\.\d+)?|1(?:\.0+)?)_mask\.pt\Z")
 _NAME = re.compile(r"(?:base_model\.model\.)?(?P<module>.+?)(?:\.lora_B(?:\.default)?(?:\.weight)?)?\Z")
@@ -44,13 +46,14 @@ def opened(folder: Path) -> Adapter:
 
 def read_mask(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Module -> (out_features, rank) bool. shapes: those of B. Raises AdapterError as `opened`."""
-    named = _FILE.match(file.name)
-    if named is None:
+    file_name = _FILE.match(file.name)
+    if file_name is None:
         raise AdapterError(f"{file.name}: the name has no sparsity; wanted one such as 0.9_mask.pt")
     try:
+        require_regular(file)
         held = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged pickle can raise has no common class
-        reason = str(error).partition("\n")[0]
+        reason = named(str(error).partition("\n")[0])
         raise AdapterError(f"{file.name}: holds more than tensors, or is damaged ({reason}); it is not read") from error
     if not isinstance(held, dict) or not all(isinstance(name, str) for name in held):
         raise AdapterError(f"{file.name}: holds {type(held).__name__}; wanted module names and their masks")
@@ -60,17 +63,17 @@ def read_mask(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Te
         module = match["module"] if match is not None else name
         if module not in shapes:
             raise AdapterError(
-                f"{module}: {file.name} has a mask of it, the adapter has no such module; give the mask it was trained "
-                "with"
+                f"{named(module)}: {file.name} has a mask of it, the adapter has no such module; give the mask it was "
+                "trained with"
             )
         if not isinstance(tensor, Tensor) or tensor.dtype != torch.bool or tensor.shape != shapes[module]:
             found = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
             wanted = f"torch.bool {tuple(shapes[module])}"
-            raise AdapterError(f"{module}: its mask in {file.name} is {found}; wanted {wanted}")
+            raise AdapterError(f"{named(module)}: its mask in {file.name} is {found}; wanted {wanted}")
         mask[module] = tensor
     if missing := shapes.keys() - mask.keys():
-        raise AdapterError(f"{min(missing)}: {file.name} has no mask of it; give the mask it was trained with")
-    _check_sparsity(file, float(named["sparsity"]), mask)
+        raise AdapterError(f"{named(min(missing))}: {file.name} has no mask of it; give the mask it was trained with")
+    _check_sparsity(file, float(file_name["sparsity"]), mask)
     return mask
 
 

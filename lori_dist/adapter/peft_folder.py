@@ -1,7 +1,6 @@
 """An adapter from a PEFT LoRA folder: adapter_config.json and adapter_model.safetensors."""
 
 import functools
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -15,10 +14,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lori_dist.adapter import patterns
 from lori_dist.adapter.adapter import Adapter, Block, Entries
+from lori_dist.adapter.checks import (
+    MAX_ENTRIES,
+    check_flag,
+    check_integer,
+    check_number,
+    named,
+    read_object,
+    require,
+    shown,
+)
 from lori_dist.adapter.projection import checksum
 from lori_dist.adapter.stored import StoredProjection, UnreadEntries, all_finite, as_bytes, digest
 from lori_dist.errors import AdapterError
+from lori_dist.files import open_regular
 from lori_dist.tensors import Stored, stored
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -30,7 +41,6 @@ REFUSED: Mapping[str, str] = {
     "modules_to_save": "whole layers were trained beside B A",
     "trainable_token_indices": "rows of the embedding were trained beside B A",
     "layer_replication": "layers of the base were repeated, so that paths name other layers",
-    "target_parameters": "parameters outside of linear layers were adapted",
     "alora_invocation_tokens": "the update only acts after certain tokens",
     "use_qalora": "A acts on pooled inputs",
     "use_bdlora": "A or B is block-diagonal",
@@ -42,6 +52,9 @@ REFUSED: Mapping[str, str] = {
 
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that take something out of the base's weights: the update is one to that other base."""
+
+MAX_HEADER_BYTES = 1 << 25
+"""Of the file of tensors: some hundred thousand of them."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -141,25 +154,42 @@ def read(folder: Path) -> dict[str, Factors]:
             raise AdapterError(f"{_without_prefix(name)}: {_reason(name)}")
         module, factor = match["module"], match["factor"]
         if factor in found.setdefault(module, {}):
-            raise AdapterError(f"{module}: the file has two {factor} of it; save one adapter a folder")
+            raise AdapterError(f"{named(module)}: the file has two {factor} of it; save one adapter a folder")
         _check(module, factor, tensor)
         found[module][factor] = tensor
     if not found:
         raise AdapterError(f"{TENSORS} holds no tensor; there is nothing to merge")
+    _check_targets(config, list(found))
+    for field in PATTERNS:
+        patterns.check(f"{CONFIG}: {field}", list(config.get(field) or ()), list(found))
     return {module: _pair(module, pair, config) for module, pair in found.items()}
+
+
+def _check_targets(config: Mapping[str, Any], modules: list[str]) -> None:
+    """Raises AdapterError for a module that PEFT would leave out, as it is no target."""
+    targets = config.get("target_modules")
+    if not isinstance(targets, list):
+        return  # all linear layers, PEFT's own choice, or a pattern, which PEFT alone may know
+    names = {*targets, *(name.removesuffix(".weight") for name in config.get("target_parameters") or ())}
+    for module in modules:
+        parts = module.split(".")
+        if not any(".".join(parts[start:]) in names for start in range(len(parts))):
+            raise AdapterError(
+                f"{named(module)}: the file has an update of it, {CONFIG} has no such target; give the two files that "
+                "were saved together"
+            )
 
 
 def finite(module: str, factor: str, where: Stored) -> Tensor:
     """A or B. Raises AdapterError for values that are not finite."""
     tensor = where.load()
     if not all_finite(tensor):
-        raise AdapterError(f"{module}: {factor} has values that are not finite; train it again")
+        raise AdapterError(f"{named(module)}: {factor} has values that are not finite; train it again")
     return tensor
 
 
 def _without_prefix(name: str) -> str:
-    name = name.removeprefix("base_model.model.")
-    return name if name.isprintable() else ascii(name)
+    return named(name.removeprefix("base_model.model."))
 
 
 def _reason(name: str) -> str:
@@ -180,54 +210,41 @@ def _reason(name: str) -> str:
 def _check(module: str, factor: str, tensor: Stored) -> None:
     if len(tensor.shape) != 2:
         raise AdapterError(
-            f"{module}: {factor} has the shape {tensor.shape}, as of a convolution; only LoRA on linear layers "
+            f"{named(module)}: {factor} has the shape {tensor.shape}, as of a convolution; only LoRA on linear layers "
             "can be merged"
         )
     if tensor.dtype not in DTYPES:
         known = ", ".join(str(dtype) for dtype in DTYPES)
-        raise AdapterError(f"{module}: {factor} is {tensor.dtype}; wanted one of {known}")
+        raise AdapterError(f"{named(module)}: {factor} is {tensor.dtype}; wanted one of {known}")
+    if tensor.numel > MAX_ENTRIES:
+        raise AdapterError(f"{named(module)}: {factor} has {tensor.numel} entries; at most {MAX_ENTRIES} are read")
 
 
 def _pair(module: str, pair: Mapping[str, Stored], config: Mapping[str, Any]) -> Factors:
     for factor, other in (("A", "B"), ("B", "A")):
         if factor not in pair:
-            raise AdapterError(f"{module}: has {other} but no {factor}; the file is damaged, save it again")
+            raise AdapterError(f"{named(module)}: has {other} but no {factor}; the file is damaged, save it again")
     a, b = pair["A"], pair["B"]
     if a.shape[0] != b.shape[1] or not a.numel or not b.numel:
         raise AdapterError(
-            f"{module}: A is {a.shape} and B is {b.shape}, which do not fit; the file is damaged, save it again"
+            f"{named(module)}: A is {a.shape} and B is {b.shape}, which do not fit; the file is damaged, save it again"
         )
     rank, alpha = _of(config, "rank_pattern", "r", module), _of(config, "alpha_pattern", "lora_alpha", module)
     if rank != a.shape[0]:
         raise AdapterError(
-            f"{module}: A has {a.shape[0]} rows, {CONFIG} says {rank:g} (r and rank_pattern), on which the scale "
-            "depends; give the two files that were saved together"
+            f"{named(module)}: A has {a.shape[0]} rows, {CONFIG} says {rank:g} (r and rank_pattern), on which the "
+            "scale depends; give the two files that were saved together"
         )
     return Factors(a=a, b=b, scale=alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
-def _of(config: Mapping[str, Any], patterns: str, default: str, module: str) -> float:
+def _of(config: Mapping[str, Any], field: str, default: str, module: str) -> float:
     """What the first of the patterns that fits says of a module, as PEFT reads them: regular expressions over the end
     of its path."""
-    found = config.get(patterns) or {}
-    if not isinstance(found, dict):
-        raise AdapterError(f"{CONFIG}: {patterns} is {found!r}; wanted an object")
-    for pattern, value in found.items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return _number(f"{patterns}.{pattern}", value)
-        except re.error as error:
-            raise AdapterError(f"{CONFIG}: {patterns} has {pattern!r}, no regular expression ({error})") from error
-    if default not in config:
-        raise AdapterError(f"{CONFIG}: {default} is missing; save the adapter again")
-    return _number(default, config[default])
-
-
-def _number(where: str, value: Any) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number:
-        raise AdapterError(f"{CONFIG}: {where} is {value!r}; wanted a finite number")
-    return float(value)
+    for pattern, value in (config.get(field) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return float(value)
+    return float(config[default])
 
 
 def _projection(module: str, where: Stored, dtype: torch.dtype) -> Tensor | StoredProjection:
@@ -244,10 +261,16 @@ def _entries(module: str, factors: Factors, scale: float, mask: Tensor | None) -
     kept = int(torch.count_nonzero(b if mask is None else mask)) if factors.scale else 0
     if not kept:
         return None
+    ratio = factors.scale / scale
+    if ratio != 1 and not all_finite(b.float() * ratio):
+        raise AdapterError(
+            f"{named(module)}: B times {ratio:g}, by which its scale is another than the first module's, is not "
+            "finite; train it again"
+        )
     place = FolderB(
         module=module,
         where=factors.b,
-        ratio=factors.scale / scale,
+        ratio=ratio,
         mask=None if mask is None else np.packbits(mask.flatten().numpy(), bitorder="little"),
         kept=kept,
         digest=digest(as_bytes(b)),
@@ -255,31 +278,55 @@ def _entries(module: str, factors: Factors, scale: float, mask: Tensor | None) -
     return UnreadEntries(place)
 
 
+PATTERNS = ("rank_pattern", "alpha_pattern")
+
+
 def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise AdapterError(f"{CONFIG} cannot be read: {error.strerror or error}; check the path") from error
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{CONFIG} is no JSON ({error}); save the adapter again") from error
-    if not isinstance(config, dict):
-        raise AdapterError(f"{CONFIG} holds no object; save the adapter again")
+    """What adapter_config.json says, with the types that it must have where it is used."""
+    config = read_object(folder / CONFIG)
     if config.get("peft_type") != "LORA":
-        raise AdapterError(f"{CONFIG}: peft_type is {config.get('peft_type')!r}; only LORA can be merged")
+        raise AdapterError(f"{CONFIG}: peft_type is {shown(config.get('peft_type'))}; only LORA can be merged")
+    for field in ("r", "lora_alpha"):
+        if field not in config:
+            raise AdapterError(f"{CONFIG}: {field} is missing; save the adapter again")
+    check_integer(f"{CONFIG}: r", config["r"], 1, MAX_ENTRIES)
+    check_number(f"{CONFIG}: lora_alpha", config["lora_alpha"])
+    for field in PATTERNS:
+        found = config.get(field) or {}
+        require(isinstance(found, dict), f"{CONFIG}: {field}", found, "an object")
+        for pattern, value in found.items():
+            where = f"{CONFIG}: {field}.{named(pattern)}"
+            check_number(where, value) if field == "alpha_pattern" else check_integer(where, value, 1, MAX_ENTRIES)
+    for field in ("use_rslora", "fan_in_fan_out"):
+        if config.get(field) is not None:
+            check_flag(f"{CONFIG}: {field}", config[field])
+    targets, parameters = config.get("target_modules"), config.get("target_parameters")
+    are_names = targets is None or isinstance(targets, str) or _are_texts(targets)
+    require(are_names, f"{CONFIG}: target_modules", targets, "an array of names, a text or null")
+    require(not parameters or _are_texts(parameters), f"{CONFIG}: target_parameters", parameters, "an array of names")
+    if other := next((name for name in parameters or () if not name.endswith(".weight")), None):
+        raise AdapterError(
+            f"{CONFIG}: target_parameters has {named(other)}: parameters outside of linear layers were adapted; it "
+            "cannot be merged"
+        )
     for field, reason in REFUSED.items():
         if config.get(field):
-            raise AdapterError(f"{CONFIG}: {field} is {config[field]!r}: {reason}; it cannot be merged")
+            raise AdapterError(f"{CONFIG}: {field} is {shown(config[field])}: {reason}; it cannot be merged")
     if config.get("bias", "none") != "none":
         raise AdapterError(
-            f"{CONFIG}: bias is {config['bias']!r}: biases of the base were trained as well; it cannot be merged"
+            f"{CONFIG}: bias is {shown(config['bias'])}: biases of the base were trained as well; it cannot be merged"
         )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
         raise AdapterError(
-            f"{CONFIG}: init_lora_weights is {start!r}, which changes the base's weights before the training; save it "
-            "with path_initial_model_for_weight_conversion, which makes an update of the base itself"
+            f"{CONFIG}: init_lora_weights is {shown(start)}, which changes the base's weights before the training; "
+            "save it with path_initial_model_for_weight_conversion, which makes an update of the base itself"
         )
     return config
+
+
+def _are_texts(found: Any) -> bool:
+    return isinstance(found, list) and all(isinstance(name, str) for name in found)
 
 
 def base_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -288,7 +335,7 @@ def base_of(config: Mapping[str, Any]) -> dict[str, Any]:
     base: dict[str, Any] = {}
     if isinstance(name, str) and name:
         base["name"] = Path(name).name if name.startswith(("/", ".", "~")) or Path(name).is_dir() else name
-    if config.get("fan_in_fan_out"):
+    if config.get("fan_in_fan_out") is True:
         base["fan_in_fan_out"] = True  # of the base's weights: A and B are as for all others
     return base
 
@@ -303,9 +350,19 @@ def _tensors(folder: Path) -> dict[str, Stored]:
             )
         raise AdapterError(f"has no {TENSORS}; give a folder that PEFT has saved")
     try:
+        check_header_length(path)
         with safe_open(path, framework="pt", device="cpu") as file:
             names = list(file.keys())  # checks more of the header than `stored`
         places = stored(path)
         return {name: places[name] for name in names}
     except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{TENSORS} is no whole safetensors file ({error}); save it again") from error
+        reason = named(getattr(error, "strerror", None) or str(error))
+        raise AdapterError(f"{TENSORS} is not a whole safetensors file ({reason}); save it again") from error
+
+
+def check_header_length(path: Path) -> None:
+    """Raises ValueError for a header that is too large to be read, and OSError for what is no regular file."""
+    with open_regular(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > MAX_HEADER_BYTES:
+        raise ValueError(f"its header has {length} bytes, at most {MAX_HEADER_BYTES} are read")

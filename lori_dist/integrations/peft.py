@@ -1,7 +1,6 @@
 """Adapters for PEFT, and for all that reads its LoRA folders."""
 
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,13 @@ from torch import Tensor
 
 from lori_dist.adapter.adapter import Adapter, in_memory
 from lori_dist.errors import AdapterError
-from lori_dist.integrations import model_card
+from lori_dist.integrations import _readback, model_card
 from lori_dist.integrations._folder import complete
+from lori_dist.integrations._peft_rules import EXPERT, refuse_bypassed, taken_for_experts
 from lori_dist.integrations.model_card import UNKNOWN, Origin
 
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt")
 """Model types whose linear layers are `Conv1D`, with a weight of (in_features, out_features)."""
-
-EXPERT = re.compile(r"(.+)\.(gate_up_proj|up_proj|down_proj)\.([0-9]+)")
-"""Path of one expert's matrix of a fused weight."""
 
 
 def export(adapter: Adapter, folder: Path, *, base_model_name: str, origin: Origin = UNKNOWN) -> None:
@@ -30,9 +27,12 @@ def export(adapter: Adapter, folder: Path, *, base_model_name: str, origin: Orig
     own dtype, and B dense in fp32, for every module that keeps an entry; to leave out the others changes no output.
     Several blocks become one LoRA of the sum of their ranks, their scales multiplied into B; a module where a block has
     fewer rows of A gets zeros for the rest, as readers expect one rank of all modules. base_model_name: path or hub
-    name of the base model, written into the configuration. origin: what the card says of data, training and measures.
-    The folder appears complete or not at all. Raises AdapterError if it holds anything already, or for an adapter
-    without a kept entry.
+    name of the base model, written into the configuration, a path as an absolute one. origin: what the card says of
+    data, training and measures.
+    The folder is read back once with PEFT, where it is installed, on the structure of the base model, which takes no
+    memory, and every module compared. It appears complete or not at all.
+    Raises AdapterError if it holds anything already, for an adapter without a kept entry, and for one that PEFT would
+    refuse or load as another.
     """
     modules = [module for module in adapter.shapes if any(module in block.entries for block in adapter.blocks)]
     if not modules:
@@ -42,7 +42,10 @@ def export(adapter: Adapter, folder: Path, *, base_model_name: str, origin: Orig
 
 
 def write(adapter: Adapter, folder: Path, modules: list[str], base_model_name: str, origin: Origin = UNKNOWN) -> None:
-    """The files of `export`, of these modules, into a folder that is there."""
+    """The files of `export`, of these modules, into a folder that is there. Raises AdapterError as `export`."""
+    base = _readback.settings_of(base_model_name)
+    model_type = adapter.base.get("model_type") if base is None else base.model_type
+    refuse_bypassed(model_type, modules)
     tensors: dict[str, Tensor] = {}
     tensors.update({f"base_model.model.{name}": in_memory(values).float() for name, values in adapter.saved.items()})
     for module in _linear(modules):
@@ -57,9 +60,21 @@ def write(adapter: Adapter, folder: Path, modules: list[str], base_model_name: s
         tensors[f"base_model.model.{experts}{'.base_layer' if is_inner else ''}.lora_A.weight"] = a
         tensors[f"base_model.model.{experts}{'.base_layer' if is_inner else ''}.lora_B.weight"] = b
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    text = json.dumps(_config(adapter, modules, base_model_name), indent=2) + "\n"
-    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    settings = _config(adapter, modules, _path_or_name(base_model_name), model_type)
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(model_card.text(adapter, base_model_name, origin), encoding="utf-8")
+    _readback.compare(folder, adapter, base)
+
+
+def is_loadable(base_model_name: str) -> bool:
+    """Whether `AutoPeftModelForCausalLM.from_pretrained` can find the base by this name: it is that of a folder or of a
+    cached model, or has the form `owner/name` of one on the hub."""
+    return base_model_name.count("/") == 1 or _readback.settings_of(base_model_name) is not None
+
+
+def _path_or_name(base_model_name: str) -> str:
+    """A folder's path from wherever the reader is."""
+    return str(Path(base_model_name).resolve()) if Path(base_model_name).is_dir() else base_model_name
 
 
 def _scales_as_it_is(adapter: Adapter) -> bool:
@@ -111,7 +126,10 @@ def _factors_of_experts(adapter: Adapter, weight: str) -> tuple[Tensor, Tensor]:
     return torch.cat(a), torch.stack(b, dim=-1).flatten(1)
 
 
-def _config(adapter: Adapter, modules: list[str], base_model_name: str) -> dict[str, Any]:
+def _config(adapter: Adapter, modules: list[str], base_model_name: str, model_type: str | None) -> dict[str, Any]:
+    moved = taken_for_experts(model_type)
+    parameters = [f"{module}.weight" for module in _linear(modules) if module.rpartition(".")[2] in moved]
+    parameters += _fused(modules)
     rank = sum(block.rank for block in adapter.blocks)
     alpha = adapter.blocks[0].alpha if _scales_as_it_is(adapter) else float(rank)
     return {
@@ -125,8 +143,8 @@ def _config(adapter: Adapter, modules: list[str], base_model_name: str) -> dict[
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,
-        "fan_in_fan_out": adapter.base.get("model_type") in CONV1D_MODELS or "fan_in_fan_out" in adapter.base,
-        "target_modules": _linear(modules),
+        "fan_in_fan_out": model_type in CONV1D_MODELS or "fan_in_fan_out" in adapter.base,
+        "target_modules": [module for module in _linear(modules) if f"{module}.weight" not in parameters],
         **({"modules_to_save": saved} if (saved := _modules(adapter.saved)) else {}),
-        **({"target_parameters": fused} if (fused := _fused(modules)) else {}),
+        **({"target_parameters": parameters} if parameters else {}),
     }

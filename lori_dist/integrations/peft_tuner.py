@@ -15,29 +15,39 @@ random values as they expect), 201 pass:
 | merging, safe merge, unmerging | pass |
 | several adapters, set, disable, delete, modules_to_save, training, fp16 and bf16 bases | pass |
 | test_adapter_dtype_autocast (16 cases) | fail on purpose: it wants B in 16 bits, which stays fp32 here |
-| training of biases | skipped by them: there is no `bias` setting |
+| training of biases | skipped by them: `bias` is "none" |
 
-Not offered: adapters per row of a batch (`adapter_names=`), `add_weighted_adapter` (merge files with `lori merge`),
-dropout, embeddings, convolutions, `target_parameters`.
+Rows of one batch can have different adapters (`model(..., adapter_names=["one", "__base__", "two"])`, `generate` too).
+
+Not offered: `add_weighted_adapter` (merge files with `lori merge`), embeddings, convolutions, `target_parameters`,
+training of biases.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from lori_dist.adapter import source
+from lori_dist.adapter import lori_folder, patterns, source
 from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec
 from lori_dist.adapter.linear import Delta, features, is_conv1d
 from lori_dist.adapter.lori_folder import are_positions
 from lori_dist.adapter.projection import GENERATOR, checksum
 from lori_dist.errors import AdapterError
+from lori_dist.integrations import model_card
+
+log = logging.getLogger(__name__)
 
 if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):  # without it, positions would be lost on save
     raise ImportError("lori_dist.integrations.peft_tuner: needs peft 0.21 or newer; pip install 'peft>=0.21'")
@@ -56,26 +66,42 @@ class _Type(str):
 
 LORI = _Type("LORI")
 
+BASE = "__base__"
+"""In `adapter_names`: this row meets the base alone."""
+
+ALPHA = 64.0
+"""Of a `LoriConfig` that is given none."""
+
 
 @dataclass
 class LoriConfig(PeftConfig):
     """What `Spec` is, for PEFT. The update is lori_alpha / r * B A, with A frozen and made from seed and module path.
 
-    B is dense until `sparsify`. Raises AdapterError for values that `Spec` refuses, and for another generator of A.
+    B is dense until `sparsify`. Raises AdapterError for values that `Spec` refuses, for another generator of A, and for
+    settings of `LoraConfig` that LoRI has no meaning for.
     """
 
     r: int = 32
     """Rows of A, columns of B."""
-    lori_alpha: float = 64.0
+    lori_alpha: float | None = None
+    """64 where neither this nor lora_alpha is given."""
     seed: int = 0
     """Give each task its own: the updates of tasks are then nearly orthogonal."""
     target_modules: list[str] | str | None = "all-linear"
-    """As in PEFT: names, a regular expression over paths, or `all-linear`."""
+    """As in PEFT: names, a regular expression over paths, or `all-linear`, which None stands for."""
     exclude_modules: list[str] | str | None = None
+    """As in PEFT: names or a regular expression over paths of modules that are no targets, whatever names them."""
     layers_to_transform: list[int] | int | None = None
+    """Numbers of the layers that have targets, however these are named; None: all layers."""
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     """Trained in full, and saved."""
+    lora_alpha: float | None = None
+    """Another name of lori_alpha, as `LoraConfig` has it."""
+    lora_dropout: float = 0.0
+    """Share of the entries of A's input that are zeroed in training, the others scaled up, as in `LoraConfig`."""
+    bias: str = "none"
+    """No bias is trained."""
     projection_dtype: str = "float32"
     """Of A."""
     generator: str = GENERATOR
@@ -83,10 +109,31 @@ class LoriConfig(PeftConfig):
     """Module path -> checksum of A, written on save and compared on load."""
     shapes: dict[str, list[int]] = field(default_factory=dict)
     """Module path -> out_features and in_features, written on save for those who read the folder without the base."""
+    kept: dict[str, int] = field(default_factory=dict)
+    """Path of a module whose B is sparse -> its kept entries, written on save for readers that make the layers before
+    they see the tensors, as transformers does."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.is_from_file = self.peft_type == IN_FILES
+        """Whether an adapter_config.json has given these values."""
         self.peft_type = LORI
+        if self.lora_alpha is not None and self.lori_alpha not in (None, self.lora_alpha):
+            raise AdapterError(
+                f"lora_alpha: got {self.lora_alpha!r}, and {self.lori_alpha!r} as lori_alpha, which is the same "
+                "setting; set only one of them"
+            )
+        given = self.lori_alpha if self.lora_alpha is None else self.lora_alpha
+        self.lori_alpha = self.lora_alpha = ALPHA if given is None else given
+        if self.bias != "none":
+            raise AdapterError(f"bias: got {self.bias!r}, and no bias is trained here; remove it, or set it to 'none'")
+        is_share = isinstance(self.lora_dropout, int | float) and not isinstance(self.lora_dropout, bool)
+        if not is_share or not 0 <= self.lora_dropout < 1:
+            raise AdapterError(f"lora_dropout: got {self.lora_dropout!r}; wanted a number of at least 0 and below 1")
+        if self.target_modules is None:
+            self.target_modules = "all-linear"
+        if self.is_from_file:
+            lori_folder.check_settings(vars(self), is_saved=False)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # which PEFT's matching expects
         if isinstance(self.exclude_modules, list):
@@ -104,10 +151,17 @@ class LoriConfig(PeftConfig):
         dtype = getattr(torch, self.projection_dtype, None)
         if not isinstance(dtype, torch.dtype):
             raise AdapterError(f"projection_dtype: {self.projection_dtype!r} was given; wanted one such as 'float32'")
-        return Spec(rank=self.r, alpha=self.lori_alpha, seed=self.seed, dtype=dtype)
+        return Spec(rank=self.r, alpha=cast(float, self.lori_alpha), seed=self.seed, dtype=dtype)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "peft_type": IN_FILES}
+        settings = {**super().to_dict(), "peft_type": IN_FILES}
+        del settings["lora_alpha"]  # one name in files, which earlier versions read too
+        return settings
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """adapter_config.json; and, with an adapter beside it, the model card that PEFT leaves without a content."""
+        super().save_pretrained(save_directory, **kwargs)
+        _fill_card(Path(save_directory), self.base_model_name_or_path)
 
 
 class LoriLinear(nn.Module, BaseTunerLayer):
@@ -118,7 +172,7 @@ class LoriLinear(nn.Module, BaseTunerLayer):
     active_adapters: list[str]
 
     adapter_layer_names = ("lori_delta",)
-    other_param_names = ()
+    other_param_names = ("lori_dropout",)
 
     def __init__(self, base_layer: nn.Module, path: str) -> None:
         super().__init__()
@@ -126,6 +180,7 @@ class LoriLinear(nn.Module, BaseTunerLayer):
         self.path = path
         self.out_features, self.in_features = features(base_layer)
         self.lori_delta = nn.ModuleDict()
+        self.lori_dropout = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
 
@@ -148,15 +203,48 @@ class LoriLinear(nn.Module, BaseTunerLayer):
     def delta(self, adapter: str) -> Delta:
         return cast(Delta, self.lori_delta[adapter])
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def expect(self, name: str, spec: Spec, kept: int) -> None:
+        """As `add`, for so many kept entries whose positions a reader of files will load as it loads parameters."""
+        self.add(name, spec, torch.full((kept,), -1, dtype=torch.int32))
+        delta = self.delta(name)
+        delta.register_buffer("index", delta.index, persistent=True)
+        hook = delta.register_forward_pre_hook(functools.partial(_refuse_unread, self.path))
+        cast(Any, delta).looks_once = hook
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+        """adapter_names: of each row of x, or `BASE`; None: all rows meet the active adapters."""
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if adapter_names is not None and self.merged:
+            raise AdapterError(f"adapter_names: {self.path} has merged adapters; call unmerge_adapter() first")
         y: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return y
+        if adapter_names is not None:
+            return self._mixed(x, y, adapter_names)
         for name in self.active_adapters:
             if name in self.lori_delta:
-                y = self.lori_delta[name](x, y)
+                y = self._updated(name, x, y)
+        return y
+
+    def _updated(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        delta, x = self.lori_delta[name], self.lori_dropout[name](x)
+        if x.dtype == y.dtype or getattr(self, "cast_input_dtype_enabled", True):
+            return cast(Tensor, delta(x, y))
+        # peft.helpers.disable_input_dtype_casting: the update is computed in the input's own dtype.
+        return y + delta(x, torch.zeros_like(y, dtype=x.dtype)).to(y.dtype)
+
+    def _mixed(self, x: Tensor, y: Tensor, adapter_names: Sequence[str]) -> Tensor:
+        if len(x) != len(adapter_names):
+            raise AdapterError(
+                f"adapter_names: {self.path} has an input of shape {tuple(x.shape)} for {len(adapter_names)} rows, so "
+                "they cannot be told apart; give one name for each row, or leave the module out of target_modules"
+            )
+        for name in dict.fromkeys(adapter_names):
+            if name in self.lori_delta:
+                of_name = [row for row, other in enumerate(adapter_names) if other == name]
+                rows = torch.tensor(of_name, device=y.device)
+                y = y.index_copy(0, rows, self._updated(name, x[rows], y[rows]))
         return y
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -221,13 +309,69 @@ class LoriModel(BaseTuner):
                 "layer; name other target_modules"
             )
         layer = LoriLinear(target, current_key) if is_new else cast(LoriLinear, target)
-        layer.add(adapter_name, config.spec())
-        _check(config, current_key, layer.delta(adapter_name))
+        dropout = config.lora_dropout
+        layer.lori_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
+        will_be_read = config.is_from_file and config.inference_mode
+        if will_be_read and current_key in config.kept:
+            layer.expect(adapter_name, config.spec(), config.kept[current_key])
+        else:
+            layer.add(adapter_name, config.spec())
+        _check(config, layer, adapter_name, is_wanted=will_be_read)
         if adapter_name not in self.active_adapters:  # one more is not trained before it is made active
             layer.delta(adapter_name).requires_grad_(False)
         if is_new:
             layer.set_adapter(self.active_adapters)
             self._replace_module(parent, target_name, layer, target)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = cast(Mapping[str, LoriConfig], self.peft_config)[adapter_name]
+        if config.is_from_file:
+            _refuse_endless(config, [name for name, _ in model.named_modules()])
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    @staticmethod
+    def _check_target_module_exists(config: LoriConfig, key: str) -> Any:
+        """As PEFT, but layers_to_transform counts however the targets are named."""
+        found = check_target_module_exists(config, key)
+        layers = config.layers_to_transform
+        if not found or layers is None or layers == []:
+            return found
+        by_name = SimpleNamespace(
+            target_modules={key.rpartition(".")[2]}, layers_to_transform=layers, layers_pattern=config.layers_pattern
+        )
+        return found if check_target_module_exists(by_name, key) else False
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        _refuse_tied(self.model)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Inside, a layer's rows meet the adapters that the argument `adapter_names` has for them."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        _refuse_names(self, names)
+        # `generate` repeats rows for all but an encoder: for beams, or for several answers to one prompt.
+        given = {**vars(kwargs.get("generation_config") or SimpleNamespace()), **kwargs}
+        repeats = max(given.get("num_beams") or 1, given.get("num_return_sequences") or 1)
+        of_rows = [name for name in names for _ in range(repeats)]
+        has_encoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        encoder = self.model.get_encoder() if has_encoder else None
+        in_encoder = set() if encoder is None else set(encoder.modules())
+        hooks = [
+            module.register_forward_pre_hook(
+                functools.partial(_with_names, list(names) if module in in_encoder else of_rows), with_kwargs=True
+            )
+            for module in self.modules()
+            if isinstance(module, LoriLinear | AuxiliaryTrainingWrapper)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @classmethod
     def _get_adapter_state_dict(
@@ -241,8 +385,10 @@ class LoriModel(BaseTuner):
         held = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         for name, layer in _layers(model, adapter_name).items():
             delta = layer.delta(adapter_name)
+            config.kept.pop(layer.path, None)
             if delta.index is not None:
                 held[f"{name}.lori_delta.{adapter_name}.index"] = delta.index
+                config.kept[layer.path] = delta.kept
             config.checksums[layer.path] = checksum(delta.a())
             config.shapes[layer.path] = [layer.out_features, layer.in_features]
         return held
@@ -257,6 +403,7 @@ class LoriModel(BaseTuner):
             index = next((state_dict.pop(key) for key in keys if key in state_dict), None)
             _check_index(layer, config, index)
             layer.add(adapter_name, config.spec(), index)
+            _check(config, layer, adapter_name, is_wanted=config.is_from_file)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
@@ -350,13 +497,108 @@ def _entries(delta: Delta) -> Entries:
     return Entries(index=index, values=values)
 
 
-def _check(config: LoriConfig, path: str, delta: Delta) -> None:
-    a = delta.a()
-    if path in config.checksums and not a.is_meta and checksum(a) != config.checksums[path]:
+def _check(config: LoriConfig, layer: LoriLinear, adapter_name: str, *, is_wanted: bool) -> None:
+    """Raises AdapterError where A is another than the adapter was trained with; is_wanted: or where nothing tells."""
+    path, a = layer.path, layer.delta(adapter_name).a()
+    wanted = config.checksums.get(path)
+    if wanted is None and is_wanted:
+        raise AdapterError(
+            f"{path}: adapter_config.json has no checksum of its A; it was changed, or is of another model. Save the "
+            "adapter again"
+        )
+    if wanted is not None and not a.is_meta and checksum(a) != wanted:
         raise AdapterError(
             f"{path}: A made from seed {config.seed} has checksum {checksum(a)}, the adapter was trained with "
-            f"{config.checksums[path]}; adapter_config.json was changed, or is of another model"
+            f"{wanted}; adapter_config.json was changed, or is of another model"
         )
+
+
+def _refuse_endless(config: LoriConfig, paths: list[str]) -> None:
+    """Raises AdapterError for a pattern in a file that could take for ever to match the model's paths."""
+    for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+        found = getattr(config, name)
+        if found is None or found == "all-linear":
+            continue
+        is_pattern = isinstance(found, str) or name in ("layers_pattern", "modules_to_save")
+        texts = [found] if isinstance(found, str) else found
+        if not isinstance(texts, list | set | tuple) or not all(isinstance(text, str) for text in texts):
+            raise AdapterError(
+                f"adapter_config.json: {name} is not a text or an array of texts; save the adapter again"
+            )
+        if is_pattern:
+            patterns.check(f"adapter_config.json: {name}", list(texts), paths)
+
+
+def _refuse_tied(model: nn.Module) -> None:
+    """Raises AdapterError where merging would change a weight that other modules use too."""
+    owners: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(parameter, []).append(name)
+    for layer in model.modules():
+        if not isinstance(layer, LoriLinear):
+            continue
+        tied = owners[cast(nn.Parameter, layer.get_base_layer().weight)]
+        if len(tied) > 1:
+            raise AdapterError(
+                f"{layer.path}: its weight is tied ({', '.join(name.replace('.base_layer', '') for name in tied)}); "
+                "merging would change all of them, so untie it first or keep the adapter unmerged"
+            )
+
+
+def _refuse_names(model: nn.Module, names: Any) -> None:
+    """Raises AdapterError for an `adapter_names` that cannot be met."""
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise AdapterError(f"adapter_names: got {names!r}; wanted a list with the name of an adapter for each row")
+    if model.training:
+        raise AdapterError("adapter_names: the model is in training mode; call eval() first, or train one adapter")
+    known = {name for layer in model.modules() if isinstance(layer, LoriLinear) for name in layer.lori_delta}
+    if unknown := sorted({*names} - known - {BASE}):
+        raise AdapterError(f"adapter_names: unknown adapter {unknown[0]!r}; there are {', '.join(sorted(known))}")
+
+
+def _with_names(names: list[str], module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    return args, {**kwargs, "adapter_names": names}
+
+
+def _refuse_unread(path: str, delta: Delta, _: Any) -> None:
+    """Raises AdapterError where a reader has loaded values, but not their positions. Looks once."""
+    size = delta.out_features * delta.rank
+    if delta.index is not None and delta.index.numel() and not are_positions(delta.index, size):
+        raise AdapterError(
+            f"{path}: the positions of its kept entries were not loaded; load the folder with PeftModel.from_pretrained"
+        )
+    cast(Any, delta).looks_once.remove()
+
+
+def _fill_card(folder: Path, base_model_name: str | None) -> None:
+    """What PEFT's README.md says at the top stays; where the rest is its form with nothing filled in, it becomes a card
+    of the adapter. A save does not fail by its card."""
+    card = folder / "README.md"
+    try:
+        found = card.read_text(encoding="utf-8") if card.is_file() else ""
+        if found and "[More Information Needed]" not in found:
+            return
+        made = model_card.text(source.opened(folder), base_model_name or "unknown", model_card.UNKNOWN)
+        _, head, body = made.split("---\n", 2)
+        if found.startswith("---\n"):
+            head = found.split("---\n", 2)[1]
+        card.write_text(f"---\n{head}---\n{body}{USAGE}", encoding="utf-8")
+    except (AdapterError, OSError, ValueError) as error:
+        log.info("%s: no model card was written: %s", folder, error)
+
+
+USAGE = """
+## Load it
+
+```python
+import lori_dist.integrations.peft_tuner  # makes LoRI known to PEFT: pip install lori_dist[peft]
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "THIS FOLDER")
+```
+
+A is not stored: it is made from the seed in adapter_config.json and compared with its checksums.
+"""
 
 
 def _check_index(layer: LoriLinear, config: LoriConfig, index: Tensor | None) -> None:
