@@ -108,6 +108,9 @@ class Model:
     """What the weights of its linear layers are kept in: 4 bits (QLoRA) or 8."""
     attention: Literal["eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] | None = None
     """What computes attention, in training and in evaluation, by transformers' name; null: as transformers chooses."""
+    trust_remote_code: bool = False
+    """Whether Python code in the model's folder or repository is run (`auto_map` in its config.json or
+    tokenizer_config.json), in every process of the run. Set it only for code that you have read."""
 
 
 @section
