@@ -125,6 +125,8 @@ class Adapter:
         pydantic.BeforeValidator(_listed),
     ] = "all-linear"
     """Names (`q_proj`), paths or patterns (`model.layers.*.mlp.*`) of linear layers, or `all-linear`."""
+    exclude: Annotated[tuple[Text, ...], pydantic.BeforeValidator(_listed)] = ()
+    """Names, paths or patterns of layers, or of modules with layers in them, that are left out of the targets."""
     density: Fraction = 0.1
     """Kept entries of B over all of them. 1.0 stops after the dense phase (LoRI-D)."""
     mask: Chosen = field(default_factory=lambda: Choice(name="magnitude"))

@@ -41,6 +41,7 @@ NEUTRAL: Mapping[str, Any] = {
     "validate_every": None,
     "early_stop": None,
     "modules_to_save": [],
+    "exclude": [],
 }
 """Settings of training and of the adapter that change nothing at these values, and are part of a fingerprint only at
 others."""

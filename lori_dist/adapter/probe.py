@@ -1,4 +1,4 @@
-"""What a model does with tokens, seen on a small copy of it: which of its layers run, and whether tokens see later ones.
+"""What a model does with tokens, seen on a small copy of it: which layers run, and whether tokens see later ones.
 
 Both are properties of a model's code and configuration, not of its weights. So the copy has the model's class and its
 configuration with narrow layers and few words, random weights, and all its blocks, or the first few where even these

@@ -17,7 +17,7 @@ from lori_dist.config import Run
 from lori_dist.errors import ConfigError
 from lori_dist.training.flops import per_token
 from lori_dist.training.model import blocks
-from lori_dist.training.model_files import loading, made_from, settings_of
+from lori_dist.training.model_files import check_causal, loading, made_from, settings_of
 from lori_dist.training.quantized import quantize_layers
 
 
@@ -71,6 +71,7 @@ def count(run: Run, *, ranks: int = 1) -> Counted:
     Raises ConfigError for a model whose configuration cannot be read, that has no blocks or fewer positions than a
     row has tokens, and for a mixture of experts, whose activations depend on what it is shown."""
     model = skeleton(run)
+    check_causal(model, run.model)
     experts = next((path for path, module in model.named_modules() if is_experts(module)), None)
     if experts is not None:
         raise ConfigError(
@@ -146,6 +147,7 @@ def spec(run: Run) -> Spec:
         dtype=getattr(torch, adapter.dtype),
         projection=adapter.projection,
         modules_to_save=adapter.modules_to_save,
+        exclude=adapter.exclude,
     )
 
 

@@ -28,6 +28,7 @@ from transformers.utils import HF_MODULES_CACHE, cached_file
 from transformers.utils import logging as transformers_logging
 
 from lori_dist import config
+from lori_dist.adapter.probe import probe
 from lori_dist.errors import ConfigError
 from lori_dist.tensors import Stored, stored
 
@@ -73,6 +74,20 @@ def made_from(settings: PretrainedConfig, *, trust_remote_code: bool = False, **
         if type(settings) in auto_of_images._model_mapping:
             auto = auto_of_images
     return cast(PreTrainedModel, auto.from_config(settings, trust_remote_code=trust_remote_code, **more))
+
+
+def check_causal(made: PreTrainedModel, model: config.Model) -> None:
+    """Raises ConfigError for a model whose tokens see later ones: its loss would mean nothing. `probe` finds out."""
+    if probe(made).is_causal is False:
+        remedy = "; set is_decoder: true in its config.json if it was trained so" if _can_decode(made) else ""
+        raise ConfigError(
+            f"model.path: {model.path!r} is a {type(made).__name__}, which is not a causal language model: a token "
+            f"sees those after it; give a causal language model{remedy}"
+        )
+
+
+def _can_decode(made: PreTrainedModel) -> bool:
+    return getattr(made.config, "is_decoder", None) is False
 
 
 def load_tokenizer(model: config.Model) -> PreTrainedTokenizerBase:

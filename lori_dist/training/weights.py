@@ -23,7 +23,7 @@ from lori_dist.adapter.packed import PackedDelta
 from lori_dist.errors import ConfigError
 from lori_dist.tensors import Stored
 from lori_dist.training.engine import Part
-from lori_dist.training.model_files import loading, made_from, settings_of, stored_weights
+from lori_dist.training.model_files import check_causal, loading, made_from, settings_of, stored_weights
 from lori_dist.training.quantized import QuantizedWeights, quantize_layers
 
 HOLDERS = (AdaptedLinear, AdaptedExperts)
@@ -63,6 +63,7 @@ def skeleton(model: config.Model) -> tuple[PreTrainedModel, Weights]:
         weights = _Files(made, stored_weights(model))
     weights.check(model.path)
     _check_attention(made, model)
+    check_causal(made, model)
     if model.quantize is None:
         return made.eval(), weights
     quantize_layers(made, model.quantize)

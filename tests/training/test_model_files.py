@@ -78,7 +78,12 @@ def described(model: config.Model, rows: Path) -> config.Run:
     task = config.Task(train=str(rows), test=str(rows))
     adapter = config.Adapter(rank=2)
     return config.Run(
-        name="r", output=str(rows.parent), model=model, tasks={"t": task}, adapter=adapter, train=config.Train(steps=1, max_length=32)
+        name="r",
+        output=str(rows.parent),
+        model=model,
+        tasks={"t": task},
+        adapter=adapter,
+        train=config.Train(steps=1, max_length=32),
     )
 
 
