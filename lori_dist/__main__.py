@@ -275,7 +275,8 @@ def export(arguments: argparse.Namespace) -> None:
     if arguments.format == "folded":
         from lori_dist.integrations.folded import export_folded
 
-        export_folded(arguments.base, adapter, arguments.out, origin=origin)
+        trusts = arguments.trust_remote_code
+        export_folded(arguments.base, adapter, arguments.out, origin=origin, trust_remote_code=trusts)
     else:
         from lori_dist.integrations import official, peft
 
@@ -671,6 +672,11 @@ examples:
     verb.add_argument("--format", required=True, choices=("peft", "official", "folded"))
     verb.add_argument(
         "--base", metavar="PATH", help="the base model; for a LoRA folder, by default the one the adapter names"
+    )
+    verb.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code of the base's own, as model.trust_remote_code does in a configuration",
     )
 
     verb = _add(

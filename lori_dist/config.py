@@ -108,6 +108,9 @@ class Model:
     """What the weights of its linear layers are kept in: 4 bits (QLoRA) or 8."""
     attention: Literal["eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] | None = None
     """What computes attention, in training and in evaluation, by transformers' name; null: as transformers chooses."""
+    trust_remote_code: bool = False
+    """Whether Python code in the model's folder or repository is run (`auto_map` in its config.json or
+    tokenizer_config.json), in every process of the run. Set it only for code that you have read."""
 
 
 @section
@@ -122,6 +125,8 @@ class Adapter:
         pydantic.BeforeValidator(_listed),
     ] = "all-linear"
     """Names (`q_proj`), paths or patterns (`model.layers.*.mlp.*`) of linear layers, or `all-linear`."""
+    exclude: Annotated[tuple[Text, ...], pydantic.BeforeValidator(_listed)] = ()
+    """Names, paths or patterns of layers, or of modules with layers in them, that are left out of the targets."""
     density: Fraction = 0.1
     """Kept entries of B over all of them. 1.0 stops after the dense phase (LoRI-D)."""
     mask: Chosen = field(default_factory=lambda: Choice(name="magnitude"))

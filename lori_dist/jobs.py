@@ -41,6 +41,7 @@ NEUTRAL: Mapping[str, Any] = {
     "validate_every": None,
     "early_stop": None,
     "modules_to_save": [],
+    "exclude": [],
 }
 """Settings of training and of the adapter that change nothing at these values, and are part of a fingerprint only at
 others."""
@@ -310,7 +311,7 @@ def check_inputs(run: config.Run, job: Job) -> None:
             raise JobError(f"tasks.{task}.mixture: a file has changed since the run began; give the same command again")
     if "start" in read and read["start"] != _contents(Path(str(run.tasks[read["task"]].start))):
         raise JobError(f"tasks.{read['task']}.start: has changed since the run began; give the same command again")
-    if model_content(run.model.path) != read["model"]["content"]:
+    if _model(run.model)["content"] != read["model"]["content"]:
         raise JobError("model.path: the model has changed since the run began; give the same command again")
 
 
@@ -333,21 +334,25 @@ def sha256(path: str | Path) -> str:
 
 def _model(model: config.Model) -> dict[str, Any]:
     asked = {name: getattr(model, name) for name in ("quantize", "attention")}
-    given = {name: value for name, value in asked.items() if value is not None}
-    return {"content": model_content(model.path), "dtype": model.dtype, **given}
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    if model.trust_remote_code:
+        given["trust_remote_code"] = True
+    content = model_content(model.path, code=model.trust_remote_code)
+    return {"content": content, "dtype": model.dtype, **given}
 
 
-def model_content(path: str) -> dict[str, str]:
+def model_content(path: str, *, code: bool = False) -> dict[str, str]:
     """What is in a model's folder: file name -> digest, wherever the folder is. For a name on the hub, the name.
 
-    Weight files over 64 MiB are read in samples: a change of all tensors, as training makes it, is noticed.
+    code: whether its Python files count, as they do where they are run. Weight files over 64 MiB are read in samples: a
+    change of all tensors, as training makes it, is noticed.
     """
     folder = Path(path)
     if not folder.is_dir():
         return {"name": path}
     content = {}
     for file in sorted(folder.iterdir()):
-        if file.suffix in TEXTS:
+        if file.suffix in TEXTS or (code and file.suffix == ".py"):
             content[file.name] = sha256(file)
         elif file.suffix in WEIGHTS:
             state = _state(file)

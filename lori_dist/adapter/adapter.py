@@ -33,6 +33,8 @@ class Spec:
     rounding; or is trained as B is, from the A of the seed on (LoRA)."""
     modules_to_save: tuple[str, ...] = ()
     """Paths, or their last parts, of modules that are trained whole and stored with the adapter."""
+    exclude: tuple[str, ...] = ()
+    """Names, paths or patterns of layers that are left out of the targets."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:

@@ -2,7 +2,10 @@
 
 import dataclasses
 import fnmatch
-from collections.abc import Mapping
+import functools
+import logging
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -11,8 +14,18 @@ from torch import Tensor, nn
 from lori_dist.adapter import per_task, saved, sharded
 from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec, in_memory
 from lori_dist.adapter.experts import AdaptedExperts, Expert, is_experts, matrices
-from lori_dist.adapter.linear import AdaptedLinear, Delta, Kept, dequantized, features, is_conv1d, is_quantized
+from lori_dist.adapter.linear import (
+    AdaptedLinear,
+    Delta,
+    Kept,
+    dequantized,
+    features,
+    is_conv1d,
+    is_product,
+    is_quantized,
+)
 from lori_dist.adapter.per_task import PerTask
+from lori_dist.adapter.probe import probe
 from lori_dist.adapter.projection import checksum
 from lori_dist.adapter.targets import is_number, kind, unnumbered
 from lori_dist.errors import AdapterError
@@ -20,6 +33,8 @@ from lori_dist.plugin import nearest
 
 ATTACHED = "lori_attached"
 """Where an adapted model keeps what was attached to it."""
+
+log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -340,7 +355,7 @@ def _attached(model: nn.Module) -> dict[str, AdaptedLinear]:
 def _from_spec(
     model: nn.Module, spec: Spec, masks: Mapping[str, Tensor] | None, before: Adapter | None
 ) -> dict[str, AdaptedLinear]:
-    bases = match(model, spec.targets, spec.modules_to_save)
+    bases = match(model, spec.targets, spec.modules_to_save, spec.exclude)
     if before is not None:
         _refuse_other_projection(before, spec, {path: features(base) for path, base in bases.items()})
     _refuse_other_modules(masks or {}, bases)
@@ -482,32 +497,94 @@ def refuse_other_projections(block: Block, made: Mapping[str, str]) -> None:
 
 
 def match(
-    model: nn.Module, targets: str | tuple[str, ...], modules_to_save: tuple[str, ...] = ()
+    model: nn.Module,
+    targets: str | tuple[str, ...],
+    modules_to_save: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
 ) -> dict[str, nn.Module]:
     """The linear layers that targets name, in the model's order.
 
-    targets: `all-linear` (all but the output embedding, and what is in modules_to_save), or names (`q_proj`), paths, or
-    patterns over whole paths
-    (`model.layers.*.mlp.*`). Fused experts count as a layer for each expert, named after the weight and the number
-    (`experts.down_proj.3`). Raises AdapterError for a target that matches nothing, listing what there is.
+    targets: `all-linear`, or names (`q_proj`), paths, or patterns over whole paths (`model.layers.*.mlp.*`). Fused
+    experts count as a layer for each expert, named after the weight and the number (`experts.down_proj.3`). exclude:
+    what to leave out of them, written in the same way; a name or path also stands for all layers within that module.
+    `all-linear` leaves out the output embedding, what is in modules_to_save, layers that compute something else than a
+    product (routers), and layers that never run when the model reads tokens, such as those of a vision tower or those
+    whose weight is used without calling them; the log says which.
+    Raises AdapterError for a target or an exclusion that matches nothing, listing what there is, and for named layers
+    that cannot be adapted.
     """
+    excluded = _excluded(model, exclude)
     if targets == "all-linear":
-        output = model.get_output_embeddings() if isinstance(model, HasOutputEmbeddings) else None
-        whole = tuple(f"{name}." for name in modules_to_save)
-        chosen = {
-            path: module
-            for path, module in _linear(model).items()
-            if module is not output and not any(f".{name}" in f".{path}." for name in whole)
-        }
-        if not chosen:
-            raise AdapterError("targets: the model has no linear layer; name the modules to adapt")
+        chosen = _all_linear(model, modules_to_save, excluded)
     else:
         wanted = (targets,) if isinstance(targets, str) else targets
-        found = {path for target in wanted for path in _named(model, target)}
+        found = {path for target in wanted for path in _named(model, target)} - excluded
         chosen = {path: module for path, module in _linear(model).items() if path in found}
+    if not chosen:
+        without = f" after exclude ({', '.join(exclude)})" if exclude else ""
+        raise AdapterError(f"targets: no linear layer is left{without}; {_listing(_linear(model))}")
+    known = probe(model)
     for path, module in chosen.items():
         _refuse_unadaptable(model, path, module)
+        if known.is_idle(_module_path(path, module)):
+            raise AdapterError(
+                f"targets: {path} is never called when {type(model).__name__} reads tokens (its weight is used "
+                "directly, or only for other inputs), so an adapter there would have no effect; remove it from the "
+                "targets, or name it in exclude"
+            )
     return chosen
+
+
+def _all_linear(model: nn.Module, modules_to_save: Sequence[str], excluded: Collection[str]) -> dict[str, nn.Module]:
+    output = model.get_output_embeddings() if isinstance(model, HasOutputEmbeddings) else None
+    whole = tuple(f"{name}." for name in modules_to_save)
+    known = probe(model)
+    chosen: dict[str, nn.Module] = {}
+    left: dict[str, list[str]] = {}
+    for path, module in _linear(model).items():
+        if module is output or path in excluded or any(f".{name}" in f".{path}." for name in whole):
+            continue
+        if known.is_idle(_module_path(path, module)):
+            left.setdefault(f"never called when {type(model).__name__} reads tokens", []).append(path)
+        elif not _is_adaptable(module):
+            left.setdefault(f"a {type(module).__name__}, which is not a plain linear layer", []).append(path)
+        else:
+            chosen[path] = module
+    for reason, paths in left.items():
+        _say_once(f"targets: all-linear leaves out {len(paths)} layers, each {reason}: {', '.join(_summary(paths))}")
+    return chosen
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    log.warning(text)
+
+
+def _summary(paths: Sequence[str]) -> list[str]:
+    """Paths, those that differ in numbers alone as one with `*`."""
+    return list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path) for path in paths))
+
+
+def _excluded(model: nn.Module, exclude: Sequence[str]) -> set[str]:
+    linear = _linear(model)
+    found: set[str] = set()
+    for wanted in exclude:
+        is_pattern = any(character in wanted for character in "*?[")
+        paths = {
+            path
+            for path in linear
+            if (fnmatch.fnmatchcase(path, wanted) if is_pattern else f".{wanted}." in f".{path}.")
+        }
+        if not paths:
+            names = {_name(path, module) for path, module in linear.items()}
+            raise AdapterError(f"exclude: {wanted!r} matches nothing; {_listing(linear)}{nearest(wanted, names)}")
+        found |= paths
+    return found
+
+
+def _module_path(path: str, module: nn.Module) -> str:
+    """Of the module that is called: for an expert's matrix, of all experts together."""
+    return path.rsplit(".", 2)[0] if isinstance(module, Expert) else path
 
 
 def _named(model: nn.Module, target: str) -> list[str]:
@@ -551,12 +628,16 @@ def _listing(paths: Mapping[str, nn.Module]) -> str:
     return f"the model's linear layers are called {', '.join(names) or '(there are none)'}."
 
 
+def _is_adaptable(module: nn.Module) -> bool:
+    return is_conv1d(module) or is_quantized(module) or isinstance(module, Expert) or is_product(module)
+
+
 def _refuse_unadaptable(model: nn.Module, path: str, module: nn.Module) -> None:
-    is_known = type(module) is nn.Linear or is_conv1d(module) or is_quantized(module) or isinstance(module, Expert)
-    if not is_known:
+    if not _is_adaptable(module):
         raise AdapterError(
-            f"targets: {path} is a {type(module).__name__}, a linear layer of a kind that is not supported "
-            "(quantised ones are those of bitsandbytes and torchao); name other targets"
+            f"targets: {path} is a {type(module).__name__}, which does not compute a linear layer's product or is "
+            "quantised by an unknown library (known are bitsandbytes and torchao); remove it from the targets, or name "
+            "it in exclude"
         )
     held = module.experts if isinstance(module, Expert) else module
     places = [place for place, other in model.named_modules(remove_duplicate=False) if other is held]

@@ -3,6 +3,7 @@
 Source: LoRI (arXiv 2504.07448), section 3.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -409,6 +410,39 @@ class AdaptedLinear(nn.Module):
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is GPT-2's linear layer, whose weight is (in_features, out_features)."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_product(module: nn.Module) -> bool:
+    """Whether a linear layer, or one of a class derived from it, computes x W^T + bias and nothing else.
+
+    A class with a forward of its own is tried on a few numbers in a small weight.
+    """
+    kind = type(module)
+    # What torch's MultiheadAttention has as `out_proj` is never called.
+    if not isinstance(module, nn.Linear) or kind.__name__ == "NonDynamicallyQuantizableLinear":
+        return False
+    if kind.forward is nn.Linear.forward:
+        return True
+    if set(module._parameters) != {"weight", "bias"} or module._buffers or module._modules:
+        return False
+    with torch.no_grad(), torch.device("cpu"):
+        weight, bias, x = torch.arange(12.0).view(3, 4).cos(), torch.arange(3.0).sin(), torch.arange(8.0).sin()
+        small = copy.copy(module)
+        small._parameters = {
+            "weight": nn.Parameter(weight),
+            "bias": None if module.bias is None else nn.Parameter(bias),
+        }
+        small.in_features, small.out_features = 4, 3
+        try:
+            tried = [(given, kind.forward(small, given)) for given in (x.view(2, 4), x.view(1, 2, 4))]
+        except Exception:  # whatever it is, it is not a product alone
+            return False
+        return all(
+            isinstance(y, Tensor)
+            and y.shape == (*given.shape[:-1], 3)
+            and torch.allclose(y, nn.functional.linear(given, weight, small.bias), rtol=1e-5, atol=1e-6)
+            for given, y in tried
+        )
 
 
 def is_plain(base: nn.Module) -> bool:

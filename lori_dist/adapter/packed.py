@@ -318,7 +318,7 @@ def attach(
         if dataclasses.replace(spec, seed=first.seed) != first or spec.projection != "cached":
             raise AdapterError(f"{name}: adapters are packed that differ in their seeds only, with a cached A; {spec}")
     routing = Routing(names=tuple(specs))
-    bases = match(model, first.targets)
+    bases = match(model, first.targets, exclude=first.exclude)
     _refuse_unroutable(bases, saves=bool(first.modules_to_save))
     model.requires_grad_(False)
     put(model, {path: _adapted(base, _to_train(path, base, specs, masks, routing)) for path, base in bases.items()})

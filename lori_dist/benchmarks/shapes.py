@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from lori_dist import config, plugin
 from lori_dist.adapter import file
@@ -24,6 +23,7 @@ from lori_dist.masks.magnitude import mask
 from lori_dist.training import checkpoint, masking
 from lori_dist.training.data import Batch
 from lori_dist.training.engine import Part, Quantity
+from lori_dist.training.model_files import made_from, settings_of
 from lori_dist.training.train import CALIBRATE, digest_of
 from lori_dist.training.weights import skeleton
 from lori_dist.training.world import World
@@ -54,7 +54,7 @@ def run(
     files, is loaded and trained on so many ranks, `seconds` of its last step, with rows * length tokens a rank.
     """
     torch.set_num_threads(1)
-    settings = AutoConfig.from_pretrained(model)
+    settings = settings_of(config.Model(path=str(model)))
     rows_of_table: list[dict[str, Any]] = []
 
     def timed(what: str, do: Callable[[], Any], **more: Any) -> Any:
@@ -99,7 +99,7 @@ def run(
 
 def _on_meta(settings: Any) -> Any:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
+        return made_from(settings, dtype=torch.bfloat16)
 
 
 def _calibrated_b(shapes: Mapping[str, tuple[int, int]], rank: int) -> Iterator[tuple[str, Tensor]]:
@@ -139,7 +139,7 @@ def _make_block(folder: Path, settings: Any) -> Path:
     text = settings.get_text_config()
     text.num_hidden_layers, text.vocab_size = 1, VOCABULARY
     text.bos_token_id = text.eos_token_id = text.pad_token_id = 0
-    AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16).save_pretrained(folder)
+    made_from(settings, dtype=torch.bfloat16).save_pretrained(folder)
     return folder
 
 

@@ -1,15 +1,15 @@
 """The base model with an adapter baked into its weights."""
 
+import dataclasses
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from lori_dist import config
 from lori_dist.adapter.adapter import Adapter, in_memory
@@ -21,22 +21,42 @@ from lori_dist.errors import AdapterError
 from lori_dist.integrations._folder import complete
 from lori_dist.integrations.model_card import UNKNOWN, Origin, text
 from lori_dist.tensors import PIECE_BYTES, Stored, metadata, stored, write
-from lori_dist.training.model import identity, load_tokenizer, weight_files
+from lori_dist.training.model_files import (
+    INDEX,
+    SINGLE,
+    identity,
+    load_tokenizer,
+    loading,
+    settings_of,
+    stored_weights,
+    weight_files,
+)
 from lori_dist.training.weights import skeleton
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
 """Not copied: without the adapter in them, they would be another model."""
 
+ADAPTER = "adapter_config.json"
+"""Not copied either: transformers would put the adapter beside the base, which is not in the sum, on top of it."""
+
 TEMPLATES = "additional_chat_templates"
 """A folder that a tokenizer may have."""
 
 
-def export_folded(run_model_path: str, adapter: Adapter, folder: Path, *, origin: Origin = UNKNOWN) -> None:
+def export_folded(
+    run_model_path: str,
+    adapter: Adapter,
+    folder: Path,
+    *,
+    origin: Origin = UNKNOWN,
+    trust_remote_code: bool = False,
+) -> None:
     """Writes a transformers model, with its tokenizer, whose weights are the base's plus the adapter's updates.
 
     Its model card is the adapter's: a card of the base would not be one of this model.
 
-    run_model_path: the base model, a folder or a name on the hub. Its weight files are read and written one at a time,
+    run_model_path: the base model, a folder or a name on the hub; trust_remote_code: whether Python code of its own may
+    be run. Its weight files are read and written one at a time,
     and each weight piece by piece, so that a piece and the factors of one update are in memory. Names and order of
     files and tensors, every dtype, what is tied and all other files stay as they are. An update is added in fp32 and
     the sum rounded once, so the outputs are those of base and adapter to the rounding of the weights' dtype.
@@ -45,17 +65,21 @@ def export_folded(run_model_path: str, adapter: Adapter, folder: Path, *, origin
     model that cannot be loaded.
     """
     with complete(folder) as partial:
-        _refuse_other_base(run_model_path, adapter)
-        base = config.Model(path=run_model_path, dtype=_dtype(run_model_path))
+        base = config.Model(path=run_model_path, trust_remote_code=trust_remote_code)
+        _refuse_other_base(base, adapter)
+        base = dataclasses.replace(base, dtype=_dtype(base))
         load_tokenizer(base)  # a model without one is refused, and one on the hub is fetched
         updated, whole = _updated(base, adapter)
-        files = weight_files(base)
+        files, first = weight_files(base), stored_weights(base)
         for file in files:
-            found = dict(sorted(stored(file).items(), key=lambda item: item[1].offset))
+            in_order = sorted(stored(file).items(), key=lambda item: item[1].offset)
+            # A tensor that is in two files is the same in both, and becomes the same.
+            found = {name: first[name] for name, _ in in_order}
             layout = {name: (where.dtype, where.shape) for name, where in found.items()}
             pieces = (piece for where in found.values() for piece in _folded(where, updated, adapter, whole))
             write(partial / file.name, layout, pieces, {"format": "pt", **metadata(file)})
-        _copy_others(files[0].parent, partial)
+        # Beside a single file, an index is one of other files.
+        _copy_others(files[0].parent, partial, without={ADAPTER, INDEX} if files[0].name == SINGLE else {ADAPTER})
         name = str(adapter.base.get("name", run_model_path))
         (partial / "README.md").write_text(text(adapter, name, origin, library="transformers"), encoding="utf-8")
 
@@ -81,6 +105,10 @@ def _updated(base: config.Model, adapter: Adapter) -> tuple[dict[Stored, list[_P
     direct: Mapping[str, Stored] = files.direct  # a model's names -> where files have those tensors
     found: dict[Stored, list[_Place]] = {}
     for path, layer in foldable(model, adapter).items():
+        if f"{path}.weight" in files.doubled:
+            raise AdapterError(
+                f"{path}: its weight is twice in the files of {base.path}, under two names; remove one of them"
+            )
         name = path.rpartition(".")[0] if isinstance(layer, Expert) else f"{path}.weight"
         where = direct.get(name)
         if where is not None:
@@ -150,24 +178,28 @@ def _factors(update: Update, is_transposed: bool) -> tuple[Tensor, Tensor]:
     return (a.t(), b.t()) if is_transposed else (b, a)
 
 
-def _copy_others(base: Path, folder: Path) -> None:
+def _copy_others(base: Path, folder: Path, *, without: Collection[str]) -> None:
     """Configuration, tokenizer, index and the like."""
     for item in base.iterdir():
-        if item.is_file() and item.suffix not in WEIGHTS and not item.name.startswith("."):
+        if item.name in without or item.name.startswith("."):
+            continue
+        if item.is_file() and item.suffix not in WEIGHTS:
             shutil.copyfile(item, folder / item.name)
         elif item.is_dir() and item.name == TEMPLATES:
             shutil.copytree(item, folder / item.name)
 
 
-def _refuse_other_base(path: str, adapter: Adapter) -> None:
-    trained_on, found = adapter.base.get("weights"), identity(config.Model(path=path))["weights"]
+def _refuse_other_base(base: config.Model, adapter: Adapter) -> None:
+    trained_on, found = adapter.base.get("weights"), identity(base)["weights"]
     if trained_on is not None and trained_on != found:
         raise AdapterError(
-            f"{path}: has the weights {found}, the adapter was trained on {trained_on}; give the base model it was "
-            "trained on"
+            f"{base.path}: has the weights {found}, the adapter was trained on {trained_on}; give the base model it "
+            "was trained on"
         )
 
 
-def _dtype(path: str) -> config.Dtype:
-    dtype = AutoConfig.from_pretrained(path).dtype or torch.float32
+def _dtype(base: config.Model) -> config.Dtype:
+    with loading(base):
+        settings = settings_of(base)
+    dtype = settings.dtype or settings.get_text_config().dtype or torch.float32
     return cast(config.Dtype, str(dtype).removeprefix("torch."))

@@ -36,9 +36,12 @@ def origin(adapter: Path) -> Origin:
     if record["sha256"][adapter.name] != digest:
         return UNKNOWN
     evaluations = (_record(folder) for folder in sorted(adapter.parent.parent.glob("evaluate-*")))
-    of_this = (of["result"]["evaluation"] for of in evaluations if digest in of.get("inputs", {}).values())
-    measured: Mapping[str, Any] = next(of_this, UNKNOWN.measured)
-    return Origin(settings=record["settings"], measured=measured)
+    of_this = next((of for of in evaluations if digest in of.get("inputs", {}).values()), None)
+    if of_this is None:
+        return Origin(settings=record["settings"])
+    # A merge's own record does not know the base model.
+    settings = {"model": of_this["settings"].get("model"), **record["settings"]}
+    return Origin(settings=settings, measured=of_this["result"]["evaluation"])
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -77,6 +80,7 @@ def text(adapter: Adapter, base_model_name: str, origin: Origin, *, library: str
         "| task | rank | alpha | weight | A | kept entries |",
         "|---|---|---|---|---|---|",
         *(_row(block) for block in adapter.blocks),
+        *_own_code(origin.settings),
         *_training(origin.settings),
         *_measures(origin.measured, metrics),
         "",
@@ -105,6 +109,17 @@ def _row(block: Block) -> str:
     kept = sum(entries.kept for entries in block.entries.values())
     name = block.name.replace("|", "\\|")
     return f"| {name} | {block.rank} | {block.alpha:g} | {block.weight:g} | {made} | {kept:,} |"
+
+
+def _own_code(settings: Mapping[str, Any]) -> list[str]:
+    model = settings.get("model")
+    if not isinstance(model, Mapping) or not model.get("trust_remote_code"):
+        return []
+    return [
+        "",
+        "The base model has Python code of its own, which was run (`model.trust_remote_code: true`); whoever loads the "
+        "base runs that code too, with `trust_remote_code=True`.",
+    ]
 
 
 def _training(settings: Mapping[str, Any]) -> list[str]:

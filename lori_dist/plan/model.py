@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lori_dist.adapter import saved
 from lori_dist.adapter.adapter import Spec
@@ -16,7 +16,8 @@ from lori_dist.adapter.experts import is_experts
 from lori_dist.config import Run
 from lori_dist.errors import ConfigError
 from lori_dist.training.flops import per_token
-from lori_dist.training.model import blocks, loading
+from lori_dist.training.model import blocks
+from lori_dist.training.model_files import check_causal, loading, made_from, settings_of
 from lori_dist.training.quantized import quantize_layers
 
 
@@ -70,6 +71,7 @@ def count(run: Run, *, ranks: int = 1) -> Counted:
     Raises ConfigError for a model whose configuration cannot be read, that has no blocks or fewer positions than a
     row has tokens, and for a mixture of experts, whose activations depend on what it is shown."""
     model = skeleton(run)
+    check_causal(model, run.model)
     experts = next((path for path, module in model.named_modules() if is_experts(module)), None)
     if experts is not None:
         raise ConfigError(
@@ -119,14 +121,16 @@ def count(run: Run, *, ranks: int = 1) -> Counted:
 def skeleton(run: Run, *, num_blocks: int | None = None, quantized: bool = True) -> PreTrainedModel:
     """The base on the meta device, from its config.json alone. num_blocks: so many of them in the place of all."""
     with loading(run.model):
-        settings = AutoConfig.from_pretrained(run.model.path)
+        settings = settings_of(run.model)
         text = settings.get_text_config()
         if num_blocks is not None:
             text.num_hidden_layers = num_blocks
             if getattr(text, "layer_types", None):
                 text.layer_types = text.layer_types[:num_blocks]
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, run.model.dtype))
+            model = made_from(
+                settings, trust_remote_code=run.model.trust_remote_code, dtype=getattr(torch, run.model.dtype)
+            )
     model.requires_grad_(False)
     if quantized and run.model.quantize is not None:
         quantize_layers(model, run.model.quantize)
@@ -143,6 +147,7 @@ def spec(run: Run) -> Spec:
         dtype=getattr(torch, adapter.dtype),
         projection=adapter.projection,
         modules_to_save=adapter.modules_to_save,
+        exclude=adapter.exclude,
     )
 
 

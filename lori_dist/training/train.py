@@ -608,6 +608,7 @@ def spec_of(run: Run, task: str) -> Spec:
         dtype=getattr(torch, adapter.dtype),
         projection=adapter.projection,
         modules_to_save=adapter.modules_to_save,
+        exclude=adapter.exclude,
     )
 
 

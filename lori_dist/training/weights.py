@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any, Protocol, cast
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -20,13 +21,19 @@ from lori_dist.adapter.experts import AdaptedExperts
 from lori_dist.adapter.linear import AdaptedLinear, Delta
 from lori_dist.adapter.packed import PackedDelta
 from lori_dist.errors import ConfigError
-from lori_dist.tensors import Stored, stored
+from lori_dist.tensors import Stored
 from lori_dist.training.engine import Part
-from lori_dist.training.model import attention, check_attention, loading, weight_files
+from lori_dist.training.model_files import check_causal, loading, made_from, settings_of, stored_weights
 from lori_dist.training.quantized import QuantizedWeights, quantize_layers
 
 HOLDERS = (AdaptedLinear, AdaptedExperts)
 """What an adapter puts in the place of modules of the base, which are then their `base`."""
+
+
+UNUSED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+"""Tensors that older files have and models compute by themselves."""
+
+log = logging.getLogger(__name__)
 
 
 class Weights(Protocol):
@@ -47,26 +54,38 @@ def skeleton(model: config.Model) -> tuple[PreTrainedModel, Weights]:
     """
     dtype = getattr(torch, model.dtype)
     with loading(model):
-        settings = AutoConfig.from_pretrained(model.path)
+        settings = settings_of(model)
         if getattr(settings, "quantization_config", None) is not None:
             raise ConfigError(f"model.path: {model.path!r} is quantised, which is not supported; give the base itself")
-        made = without_weights(settings, dtype, **attention(model))
+        attention = {} if model.attention is None else {"attn_implementation": model.attention}
+        made = without_weights(settings, dtype, trust_remote_code=model.trust_remote_code, **attention)
         _keep_exact(made, dtype)
-        weights = _Files(made, {name: where for file in weight_files(model) for name, where in stored(file).items()})
+        weights = _Files(made, stored_weights(model))
     weights.check(model.path)
-    check_attention(made, model)
+    _check_attention(made, model)
+    check_causal(made, model)
     if model.quantize is None:
         return made.eval(), weights
     quantize_layers(made, model.quantize)
     return made.eval(), QuantizedWeights(made, weights.read)
 
 
-def without_weights(settings: Any, dtype: torch.dtype, **more: Any) -> PreTrainedModel:
-    """The model of a configuration, its parameters on the meta device, its buffers real."""
+def without_weights(settings: PretrainedConfig, dtype: torch.dtype, **more: Any) -> PreTrainedModel:
+    """The model of a configuration, its parameters on the meta device, its buffers real. more: as `made_from` takes."""
     with init_empty_weights(include_buffers=False):
-        made = cast(PreTrainedModel, AutoModelForCausalLM.from_config(settings, dtype=dtype, **more))
+        made = made_from(settings, dtype=dtype, **more)
     made.tie_weights()
     return made
+
+
+def _check_attention(made: PreTrainedModel, model: config.Model) -> None:
+    """Raises ConfigError where transformers has taken another one than was asked for, as it does for some models."""
+    found = made.config._attn_implementation
+    if model.attention not in (None, found):
+        raise ConfigError(
+            f"model.attention: got {model.attention}, and transformers takes {found} for {type(made).__name__}; set "
+            f"{found}, or remove the key"
+        )
 
 
 def _keep_exact(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -86,6 +105,10 @@ class _Files:
         self.direct: dict[str, Stored] = {}
         self.converted: dict[str, _Conversion] = {}
         self.rows: dict[str, list[dict[Stored, int]]] = {}
+        self.unused: list[str] = []
+        """Names in files that the model has no place for."""
+        self.doubled: set[str] = set()
+        """The model's names of weights that files have under two names, with the same values."""
         shapes = model.state_dict()
         transforms = get_model_conversion_mapping(model)
         renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
@@ -100,7 +123,12 @@ class _Files:
                 made = conversions.setdefault(name, _Conversion(converter=by_pattern[pattern], name=name))
                 made.sources.append((source, pattern, found[source]))
             elif name in shapes:
+                if name in self.direct:
+                    _refuse_two(name, source, found[source], self.direct[name])
+                    self.doubled.add(name)
                 self.direct[name] = found[source]
+            else:
+                self.unused.append(source)
         for conversion in conversions.values():
             self.converted.update(dict.fromkeys(conversion.make(model, "meta"), conversion))
         self._share_tied(model)
@@ -130,10 +158,20 @@ class _Files:
             and (name not in self.direct or self.direct[name].shape != tuple(tensor.shape))
         )
         if lacking:
-            shown = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+            others = f", and have {len(self.unused)} of other names ({_first(self.unused)})" if self.unused else ""
             raise ConfigError(
                 f"model.path: the weights in {path!r} lack {len(lacking)} tensors of the shape config.json asks for "
-                f"({shown}); give a folder whose weights and config.json belong together"
+                f"({_first(lacking)}){others}; give a folder whose weights and config.json belong together"
+            )
+        ignored = [*(self.model._keys_to_ignore_on_load_unexpected or ()), *UNUSED]
+        unused = [name for name in self.unused if not any(re.search(pattern, name) for pattern in ignored)]
+        if unused:
+            log.warning(
+                "model.path: the weights in %s have %d tensors that %s has no place for (%s); they are not used",
+                path,
+                len(unused),
+                type(self.model).__name__,
+                _first(unused),
             )
 
     def read(self, name: str, into: Tensor, start: int) -> None:
@@ -195,6 +233,16 @@ class _Conversion:
             converter.add_tensor(self.name, source, pattern, cast(Any, tensor))
         made = converter.convert(self.name, model=model, config=model.config)
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
+
+def _refuse_two(name: str, source: str, one: Stored, other: Stored) -> None:
+    """Two names in files may stand for one weight, as with and without the model's prefix, if both are the same."""
+    if not one.equals(other):
+        raise ValueError(f"{name} is twice in the weights, the second time as {source}, with other values")
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:

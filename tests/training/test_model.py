@@ -79,8 +79,8 @@ def pickle_weights(folder: Path) -> None:
     ("damage", "message"),
     [
         (remove_weights, "cannot be loaded"),
-        (cut_weights, "cannot be loaded (SafetensorError"),
-        (pickle_weights, "cannot be loaded"),
+        (cut_weights, "model.safetensors is cut off"),
+        (pickle_weights, "pytorch_model.bin cannot be read: save the model with safetensors"),
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be loaded"),
         (lambda folder: edit(folder, model_type="nonesuch"), "nonesuch"),
         (

@@ -1,5 +1,6 @@
 """A base that is read to where it belongs is the one that transformers loads."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from lori_dist.adapter.adapter import Spec
-from lori_dist.adapter.attach import attach
+from lori_dist.adapter.attach import attach, detach, fold
 from lori_dist.config import Model
 from lori_dist.errors import ConfigError
+from lori_dist.integrations.folded import export_folded
 from lori_dist.training.engine import Part
-from lori_dist.training.model import check_device, load_model
+from lori_dist.training.model import check_device, identity, load_model
 from lori_dist.training.weights import base_parameters, fill, materialize, skeleton, whole
+from tests.integrations.made import trained
 from tests.models import tiny_gpt2, tiny_llama
+from tests.tokenizers import save
 
 
 def tiny_mixtral() -> MixtralForCausalLM:
@@ -45,6 +49,10 @@ def read(model: Model) -> Any:
     return made
 
 
+def by_transformers(folder: Path, dtype: str = "float32") -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+
+
 def assert_same(found: Any, wanted: Any) -> None:
     for kind in ("named_parameters", "named_buffers"):
         ours, theirs = dict(getattr(found, kind)()), dict(getattr(wanted, kind)())
@@ -61,7 +69,9 @@ def assert_same(found: Any, wanted: Any) -> None:
 def test_it_is_what_transformers_loads(name: str, dtype: Any, stored: torch.dtype, tmp_path: Path) -> None:
     MODELS[name]().to(stored).save_pretrained(tmp_path, max_shard_size="60KB")
     model = Model(path=str(tmp_path), dtype=dtype)
-    assert_same(read(model), load_model(model))
+    wanted = by_transformers(tmp_path, dtype)
+    assert_same(read(model), wanted)
+    assert_same(load_model(model), wanted)
 
 
 def test_attention_is_computed_as_asked_for(tmp_path: Path) -> None:
@@ -89,8 +99,7 @@ def test_attention_that_has_no_backward_pass_on_a_cpu_is_refused() -> None:
 
 def test_names_without_the_model_s_prefix_are_found(tmp_path: Path) -> None:
     tiny_gpt2().transformer.save_pretrained(tmp_path)  # as the files of GPT-2 itself are
-    model = Model(path=str(tmp_path))
-    assert_same(read(model), load_model(model))
+    assert_same(load_model(Model(path=str(tmp_path))), by_transformers(tmp_path))
 
 
 def test_tied_weights_that_differ_are_not_tied(tmp_path: Path) -> None:
@@ -157,3 +166,153 @@ def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
     config.write_text(config.read_text().replace("{", '{"quantization_config": {"quant_method": "fp8"},', 1))
     with pytest.raises(ConfigError, match="is quantised, which is not supported"):
         skeleton(Model(path=str(tmp_path)))
+
+
+# --- odd folders -----------------------------------------------------------------------------------------------------
+
+
+def shard(folder: Path, tensors: dict[str, torch.Tensor], count: int = 2) -> None:
+    """An index, and files of the tensors."""
+    names = {}
+    for number in range(count):
+        file = f"model-{number + 1:05}-of-{count:05}.safetensors"
+        piece = dict(list(tensors.items())[number::count])
+        save_file(piece, folder / file, metadata={"format": "pt"})
+        names |= dict.fromkeys(piece, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+
+def two_sets(folder: Path) -> None:
+    """Of which transformers reads the single file."""
+    shard(folder, {name: tensor * 2 for name, tensor in load_file(folder / SINGLE).items()})
+
+
+def adapter_beside(folder: Path) -> None:
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    peft.get_peft_model(tiny_llama(), settings).save_pretrained(folder)
+
+
+def pickle_beside(folder: Path) -> None:
+    torch.save({name: tensor * 2 for name, tensor in load_file(folder / SINGLE).items()}, folder / "pytorch_model.bin")
+
+
+def consolidated_beside(folder: Path) -> None:
+    tensors = {name: tensor * 2 for name, tensor in load_file(folder / SINGLE).items()}
+    save_file(tensors, folder / "consolidated.safetensors")
+
+
+def more_tensors(folder: Path) -> None:
+    tensors = load_file(folder / SINGLE)
+    tensors["model.layers.9.mlp.up_proj.weight"] = torch.ones(2, 2)
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+
+
+def in_two_shards(folder: Path) -> None:
+    """One of which has all of the other's tensors as well."""
+    tensors = load_file(folder / SINGLE)
+    shard(folder, tensors)
+    save_file(tensors, folder / "model-00002-of-00002.safetensors", metadata={"format": "pt"})
+    (folder / SINGLE).unlink()
+
+
+SINGLE = "model.safetensors"
+HARMLESS = [two_sets, adapter_beside, pickle_beside, consolidated_beside, more_tensors, in_two_shards]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
+@pytest.mark.parametrize("damage", HARMLESS)
+def test_an_odd_folder_is_the_same_base_to_every_reader(damage: Callable[[Path], None], tmp_path: Path) -> None:
+    save(tiny_llama(), tmp_path / "base")
+    damage(tmp_path / "base")
+    model = Model(path=str(tmp_path / "base"))
+    for made in (read(model), load_model(model)):
+        assert_same(made, tiny_llama().eval())
+    # What an adapter is folded into is that base too, and what is written is nothing but it.
+    adapter = trained(tiny_llama(), base=identity(model))
+    export_folded(model.path, adapter, tmp_path / "folded")
+    wanted = tiny_llama()
+    attach(wanted, adapter)
+    fold(wanted)
+    detach(wanted)
+    found = by_transformers(tmp_path / "folded")
+    assert type(found) is type(wanted)
+    for (name, ours), theirs in zip(found.named_parameters(), wanted.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=name)
+
+
+def index_of_nothing(folder: Path) -> None:
+    shard(folder, load_file(folder / SINGLE))
+    (folder / SINGLE).unlink()
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def index_out_of_the_folder(folder: Path) -> None:
+    shard(folder, load_file(folder / SINGLE))
+    (folder / SINGLE).rename(folder.parent / SINGLE)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00002-of-00002", "../model"))
+
+
+def index_without_a_map(folder: Path) -> None:
+    (folder / SINGLE).unlink()
+    (folder / "model.safetensors.index.json").write_text("[]")
+
+
+def differing_shards(folder: Path) -> None:
+    in_two_shards(folder)
+    tensors = {name: tensor + 1 for name, tensor in load_file(folder / "model-00001-of-00002.safetensors").items()}
+    save_file(tensors, folder / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
+
+
+def wrapped(prefix: str) -> Callable[[Path], None]:
+    """As DDP and torch.compile name a model's weights."""
+
+    def rename(folder: Path) -> None:
+        tensors = {f"{prefix}{name}": tensor for name, tensor in load_file(folder / SINGLE).items()}
+        save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+
+    return rename
+
+
+def transposed(folder: Path) -> None:
+    tensors = {name: tensor.t().contiguous() for name, tensor in load_file(folder / SINGLE).items()}
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+
+
+def both_names(folder: Path) -> None:
+    tensors = load_file(folder / SINGLE)
+    tensors["norm.weight"] = tensors["model.norm.weight"] + 1
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+
+
+def consolidated_only(folder: Path) -> None:
+    (folder / SINGLE).rename(folder / "consolidated.safetensors")
+
+
+REFUSED = {
+    index_of_nothing: "names 1 files that are not there: model-00002-of-00002.safetensors",
+    index_out_of_the_folder: "names '../model.safetensors', wanted the name of a safetensors file beside it",
+    index_without_a_map: "model.safetensors.index.json has no weight_map",
+    differing_shards: "is in model-00001-of-00002.safetensors and, with other values, in model-00002-of-00002",
+    wrapped("module."): "have 21 of other names (module.",
+    wrapped("_orig_mod."): "have 21 of other names (_orig_mod.",
+    transposed: "tensors of the shape config.json asks for",
+    both_names: "model.norm.weight is twice in the weights",
+    consolidated_only: "consolidated.safetensors cannot be read",
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), REFUSED.items())
+def test_an_odd_folder_that_is_no_base_is_refused_by_every_reader(
+    damage: Callable[[Path], None], message: str, tmp_path: Path
+) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    damage(tmp_path / "base")
+    found = []
+    for use in (skeleton, load_model):
+        with pytest.raises(ConfigError, match=r"^model.path: ") as caught:
+            use(Model(path=str(tmp_path / "base")))
+        found.append(str(caught.value))
+    assert found[0] == found[1]
+    assert message in found[0] and "\n" not in found[0]

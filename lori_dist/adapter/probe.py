@@ -1,0 +1,247 @@
+"""What a model does with tokens, seen on a small copy of it: which layers run, and whether tokens see later ones.
+
+Both are properties of a model's code and configuration, not of its weights. So the copy has the model's class and its
+configuration with narrow layers and few words, random weights, and all its blocks, or the first few where even these
+are large. A copy of a model of 70B parameters has about 20M and answers in a second or two, on the CPU; ranks, a plan
+and a dry run make the same copy and get the same answer, whatever engine shards the model itself, and before any of its
+weights is read. Where no copy can be made, as of models whose configuration transformers does not define, nothing is
+known, and the log says so.
+"""
+
+import contextlib
+import copy
+import itertools
+import json
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lori_dist.adapter.experts import is_experts
+from lori_dist.adapter.linear import is_conv1d
+
+SCALES = (64, 32, 16, 8, 4, 2, 1)
+"""What widths are divided by, the first that gives a model that computes."""
+MOST_PARAMETERS = 2**24
+"""Of a copy with all blocks: 64 MB."""
+NUM_BLOCKS = 8
+"""Of a copy that would be larger."""
+VOCABULARY = 256
+NUM_TOKENS = 6
+LEAK = 1e-3
+"""Of the range of the logits. Rounding moves them by less than 1e-5 of it, a token that is seen by 1e-2 or more."""
+
+_WIDTH = re.compile(
+    r"(_size|_dim|_headdim|_rank|_width|_channels|_d_head|_d_ssm)$|^(n_embd|n_inner|d_model|d_ff|d_inner|d_kv|dim|width)$"
+)
+_NO_WIDTH = re.compile(
+    r"vocab|patch|image|kernel|chunk|block|window|group|merge|pool|batch|conv|state|in_channels|num_channels|crop|tile|max"
+)
+_OF_A_HEAD = re.compile(r"head_?dim|d_head|rope|nope")
+_HEADS = re.compile(r"^(num|n)_?([a-z]+_)*heads?(_kv)?$")
+_CHUNK = re.compile(r"chunk_size$")
+"""Tokens that a state space model pads a row to."""
+_BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probe:
+    """What is known of a model."""
+
+    layers: frozenset[str]
+    """Paths of the copy's linear layers and fused experts."""
+    idle: frozenset[str]
+    """Those of them that are never called when the model reads tokens: an update there would do nothing."""
+    is_causal: bool | None
+    """Whether no logit depends on a later token; None for models without logits at every token."""
+
+    def is_idle(self, path: str) -> bool:
+        """Of the model's layer at a path. Blocks that the copy does not have are as those it has."""
+        if path in self.layers:
+            return path in self.idle
+        alike = [other for other in self.layers if _kind(other) == _kind(path)]
+        return bool(alike) and self.idle.issuperset(alike)
+
+
+NOTHING = Probe(layers=frozenset(), idle=frozenset(), is_causal=None)
+_known: dict[tuple[type, str], Probe] = {}
+
+
+def probe(model: nn.Module) -> Probe:
+    """What is known of a model of transformers; nothing of other modules. The model may be on the meta device.
+
+    It is kept, so that a second call for the same configuration costs nothing.
+    """
+    settings = getattr(model, "config", None)
+    if not hasattr(settings, "to_dict") or getattr(model, "main_input_name", None) != "input_ids":
+        return NOTHING
+    key = type(model), json.dumps(settings.to_dict(), sort_keys=True, default=str)
+    if key not in _known:
+        _known[key] = _probed(type(model), settings)
+    return _known[key]
+
+
+def _probed(kind: type, settings: Any) -> Probe:
+    problem: Exception | None = None
+    for scale, fewer_heads in itertools.product(SCALES, (False, True)):
+        try:
+            with _quietly():
+                small = _copy(kind, settings, scale, fewer_heads)
+                if small is not None:
+                    return _observed(small)
+        except Exception as error:  # widths that do not fit together fail in any way
+            problem = error
+    reason = "too large" if problem is None else f"{type(problem).__name__}: {problem}".partition("\n")[0]
+    log.warning("%s: no small copy of it computes (%s), so layers that never run are not found", kind.__name__, reason)
+    return NOTHING
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without words, without a trace in the random numbers of torch, on the CPU in float32."""
+    library, dtype = logging.getLogger("transformers"), torch.get_default_dtype()
+    level = library.level
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+        warnings.simplefilter("ignore")
+        library.setLevel(logging.CRITICAL)
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            library.setLevel(level)
+
+
+# --- a copy ----------------------------------------------------------------------------------------------------------
+
+
+def _copy(kind: type, settings: Any, scale: int, fewer_heads: bool) -> Any:
+    """A model of the same kind and structure, narrower; None where it is too large all the same.
+
+    fewer_heads: whether there are fewer heads of the same width, in the place of as many that are narrower.
+    """
+    small = _narrow(copy.deepcopy(settings), scale, fewer_heads)
+    if _num_parameters(kind, small) > MOST_PARAMETERS:
+        _cut(small)
+        if _num_parameters(kind, small) > 8 * MOST_PARAMETERS:
+            return None
+    torch.manual_seed(0)
+    made = kind(small).float().eval()
+    for parameter in made.parameters():
+        if parameter.ndim > 1:  # larger than models begin with, so that every token has a say
+            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    return made
+
+
+def _num_parameters(kind: type, settings: Any) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in kind(copy.deepcopy(settings)).parameters())
+
+
+def _parts(settings: Any) -> Iterator[Any]:
+    """A configuration and those in it, of the text and of pictures."""
+    yield settings
+    for value in list(vars(settings).values()):
+        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
+            yield from _parts(value)
+
+
+def _narrow(settings: Any, scale: int, fewer_heads: bool) -> Any:
+    for part in _parts(settings):
+        for name, value in list(vars(part).items()):
+            if _HEADS.search(name) or (_OF_A_HEAD.search(name) and _WIDTH.search(name)):
+                if fewer_heads == (_HEADS.search(name) is not None):
+                    setattr(part, name, _divided(value, scale))
+            elif _WIDTH.search(name) and not _NO_WIDTH.search(name):
+                setattr(part, name, _divided(value, scale))
+            elif name == "vocab_size" and isinstance(value, int) and value > VOCABULARY:
+                part.vocab_size = VOCABULARY
+            elif _CHUNK.search(name) and isinstance(value, int):
+                setattr(part, name, min(value, 2 * NUM_TOKENS))
+            elif name in ("rope_scaling", "rope_parameters") and isinstance(value, dict):
+                sections = value.get("mrope_section")
+                if sections and not fewer_heads:
+                    setattr(part, name, {**value, "mrope_section": _sections(sections, scale)})
+        padding = getattr(part, "pad_token_id", None)
+        if isinstance(padding, int) and padding >= getattr(part, "vocab_size", padding + 1):
+            part.pad_token_id = 0
+    if getattr(settings, "_attn_implementation", None) not in (None, "eager", "sdpa"):
+        settings._attn_implementation = "eager"  # others need a GPU
+    if hasattr(settings, "_experts_implementation"):
+        settings._experts_implementation = "eager"  # others need wide rows
+    return settings
+
+
+def _divided(value: Any, scale: int) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(_divided(item, scale) for item in value)
+    return max(1, -(-value // scale)) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _sections(sizes: list[int], scale: int) -> list[int]:
+    """Of as many numbers, whose sum is divided."""
+    size, rest = divmod(max(len(sizes), sum(sizes) // scale), len(sizes))
+    return [size + (number < rest) for number in range(len(sizes))]
+
+
+def _cut(settings: Any) -> None:
+    """Leaves the first blocks of each part, and what lists say of them."""
+    for part in _parts(settings):
+        for name in _BLOCKS:
+            count = vars(part).get(name)
+            if isinstance(count, int) and count > NUM_BLOCKS:
+                for other, value in list(vars(part).items()):
+                    if isinstance(value, list) and len(value) == count:
+                        setattr(part, other, value[:NUM_BLOCKS])
+                setattr(part, name, NUM_BLOCKS)
+
+
+# --- what it does ----------------------------------------------------------------------------------------------------
+
+
+def _observed(model: Any) -> Probe:
+    layers = {path: module for path, module in model.named_modules() if _is_layer(module)}
+    called: set[str] = set()
+    for path, module in layers.items():
+        module.register_forward_pre_hook(lambda module, inputs, path=path: called.add(path))
+    ids = _two_rows(model)
+    more = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
+    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **more)
+    idle = frozenset(layers) - called
+    return Probe(layers=frozenset(layers), idle=idle, is_causal=_is_causal(getattr(output, "logits", None)))
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_conv1d(module) or is_experts(module)
+
+
+def _two_rows(model: Any) -> Tensor:
+    """Two rows of tokens that differ in the last."""
+    size = model.get_input_embeddings().weight.shape[0]
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
+    usable = [token for token in range(min(3, size // 2), size) if token != padding][: NUM_TOKENS + 1]
+    if len(usable) <= NUM_TOKENS:
+        raise ValueError(f"the vocabulary has only {size} tokens")
+    return torch.tensor([usable[:-1], [*usable[:-2], usable[-1]]])
+
+
+def _is_causal(logits: Any) -> bool | None:
+    """Whether those before the last token are the same in both rows."""
+    if not isinstance(logits, Tensor) or logits.shape[:2] != (2, NUM_TOKENS):
+        return None
+    extent = logits.max() - logits.min()
+    if not torch.isfinite(logits).all() or torch.equal(logits[0, -1], logits[1, -1]):
+        raise ValueError("its logits do not tell two tokens apart")
+    return bool((logits[0, :-1] - logits[1, :-1]).abs().max() < LEAK * extent)
+
+
+def _kind(path: str) -> str:
+    """The path without the number of its block."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
