@@ -46,6 +46,31 @@ def read(path: str, template: config.Template, *, where: str = "") -> list[Text]
     return texts
 
 
+def is_byte_level(normalizer: Mapping[str, Any] | None, pre_tokenizer: Mapping[str, Any] | None) -> bool:
+    """Whether a tokenizer with these parts, as `tokenizer.json` has them, makes tokens of a text's bytes and nothing else.
+
+    It then puts no blank before a text and leaves nothing out, so that the tokens of two texts, one after the other,
+    are those of a text. Of other tokenizers this is not known.
+    """
+    normalizers, pieces = _flat(normalizer, "normalizers"), _flat(pre_tokenizer, "pretokenizers")
+    levels = [part for part in (*normalizers, *pieces) if part.get("type") == "ByteLevel"]
+    return (
+        bool(levels)
+        and not any(part.get("add_prefix_space") for part in levels)
+        and all(part.get("type") in ("ByteLevel", "NFC", "NFD", "NFKC", "NFKD", "Lowercase") for part in normalizers)
+        and all(part.get("type") in ("ByteLevel", "Split", "Digits", "Punctuation") for part in pieces)
+        and not any(part.get("behavior") == "Removed" for part in pieces)
+    )
+
+
+def _flat(part: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
+    if part is None:
+        return []
+    if part.get("type") != "Sequence":
+        return [part]
+    return [piece for inner in part.get(key, []) for piece in _flat(inner, key)]
+
+
 def check(run: config.Run) -> None:
     """Raises ConfigError with every row of every file of the run that cannot be used, before anything is trained."""
     problems = []

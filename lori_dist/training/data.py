@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lori_dist import config, rows
 from lori_dist.errors import ConfigError
+from lori_dist.training import tokens
 from lori_dist.training.device import put
 
 IGNORED = -100
@@ -35,7 +36,7 @@ class Example:
     prompt_ids: tuple[int, ...]
     """Starts with bos if the tokenizer adds it."""
     response_ids: tuple[int, ...]
-    """Ends with eos, unless the response was cut off."""
+    """From the first token that has a character of the response. Ends with eos, unless the response was cut off."""
 
     @property
     def num_tokens(self) -> int:
@@ -101,14 +102,9 @@ def _of_messages(messages: Sequence[rows.Message], tokenizer: PreTrainedTokenize
     if not whole.startswith(prompt):
         raise ConfigError("it changes what was before when an answer follows, so the answer cannot be told from it")
     response, eos = whole[len(prompt) :].rstrip("\n"), str(tokenizer.eos_token)
-    if tokenizer.bos_token and _adds_bos(tokenizer):
+    if tokenizer.bos_token and tokens.adds_bos(tokenizer):
         prompt = prompt.removeprefix(tokenizer.bos_token)
     return prompt, response.removesuffix(eos)
-
-
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    [ids] = _tokens(["a"], tokenizer, special=True)
-    return ids[0] == tokenizer.bos_token_id
 
 
 def responses(labels: Sequence[str], template: config.Template) -> tuple[str, ...]:
@@ -125,23 +121,24 @@ def encode(
 ) -> list[Example]:
     """Rows of (prompt, response) as tokens, at most max_length of them a row, in their order.
 
-    A response longer than max_length - 1 loses its end (and with it eos); a prompt that does not fit before its
-    response loses its beginning, apart from bos. How many did is logged.
+    A row's tokens are those of prompt + response, see `tokens.pairs`, and eos. A response longer than max_length - 1
+    loses its end (and with it eos); a prompt that does not fit before its response loses its beginning, apart from
+    bos. How many did is logged, and a warning where a prompt's last blank changes its tokens.
     where: the rows' place in the configuration (`tasks.sst2.train`), for messages.
     Raises ConfigError if the tokenizer has no eos, or if a prompt gives no token at all.
     """
     if max_length < 2:
         raise ConfigError(f"train.max_length: {max_length} was given; a prompt and a response need at least 2 tokens")
-    prompts = prompt_ids([prompt for prompt, _ in rows], tokenizer)
-    responses = response_ids([response for _, response in rows], tokenizer)
+    eos = tokens.eos_id(tokenizer)
     examples = []
     num_cut_prompts = num_cut_responses = 0
-    for (prompt, response), before, after in zip(rows, prompts, responses, strict=True):
-        kept_after = after[: max_length - 1]
-        kept_before = shorten(before, max_length - len(kept_after), tokenizer)
+    for (prompt, response), (before, after) in zip(rows, tokens.pairs(rows, tokenizer), strict=True):
+        kept_after = (*after, eos)[: max_length - 1]
+        kept_before = tokens.shorten(before, max_length - len(kept_after), tokenizer)
         num_cut_prompts += len(kept_before) < len(before)
-        num_cut_responses += len(kept_after) < len(after)
+        num_cut_responses += len(kept_after) <= len(after)
         examples.append(Example(prompt=prompt, response=response, prompt_ids=kept_before, response_ids=kept_after))
+    tokens.warn_of_blanks(rows, tokenizer, where)
     if num_cut_prompts or num_cut_responses:
         log.warning(
             "%sof %d rows, %d prompts lost their beginning and %d responses their end to fit train.max_length=%d",
@@ -152,52 +149,6 @@ def encode(
             max_length,
         )
     return examples
-
-
-def prompt_ids(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
-    """Tokens of prompts, with bos if the tokenizer adds it. An eos that it adds is dropped: the response follows."""
-    found = _tokens(prompts, tokenizer, special=True)
-    if _adds_eos(tokenizer):
-        found = [ids[:-1] for ids in found]
-    for prompt, ids in zip(prompts, found, strict=True):
-        if not ids:
-            raise ConfigError(
-                f"the prompt {prompt!r} gives no tokens, as the tokenizer adds no bos; a response needs at least one "
-                "token before it, so begin the template's prompt with some text"
-            )
-    return found
-
-
-def response_ids(responses: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
-    """Tokens of responses, with eos at the end."""
-    eos = tokenizer.eos_token_id
-    if not isinstance(eos, int):
-        raise ConfigError("model.path: the tokenizer has no eos token, so no response could end; set its eos_token")
-    return [(*ids, eos) for ids in _tokens(responses, tokenizer, special=False)]
-
-
-def shorten(ids: tuple[int, ...], length: int, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """A prompt of at most `length` >= 1 tokens: its beginning goes, apart from bos."""
-    if len(ids) <= length:
-        return ids
-    if ids[0] == tokenizer.bos_token_id:
-        return ids[:1] + ids[len(ids) - length + 1 :]
-    return ids[len(ids) - length :]
-
-
-def _tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, special: bool) -> list[tuple[int, ...]]:
-    if not texts:
-        return []
-    # verbose: a row longer than the tokenizer's limit is cut here, not warned about there.
-    found = tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
-    shared: dict[int, int] = {}  # one int object a token of the vocabulary, not one a token of the text
-    return [tuple(shared.setdefault(token, token) for token in ids) for ids in found]
-
-
-def _adds_eos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether it ends a text with eos; a text that itself ends with eos keeps it."""
-    [with_special], [without] = (_tokens(["a"], tokenizer, special=special) for special in (True, False))
-    return len(with_special) > len(without) and with_special[-1] == tokenizer.eos_token_id
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
