@@ -1,5 +1,6 @@
 """Rows in batches that need little padding, or none where the model would see it."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Literal
@@ -13,7 +14,7 @@ from lori_dist.training.device import put
 Ids = Sequence[int]
 Side = Literal["left", "right"]
 STEPS = 3
-"""Tokens that are generated to find out whether a model sees padding on the left."""
+"""At most so many tokens are written to find out whether a model sees padding on the left."""
 
 
 def by_length(lengths: Sequence[int], batch_size: int, *, is_padded: bool = True) -> Iterator[list[int]]:
@@ -29,8 +30,10 @@ def by_length(lengths: Sequence[int], batch_size: int, *, is_padded: bool = True
 
 
 @torch.no_grad()
-def hides_padding(model: PreTrainedModel, rows: Sequence[Ids], pad: int, side: Side) -> bool:
+def hides_padding(model: PreTrainedModel, rows: Sequence[Ids], pad: int, side: Side, *, steps: int = STEPS) -> bool:
     """Whether the shortest of the rows gives the same logits alone and padded to the longest, to rounding.
+
+    steps: on the left, tokens that the model has positions for after the longest row.
 
     Attention hides padding. Recurrent models that do not look at the attention mask (RWKV, some kinds of linear
     attention) read padding on the left as text; models whose positions depend on the longest row of a batch see it on
@@ -39,7 +42,7 @@ def hides_padding(model: PreTrainedModel, rows: Sequence[Ids], pad: int, side: S
     short, long = min(rows, key=len, default=()), max(rows, key=len, default=())
     if len(short) == len(long):
         return True
-    logits = _written if side == "left" else _read
+    logits = functools.partial(_written, steps=min(steps, STEPS)) if side == "left" else _read
     alone, together = logits(model, [short], pad), logits(model, [short, long], pad)
     tolerance = max(1e-4, 4 * torch.finfo(model.dtype).eps)
     for one, other in zip(alone, together, strict=True):
@@ -59,7 +62,7 @@ def left_padded(rows: Sequence[Ids], pad: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(input_ids), torch.tensor(attention_mask)
 
 
-def _written(model: PreTrainedModel, rows: Sequence[Ids], pad: int) -> list[Tensor]:
+def _written(model: PreTrainedModel, rows: Sequence[Ids], pad: int, *, steps: int) -> list[Tensor]:
     """The first row's logits, fp32, of each token that is written after it."""
     input_ids, attention_mask = left_padded(rows, pad)
     found = model.generate(
@@ -69,7 +72,7 @@ def _written(model: PreTrainedModel, rows: Sequence[Ids], pad: int) -> list[Tens
             do_sample=False,
             use_cache=True,
             pad_token_id=pad,
-            max_new_tokens=STEPS,
+            max_new_tokens=steps,
             output_logits=True,
             return_dict_in_generate=True,
         ),

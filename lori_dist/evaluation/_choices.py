@@ -59,11 +59,11 @@ def _candidates(subject: Subject, *, with_end: bool) -> list[Example]:
     tokens = pairs(texts, subject.tokenizer)
     candidates = []
     for first in range(0, len(texts), len(subject.labels)):
-        of_row = [(before, (*after, eos)[: longest - 1]) for before, after in tokens[first : first + len(subject.labels)]]
+        of_row = [
+            (before, (*after, eos)[: longest - 1]) for before, after in tokens[first : first + len(subject.labels)]
+        ]
         too_many = max(0, *(len(before) + len(after) - longest for before, after in of_row))
-        for (prompt, label), (_, whole), (before, after) in zip(
-            texts[first:], tokens[first:], of_row, strict=False
-        ):
+        for (prompt, label), (_, whole), (before, after) in zip(texts[first:], tokens[first:], of_row, strict=False):
             if not whole:
                 raise ConfigError(f"tasks.{subject.task}.labels: {label!r} gives no tokens; give labels with text")
             candidates.append(

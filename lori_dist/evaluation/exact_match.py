@@ -64,7 +64,9 @@ def complete(subject: Subject) -> list[str]:
         max_new_tokens=subject.max_new_tokens,
     )
     with _without_settings(subject.model):
-        is_padded = subject.batch_size == 1 or hides_padding(subject.model, prompts, pad, "left")
+        is_padded = subject.batch_size == 1 or hides_padding(
+            subject.model, prompts, pad, "left", steps=subject.max_new_tokens
+        )
         for rows in by_length([len(prompt) for prompt in prompts], subject.batch_size, is_padded=is_padded):
             input_ids, attention_mask = left_padded([prompts[row] for row in rows], pad)
             device = subject.model.device

@@ -1,9 +1,9 @@
 """Rows of text as batches of tokens: which rows a step takes is a function of the seed and the step alone."""
 
+import datetime
 import functools
 import logging
 import math
-import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar, cast
@@ -70,15 +70,21 @@ class Batch:
 
 
 def read(
-    path: str, template: config.Template, *, where: str = "", tokenizer: PreTrainedTokenizerBase | None = None
+    path: str,
+    template: config.Template,
+    *,
+    where: str = "",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    labels: Sequence[str] | None = None,
 ) -> list[tuple[str, str]]:
     """The (prompt, response) of every row of a file, in its order; blank lines are skipped.
 
     where: the file's place in the configuration (`tasks.sst2.train`), for messages. tokenizer: whose chat template
-    makes text of messages; bos and eos, which `encode` adds, are left out.
+    makes text of messages; bos and eos, which `encode` adds, are left out. labels: all values that the template's
+    response may have.
     Raises ConfigError as `rows.read`, and for messages that the tokenizer cannot make text of.
     """
-    texts = rows.read(path, template, where=where)
+    texts = rows.read(path, template, where=where, labels=labels)
     if template.messages is None:
         return cast(list[tuple[str, str]], texts)
     assert tokenizer is not None
@@ -88,29 +94,37 @@ def read(
     found = []
     for number, messages in enumerate(texts, start=1):
         try:
-            found.append(_of_messages(cast(Sequence[rows.Message], messages), tokenizer))
+            found.append(_of_messages(cast(Sequence[rows.Message], messages), tokenizer, template.date))
         except Exception as error:  # templates raise errors of their own
             raise ConfigError(f"{prefix}{path}: row {number}: the chat template refuses it ({error})") from error
     return found
 
 
-def _of_messages(messages: Sequence[rows.Message], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """All but the last as prompt, and what the last adds to their text as response."""
-    context = [dict(message) for message in messages]
-    prompt = str(tokenizer.apply_chat_template(context[:-1], tokenize=False, add_generation_prompt=True))
-    whole = str(tokenizer.apply_chat_template(context, tokenize=False))
+def _of_messages(
+    messages: Sequence[rows.Message], tokenizer: PreTrainedTokenizerBase, date: str | None
+) -> tuple[str, str]:
+    """All but the last as prompt, and what the last adds to their text as response. date: what the template takes for
+    today, or its text would be another one tomorrow."""
+    today = datetime.date.fromisoformat(date or rows.DATE)
+    named = (
+        {} if date is None else {"date_string": today.strftime("%d %b %Y")}
+    )  # as templates that ask for none call it
+    # Parquet gives every message the keys of all.
+    context = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    prompt, whole = (
+        str(
+            tokenizer.apply_chat_template(
+                some, tokenize=False, add_generation_prompt=some is not context, strftime_now=today.strftime, **named
+            )
+        )
+        for some in (context[:-1], context)
+    )
     if not whole.startswith(prompt):
         raise ConfigError("it changes what was before when an answer follows, so the answer cannot be told from it")
     response, eos = whole[len(prompt) :].rstrip("\n"), str(tokenizer.eos_token)
     if tokenizer.bos_token and tokens.adds_bos(tokenizer):
         prompt = prompt.removeprefix(tokenizer.bos_token)
     return prompt, response.removesuffix(eos)
-
-
-def responses(labels: Sequence[str], template: config.Template) -> tuple[str, ...]:
-    """The response for each label: template.response with the label in the place of its one field."""
-    pieces = list(string.Formatter().parse(template.response))
-    return tuple("".join(text + (label if name is not None else "") for text, name, _, _ in pieces) for label in labels)
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------

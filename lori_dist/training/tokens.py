@@ -1,8 +1,9 @@
 """Text as tokens: the one place that says which tokens a prompt and a response have, in training and in evaluation.
 
-Many tokenizers put a blank before any text (Llama 2, Mistral, Phi-3, TinyLlama: `▁` before the first word), so a response
-that is tokenised by itself begins with a blank that its row does not have. Prompt and response are therefore tokenised
-as one text, and the offsets say where the response begins; a token that has characters of both is the response's.
+Many tokenizers put a blank before any text (Llama 2, Mistral, Phi-3, TinyLlama: `▁` before the first word), so a
+response that is tokenised by itself begins with a blank that its row does not have. Prompt and response are therefore
+tokenised as one text, and the offsets say where the response begins; a token that has characters of both is the
+response's.
 Byte-level tokenizers (GPT-2, Llama 3, Qwen) put nothing before a text: they tokenise prompt and response apart, so that
 the prompt's tokens never depend on the response.
 """
@@ -143,7 +144,7 @@ def _is_additive(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether its tokens of two texts, one after the other, are the text of both: that of a byte-level tokenizer."""
     if not tokenizer.is_fast:
         return False
-    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    backend: Any = tokenizer.backend_tokenizer
     return texts.is_byte_level(_described(backend.normalizer), _described(backend.pre_tokenizer))
 
 
