@@ -320,8 +320,8 @@ def _model(model: config.Model) -> dict[str, Any]:
 
 
 def _joins(path: str) -> bool:
-    """Whether prompt and response are tokenised as one text. Byte-level tokenizers do not need it: the results that they
-    gave before it was so are still right, and keep their fingerprints."""
+    """Whether prompt and response are tokenised as one text. Byte-level tokenizers do not need it: results that they
+    gave before this was done are still right, and keep their fingerprints."""
     try:
         return not _is_byte_level(path, _state(Path(path) / "tokenizer.json"))
     except (OSError, ValueError, AttributeError, RecursionError):

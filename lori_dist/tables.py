@@ -38,6 +38,10 @@ class Missing:
     written: str
 
 
+def _plain(path: str) -> IO[bytes]:
+    return open(path, "rb")
+
+
 def _zstandard(path: str) -> IO[bytes]:
     if importlib.util.find_spec("pyarrow") is None:
         raise ConfigError(
@@ -133,8 +137,8 @@ def _opened(path: str) -> IO[bytes]:
     for sign, problem in OTHERS.items():
         if head.startswith(sign):
             raise ConfigError(f"{path}: {problem}")
-    opener = next((opener for sign, opener in OPENERS.items() if head.startswith(sign)), None)
-    opened: IO[bytes] = Path(path).open("rb") if opener is None else opener(path)
+    opener = next((opener for sign, opener in OPENERS.items() if head.startswith(sign)), _plain)
+    opened: IO[bytes] = opener(path)
     return opened
 
 

@@ -46,12 +46,10 @@ def pairs(rows: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[tupl
     found = []
     for (prompt, _), (first, second) in zip(rows, split(rows, tokenizer), strict=True):
         if not before and not first:
-            if not prompt:
+            if not _tokens([prompt], tokenizer)[0]:
                 raise ConfigError(_no_tokens(prompt))
             # Nothing could predict the first token, so a token of both is the prompt's there.
             first, second = second[:1], second[1:]
-            if not first:
-                raise ConfigError(_no_tokens(prompt))
         found.append(((*before, *first), second))
     return found
 
