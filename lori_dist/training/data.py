@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,17 @@ from lori_dist.training.device import put
 
 IGNORED = -100
 """Label of a token that is no target."""
+
+CLOCK = """
+{%- macro strftime_now(format) %}
+    {%- set text = namespace(now=format) %}
+    {%- for form, written in lori_today.items() %}{% set text.now = text.now.replace(form, written) %}{% endfor %}
+    {{- text.now }}
+{%- endmacro %}{{ "" }}"""
+"""Before a chat template that asks for today's date: gives it a date that does not change. transformers takes no other
+clock. The last expression keeps a line break that the template begins with."""
+FORMS = [f"%{form}" for form in ("-d", "-m", "-H", "-I", "-M", "-S", "-y", "-j", *"aAbBcdfGHIjmMpSuUVwWxXyYzZ%")]
+"""What Python's strftime writes parts of a date for."""
 
 Row = TypeVar("Row")
 
@@ -106,15 +117,17 @@ def _of_messages(
     """All but the last as prompt, and what the last adds to their text as response. date: what the template takes for
     today, or its text would be another one tomorrow."""
     today = datetime.date.fromisoformat(date or rows.DATE)
-    named = (
-        {} if date is None else {"date_string": today.strftime("%d %b %Y")}
-    )  # as templates that ask for none call it
+    template, named = tokenizer.get_chat_template(), dict[str, Any]()
+    if "strftime_now" in template:
+        template, named = CLOCK + template, {"lori_today": {form: today.strftime(form) for form in FORMS}}
+    if date is not None:
+        named["date_string"] = today.strftime("%d %b %Y")  # as templates call it that have a date of their own
     # Parquet gives every message the keys of all.
     context = [{key: value for key, value in message.items() if value is not None} for message in messages]
     prompt, whole = (
         str(
             tokenizer.apply_chat_template(
-                some, tokenize=False, add_generation_prompt=some is not context, strftime_now=today.strftime, **named
+                some, chat_template=template, tokenize=False, add_generation_prompt=some is not context, **named
             )
         )
         for some in (context[:-1], context)

@@ -19,12 +19,12 @@ from lori_dist.training.data import encode
 from lori_dist.training.tokens import continuation, pairs, prompt_ids, warn_of_blanks
 
 SPECIALS = ["<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>"]
-CORPUS = [
+TEXTS = [
     "once upon a time there was ",
     "this review is positive or negative",
     "def f(): return 1 + 22",
-    "Über ﬁne é",
-] * 9
+    "\u00dcber \ufb01ne \u00e9",
+]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 METASPACE = decoders.Sequence(
     [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -32,7 +32,7 @@ METASPACE = decoders.Sequence(
 
 
 def trained(tokenizer: Tokenizer, trainer: Any, *, bos: bool = True) -> PreTrainedTokenizerFast:
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.train_from_iterator(9 * TEXTS, trainer)
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A </s>", special_tokens=[(token, tokenizer.token_to_id(token)) for token in SPECIALS[:2]]
