@@ -98,8 +98,9 @@ FORMS = {"choice": "acc", "choice_norm": "acc_norm", "choice_bytes": "acc_bytes"
 
 def test_choice_is_what_lm_eval_says_of_the_same_rows(tree: dict[str, Any], tmp_path: Path) -> None:
     labels = ["yes", "no", "it is not so at all", "a", "12345678"]
+    own = [label for number, label in enumerate(labels, start=1) for _ in range(number)]  # each another share
     rows = tmp_path / "asked.jsonl"
-    rows.write_text("\n".join(json.dumps({"text": f"is it {i} or {9 * i}", "label": labels[i % 5]}) for i in range(40)))
+    rows.write_text("\n".join(json.dumps({"text": f"is it {i} or {9 * i}", "label": own[i % 15]}) for i in range(30)))
     (tmp_path / "asked.yaml").write_text(
         f"task: asked\ndataset_path: json\ntest_split: test\ndataset_kwargs: {{data_files: {{test: {rows}}}}}\n"
         'doc_to_text: "{{text}}?"\ndoc_to_target: "{{label}}"\noutput_type: multiple_choice\n'
