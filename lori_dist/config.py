@@ -843,6 +843,8 @@ def _mixtures(run: Run) -> Iterator[str]:
             yield f"tasks.{name}.mixture: {task.train!r} is also tasks.{name}.train, which has the rest; leave it out"
         if task.mixture and run.multitask.name == "joint":
             yield f"tasks.{name}.mixture: is given with multitask joint, which mixes tasks evenly; leave one out"
+        if task.template.messages is None and task.template.date is not None:
+            yield f"tasks.{name}.template.date: is for chat templates, and template.messages is not given; remove it"
         if task.template.messages is not None and task.labels is not None:
             yield f"tasks.{name}.labels: are for template.response, and template.messages is given; leave one out"
 
