@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import datetime
 import functools
 import importlib.util
 import itertools
@@ -61,6 +62,19 @@ Seed = Annotated[int, pydantic.Field(ge=0, lt=2**53), NotBool]
 Dtype = Literal["float32", "bfloat16", "float16"]
 FilePath = Annotated[str, pydantic.AfterValidator(os.path.expanduser)]
 Text = Annotated[str, pydantic.Field(min_length=1)]
+
+
+def _date(value: Any) -> Any:
+    """As text, whether YAML has made a date of it or not."""
+    if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
+        return value.isoformat()
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return datetime.datetime.strptime(value, "%Y-%m-%d").date().isoformat()
+    raise ValueError("wanted a date such as 2026-01-31")
+
+
+Date = Annotated[str, pydantic.BeforeValidator(_date)]
 
 
 T = typing.TypeVar("T")
@@ -153,6 +167,9 @@ class Template:
     messages: Text | None = None
     """Instead of both: the field with a list of messages, `role` and `content` each, of which the tokenizer's chat
     template makes text. The last, the assistant's, is the response; those before are the prompt."""
+    date: Date | None = None
+    """What a chat template that writes today's date writes, as 2026-01-31; by default 2024-07-26, so that the text of
+    a run is the same on every day."""
 
 
 @section
@@ -259,7 +276,7 @@ class Search:
     budget: Positive = 32
     """Evaluations at most. The first is that of the weights by default."""
     bounds: tuple[Number, Number] = (0.0, 1.0)
-    metric: Literal["loss", "exact_match", "choice"] = "loss"
+    metric: Literal["loss", "exact_match", "choice", "choice_norm", "choice_bytes", "choice_end"] = "loss"
     """Its mean over the tasks of the merge counts: the lowest loss, or the highest accuracy."""
     seed: Seed = 0
     """Of cma."""
@@ -304,7 +321,8 @@ class Evaluate:
     """How base, adapters and merges are measured on every task's test rows."""
 
     metrics: Annotated[tuple[str, ...], pydantic.Field(min_length=1)] = ("loss", "exact_match", "choice")
-    """`choice` is measured on tasks that have labels."""
+    """`choice` is measured on tasks that have labels: lm-eval's acc. choice_norm and choice_bytes divide by a label's
+    length, as acc_norm and acc_bytes do; choice_end counts the end token too."""
     batch_size: Positive = 32
     rows: Positive | None = None
     """Only the first so many test rows."""
@@ -837,6 +855,8 @@ def _mixtures(run: Run) -> Iterator[str]:
             yield f"tasks.{name}.mixture: {task.train!r} is also tasks.{name}.train, which has the rest; leave it out"
         if task.mixture and run.multitask.name == "joint":
             yield f"tasks.{name}.mixture: is given with multitask joint, which mixes tasks evenly; leave one out"
+        if task.template.messages is None and task.template.date is not None:
+            yield f"tasks.{name}.template.date: is for chat templates, and template.messages is not given; remove it"
         if task.template.messages is not None and task.labels is not None:
             yield f"tasks.{name}.labels: are for template.response, and template.messages is given; leave one out"
 
@@ -993,10 +1013,17 @@ def _labels(run: Run) -> Iterator[str]:
             continue
         if task.labels is None or len(names) != 1:
             continue
+        literal = "".join(text for text, *_ in string.Formatter().parse(task.template.response))
+        if blank := [label for label in task.labels if not (literal + label).strip()]:
+            yield f"tasks.{name}.labels: {blank[0]!r} makes an empty response; give labels with text"
+            continue
         rows = ((part, *row) for part, path in files(task) for row in _rows(path, LOOKED_AT))
-        found = ((part, number, row.get(names[0])) for part, number, row in rows)
-        for part, number, label in found:
-            if isinstance(label, str) and label not in task.labels:
+        for part, number, row in rows:
+            try:
+                label = tables.text(row, names[0])
+            except ConfigError:  # for the job to say, with all others
+                continue
+            if label not in task.labels:
                 yield (
                     f"tasks.{name}.labels: row {number} of tasks.{name}.{part} has {label!r}, wanted one of "
                     f"{', '.join(task.labels)}.{plugin.nearest(label, task.labels)}"
@@ -1131,8 +1158,8 @@ def _searches(run: Run) -> Iterator[str]:
                     f"{path}.search.rows: {search.rows} was given, and tasks.{task_name}.train, whose last rows are "
                     f"held out for it, has {found}; give fewer, or tasks.{task_name}.validation"
                 )
-        if search.metric == "choice" and not any(task.labels for task in tasks.values()):
-            yield f"{path}.search.metric: choice is measured on tasks that have labels, and none has; use loss"
+        if search.metric.startswith("choice") and not any(task.labels for task in tasks.values()):
+            yield f"{path}.search.metric: {search.metric} is measured on tasks that have labels, and none has; use loss"
         if search.method == "cma" and search.per == "task" and len(tasks) == 1:
             yield f"{path}.search.method: cma needs two weights, there is one; use coordinate"
         if search.method == "cma" and not _is_installed("cma"):

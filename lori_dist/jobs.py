@@ -1,5 +1,6 @@
 """What a run consists of: jobs, what each needs, and the fingerprints that say whether a result is still theirs."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lori_dist import config, plugin, tables
+from lori_dist import config, plugin, rows, tables
 from lori_dist.errors import ConfigError, JobError
 
 Kind = Literal["train", "merge", "evaluate"]
@@ -98,7 +99,7 @@ def task_seed(run: config.Run, task: str) -> int:
 def train_job(run: config.Run, task: str, after: Sequence[Job] = (), sequel: Mapping[str, Any] | None = None) -> Job:
     """The training of one task's adapter. sequel: to what it is added, as `training.train.train` takes it."""
     tree = config.dump(run)
-    rows, held_out = tree["tasks"][task], config.held_out(run, task)
+    own, held_out = tree["tasks"][task], config.held_out(run, task)
     return _job(
         "train",
         task,
@@ -107,14 +108,14 @@ def train_job(run: config.Run, task: str, after: Sequence[Job] = (), sequel: Map
         seed=task_seed(run, task),
         model=_model(run.model),
         data={
-            "rows": sha256(rows["train"]),
-            "template": _template(rows),
-            **({"mixture": _mixture(rows["mixture"])} if rows["mixture"] else {}),
+            "rows": sha256(own["train"]),
+            "template": _template(run, own),
+            **({"mixture": _mixture(own["mixture"])} if own["mixture"] else {}),
             **({"held_out": held_out} if held_out else {}),  # a run without a search has the fingerprints it had
-            **({} if run.train.validate_every is None else {"validation": sha256(rows["validation"])}),
+            **({} if run.train.validate_every is None else {"validation": sha256(own["validation"])}),
         },
         **({} if sequel is None else {"sequel": dict(sequel)}),
-        **({} if rows["start"] is None else {"start": _contents(Path(rows["start"]))}),
+        **({} if own["start"] is None else {"start": _contents(Path(own["start"]))}),
         **_protocol(replace(run, train=config.trained_as(run, task))),
     )
 
@@ -130,7 +131,8 @@ def joint_job(run: config.Run, joint: Mapping[str, Any]) -> Job:
         seed=task_seed(run, JOINT),
         model=_model(run.model),
         tasks={
-            name: {"rows": sha256(task["train"]), "template": _template(task)} for name, task in tree["tasks"].items()
+            name: {"rows": sha256(task["train"]), "template": _template(run, task)}
+            for name, task in tree["tasks"].items()
         },
         joint=dict(joint),
         **_protocol(run),
@@ -160,9 +162,18 @@ def _mixture(shares: Mapping[str, float]) -> list[list[Any]]:
     return [[sha256(path), share] for path, share in shares.items()]
 
 
-def _template(task: Mapping[str, Any]) -> dict[str, Any]:
-    """Runs without messages have the fingerprints they had."""
-    return {key: value for key, value in task["template"].items() if key != "messages" or value is not None}
+def _template(run: config.Run, task: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs without messages have the fingerprints they had, and so have those whose chat template writes no date."""
+    given = {key: value for key, value in task["template"].items() if value is not None}
+    is_dated = "messages" in given and "date" not in given and _writes_date(run.model.path)
+    return {**given, **({"date": rows.DATE} if is_dated else {})}
+
+
+def _writes_date(path: str) -> bool:
+    """Whether the chat template in a model's folder asks for today's date. Of a name on the hub this is not known."""
+    folder = Path(path)
+    files = [file for file in folder.glob("*") if file.name.startswith(("chat_template", "tokenizer_config"))]
+    return not folder.is_dir() or any(b"strftime_now" in file.read_bytes() for file in files if file.is_file())
 
 
 def merge_job(run: config.Run, name: str, trained: Mapping[str, Job]) -> Job:
@@ -232,7 +243,7 @@ def _search(run: config.Run, search: config.Search, tasks: Sequence[str]) -> dic
     def data(name: str) -> dict[str, Any]:
         task = config.dump(run)["tasks"][name]
         part = "train" if task["validation"] is None else "validation"
-        return {"part": part, "rows": sha256(task[part]), "template": _template(task), "labels": task["labels"]}
+        return {"part": part, "rows": sha256(task[part]), "template": _template(run, task), "labels": task["labels"]}
 
     return {
         **{item.name: getattr(search, item.name) for item in fields(search)},
@@ -241,6 +252,7 @@ def _search(run: config.Run, search: config.Search, tasks: Sequence[str]) -> dic
         "model": _model(run.model),
         "max_length": run.train.max_length,
         "max_new_tokens": run.evaluate.max_new_tokens,
+        **_choice(search.metric),
     }
 
 
@@ -255,14 +267,20 @@ def evaluate_job(run: config.Run, model: str, adapter: Job | None) -> Job:
         adapter=adapter.name if adapter else None,
         model=_model(run.model),
         tasks={
-            name: {"rows": sha256(task["test"]), "template": _template(task), "labels": task["labels"]}
+            name: {"rows": sha256(task["test"]), "template": _template(run, task), "labels": task["labels"]}
             for name, task in tree["tasks"].items()
         },
         evaluate={key: value for key, value in tree["evaluate"].items() if key not in ("batch_size", "lm_eval")},
         **({} if run.evaluate.lm_eval is None else {"lm_eval": _lm_eval(run.evaluate.lm_eval)}),
         max_length=run.train.max_length,
+        **_choice(*run.evaluate.metrics),
         **_code("evaluate.metrics", *run.evaluate.metrics),
     )
+
+
+def _choice(*metrics: str) -> dict[str, Any]:
+    """It once counted the end token, as `choice_end` does: figures of then are not taken for those of now."""
+    return {"choice": "without end"} if "choice" in metrics else {}
 
 
 def _lm_eval(settings: config.LmEval) -> dict[str, Any]:
@@ -337,8 +355,31 @@ def _model(model: config.Model) -> dict[str, Any]:
     given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     if model.trust_remote_code:
         given["trust_remote_code"] = True
+    if _joins(model.path):
+        given["tokens"] = "joined"
     content = model_content(model.path, code=model.trust_remote_code)
     return {"content": content, "dtype": model.dtype, **given}
+
+
+def _joins(path: str) -> bool:
+    """Whether prompt and response are tokenised as one text. Byte-level tokenizers do not need it: results that they
+    gave before this was done are still right, and keep their fingerprints."""
+    try:
+        return not _is_byte_level(path, _state(Path(path) / "tokenizer.json"))
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return True  # a name on the hub, or no such file: nothing is known
+
+
+@functools.cache
+def _is_byte_level(path: str, state: tuple[int, int]) -> bool:
+    tokenizer = json.loads((Path(path) / "tokenizer.json").read_text(encoding="utf-8"))
+    settings = {}
+    with contextlib.suppress(FileNotFoundError):
+        settings = json.loads((Path(path) / "tokenizer_config.json").read_text(encoding="utf-8"))
+    # transformers makes these parts of a Llama's tokenizer itself, whatever the file has.
+    is_own = str(settings.get("tokenizer_class", "")).startswith(("Llama", "CodeLlama"))
+    is_prefixed = bool(settings.get("add_prefix_space"))
+    return not (is_own or is_prefixed) and rows.is_byte_level(tokenizer["normalizer"], tokenizer["pre_tokenizer"])
 
 
 def model_content(path: str, *, code: bool = False) -> dict[str, str]:

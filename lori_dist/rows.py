@@ -4,10 +4,12 @@ import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lori_dist import config, tables
+from lori_dist import config, plugin, tables
 from lori_dist.errors import ConfigError
 from lori_dist.tables import kind
 
+DATE = "2024-07-26"
+"""What a chat template that writes today's date writes by default: that of Llama 3's own templates without a clock."""
 LISTED = 20
 """Malformed rows whose mistake an error shows; of the others it gives the lines."""
 
@@ -17,15 +19,16 @@ Text = tuple[str, str] | Sequence[Message]
 """Prompt and response, or messages of which the last is the response."""
 
 
-def read(path: str, template: config.Template, *, where: str = "") -> list[Text]:
+def read(path: str, template: config.Template, *, where: str = "", labels: Sequence[str] | None = None) -> list[Text]:
     """The text of every row of a file, in its order; blank lines are skipped.
 
-    where: the file's place in the configuration (`tasks.sst2.train`), for messages.
+    where: the file's place in the configuration (`tasks.sst2.train`), for messages. labels: all values that the field
+    in the template's response may have.
     Raises ConfigError that names every row that cannot be used by its line: not JSON, no object, without a field that
-    the template takes, or with an empty response.
+    the template takes, with an empty response, or with another label.
     """
     prefix = f"{where}: " if where else ""
-    render = _renderer(template, prefix)
+    render = _renderer(template, prefix, labels)
     texts, problems = list[Text](), list[tuple[int, ConfigError]]()
     try:
         for number, row in tables.read(path):
@@ -46,13 +49,38 @@ def read(path: str, template: config.Template, *, where: str = "") -> list[Text]
     return texts
 
 
+def is_byte_level(normalizer: Mapping[str, Any] | None, pre_tokenizer: Mapping[str, Any] | None) -> bool:
+    """Whether a tokenizer with these parts, as `tokenizer.json` has them, makes tokens of a text's bytes alone.
+
+    It then puts no blank before a text and leaves nothing out, so that the tokens of two texts, one after the other,
+    are those of a text. Of other tokenizers this is not known.
+    """
+    normalizers, pieces = _flat(normalizer, "normalizers"), _flat(pre_tokenizer, "pretokenizers")
+    levels = [part for part in (*normalizers, *pieces) if part.get("type") == "ByteLevel"]
+    return (
+        bool(levels)
+        and not any(part.get("add_prefix_space") for part in levels)
+        and all(part.get("type") in ("ByteLevel", "NFC", "NFD", "NFKC", "NFKD", "Lowercase") for part in normalizers)
+        and all(part.get("type") in ("ByteLevel", "Split", "Digits", "Punctuation") for part in pieces)
+        and not any(part.get("behavior") == "Removed" for part in pieces)
+    )
+
+
+def _flat(part: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
+    if part is None:
+        return []
+    if part.get("type") != "Sequence":
+        return [part]
+    return [piece for inner in part.get(key, []) for piece in _flat(inner, key)]
+
+
 def check(run: config.Run) -> None:
     """Raises ConfigError with every row of every file of the run that cannot be used, before anything is trained."""
     problems = []
     for name, task in run.tasks.items():
         for part, path in config.files(task):
             try:
-                read(path, task.template, where=f"tasks.{name}.{part}")
+                read(path, task.template, where=f"tasks.{name}.{part}", labels=task.labels)
             except ConfigError as error:
                 problems.append(str(error))
     if problems:
@@ -83,12 +111,32 @@ def _usable(row: Mapping[str, Any] | ConfigError) -> Mapping[str, Any]:
     return row
 
 
-def _renderer(template: config.Template, prefix: str) -> Callable[[Mapping[str, Any]], Text]:
+def responses(labels: Sequence[str], template: config.Template) -> tuple[str, ...]:
+    """The response for each label: template.response with the label in the place of its one field."""
+    pieces = list(string.Formatter().parse(template.response))
+    return tuple("".join(text + (label if name is not None else "") for text, name, _, _ in pieces) for label in labels)
+
+
+def _renderer(
+    template: config.Template, prefix: str, labels: Sequence[str] | None
+) -> Callable[[Mapping[str, Any]], Text]:
     field = template.messages
     if field is not None:
         return lambda row: _messages(row, field)
     prompt, response = _filler(template.prompt, prefix), _filler(template.response, prefix)
-    return lambda row: (prompt(row), _not_empty(response(row)))
+    known = None if labels is None else frozenset(responses(labels, template))
+
+    def render(row: Mapping[str, Any]) -> Text:
+        found = prompt(row), _not_empty(response(row))
+        if known is not None and found[1] not in known:
+            wanted = responses(labels or (), template)
+            raise ConfigError(
+                f"its response is {found[1]!r}, which is not one of the labels; wanted one of "
+                f"{', '.join(map(repr, wanted))}.{plugin.nearest(found[1], wanted)}"
+            )
+        return found
+
+    return render
 
 
 def _messages(row: Mapping[str, Any], field: str) -> Sequence[Message]:
@@ -102,7 +150,9 @@ def _messages(row: Mapping[str, Any], field: str) -> Sequence[Message]:
         if not isinstance(message, dict) or not {"role", "content"} <= set(message):
             raise ConfigError(f"message {number} of {field!r} has no role and content; wanted both")
         for key in ("role", "content"):
-            _text(message, key)
+            if not isinstance(message[key], str):
+                raise ConfigError(f"the {key} of message {number} of {field!r} is {kind(message[key])}; wanted text")
+            tables.check_encodable(message[key], f"the {key} of message {number} of {field!r}")
     if messages[-1]["role"] != "assistant":
         raise ConfigError(f"the last message of {field!r} is of {messages[-1]['role']!r}; wanted one of 'assistant'")
     _not_empty(messages[-1]["content"])
@@ -117,32 +167,9 @@ def _filler(template: str, prefix: str) -> Callable[[Mapping[str, Any]], str]:
             raise ConfigError(f"{prefix}{template!r} has more than the name of a field in braces; write {{text}}")
 
     def render(row: Mapping[str, Any]) -> str:
-        return "".join(literal + (_text(row, name) if name is not None else "") for literal, name, _, _ in pieces)
+        return "".join(literal + (tables.text(row, name) if name is not None else "") for literal, name, _, _ in pieces)
 
     return render
-
-
-def _text(row: Mapping[str, Any], name: str) -> str:
-    if name not in row:
-        raise ConfigError(f"has no field {name!r}; there are {', '.join(sorted(row)) or 'none'}")
-    value = row[name]
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):  # a file without text, as Parquet, has numbers with a point
-        return str(value)
-    if not isinstance(value, str):
-        raise ConfigError(f"field {name!r} is {kind(value)}; wanted text or a number")
-    if not _encodable(value):
-        raise ConfigError(f"field {name!r} has half of a surrogate pair; wanted Unicode text")
-    return value
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _not_empty(response: str) -> str:

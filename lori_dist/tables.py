@@ -1,14 +1,21 @@
 """Files of rows: JSON lines, JSON, CSV, Parquet, and data sets by their name on the hub, which are streamed."""
 
+import bz2
 import codecs
 import csv
+import gzip
 import importlib.util
 import io
 import json
+import lzma
+import math
 import re
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lori_dist.errors import ConfigError
 
@@ -18,6 +25,50 @@ Row = dict[str, Any]
 BLANKS = re.compile(r"[ \t\n\r]*")
 UNDECODED = re.compile("[\udc80-\udcff]")
 """Bytes that are not UTF-8, as `surrogateescape` keeps them."""
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+"""What may follow the ending that tells the kind of file. The content tells how a file is compressed."""
+MISSING = ("", "NaN", "nan", "<NA>", "NULL", "null")
+"""Cells of a CSV file that stand for no value, where JSON has null and Parquet an empty cell."""
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """No value, as a CSV file writes it."""
+
+    written: str
+
+
+def _plain(path: str) -> IO[bytes]:
+    return open(path, "rb")
+
+
+def _zstandard(path: str) -> IO[bytes]:
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ConfigError(
+            f"{path}: is compressed by zstd, and the package pyarrow, which reads it, is not installed; decompress the "
+            "file, or pip install 'lori_dist[data]'"
+        )
+    import pyarrow  # type: ignore[import-untyped]
+
+    opened: IO[bytes] = io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
+    return opened
+
+
+OPENERS: Mapping[bytes, Callable[[str], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
+    b"\x28\xb5\x2f\xfd": _zstandard,
+}
+"""How a compressed file begins -> what opens it."""
+OTHERS: Mapping[bytes, str] = {
+    b"PK\x03\x04": "is a ZIP archive, as an Excel file is one; save its rows as JSON lines, CSV or Parquet",
+    b"PAR1": "is a Parquet file; give it a name that ends in .parquet",
+    b"ARROW1": "is an Arrow file; save its rows as Parquet",
+    codecs.BOM_UTF16_LE: "is UTF-16; save the file as UTF-8",
+    codecs.BOM_UTF16_BE: "is UTF-16; save the file as UTF-8",
+}
+"""How files begin that are not read -> what is said of them."""
 
 
 def is_hub(path: str) -> bool:
@@ -28,51 +79,143 @@ def problem_of(path: str) -> str | None:
     """What is wrong with a name before anything is read."""
     if is_hub(path) and len(path.split(":")) != 3:
         return f"{path!r} was given; wanted hub:NAME:SPLIT, such as hub:openai/gsm8k:train"
-    if (is_hub(path) or path.endswith(".parquet")) and importlib.util.find_spec("datasets") is None:
+    if (is_hub(path) or ending(path) == ".parquet") and importlib.util.find_spec("datasets") is None:
         return f"{path!r} needs the package datasets, which is not installed; pip install 'lori_dist[data]'"
     return None
+
+
+def ending(path: str) -> str:
+    """Of a file's name, in small letters and without that of a compressed file: `.csv` of `ROWS.CSV.gz`."""
+    name = Path(path).name.lower()
+    while name.endswith(COMPRESSED):
+        name = name.rpartition(".")[0]
+    return Path(name).suffix
 
 
 def read(path: str) -> Iterator[tuple[int, Row | ConfigError]]:
     """The rows, numbered as their lines are where they have lines, from 1; for one that is none, what is wrong with it.
 
-    Blank lines are skipped. The ending tells the kind of file: .csv, .parquet, .json with an array in it; anything else
-    is JSON lines. Values of a CSV file are text. Raises OSError for a file that cannot be read, ConfigError for a data
-    set that cannot be.
+    Blank lines are skipped. The ending, in small letters or capitals, tells the kind of file: .csv, .parquet, .json
+    with an array or with an object whose only key holds one; anything else is JSON lines. Files may be compressed by
+    gzip, bzip2, xz or zstd. Values of a CSV file are text, or `Missing`. Raises OSError for a file that cannot be read,
+    ConfigError for one of another kind or a damaged one, and for a data set that cannot be read.
     """
     if problem := problem_of(path):
         raise ConfigError(problem)
     if is_hub(path):
         _, name, split = path.split(":")
         yield from _streamed(name, split=split)
-    elif path.endswith(".parquet"):
-        Path(path).open("rb").close()  # or the error would be of another class
+        return
+    kind_of_file = ending(path)
+    if kind_of_file == ".parquet":
+        with open(path, "rb") as file:  # or the error of a missing file would be of another class
+            if any(file.read(6).startswith(sign) for sign in OPENERS):
+                raise ConfigError(
+                    f"{path}: is a compressed Parquet file; decompress it, as Parquet compresses by itself"
+                )
         yield from _streamed("parquet", split="train", data_files=path)
-    elif path.endswith(".csv"):
-        yield from _csv(path)
-    elif path.endswith(".json") and _begins(path, b"["):
-        yield from _array(path)
-    else:
-        yield from _lines(path)
+        return
+    try:
+        with _opened(path) as file:
+            if kind_of_file == ".csv":
+                yield from _csv(file.read())
+            elif kind_of_file == ".json":
+                yield from _json(file.read())
+            else:
+                yield from _lines(file)
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise ConfigError(f"{path}: is a damaged compressed file ({error}); make it again") from error
+    except OSError as error:
+        if error.strerror is not None:
+            raise
+        raise ConfigError(f"{path}: is a damaged compressed file ({error}); make it again") from error
 
 
-def _lines(path: str) -> Iterator[tuple[int, Row | ConfigError]]:
-    with open(path, "rb") as file:  # as bytes: lines end at \n only, not at the separators inside a JSON string
-        for number, raw in enumerate(file, start=1):
-            line = raw.removeprefix(codecs.BOM_UTF8).strip()
-            if line:
-                yield number, _parsed(line)
+def _opened(path: str) -> IO[bytes]:
+    with open(path, "rb") as file:
+        head = file.read(6)
+    for sign, problem in OTHERS.items():
+        if head.startswith(sign):
+            raise ConfigError(f"{path}: {problem}")
+    opener = next((opener for sign, opener in OPENERS.items() if head.startswith(sign)), _plain)
+    opened: IO[bytes] = opener(path)
+    return opened
+
+
+def text(row: Mapping[str, Any], name: str) -> str:
+    """A field as it reads in a prompt. Raises ConfigError where it is not there, or neither text nor a number."""
+    if name not in row:
+        raise ConfigError(f"has no field {name!r}; there are {', '.join(sorted(row)) or 'none'}")
+    value = row[name]
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float | Decimal) and not math.isfinite(value):
+        raise ConfigError(f"field {name!r} is {value}, as a missing value is often written; wanted text or a number")
+    if isinstance(value, int | float | Decimal):  # a file without text, as Parquet, has numbers with a point
+        return str(value)
+    if not isinstance(value, str):
+        raise ConfigError(f"field {name!r} is {kind(value)}; wanted text or a number")
+    check_encodable(value, f"field {name!r}")
+    return value
+
+
+def check_encodable(value: str, what: str) -> None:
+    """Raises ConfigError for text that no file could hold."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{what} has half of a surrogate pair; wanted Unicode text") from None
+
+
+def _lines(file: IO[bytes]) -> Iterator[tuple[int, Row | ConfigError]]:
+    for number, raw in enumerate(file, start=1):  # as bytes: lines end at \n only, not at separators in a JSON string
+        line = raw.removeprefix(codecs.BOM_UTF8).strip()
+        if line:
+            yield number, _parsed(line)
 
 
 def _parsed(line: bytes) -> Row | ConfigError:
+    decoder = _Decoder()
     try:
-        # Numbers with a point stay as they are written: 1.50 is not 1.5 in a text.
-        row = json.loads(line.decode(), parse_float=str, parse_constant=_refuse_constant)
+        row = decoder.decode(line.decode())
     except UnicodeDecodeError as error:
         return ConfigError(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8")
     except (ValueError, RecursionError) as error:
         return ConfigError(f"is not JSON ({error}); wanted one JSON object on each line")
-    return _object(row)
+    return decoder.problem() or _object(row)
+
+
+class _Decoder(json.JSONDecoder):
+    """Notes what is not JSON though Python reads it. Numbers with a point stay as they are written: 1.50 is not 1.5 in
+    a text."""
+
+    def __init__(self) -> None:
+        self.constants: list[str] = []
+        self.repeated: list[str] = []
+        super().__init__(parse_float=str, parse_constant=self.constants.append, object_pairs_hook=self._pairs)
+
+    def _pairs(self, pairs: list[tuple[str, Any]]) -> Row:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            self.repeated += _repeated([key for key, _ in pairs])
+        return found
+
+    def problem(self) -> ConfigError | None:
+        """What was wrong with what was read since the last call."""
+        found = None
+        if self.constants:
+            found = ConfigError(
+                f"is not JSON ({self.constants[0]} is no JSON value; a missing value is often written so)"
+            )
+        elif self.repeated:
+            found = ConfigError(f"has the field {self.repeated[0]!r} more than once; leave one")
+        self.constants.clear()
+        self.repeated.clear()
+        return found
+
+
+def _repeated(names: list[str]) -> list[str]:
+    return [name for name in dict.fromkeys(names) if names.count(name) > 1]
 
 
 def _object(row: Any) -> Row | ConfigError:
@@ -81,18 +224,64 @@ def _object(row: Any) -> Row | ConfigError:
     return ConfigError(f"holds {kind(row)}; wanted a JSON object such as {{'prompt': ..., 'response': ...}}")
 
 
-def _array(path: str) -> Iterator[tuple[int, Row | ConfigError]]:
-    """Each row with the line it begins in. After what is not JSON nothing can be told from anything."""
-    raw = Path(path).read_bytes()
+def _json(raw: bytes) -> Iterator[tuple[int, Row | ConfigError]]:
+    """An array of rows, an object that has one under its only key, or rows as in a file of JSON lines."""
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        yield line, ConfigError(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8")
+        if raw.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            line = raw.count(b"\n", 0, error.start) + 1
+            yield line, ConfigError(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8")
+        else:
+            yield from _lines(io.BytesIO(raw))
         return
-    constants: list[str] = []
-    decoder = json.JSONDecoder(parse_float=str, parse_constant=constants.append)
-    place, line, counted = _after_blanks(text, text.index("[") + 1), 1, 0
+    start = _after_blanks(text, 0)
+    if text.startswith("[", start):
+        yield from _array(text, start, "")
+    elif (inner := _only_list(text, start)) is not None:
+        yield from _array(text, inner, "}")
+    elif (row := _only_row(text)) is not None:
+        yield 1 + text.count("\n", 0, start), row
+    else:
+        yield from _lines(io.BytesIO(raw))
+
+
+def _only_list(text: str, start: int) -> int | None:
+    """Where the list begins in a text that is one object with one key, with a list of rows under it. Messages are
+    none: they are one row."""
+    whole = _whole(text)
+    if whole is None or len(whole) != 1:
+        return None
+    [rows] = whole.values()
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "role" not in row for row in rows):
+        return None
+    _, place = json.JSONDecoder().raw_decode(text, _after_blanks(text, start + 1))
+    return text.index("[", place)
+
+
+def _only_row(text: str) -> Row | ConfigError | None:
+    """That of a file with one object on several lines."""
+    if _whole(text) is None or "\n" not in text.strip():
+        return None
+    decoder = _Decoder()
+    row: Row = decoder.decode(text)
+    return decoder.problem() or row
+
+
+def _whole(text: str) -> Row | None:
+    """What a text holds that is one JSON object."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _array(text: str, start: int, after: str) -> Iterator[tuple[int, Row | ConfigError]]:
+    """Each row with the line it begins in. After what is not JSON nothing can be told from anything. after: what
+    follows the array."""
+    decoder = _Decoder()
+    place, line, counted = _after_blanks(text, start + 1), 1, 0
     more = not text.startswith("]", place)
     while more:
         line, counted = line + text.count("\n", counted, place), place
@@ -101,12 +290,11 @@ def _array(path: str) -> Iterator[tuple[int, Row | ConfigError]]:
         except (ValueError, RecursionError) as error:
             yield line, ConfigError(f"is not JSON ({error}); wanted an array of objects, or one object on each line")
             return
-        yield line, ConfigError(_no_value(constants.pop())) if constants else _object(row)
-        constants.clear()
+        yield line, decoder.problem() or _object(row)
         place = _after_blanks(text, place)
         more = text.startswith(",", place)
         place = _after_blanks(text, place + more)
-    if text[place:].rstrip() != "]":
+    if "".join(text[place:].split()) != f"]{after}":
         yield line, ConfigError("is followed by no comma, or the array by more; wanted an array of objects")
 
 
@@ -116,9 +304,9 @@ def _after_blanks(text: str, place: int) -> int:
     return match.end()
 
 
-def _csv(path: str) -> Iterator[tuple[int, Row | ConfigError]]:
-    # What is not UTF-8 is let through, to be told with the line of its row.
-    text = Path(path).read_bytes().decode("utf-8-sig", errors="surrogateescape")
+def _csv(raw: bytes) -> Iterator[tuple[int, Row | ConfigError]]:
+    # What is not UTF-8 is let through, to be reported with the line of its row.
+    text = raw.decode("utf-8-sig", errors="surrogateescape")
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
@@ -134,9 +322,18 @@ def _csv(path: str) -> Iterator[tuple[int, Row | ConfigError]]:
             if any(UNDECODED.search(value) for value in values):
                 yield number, ConfigError("is not UTF-8; save the file as UTF-8")
             elif header is None:
+                if not text.strip():
+                    return
+                if not any(name.strip() for name in values):
+                    yield number, ConfigError("is empty; wanted the names of the columns in the first line")
+                    return
+                if repeated := _repeated([name for name in values if name]):
+                    yield number, ConfigError(f"has the column {repeated[0]!r} more than once; leave one")
+                    return
                 header = values
             elif len(values) == len(header):
-                yield number, dict(zip(header, values, strict=True))
+                cells = (Missing(value) if value in MISSING else value for value in values)
+                yield number, dict(zip(header, cells, strict=True))
             elif values:
                 yield number, ConfigError(f"has {len(values)} values; the header, in line 1, has {len(header)}")
         number = reader.line_num + 1
@@ -154,22 +351,15 @@ def _streamed(name: str, **options: Any) -> Iterator[tuple[int, Row | ConfigErro
         raise ConfigError(f"{where} cannot be read ({type(error).__name__}: {reason}); check name and split") from error
 
 
-def _begins(path: str, sign: bytes) -> bool:
-    with open(path, "rb") as file:
-        return file.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(sign)
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(_no_value(name))
-
-
-def _no_value(name: str) -> str:
-    return f"{name} is no JSON value; a missing value is often written so"
-
-
 def kind(value: Any) -> str:
-    return (
-        "null"
-        if value is None
-        else {"dict": "an object", "list": "a list", "str": "text"}.get(type(value).__name__, "a number")
-    )
+    """What a value is, in the words of an error."""
+    if isinstance(value, Missing):
+        return "empty, a missing value in CSV" if not value.written else f"{value.written}, a missing value in CSV"
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int | float):
+        return "a number"
+    name = type(value).__name__
+    return {"dict": "an object", "list": "a list", "str": "text"}.get(name, f"a {name}")

@@ -465,6 +465,8 @@ print(sorted({"torch", "transformers", "numpy", "ray", "deepspeed"} & set(sys.mo
         ("tasks.code.mixture={rows.jsonl: 0.5}", "tasks.code.mixture: 'rows.jsonl' is also tasks.code.train, .*"),
         ("tasks.code.mixture={none.csv: 0.5}", "tasks.code.mixture: there is no file 'none.csv'; .*"),
         ("tasks.code.train=hub:none", "tasks.code.train: 'hub:none' was given; wanted hub:NAME:SPLIT, .*"),
+        ("tasks.nlu.template.date=2026-01-31", "tasks.nlu.template.date: is for chat templates, .*; remove it"),
+        ("tasks.nlu.template.date=soon", "tasks.nlu.template.date: 'soon' was given; wanted a date such as 2026-01-31"),
         ("tasks.nlu.template.messages=prompt", "tasks.nlu.labels: are for template.response, and template.messages .*"),
         ("model.attention=flash", "model.attention: 'flash' was given; wanted eager or sdpa or flex_attention or .*"),
         ("train.pack=true", "train.pack: it is not known that .* keeps packed rows apart, as gemma, .*"),

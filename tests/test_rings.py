@@ -34,7 +34,7 @@ LIBRARIES = {
     "merges": {"torch", "safetensors", "numpy"},
     "interference.py": {"torch"},
     "config.py": {"pydantic", "yaml"},
-    "tables.py": {"datasets"},
+    "tables.py": {"datasets", "pyarrow"},
     "rows.py": {"pydantic", "yaml"},
     "jobs.py": {"pydantic", "yaml"},
     "folder.py": {"pydantic", "yaml"},

@@ -1,8 +1,12 @@
 """What is wrong with rows is said before anything is trained: of all files of all tasks, with the lines."""
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from lori_dist import config, rows
@@ -32,3 +36,88 @@ def test_every_bad_row_of_every_file_of_a_run_is_named_at_once(tmp_path: Path) -
         ["tasks.two.train", f"{tmp_path}/two.jsonl:2"],
         ["tasks.two.test", f"{tmp_path}/test.csv:3"],
     ]
+
+
+MISSING = {
+    ".jsonl": ['{"prompt": null, "response": "b"}', '{"prompt": NaN, "response": "b"}'],
+    ".json": ['[{"prompt": null, "response": "b"}]', '[{"prompt": NaN, "response": "b"}]'],
+    ".csv": ["prompt,response\n,b\n", "prompt,response\nNaN,b\n", 'prompt,response\n"null",b\n'],
+    ".parquet": [None, math.nan],
+}
+
+
+@pytest.mark.parametrize(("ending", "content"), [(kind, item) for kind, items in MISSING.items() for item in items])
+def test_a_missing_value_is_refused_in_every_kind_of_file(tmp_path: Path, ending: str, content: Any) -> None:
+    path = tmp_path / f"rows{ending}"
+    if ending == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"prompt": [1.5, content], "response": ["b", "b"]}), path)
+    else:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=r"rows\.\w+:[12]: (field 'prompt' is|is not JSON \().*missing|null"):
+        rows.read(str(path), config.Template())
+
+
+@pytest.mark.parametrize(
+    ("message", "problem"),
+    [
+        ({"role": "assistant", "content": 7}, "the content of message 2 of 'chat' is a number; wanted text"),
+        ({"role": "assistant", "content": None}, "the content of message 2 of 'chat' is null; wanted text"),
+        ({"role": "assistant", "content": True}, "the content of message 2 of 'chat' is true or false; wanted text"),
+        ({"role": "assistant", "content": ["a"]}, "the content of message 2 of 'chat' is a list; wanted text"),
+        ({"role": 1, "content": "a"}, "the role of message 2 of 'chat' is a number; wanted text"),
+    ],
+)
+def test_a_message_is_text(tmp_path: Path, message: dict[str, Any], problem: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"chat": [{"role": "user", "content": "q"}, message]}))
+    with pytest.raises(ConfigError, match=f":1: {problem}$"):
+        rows.read(str(path), config.Template(messages="chat"))
+
+
+def labelled(folder: Path, values: list[Any], labels: list[str], *, num_good: int = 0) -> dict[str, Any]:
+    """A run whose train rows have the values as labels, after some that are right."""
+    (folder / "config.json").write_text("{}")
+    good = json.dumps({"q": "a", "a": labels[0]}) + "\n"
+    (folder / "train.jsonl").write_text(
+        good * num_good + "".join(json.dumps({"q": "a", "a": v}) + "\n" for v in values)
+    )
+    (folder / "test.jsonl").write_text(good)
+    task = {"train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl"), "labels": labels}
+    task["template"] = {"prompt": "{q}", "response": " {a}"}
+    model = {"path": str(folder)}
+    return {"name": "r", "output": str(folder), "model": model, "tasks": {"t": task}, "train": {"steps": 1}}
+
+
+@pytest.mark.parametrize(
+    ("values", "labels", "wrong"),
+    [
+        ([0, 1], ["0", "1"], None),
+        ([0, 1], ["0", "2"], "row 2 of tasks.t.train has '1', wanted one of 0, 2"),
+        ([1.5, 2.0], ["1.5", "2.0"], None),
+        ([1.0], ["1", "2"], "row 1 of tasks.t.train has '1.0', wanted one of 1, 2"),
+        ([True, False], ["true", "false"], None),
+        ([True, False], ["True", "False"], "row 1 of tasks.t.train has 'true', wanted one of True, False"),
+        (["a"], ["a", " "], "' ' makes an empty response; give labels with text"),
+    ],
+)
+def test_labels_are_compared_with_values_as_they_read(
+    tmp_path: Path, values: list[Any], labels: list[str], wrong: str | None
+) -> None:
+    tree = labelled(tmp_path, values, labels)
+    if wrong is None:
+        rows.check(config.validate(tree))
+    else:
+        with pytest.raises(ConfigError, match=f"^tasks.t.labels: {wrong}"):
+            config.validate(tree)
+
+
+def test_every_row_with_an_unknown_label_is_named_before_anything_is_trained(tmp_path: Path) -> None:
+    """Also after the rows that are looked at when the configuration is read."""
+    run = config.validate(labelled(tmp_path, [2, "no"], ["0", "1"], num_good=config.LOOKED_AT))
+    with pytest.raises(ConfigError) as caught:
+        rows.check(run)
+    lines = str(caught.value).split("\n")
+    assert [line.split(": ")[1] for line in lines] == [f"{tmp_path}/train.jsonl:{10_000 + place}" for place in (1, 2)]
+    assert lines[0].endswith(
+        "its response is ' 2', which is not one of the labels; wanted one of ' 0', ' 1'. Did you mean ' 1'?"
+    )

@@ -1,6 +1,9 @@
 """Files of rows, of every kind, give the same rows; what is wrong with one is told with its line."""
 
+import bz2
+import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,12 @@ def problems(path: Path) -> dict[int, str]:
         ("a.json", b'[{"x": 1}]\n]', {1: "the array by more"}),
         ("a.json", b'[{"x": "\n\xff"}]', {2: "is not UTF-8"}),
         ("a.json", b'{"x": 1}\n[]\n', {2: "holds a list"}),
+        ("a.json", b'[{"x": 1, "x": 2},\n{"x": 3}]', {1: "has the field 'x' more than once"}),
+        ("a.jsonl", b'{"x": 1}\n{"x": 1, "y": {"z": 0, "z": 0}}', {2: "has the field 'z' more than once"}),
+        ("a.json", b'{"rows":\n [{"x": 1},\n{"x": NaN}]}\n', {3: "NaN is no JSON value"}),
+        ("a.csv", b"x,y,x\n1,2,3\n", {1: "has the column 'x' more than once; leave one"}),
+        ("a.csv", b"\nx,y\n1,2\n", {1: "is empty; wanted the names of the columns"}),
+        ("a.csv", b" , \nx,y\n", {1: "is empty; wanted the names of the columns"}),
     ],
 )
 def test_what_is_no_row_is_told_with_its_line(tmp_path: Path, name: str, text: bytes, wanted: dict[int, str]) -> None:
@@ -82,3 +91,55 @@ def test_what_needs_the_package_says_so(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(tables.importlib.util, "find_spec", lambda name: None if name == "datasets" else find(name))
     with pytest.raises(ConfigError, match=r"pip install 'lori_dist\[data\]'"):
         list(tables.read("hub:imdb:train"))
+
+
+def compressors(content: bytes) -> dict[str, bytes]:
+    stream = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(stream, "zstd") as file:
+        file.write(content)
+    packed = {".gz": gzip.compress(content), ".bz2": bz2.compress(content), ".xz": lzma.compress(content)}
+    return {**packed, ".zst": stream.getvalue().to_pybytes()}
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv"])
+@pytest.mark.parametrize("compressed", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_compressed_file_gives_its_rows_and_a_damaged_one_an_error(
+    tmp_path: Path, kind: str, compressed: str
+) -> None:
+    content = compressors(Path(files(tmp_path)[kind]).read_bytes())[compressed]
+    for name in (f"a{kind}{compressed}", f"A{kind}{compressed}".upper(), f"named{kind}"):
+        (tmp_path / name).write_bytes(content)
+        assert [row for _, row in tables.read(str(tmp_path / name))] == ROWS
+    (tmp_path / f"cut{kind}").write_bytes(content[:-9])
+    with pytest.raises(ConfigError, match=r"cut\.\w+: is a damaged compressed file \(.*\); make it again"):
+        list(tables.read(str(tmp_path / f"cut{kind}")))
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".parquet"])
+def test_an_ending_may_be_in_capitals(tmp_path: Path, kind: str) -> None:
+    path = Path(files(tmp_path)[kind])
+    moved = path.rename(path.with_name(f"ROWS{kind.upper()}"))
+    assert [row for _, row in tables.read(str(moved))] == ROWS
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_object_may_have_the_rows_under_its_only_key(tmp_path: Path, indent: int | None) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"data": ROWS}, indent=indent))
+    assert [row for _, row in tables.read(str(tmp_path / "a.json"))] == ROWS
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (tmp_path / "a.json").write_text(json.dumps(chat, indent=indent))
+    assert list(tables.read(str(tmp_path / "a.json"))) == [(1, chat)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PK\x03\x04...", "is a ZIP archive, as an Excel file is one"),
+        (b"PAR1...", "is a Parquet file; give it a name that ends in .parquet"),
+        ('{"x": 1}'.encode("utf-16"), "is UTF-16; save the file as UTF-8"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        list(tables.read(str(tmp_path / "a.jsonl")))

@@ -16,7 +16,8 @@ from lori_dist import config, plugin
 from lori_dist.adapter import attach, packed, source
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.errors import ConfigError
-from lori_dist.training.data import Example, encode, read, responses
+from lori_dist.rows import responses
+from lori_dist.training.data import Example, encode, read
 from lori_dist.training.metrics import Record
 from lori_dist.training.model import check, check_base, load_model, load_tokenizer
 
@@ -220,25 +221,10 @@ def _test_rows(run: config.Run, tokenizer: PreTrainedTokenizerBase) -> dict[str,
     problems: list[str] = []
     for name, task in run.tasks.items():
         try:
-            found = read(task.test, task.template, where=f"tasks.{name}.test", tokenizer=tokenizer)
+            found = read(task.test, task.template, where=f"tasks.{name}.test", tokenizer=tokenizer, labels=task.labels)
             rows[name] = found[: run.evaluate.rows]
         except ConfigError as error:
             problems.append(str(error))
-            continue
-        labels = _labels(task)
-        if labels is not None:
-            problems.extend(_unlabelled(name, rows[name], labels))
     if problems:
         raise ConfigError("\n".join(problems))
     return rows
-
-
-def _unlabelled(name: str, rows: Rows, labels: tuple[str, ...]) -> Iterator[str]:
-    for number, (_, response) in enumerate(rows, start=1):
-        if response not in labels:
-            known = ", ".join(repr(label) for label in labels)
-            yield (
-                f"tasks.{name}.labels: the response of test row {number} is {response!r}, wanted one of {known}."
-                f"{plugin.nearest(response, labels)}"
-            )
-            return

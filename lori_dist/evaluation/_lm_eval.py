@@ -13,7 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lori_dist.config import LmEval
 from lori_dist.errors import ConfigError
+from lori_dist.evaluation._batches import hides_padding
 from lori_dist.plugin import nearest
+from lori_dist.training.data import pad_id
+from lori_dist.training.tokens import prompt_ids
 
 
 def find(settings: LmEval) -> TaskManager:
@@ -42,6 +45,10 @@ def measure(
     batch_size: int,
 ) -> dict[str, dict[str, float]]:
     """Task or group -> metric -> value. Metrics are called `lm_eval/acc`, with a filter `lm_eval/acc/FILTER`."""
+    # lm-eval pads the prompts of a batch on the left.
+    of_two_lengths = prompt_ids(["a", "a text of several words to be padded to"], tokenizer)
+    if batch_size > 1 and not hides_padding(model, of_two_lengths, pad_id(tokenizer), "left"):
+        batch_size = 1
     with _quiet():
         found = simple_evaluate(
             HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),

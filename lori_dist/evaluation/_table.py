@@ -14,7 +14,7 @@ def _share(value: float) -> str:
 FORMATS: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "loss": ("loss", lambda value: f"{value:.3f}"),
     "exact_match": ("exact_match, %", _share),
-    "choice": ("choice, %", _share),
+    **{name: (f"{name}, %", _share) for name in ("choice", "choice_norm", "choice_bytes", "choice_end")},
 }
 """Metric -> heading and how a value reads. Metrics of the user's own are shown under their name, with four digits."""
 

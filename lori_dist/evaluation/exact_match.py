@@ -4,16 +4,15 @@ import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 
-import torch
-from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lori_dist.errors import ConfigError
 from lori_dist.evaluation import Subject
-from lori_dist.evaluation._batches import by_length
-from lori_dist.training.data import pad_id, shorten
+from lori_dist.evaluation._batches import by_length, hides_padding, left_padded
+from lori_dist.training.data import Example, pad_id
 from lori_dist.training.device import put
 from lori_dist.training.model import num_positions
+from lori_dist.training.tokens import continuation, prompt_ids, shorten
 
 log = logging.getLogger(__name__)
 
@@ -29,20 +28,21 @@ def score(subject: Subject) -> float:
 
 def _warn_of_unwritable(subject: Subject) -> None:
     """A tokenizer without a token for some sign cannot give a response that has it, whatever the model does."""
-    tokenizer = subject.tokenizer
-    ids = [[token for token in example.response_ids if token != tokenizer.eos_token_id] for example in subject.examples]
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    num_lost = sum(
-        text.strip() != example.response.strip() for text, example in zip(texts, subject.examples, strict=True)
-    )
+    num_lost = sum(not _is_writable(example, subject.tokenizer) for example in subject.examples)
     if num_lost:
         log.warning(
             "tasks.%s.test: %d of %d responses are cut by train.max_length or have signs that the tokenizer lacks: "
             "they cannot match",
             subject.task,
             num_lost,
-            len(texts),
+            len(subject.examples),
         )
+
+
+def _is_writable(example: Example, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the response's tokens are its text, but for that of a prompt whose end shares a token with it."""
+    ids = [token for token in example.response_ids if token != tokenizer.eos_token_id]
+    return continuation(example.prompt_ids, ids, tokenizer).rstrip().endswith(example.response.strip())
 
 
 def complete(subject: Subject) -> list[str]:
@@ -64,21 +64,29 @@ def complete(subject: Subject) -> list[str]:
         max_new_tokens=subject.max_new_tokens,
     )
     with _without_settings(subject.model):
-        for rows in by_length([len(prompt) for prompt in prompts], subject.batch_size):
-            input_ids, attention_mask = _left_padded([prompts[row] for row in rows], pad)
+        is_padded = subject.batch_size == 1 or hides_padding(
+            subject.model, prompts, pad, "left", steps=subject.max_new_tokens
+        )
+        for rows in by_length([len(prompt) for prompt in prompts], subject.batch_size, is_padded=is_padded):
+            input_ids, attention_mask = left_padded([prompts[row] for row in rows], pad)
             device = subject.model.device
             output = subject.model.generate(
                 input_ids=put(input_ids, device), attention_mask=put(attention_mask, device), generation_config=settings
             )
             for row, tokens in zip(rows, output[:, input_ids.shape[1] :].tolist(), strict=True):
                 completions[row] = _until(tokens, eos)
-    # Special tokens stay: a response with <unk> in the middle is not the response without it.
-    return subject.tokenizer.batch_decode(completions, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    pairs = zip(prompts, completions, strict=True)
+    return [continuation(prompt, tokens, subject.tokenizer) for prompt, tokens in pairs]
 
 
 def _prompts(subject: Subject) -> list[tuple[int, ...]]:
+    """Tokenised alone, as a served model reads them: a token that prompt and response share is not given away."""
     positions = num_positions(subject.model)
-    prompts = [example.prompt_ids for example in subject.examples]
+    alone = prompt_ids([example.prompt for example in subject.examples], subject.tokenizer)
+    prompts = [
+        shorten(ids, subject.max_length - len(example.response_ids), subject.tokenizer)
+        for ids, example in zip(alone, subject.examples, strict=True)
+    ]
     if positions is None:
         return prompts
     if positions <= subject.max_new_tokens:
@@ -98,14 +106,6 @@ def _prompts(subject: Subject) -> list[tuple[int, ...]]:
             positions,
         )
     return shortened
-
-
-def _left_padded(prompts: Sequence[tuple[int, ...]], pad: int) -> tuple[Tensor, Tensor]:
-    """input_ids and attention_mask, (rows, length): the responses begin in the same column."""
-    length = max(len(prompt) for prompt in prompts)
-    input_ids = [[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts]
-    attention_mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(input_ids), torch.tensor(attention_mask)
 
 
 def _eos(subject: Subject) -> list[int]:

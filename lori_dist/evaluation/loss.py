@@ -1,7 +1,7 @@
 """Mean negative log-likelihood of the responses."""
 
 from lori_dist.evaluation import Subject
-from lori_dist.evaluation._batches import by_length
+from lori_dist.evaluation._batches import by_length, hides_padding
 from lori_dist.training.data import collate, pad_id
 from lori_dist.training.loss import loss_sum, num_targets
 
@@ -11,8 +11,10 @@ def score(subject: Subject) -> float:
     total, count = 0.0, 0
     pad = pad_id(subject.tokenizer)
     examples = subject.examples
-    for rows in by_length([example.num_tokens for example in examples], subject.batch_size):
-        batch = collate([examples[row] for row in rows], pad).to(subject.model.device)
+    rows = [example.prompt_ids + example.response_ids for example in examples]
+    is_padded = subject.batch_size == 1 or hides_padding(subject.model, rows, pad, "right")
+    for numbers in by_length([len(row) for row in rows], subject.batch_size, is_padded=is_padded):
+        batch = collate([examples[number] for number in numbers], pad).to(subject.model.device)
         total += loss_sum(subject.model, batch).item()
         count += num_targets(batch)
     return total / count

@@ -1,12 +1,12 @@
 """Rows of text as batches of tokens: which rows a step takes is a function of the seed and the step alone."""
 
+import datetime
 import functools
 import logging
 import math
-import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +16,22 @@ from transformers import PreTrainedTokenizerBase
 
 from lori_dist import config, rows
 from lori_dist.errors import ConfigError
+from lori_dist.training import tokens
 from lori_dist.training.device import put
 
 IGNORED = -100
 """Label of a token that is no target."""
+
+CLOCK = """
+{%- macro strftime_now(format) %}
+    {%- set text = namespace(now=format) %}
+    {%- for form, written in lori_today.items() %}{% set text.now = text.now.replace(form, written) %}{% endfor %}
+    {{- text.now }}
+{%- endmacro %}{{ "" }}"""
+"""Before a chat template that asks for today's date: gives it a date that does not change. transformers takes no other
+clock. The last expression keeps a line break that the template begins with."""
+FORMS = [f"%{form}" for form in ("-d", "-m", "-H", "-I", "-M", "-S", "-y", "-j", *"aAbBcdfGHIjmMpSuUVwWxXyYzZ%")]
+"""What Python's strftime writes parts of a date for."""
 
 Row = TypeVar("Row")
 
@@ -35,7 +47,7 @@ class Example:
     prompt_ids: tuple[int, ...]
     """Starts with bos if the tokenizer adds it."""
     response_ids: tuple[int, ...]
-    """Ends with eos, unless the response was cut off."""
+    """From the first token that has a character of the response. Ends with eos, unless the response was cut off."""
 
     @property
     def num_tokens(self) -> int:
@@ -69,15 +81,21 @@ class Batch:
 
 
 def read(
-    path: str, template: config.Template, *, where: str = "", tokenizer: PreTrainedTokenizerBase | None = None
+    path: str,
+    template: config.Template,
+    *,
+    where: str = "",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    labels: Sequence[str] | None = None,
 ) -> list[tuple[str, str]]:
     """The (prompt, response) of every row of a file, in its order; blank lines are skipped.
 
     where: the file's place in the configuration (`tasks.sst2.train`), for messages. tokenizer: whose chat template
-    makes text of messages; bos and eos, which `encode` adds, are left out.
+    makes text of messages; bos and eos, which `encode` adds, are left out. labels: all values that the template's
+    response may have.
     Raises ConfigError as `rows.read`, and for messages that the tokenizer cannot make text of.
     """
-    texts = rows.read(path, template, where=where)
+    texts = rows.read(path, template, where=where, labels=labels)
     if template.messages is None:
         return cast(list[tuple[str, str]], texts)
     assert tokenizer is not None
@@ -87,34 +105,39 @@ def read(
     found = []
     for number, messages in enumerate(texts, start=1):
         try:
-            found.append(_of_messages(cast(Sequence[rows.Message], messages), tokenizer))
+            found.append(_of_messages(cast(Sequence[rows.Message], messages), tokenizer, template.date))
         except Exception as error:  # templates raise errors of their own
             raise ConfigError(f"{prefix}{path}: row {number}: the chat template refuses it ({error})") from error
     return found
 
 
-def _of_messages(messages: Sequence[rows.Message], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """All but the last as prompt, and what the last adds to their text as response."""
-    context = [dict(message) for message in messages]
-    prompt = str(tokenizer.apply_chat_template(context[:-1], tokenize=False, add_generation_prompt=True))
-    whole = str(tokenizer.apply_chat_template(context, tokenize=False))
+def _of_messages(
+    messages: Sequence[rows.Message], tokenizer: PreTrainedTokenizerBase, date: str | None
+) -> tuple[str, str]:
+    """All but the last as prompt, and what the last adds to their text as response. date: what the template takes for
+    today, or its text would be another one tomorrow."""
+    today = datetime.date.fromisoformat(date or rows.DATE)
+    template, named = tokenizer.get_chat_template(), dict[str, Any]()
+    if "strftime_now" in template:
+        template, named = CLOCK + template, {"lori_today": {form: today.strftime(form) for form in FORMS}}
+    if date is not None:
+        named["date_string"] = today.strftime("%d %b %Y")  # as templates call it that have a date of their own
+    # Parquet gives every message the keys of all.
+    context = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    prompt, whole = (
+        str(
+            tokenizer.apply_chat_template(
+                some, chat_template=template, tokenize=False, add_generation_prompt=some is not context, **named
+            )
+        )
+        for some in (context[:-1], context)
+    )
     if not whole.startswith(prompt):
         raise ConfigError("it changes what was before when an answer follows, so the answer cannot be told from it")
     response, eos = whole[len(prompt) :].rstrip("\n"), str(tokenizer.eos_token)
-    if tokenizer.bos_token and _adds_bos(tokenizer):
+    if tokenizer.bos_token and tokens.adds_bos(tokenizer):
         prompt = prompt.removeprefix(tokenizer.bos_token)
     return prompt, response.removesuffix(eos)
-
-
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    [ids] = _tokens(["a"], tokenizer, special=True)
-    return ids[0] == tokenizer.bos_token_id
-
-
-def responses(labels: Sequence[str], template: config.Template) -> tuple[str, ...]:
-    """The response for each label: template.response with the label in the place of its one field."""
-    pieces = list(string.Formatter().parse(template.response))
-    return tuple("".join(text + (label if name is not None else "") for text, name, _, _ in pieces) for label in labels)
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------
@@ -125,23 +148,24 @@ def encode(
 ) -> list[Example]:
     """Rows of (prompt, response) as tokens, at most max_length of them a row, in their order.
 
-    A response longer than max_length - 1 loses its end (and with it eos); a prompt that does not fit before its
-    response loses its beginning, apart from bos. How many did is logged.
+    A row's tokens are those of prompt + response, see `tokens.pairs`, and eos. A response longer than max_length - 1
+    loses its end (and with it eos); a prompt that does not fit before its response loses its beginning, apart from
+    bos. How many did is logged, and a warning where a prompt's last blank changes its tokens.
     where: the rows' place in the configuration (`tasks.sst2.train`), for messages.
     Raises ConfigError if the tokenizer has no eos, or if a prompt gives no token at all.
     """
     if max_length < 2:
         raise ConfigError(f"train.max_length: {max_length} was given; a prompt and a response need at least 2 tokens")
-    prompts = prompt_ids([prompt for prompt, _ in rows], tokenizer)
-    responses = response_ids([response for _, response in rows], tokenizer)
+    eos = tokens.eos_id(tokenizer)
     examples = []
     num_cut_prompts = num_cut_responses = 0
-    for (prompt, response), before, after in zip(rows, prompts, responses, strict=True):
-        kept_after = after[: max_length - 1]
-        kept_before = shorten(before, max_length - len(kept_after), tokenizer)
+    for (prompt, response), (before, after) in zip(rows, tokens.pairs(rows, tokenizer), strict=True):
+        kept_after = (*after, eos)[: max_length - 1]
+        kept_before = tokens.shorten(before, max_length - len(kept_after), tokenizer)
         num_cut_prompts += len(kept_before) < len(before)
-        num_cut_responses += len(kept_after) < len(after)
+        num_cut_responses += len(kept_after) <= len(after)
         examples.append(Example(prompt=prompt, response=response, prompt_ids=kept_before, response_ids=kept_after))
+    tokens.warn_of_blanks(rows, tokenizer, where)
     if num_cut_prompts or num_cut_responses:
         log.warning(
             "%sof %d rows, %d prompts lost their beginning and %d responses their end to fit train.max_length=%d",
@@ -152,52 +176,6 @@ def encode(
             max_length,
         )
     return examples
-
-
-def prompt_ids(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
-    """Tokens of prompts, with bos if the tokenizer adds it. An eos that it adds is dropped: the response follows."""
-    found = _tokens(prompts, tokenizer, special=True)
-    if _adds_eos(tokenizer):
-        found = [ids[:-1] for ids in found]
-    for prompt, ids in zip(prompts, found, strict=True):
-        if not ids:
-            raise ConfigError(
-                f"the prompt {prompt!r} gives no tokens, as the tokenizer adds no bos; a response needs at least one "
-                "token before it, so begin the template's prompt with some text"
-            )
-    return found
-
-
-def response_ids(responses: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
-    """Tokens of responses, with eos at the end."""
-    eos = tokenizer.eos_token_id
-    if not isinstance(eos, int):
-        raise ConfigError("model.path: the tokenizer has no eos token, so no response could end; set its eos_token")
-    return [(*ids, eos) for ids in _tokens(responses, tokenizer, special=False)]
-
-
-def shorten(ids: tuple[int, ...], length: int, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """A prompt of at most `length` >= 1 tokens: its beginning goes, apart from bos."""
-    if len(ids) <= length:
-        return ids
-    if ids[0] == tokenizer.bos_token_id:
-        return ids[:1] + ids[len(ids) - length + 1 :]
-    return ids[len(ids) - length :]
-
-
-def _tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, special: bool) -> list[tuple[int, ...]]:
-    if not texts:
-        return []
-    # verbose: a row longer than the tokenizer's limit is cut here, not warned about there.
-    found = tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
-    shared: dict[int, int] = {}  # one int object a token of the vocabulary, not one a token of the text
-    return [tuple(shared.setdefault(token, token) for token in ids) for ids in found]
-
-
-def _adds_eos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether it ends a text with eos; a text that itself ends with eos keeps it."""
-    [with_special], [without] = (_tokens(["a"], tokenizer, special=special) for special in (True, False))
-    return len(with_special) > len(without) and with_special[-1] == tokenizer.eos_token_id
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------

@@ -250,7 +250,7 @@ def _rows(run: Run, task: str, tokenizer: PreTrainedTokenizerBase) -> list[list[
     searched."""
     where, count, settings = f"tasks.{task}.train", held_out(run, task), run.tasks[task]
     rows, *others = (
-        data.read(path, settings.template, where=place, tokenizer=tokenizer)
+        data.read(path, settings.template, where=place, tokenizer=tokenizer, labels=settings.labels)
         for place, path in [(where, settings.train), *((f"tasks.{task}.mixture", path) for path in settings.mixture)]
     )
     if count:
@@ -263,8 +263,8 @@ def _validation(run: Run, tasks: Sequence[str], tokenizer: Any) -> list[list[Exa
         return []
     found = []
     for name in tasks:
-        where, path, template = f"tasks.{name}.validation", str(run.tasks[name].validation), run.tasks[name].template
-        texts = data.read(path, template, where=where, tokenizer=tokenizer)
+        where, task = f"tasks.{name}.validation", run.tasks[name]
+        texts = data.read(str(task.validation), task.template, where=where, tokenizer=tokenizer, labels=task.labels)
         found.append(data.encode(texts, tokenizer, run.train.max_length, where=where))
     return found
 

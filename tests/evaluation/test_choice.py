@@ -1,11 +1,12 @@
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from lori_dist.errors import ConfigError
-from lori_dist.evaluation import Subject
+from lori_dist.evaluation import Subject, choice_bytes, choice_end, choice_norm
 from lori_dist.evaluation.choice import score
 from tests.evaluation.conftest import LABELS
 from tests.models import tiny_gpt2, tiny_llama
@@ -17,16 +18,22 @@ models = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
 
 
 @torch.no_grad()
-def likeliest(subject: Subject, prompt_ids: tuple[int, ...], labels: tuple[str, ...]) -> str:
+def likeliest(
+    subject: Subject,
+    prompt_ids: tuple[int, ...],
+    labels: tuple[str, ...],
+    end: tuple[int, ...] = (),
+    length: Callable[[str], float] = lambda label: 1.0,
+) -> str:
     """The oracle: one label of one row at a time, token by token."""
 
     def likelihood(label: str) -> float:
         tokens, total = list(prompt_ids), 0.0
-        for token in [*subject.tokenizer(label, add_special_tokens=False)["input_ids"], 2]:
+        for token in [*subject.tokenizer(label, add_special_tokens=False)["input_ids"], *end]:
             logits = subject.model(input_ids=torch.tensor([tokens])).logits[0, -1]
             total += logits.log_softmax(-1)[token].item()
             tokens.append(token)
-        return total
+        return total / length(label)
 
     return max(labels, key=likelihood)
 
@@ -41,6 +48,22 @@ def test_the_choice_is_that_of_one_label_at_a_time(
         asked = subject(model, [(prompt, label) for prompt in PROMPTS], labels=labels, batch_size=batch_size)
         hits = sum(likeliest(asked, example.prompt_ids, labels) == label for example in asked.examples)
         assert score(asked) == hits / len(PROMPTS)
+
+
+@models
+def test_the_forms_of_choice_differ_in_the_end_and_the_length(model: PreTrainedModel, subject: Make) -> None:
+    labels = ("a", "ab", "a bit longer", "~~")
+    forms: dict[Callable[[Subject], float | None], dict[str, Any]] = {
+        score: {},
+        choice_end.score: {"end": (2,)},
+        choice_norm.score: {"length": len},
+        choice_bytes.score: {"length": lambda label: len(label.encode())},
+    }
+    for form, options in forms.items():
+        for label in labels:
+            asked = subject(model, [(prompt, label) for prompt in PROMPTS], labels=labels, batch_size=5)
+            hits = sum(likeliest(asked, example.prompt_ids, labels, **options) == label for example in asked.examples)
+            assert form(asked) == hits / len(PROMPTS)
 
 
 def test_what_is_known_by_heart_is_chosen(learned: PreTrainedModel, subject: Make) -> None:
@@ -86,7 +109,7 @@ def test_all_labels_follow_the_same_prompt_and_fit(subject: Make) -> None:
 
 def test_a_label_longer_than_the_model_is_refused(subject: Make) -> None:
     asked = subject(MODELS["gpt2"], [("a question", "x")], labels=("x", "y" * 70), max_length=80)
-    with pytest.raises(ConfigError, match=r"^train.max_length: a row has 80 tokens, the model has 64 positions"):
+    with pytest.raises(ConfigError, match=r"^train.max_length: a row has 79 tokens, the model has 64 positions"):
         score(asked)
 
 

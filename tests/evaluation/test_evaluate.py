@@ -185,7 +185,8 @@ def test_rows_that_cannot_be_used_are_all_named_before_anything_is_loaded(tree: 
     assert first.startswith("tasks.questions.test: ")
     assert "questions.jsonl:1: has no field 'prompt'; there are none" in first
     assert second == (
-        "tasks.reviews.labels: the response of test row 2 is 'Bad', wanted one of 'good', 'bad'. Did you mean 'bad'?"
+        f"tasks.reviews.test: {reviews}:2: its response is 'Bad', which is not one of the labels; "
+        "wanted one of 'good', 'bad'. Did you mean 'bad'?"
     )
 
 

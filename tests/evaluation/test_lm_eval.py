@@ -91,3 +91,25 @@ def test_another_task_of_the_same_name_is_another_evaluation(run: config.Run) ->
 def test_a_folder_that_is_not_there_is_named(run: config.Run) -> None:
     with pytest.raises(ConfigError, match=r"evaluate.lm_eval.include: there is no folder 'nowhere'; paths are"):
         config.validate(config.dump(run) | {"evaluate": {"lm_eval": {"tasks": ["x"], "include": "nowhere"}}})
+
+
+FORMS = {"choice": "acc", "choice_norm": "acc_norm", "choice_bytes": "acc_bytes"}
+
+
+def test_choice_is_what_lm_eval_says_of_the_same_rows(tree: dict[str, Any], tmp_path: Path) -> None:
+    labels = ["yes", "no", "it is not so at all", "a", "12345678"]
+    own = [label for number, label in enumerate(labels, start=1) for _ in range(number)]  # each another share
+    rows = tmp_path / "asked.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": f"is it {i} or {9 * i}", "label": own[i % 15]}) for i in range(30)))
+    (tmp_path / "asked.yaml").write_text(
+        f"task: asked\ndataset_path: json\ntest_split: test\ndataset_kwargs: {{data_files: {{test: {rows}}}}}\n"
+        'doc_to_text: "{{text}}?"\ndoc_to_target: "{{label}}"\noutput_type: multiple_choice\n'
+        f"doc_to_choice: {json.dumps(labels)}\n"
+        "metric_list: [{metric: acc}, {metric: acc_norm}, {metric: acc_bytes}]\n"
+    )
+    template = {"prompt": "{text}?", "response": " {label}"}
+    tree["tasks"] = {"asked": {"train": str(rows), "test": str(rows), "template": template, "labels": labels}}
+    tree["evaluate"] = {"metrics": [*FORMS], "lm_eval": {"tasks": ["asked"], "include": str(tmp_path)}}
+    [found] = evaluate(config.validate(tree), None).values()
+    assert {form: found[form] for form in FORMS} == {form: found[f"lm_eval/{name}"] for form, name in FORMS.items()}
+    assert found["choice"] != found["choice_norm"]  # or this would test little

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from lori_dist import config
 from lori_dist.config import Template
 from lori_dist.errors import ConfigError
+from lori_dist.jobs import train_job
 from lori_dist.training.data import (
     IGNORED,
     Example,
@@ -532,3 +534,33 @@ def test_messages_need_a_chat_template(tmp_path: Path) -> None:
     path = rows_file(tmp_path, json.dumps({"chat": messages}) + "\n")
     with pytest.raises(ConfigError, match="the tokenizer has no chat template"):
         read(path, Template(messages="chat"), tokenizer=tiny_tokenizer())
+
+
+@pytest.mark.parametrize("ask", ["{{ strftime_now('%d %b %Y') }}", "{{ date_string or 'no date' }}"])
+def test_a_chats_text_is_the_same_on_every_day(tmp_path: Path, ask: str) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path, tokenizer = rows_file(tmp_path, json.dumps({"chat": messages}) + "\n"), tiny_tokenizer()
+    tokenizer.chat_template = ask + CHAT
+    asks_for_today = "strftime_now" in ask
+    [(prompt, _)] = read(path, Template(messages="chat"), tokenizer=tokenizer)
+    assert prompt.startswith("26 Jul 2024<" if asks_for_today else "no date<")
+    [(prompt, _)] = read(path, Template(messages="chat", date="2031-02-03"), tokenizer=tokenizer)
+    assert prompt.startswith("03 Feb 2031<")
+    tokenizer.chat_template = "\n" + ask + CHAT  # what a template begins with stays
+    assert read(path, Template(messages="chat", date="2031-02-03"), tokenizer=tokenizer)[0][0] == f"\n{prompt}"
+
+
+def test_the_date_of_a_chat_is_part_of_the_fingerprint(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = rows_file(tmp_path, json.dumps({"chat": messages}) + "\n")
+    (tmp_path / "config.json").write_text("{}")
+
+    def template(ask: str, **date: str) -> dict[str, Any]:
+        (tmp_path / "chat_template.jinja").write_text(ask)
+        task = {"train": rows, "test": rows, "template": {"messages": "chat", **date}}
+        tree = {"name": "r", "output": str(tmp_path), "model": {"path": str(tmp_path)}, "tasks": {"t": task}}
+        return dict(train_job(config.validate(tree | {"train": {"steps": 1}}), "t").settings["data"]["template"])
+
+    assert "date" not in template(CHAT)  # such runs keep the fingerprint they had
+    assert template("{{ strftime_now('%d') }}")["date"] == "2024-07-26"
+    assert template(CHAT, date="2031-02-03")["date"] == "2031-02-03"

@@ -1,0 +1,9 @@
+"""Share of rows whose label is likeliest for its length in bytes of UTF-8: `acc_bytes` of lm-eval."""
+
+from lori_dist.evaluation import Subject
+from lori_dist.evaluation._choices import accuracy
+
+
+def score(subject: Subject) -> float | None:
+    """As `choice`, of log-likelihoods over the number of the label's bytes, without the blanks it begins with."""
+    return accuracy(subject, length=lambda label: len(label.encode()))
