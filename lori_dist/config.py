@@ -1,18 +1,20 @@
 """The configuration of a run: frozen data, checked as a whole before anything heavy is imported."""
 
+import codecs
 import contextlib
 import copy
 import functools
 import importlib.util
 import itertools
 import json
+import math
 import os
 import re
 import string
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,9 +29,9 @@ Name = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 
 
 def _number(value: Any) -> Any:
-    """Refuses what YAML makes of `yes` and `on`, which would pass for 1."""
+    """Refuses true and false, which would pass for 1 and 0."""
     if isinstance(value, bool):
-        raise ValueError("wanted a number, and YAML reads yes, no, on and off as true and false")
+        raise ValueError("wanted a number")
     return value
 
 
@@ -44,7 +46,7 @@ def _seconds(value: Any) -> Any:
         return value
     found = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", value)
     if found is None or not value:
-        raise ValueError("wanted a duration such as 11h30m, 90m, or 3600 for so many seconds")
+        raise ValueError("wanted a duration such as 11h30m, 1m30s, or 3600 for so many seconds")
     return sum(int(number or 0) * unit for number, unit in zip(found.groups(), (86400, 3600, 60, 1), strict=True))
 
 
@@ -382,25 +384,18 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, elsewhere: bool = F
     one need not have its inputs. Raises ConfigError that lists every mistake by its path, with the nearest valid name.
     """
     tree, problems = _read(path, overrides)
-    run, others = _check(tree, [rule for rule in RULES if not (elsewhere and rule in OF_THIS_MACHINE)])
-    return _unless(problems + others, run)
+    return _check(Run, tree, [rule for rule in RULES if not (elsewhere and rule in OF_THIS_MACHINE)], problems)
 
 
 def text(path: str | Path, overrides: Sequence[str] = ()) -> str:
     """YAML of a configuration with overrides applied, and else as it was written. Raises ConfigError."""
     tree, problems = _read(path, overrides)
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    return yaml.dump(_unless(problems, tree), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _read(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """The tree in a YAML file with overrides applied, and what is wrong with these and its keys."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); give the path of a YAML file") from error
-    tree, problems = _parse(text, str(path))
+    tree, problems = _parse(_text_of(path), str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds {type(tree).__name__}, wanted a mapping with name, model and tasks")
     for override in overrides:
@@ -410,14 +405,15 @@ def _read(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any], l
 
 def validate(tree: Mapping[str, Any]) -> Run:
     """The run a plain tree describes. Raises ConfigError that lists every mistake."""
-    run, problems = _check(copy.deepcopy(dict(tree)), RULES)
-    return _unless(problems, run)
+    return _check(Run, dict(tree), RULES)
 
 
-def _unless(problems: Sequence[str], run: Run) -> Run:
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return run
+def checked(kind: type[T], tree: Any, where: str) -> T:
+    """An object of a section, or of a type of this module, from a plain tree. Raises ConfigError with every mistake.
+
+    where: what the tree is of, such as the path of a file.
+    """
+    return _check(kind, tree, where=where)
 
 
 def dump(run: Run) -> dict[str, Any]:
@@ -440,55 +436,206 @@ def _plain(value: Any) -> Any:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that notices repeated keys and reads `5e-4` as the number it is."""
+class _Loader(yaml.BaseLoader):
+    """YAML 1.2 as JSON has it: text, numbers, true, false, null, lists and mappings; merge keys, and no other tags.
+
+    Times such as 1:30, dates, 1_000, yes, no, on and off are text, which a key that wants a number or a switch reads.
+    """
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
-        self.repeated: list[str] = []
+        self.repeated: list[tuple[list[int], str]] = []
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Puts text in quotes that _Loader would read as something else, such as 1e5."""
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+TAG = "tag:yaml.org,2002:"
+FLOAT = r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+for _kind_of_scalar, _pattern, _first in (
+    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"^[-+]?(?:[0-9]+|0[0-9_]+|0o[0-7]+|0x[0-9a-fA-F]+)$", list("-+0123456789")),
+    ("float", FLOAT, list("-+.0123456789")),
+    ("merge", r"^<<$", ["<"]),
+):
+    _Loader.add_implicit_resolver(TAG + _kind_of_scalar, re.compile(_pattern), _first)
+    _Dumper.add_implicit_resolver(TAG + _kind_of_scalar, re.compile(_pattern), _first)
+
+
+def _scalar(loader: _Loader, node: yaml.Node) -> Any:
+    written = loader.construct_scalar(node)  # type: ignore[arg-type]  # raises ConstructorError for other nodes
+    kind = node.tag.removeprefix(TAG)
+    match kind:
+        case "str":
+            return written
+        case "null" if written in ("", "~") or written.lower() == "null":
+            return None
+        case "bool" if written.lower() in ("true", "false"):
+            return written.lower() == "true"
+        case "int" if re.fullmatch(r"[-+]?0[0-9_]*[1-9_][0-9_]*", written):
+            problem = f"{written} is a number of base 8 to some readers of YAML; write it without the 0, or put quotes around text"
+        case "int" if re.fullmatch(r"[-+]?(?:[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)", written):
+            if len(written) <= LONGEST_NUMBER:
+                return int(written, 0)
+            problem = f"a number of {len(written)} digits; put text in quotes"
+        case "float" if re.match(FLOAT, written):
+            number = float(written.lower().replace(".inf", "inf").replace(".nan", "nan"))
+            if not math.isinf(number) or "inf" in written.lower():
+                return number
+            problem = f"{written[:LONGEST_NUMBER]} is larger than any float"
+        case _:
+            problem = f"{written[:LONGEST_NUMBER]!r} is not of the kind that its tag !!{kind} names; remove the tag"
+    raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+def _list(loader: _Loader, node: yaml.Node) -> list[Any]:
+    if not isinstance(node, yaml.SequenceNode):
+        raise yaml.constructor.ConstructorError(None, None, "!!seq is the tag of a list; remove it", node.start_mark)
+    return [loader.construct_object(item, deep=True) for item in node.value]
+
+
+def _mapping(loader: _Loader, node: yaml.Node) -> dict[Any, Any]:
+    """Merges are of what was built, not of nodes: the same keys again and again take no more room than once."""
+    if not isinstance(node, yaml.MappingNode):
+        raise yaml.constructor.ConstructorError(None, None, "!!map is the tag of a mapping; remove it", node.start_mark)
     lines: dict[str, list[int]] = {}
-    for key, _ in node.value:
-        lines.setdefault(str(key.value), []).append(key.start_mark.line + 1)
-    loader.repeated += [
-        f"{key} is given in lines {' and '.join(map(str, places))}" for key, places in lines.items() if len(places) > 1
-    ]
-    loader.flatten_mapping(node)
-    return {
-        loader.construct_object(key, deep=True): loader.construct_object(item, deep=True) for key, item in node.value
-    }
+    merged: dict[Any, Any] = {}
+    own: dict[Any, Any] = {}
+    for key_node, item_node in node.value:
+        lines.setdefault(str(key_node.value), []).append(key_node.start_mark.line + 1)
+        item = loader.construct_object(item_node, deep=True)
+        if key_node.tag == TAG + "merge":
+            for mapping in item if isinstance(item, list) else [item]:
+                if not isinstance(mapping, dict):
+                    problem = "<< takes a mapping, or a list of mappings"
+                    raise yaml.constructor.ConstructorError(None, None, problem, item_node.start_mark)
+                merged = mapping | merged
+            continue
+        key = loader.construct_object(key_node, deep=True)
+        if isinstance(key, (list, dict)):
+            problem = "a key is a list or a mapping; write text"
+            raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+        own[key] = item
+    loader.repeated += [(places, key) for key, places in lines.items() if len(places) > 1]
+    return merged | own
 
 
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+def _refuse_tag(loader: _Loader, node: yaml.Node) -> Any:
+    tag = node.tag.replace(TAG, "!!")
+    problem = f"the tag {tag} is not one of !!str, !!int, !!float, !!bool, !!null, !!seq and !!map; remove it"
+    raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+for _kind_of_scalar in ("str", "int", "float", "bool", "null"):
+    _Loader.add_constructor(TAG + _kind_of_scalar, _scalar)
+_Loader.add_constructor(TAG + "seq", _list)
+_Loader.add_constructor(TAG + "map", _mapping)
+_Loader.add_constructor(None, _refuse_tag)  # type: ignore[type-var]  # every other tag
+
+LARGEST = 2**20
+"""Bytes of a file: YAML takes seconds for as many."""
+MOST, DEEPEST, LONGEST_NUMBER = 100_000, 64, 100
+"""Values of a configuration, their nesting, and characters of a number."""
+
+
+def read(path: str | Path) -> Any:
+    """Returns what a YAML file holds. Raises ConfigError."""
+    tree, problems = _parse(_text_of(path), str(path))
+    return _unless(problems, tree)
+
+
+def value(text: str, where: str) -> Any:
+    """Returns what a text given on the command line means, read as a configuration's values are. Raises ConfigError."""
+    tree, problems = _parse(text, where)
+    unusable: dict[Place, str] = {}
+    tree = _usable(tree, (), unusable)
+    return _unless([*problems, *(f"{where}: {problem}" for problem in unusable.values())], tree)
+
+
+def _unless(problems: Sequence[str], found: T) -> T:
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return found
+
+
+def _text_of(path: str | Path) -> str:
+    """A pipe is read if somebody writes to it; nothing is read without an end."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            os.set_blocking(descriptor, True)
+            data = file.read(LARGEST + 1)
+        if len(data) > LARGEST:
+            raise ValueError(f"it has more than {LARGEST:,} bytes")
+        return data.decode("utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); give the path of a YAML file") from error
 
 
 def _parse(text: str, source: str) -> tuple[Any, list[str]]:
     """What a YAML text holds, and the keys that it gives more than once."""
-    loader = None
     try:
         loader = _Loader(text)
         tree = loader.get_single_data()
-    except (yaml.YAMLError, ValueError, TypeError) as error:  # dates that do not exist, keys that are lists
-        raise ConfigError(f"{source}: is not valid YAML: {error}") from error
-    finally:
-        if loader is not None:
-            loader.dispose()
-    return tree, [f"{source}: {item}; leave one" for item in loader.repeated]
+    except RecursionError as error:
+        raise ConfigError(f"{source}: is not a configuration: it is nested more than {DEEPEST} deep") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+        what = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(f"{source}: is not valid YAML: {where}{what}") from error
+    except (yaml.YAMLError, ValueError) as error:  # control characters; escapes that are not characters
+        raise ConfigError(f"{source}: is not valid YAML: {' '.join(str(error).split())}") from error
+    return _unshared(tree, source), [
+        f"{source}: {key} is given in lines {' and '.join(map(str, lines))}; leave one"
+        for lines, key in sorted(loader.repeated)
+    ]
 
 
-def value(text: str, where: str) -> Any:
-    """What a text given on the command line means, read as a configuration's values are. Raises ConfigError."""
-    found, problems = _parse(text, where)
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return found
+Place = tuple[str, ...]
+"""Where a value stands: the keys that lead to it."""
+
+
+def _unshared(tree: Any, source: str) -> Any:
+    """A copy in which what YAML's aliases repeat is there as often. Raises ConfigError for a tree that is too large."""
+    number = itertools.count(1)
+
+    def copied(value: Any, depth: int) -> Any:
+        if next(number) > MOST:
+            raise ConfigError(f"{source}: has more than {MOST:,} values, counting what aliases repeat; write fewer")
+        if depth > DEEPEST:
+            raise ConfigError(f"{source}: is nested more than {DEEPEST} deep; write it flat")
+        if isinstance(value, dict):
+            return {key: copied(item, depth + 1) for key, item in value.items()}
+        return [copied(item, depth + 1) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return copied(tree, 0)
+
+
+def _usable(value: Any, place: Place, problems: dict[Place, str]) -> Any:
+    """The tree with keys that are text. Puts into `problems` which were not, and what no text and no number may be."""
+    if isinstance(value, dict):
+        made = {}
+        for key, item in value.items():
+            below = (*place, key if isinstance(key, str) and not UNUSABLE.search(key) else _found(key))
+            if below[-1] is not key:
+                wrong = "has a character that text cannot have" if isinstance(key, str) else "is no text"
+                problems[below] = f"the key {wrong}; {'remove it' if isinstance(key, str) else 'put it in quotes'}"
+            made[below[-1]] = _usable(item, below, problems)
+        return made
+    if isinstance(value, list):
+        return [_usable(item, (*place, str(index)), problems) for index, item in enumerate(value)]
+    if isinstance(value, str) and UNUSABLE.search(value):
+        problems[place] = f"{_found(value)} has a character that text cannot have; remove it"
+    elif isinstance(value, int) and value.bit_length() > 64:
+        problems[place] = "a number of more than 64 bits was given; write a smaller one"
+    return value
+
+
+UNUSABLE = re.compile(r"[\0\ud800-\udfff]")
+"""No file name has the first, and no file of text the others: halves of characters, as of `"\\ud800"`."""
 
 
 def _override(tree: dict[str, Any], override: str) -> list[str]:
@@ -502,11 +649,11 @@ def _override(tree: dict[str, Any], override: str) -> list[str]:
         below = place.get(key)
         if below is None:
             below = place[key] = {}
-        elif isinstance(below, str) and _kind(parents[: depth + 1]) is Choice:
+        elif isinstance(below, str) and _is_choice(parents[: depth + 1]):
             below = place[key] = {"name": below}  # `engine: deepspeed` and `train.engine.stage=3` name one choice
         if not isinstance(below, dict):
             where = ".".join(parents[: depth + 1])
-            return [f"{override}: {where} is {below!r}, which has nothing below it; override {where} itself"]
+            return [f"{override}: {where} is {_found(below)}, which has nothing below it; override {where} itself"]
         place = below
     try:
         place[last], problems = _parse(text, override)
@@ -515,129 +662,188 @@ def _override(tree: dict[str, Any], override: str) -> list[str]:
     return problems
 
 
+def _is_choice(place: Sequence[str]) -> bool:
+    kind: _Kind | None = _kind_of(Run)
+    for part in place:
+        if kind is None:
+            return False
+        if kind.sections is not None:
+            kind = _kind_of(kind.sections)
+        else:
+            kind = _kinds(kind.section).get(part) if kind.section is not None else None
+    return kind is not None and kind.is_choice
+
+
 # --- what is wrong, all at once --------------------------------------------------------------------------------------
 
 
-def _check(tree: dict[str, Any], rules: Iterable[Rule]) -> tuple[Run, list[str]]:
-    """The run, and every mistake in it.
+def _check(
+    kind: type[T], tree: Any, rules: Iterable[Rule] = (), before: Sequence[str] = (), where: str = "the configuration"
+) -> T:
+    """An object of `kind` without a mistake. Raises ConfigError that lists `before` and every mistake.
 
-    The rules need a whole run, so places of the wrong form are mended first, in a copy that is thrown away: a
-    misspelt key and a misspelt method are then reported together.
+    A misspelt key and a misspelt method are reported together: rules run on what is right, and end where they need a
+    value that is not.
     """
-    places_of_keys = _take_strange_keys(tree)
-    problems = [f"{'.'.join(place)}: the key is no text; put it in quotes" for place in places_of_keys]
-    mended = set(places_of_keys)
-    run = None
-    while run is None:  # mending a section can uncover the keys missing in it
-        try:
-            run = _schema().validate_python(tree)
-        except pydantic.ValidationError as error:
-            places = _places(error)
-            problems += [_problem(place, errors) for place, errors in places.items() if not _within(place, mended)]
-            mended |= places.keys()
-            for place, errors in places.items():
-                _mend(tree, place, is_missing=errors[0]["type"] in MISSING)
+    problems: dict[Place, str] = {}
+    made = _made(_kind_of(kind), _usable(_unshared(tree, where), (), problems), (), problems)
+    listed = [*before, *(f"{'.'.join(place) or where}: {problem}" for place, problem in problems.items())]
+    is_whole = not listed
     for rule in rules:
-        if rule is _merges and any(place[0] == "tasks" and len(place) <= 2 for place in mended):
-            continue  # it would miss the tasks that were mended away
-        problems += [
-            problem
-            for problem in rule(run)
-            if not any(_touched(path.split("."), mended) for path in problem.partition(": ")[0].split(", "))
-        ]
-    return run, problems
+        listed += rule(made) if is_whole else _as_far_as_known(rule, made)
+    return _unless(list(dict.fromkeys(listed)), made)
+
+
+def _as_far_as_known(rule: Rule, run: Run) -> list[str]:
+    """What a rule finds in a run that lacks values. Where one task lacks what the rule needs, the others may have it."""
+    found: list[str] = []
+    if not _ends(rule, run, found) and rule in EACH:
+        for name, item in getattr(run, EACH[rule], {}).items():
+            _ends(rule, _changed(run, EACH[rule], {name: item}), found)
+    return found
+
+
+def _ends(rule: Rule, run: Run, found: list[str]) -> bool:
+    """Puts into `found` what a rule gives, and says whether it came to its end."""
+    try:
+        for problem in rule(run):
+            found.append(problem)
+    except AttributeError:  # it reads what is absent, as it was wrong
+        return False
+    return True
+
+
+def _changed(run: Run, key: str, value: Any) -> Run:
+    """`dataclasses.replace` for a run that may lack values."""
+    made = object.__new__(Run)
+    for item in fields(run):
+        if hasattr(run, item.name):
+            object.__setattr__(made, item.name, value if item.name == key else getattr(run, item.name))
+    return made
+
+
+ABSENT: Any = object()
+"""Made of what is wrong."""
+
+
+def _made(kind: "_Kind", value: Any, place: Place, problems: dict[Place, str]) -> Any:
+    """What a value is to a key of this kind, or ABSENT."""
+    if place in problems:
+        return ABSENT
+    if kind.section is not None and not (value is None and kind.is_optional):
+        return _section_made(kind.section, value, place, problems)
+    if kind.sections is not None and isinstance(value, dict):
+        value = {name: _section_made(kind.sections, item, (*place, name), problems) for name, item in value.items()}
+    elif any(other[: len(place)] == place for other in problems):
+        return ABSENT
+    try:
+        return kind.adapter.validate_python(value)
+    except pydantic.ValidationError as error:
+        for below, errors in _places(error).items():
+            problems.setdefault((*place, *below), _problem(errors))
+        return ABSENT
+
+
+def _section_made(section: type[T], value: Any, place: Place, problems: dict[Place, str]) -> T:
+    """An object that lacks the values which are wrong: reading one of them raises AttributeError."""
+    made = object.__new__(section)
+    if not isinstance(value, dict):
+        problems.setdefault(place, f"{_found(value)} was given; wanted a mapping, key: value")
+        return made
+    kinds = _kinds(section)
+    for item in fields(section):  # type: ignore[arg-type]
+        where = (*place, item.name)
+        if item.name in value:
+            content = _made(kinds[item.name], value[item.name], where, problems)
+        elif item.default is not MISSING:
+            content = item.default
+        elif item.default_factory is not MISSING:
+            content = item.default_factory()
+        else:
+            problems[where] = "is missing; give it a value"
+            continue
+        if content is not ABSENT:
+            object.__setattr__(made, item.name, content)
+    for key in value:
+        if key not in kinds:
+            known = f"there are {', '.join(kinds)}.{plugin.nearest(key, kinds)}"
+            problems.setdefault((*place, key), f"there is no such key; {known}")
+    return made
+
+
+class _Kind(typing.NamedTuple):
+    """What a key takes: a section, sections by their names, or what pydantic checks as a whole."""
+
+    adapter: pydantic.TypeAdapter[Any]
+    section: type | None = None
+    sections: type | None = None
+    is_optional: bool = False
+    is_choice: bool = False
 
 
 @functools.cache
-def _schema() -> pydantic.TypeAdapter[Run]:
-    return pydantic.TypeAdapter(Run)
+def _kinds(section: type) -> dict[str, _Kind]:
+    hints = typing.get_type_hints(section, include_extras=True)
+    return {item.name: _kind_of(hints[item.name]) for item in fields(section)}
 
 
-def _take_strange_keys(tree: dict[Any, Any], place: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """Takes out what stands under keys that are no text, such as 1 or what YAML makes of `no`. Returns their paths."""
-    strange = [key for key in tree if not isinstance(key, str)]
-    for key in strange:
-        del tree[key]
-    return [(*place, str(key)) for key in strange] + [
-        below
-        for key, item in tree.items()
-        if isinstance(item, dict)
-        for below in _take_strange_keys(item, (*place, key))
-    ]
+def _kind_of(hint: Any) -> _Kind:
+    adapter: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(hint)
+    plain = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+    inner = typing.get_args(plain)
+    if typing.get_origin(plain) is dict and _is_section(inner[1]):
+        return _Kind(adapter, sections=inner[1])
+    if _is_section(plain):
+        return _Kind(adapter, section=plain)
+    if typing.get_origin(plain) is types.UnionType and _is_section(inner[0]):
+        return _Kind(adapter, section=inner[0], is_optional=True)
+    return _Kind(adapter, is_choice=plain is Choice)
 
 
-MISSING = ("missing", "missing_argument", "missing_keyword_only_argument")
-UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
+def _is_section(kind: Any) -> bool:
+    return is_dataclass(kind) and kind is not Choice
 
 
-def _places(error: pydantic.ValidationError) -> dict[tuple[str, ...], list[Any]]:
+def _places(error: pydantic.ValidationError) -> dict[Place, list[Any]]:
     """The errors by place. Where a value fits none of several kinds, those that got furthest into it count."""
     skipped = ("function-", "literal[", "tuple[", "dict[", "[key]")  # the kind of value that was tried
-    places: dict[tuple[str, ...], list[Any]] = {}
-    for item in error.errors():
+    places: dict[Place, list[Any]] = {}
+    for item in error.errors(include_url=False):
         place = tuple(str(part) for part in item["loc"] if not str(part).startswith(skipped))
         places.setdefault(place, []).append(item)
-    return {
-        place: items
-        for place, items in places.items()
-        if not any(len(other) > len(place) and other[: len(place)] == place for other in places)
-    }
+    inner = {place[:depth] for place in places for depth in range(len(place))}
+    return {place: items for place, items in places.items() if place not in inner}
 
 
-def _within(place: Sequence[str], places: set[tuple[str, ...]]) -> bool:
-    return any(tuple(place[:depth]) in places for depth in range(len(place) + 1))
-
-
-def _touched(place: Sequence[str], mended: set[tuple[str, ...]]) -> bool:
-    """Whether a rule saw something mended there: in it, or, in a list or mapping of values, below it."""
-    return _within(place, mended) or (len(place) >= 3 and any(other[: len(place)] == tuple(place) for other in mended))
-
-
-def _mend(tree: dict[Any, Any], place: Sequence[str], *, is_missing: bool) -> None:
-    """Gives a missing key any value of its kind; takes out a wrong one, or the mapping that should hold it."""
-    holder, held = tree, tree
-    holding = ""
-    for depth, part in enumerate(place):
-        if part not in held and is_missing and depth == len(place) - 1:
-            kind = _kind(place)
-            held[part] = (
-                {} if (is_dataclass(kind) and kind is not Choice) or typing.get_origin(kind) is dict else "missing"
-            )
-            return
-        if part not in held:
-            break
-        holder, holding = held, part
-        if not isinstance(held[part], dict):
-            break
-        held = held[part]
-    del holder[holding]
-
-
-def _problem(place: Sequence[str], errors: Sequence[Any]) -> str:
-    """One mistake: its path, what was found, what was wanted."""
-    path, error = ".".join(place), errors[0]
-    if error["type"] in UNKNOWN:
-        known = [item.name for item in fields(_kind(place[:-1]))]
-        return f"{path}: there is no such key; there are {', '.join(known)}.{plugin.nearest(place[-1], known)}"
-    if error["type"] in MISSING:
-        return f"{path}: is missing; give it a value"
+def _problem(errors: Sequence[Any]) -> str:
+    """What was found, and what was wanted."""
+    error = errors[0]
+    if error["type"] == "missing":
+        return "is missing; give it a value"
     if error["type"] == "string_pattern_mismatch":
-        return f"{path}: {error['input']!r} was given; names are at most 64 letters, digits, - and _"
-    return f"{path}: {_found(error['input'])} was given; {' or '.join(_wanted(place, error) for error in errors)}"
+        return f"{_found(error['input'])} was given; names are at most 64 letters, digits, - and _"
+    return f"{_found(error['input'])} was given; {' or '.join(_wanted(error) for error in errors)}"
 
 
 def _found(value: Any) -> str:
-    return {dict: "a mapping", list: "a list", type(None): "nothing"}.get(type(value), repr(value))
+    kinds = {dict: "a mapping", list: "a list", type(None): "nothing"}
+    if type(value) in kinds:
+        return kinds[type(value)]
+    try:
+        shown = repr(value)
+    except ValueError:  # more digits than Python makes text of
+        return "a large number"
+    return shown if len(shown) <= 200 else f"{shown[:150]}...{shown[-20:]}"
 
 
-def _wanted(place: Sequence[str], error: Any) -> str:
+def _wanted(error: Any) -> str:
     match error["type"]:
         case "literal_error":
             names = re.findall(r"'([^']*)'", error["ctx"]["expected"])
             return f"wanted {' or '.join(names)}" + plugin.nearest(str(error["input"]), names).replace(" Did", ". Did")
-        case "dataclass_type" if _kind(place) is Choice:
+        case "dataclass_type":
             return "wanted a method's name, or a mapping with its name and options"
-        case "dataclass_type" | "dict_type":
+        case "dict_type":
             return "wanted a mapping, key: value"
         case "tuple_type":
             return "wanted a list"
@@ -649,32 +855,33 @@ def _wanted(place: Sequence[str], error: Any) -> str:
             return str(error["msg"]).replace("Input should be", "it should be")
 
 
-def _kind(place: Sequence[str]) -> Any:
-    """What the annotations want at a path: follows the sections, and mappings by any key."""
-    kind: Any = Run
-    for part in place:
-        if is_dataclass(kind):
-            kind = typing.get_type_hints(kind).get(part)
-            if typing.get_origin(kind) is types.UnionType:  # a section that may be left out
-                kind = next((other for other in typing.get_args(kind) if is_dataclass(other)), kind)
-        else:
-            kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else None
-    return kind
+def _method(folder: str, choice: Choice, role: str, path: str) -> Iterator[str]:
+    try:
+        plugin.find(folder, choice.name, role, path).bind(choice.options, path)
+    except ConfigError as error:
+        yield from str(error).split("\n")
 
 
-def _methods(run: Run) -> Iterator[str]:
-    chosen = [
-        ("masks", run.adapter.mask, "mask", "adapter.mask"),
-        ("engines", run.train.engine, "build", "train.engine"),
-        ("multitask", run.multitask, "plan", "multitask"),
-        *(("merges", merge.method, "merge", f"merges.{name}.method") for name, merge in run.merges.items()),
-        *(("evaluation", Choice(name=metric), "score", "evaluate.metrics") for metric in run.evaluate.metrics),
-    ]
-    for folder, choice, role, path in chosen:
-        try:
-            plugin.find(folder, choice.name, role, path).bind(choice.options, path)
-        except ConfigError as error:
-            yield from str(error).split("\n")
+def _mask(run: Run) -> Iterator[str]:
+    yield from _method("masks", run.adapter.mask, "mask", "adapter.mask")
+
+
+def _engine(run: Run) -> Iterator[str]:
+    yield from _method("engines", run.train.engine, "build", "train.engine")
+
+
+def _multitask(run: Run) -> Iterator[str]:
+    yield from _method("multitask", run.multitask, "plan", "multitask")
+
+
+def _methods_of_merges(run: Run) -> Iterator[str]:
+    for name, merge in run.merges.items():
+        yield from _method("merges", merge.method, "merge", f"merges.{name}.method")
+
+
+def _metrics(run: Run) -> Iterator[str]:
+    for metric in run.evaluate.metrics:
+        yield from _method("evaluation", Choice(name=metric), "score", "evaluate.metrics")
 
 
 def _projections(run: Run) -> Iterator[str]:
@@ -773,6 +980,9 @@ def _lengths(run: Run) -> Iterator[str]:
     for path, steps in (("train.steps", run.train.steps), ("train.calibrate.steps", run.train.calibrate.steps)):
         if steps is not None and run.train.warmup_steps >= steps:
             yield f"train.warmup_steps: {run.train.warmup_steps} was given, {path} is {steps}; give fewer than those"
+
+
+def _lengths_of_tasks(run: Run) -> Iterator[str]:
     for name, task in run.tasks.items():
         where = f"tasks.{name}"
         own = {key for key in ("steps", "epochs", "lr") if getattr(task, key) is not None}
@@ -798,12 +1008,15 @@ def _long_runs(run: Run) -> Iterator[str]:
     train = run.train
     if train.early_stop is not None and train.validate_every is None:
         yield "train.early_stop: is given without train.validate_every, which measures for it; give both"
-    if train.validate_every is not None:
+    if train.on_divergence == "rollback" and train.checkpoint_every is None:
+        yield "train.on_divergence: rollback goes back to a checkpoint; give train.checkpoint_every"
+
+
+def _validation_rows(run: Run) -> Iterator[str]:
+    if run.train.validate_every is not None:
         for name, task in run.tasks.items():
             if task.validation is None:
                 yield f"tasks.{name}.validation: is missing, and train.validate_every measures on its rows; give a file"
-    if train.on_divergence == "rollback" and train.checkpoint_every is None:
-        yield "train.on_divergence: rollback goes back to a checkpoint; give train.checkpoint_every"
 
 
 def _tasks(run: Run) -> Iterator[str]:
@@ -872,17 +1085,23 @@ def unpackable(model_type: str) -> Iterator[str]:
         )
 
 
-def _inputs(run: Run) -> Iterator[str]:
+def _files(run: Run) -> Iterator[str]:
     for name, task in run.tasks.items():
         for part, path in files(task):
             if problem := tables.problem_of(path):
                 yield f"tasks.{name}.{part}: {problem}"
             elif not tables.is_hub(path) and not os.path.isfile(path):
                 yield f"tasks.{name}.{part}: there is no file {path!r}; paths are relative to {Path.cwd()}"
+
+
+def _model(run: Run) -> Iterator[str]:
     is_hub_name = run.model.path.count("/") == 1 and not run.model.path.startswith((".", "/", "~"))
     is_local = not is_hub_name or Path(run.model.path).parent.is_dir()
     if is_local and not os.path.isfile(Path(run.model.path) / "config.json"):
         yield f"model.path: there is no config.json in {run.model.path!r}; give a model's folder or its name on the hub"
+
+
+def _output(run: Run) -> Iterator[str]:
     place = run.folder
     while not os.path.lexists(place):
         place = place.parent
@@ -1162,7 +1381,11 @@ def _trackers(run: Run) -> Iterator[str]:
 
 
 RULES: tuple[Rule, ...] = (
-    _methods,
+    _mask,
+    _engine,
+    _multitask,
+    _methods_of_merges,
+    _metrics,
     _projections,
     _saved,
     _quantized,
@@ -1170,12 +1393,16 @@ RULES: tuple[Rule, ...] = (
     _attention_is_there,
     _compiled,
     _lengths,
+    _lengths_of_tasks,
     _long_runs,
+    _validation_rows,
     _tasks,
     _mixtures,
     _starts,
     _packed_rows,
-    _inputs,
+    _files,
+    _model,
+    _output,
     _in_a_job,
     _positions,
     _templates,
@@ -1189,5 +1416,21 @@ RULES: tuple[Rule, ...] = (
     _trackers,
 )
 
-OF_THIS_MACHINE = (_inputs, _in_a_job, _trackers, _attention_is_there)
+OF_THIS_MACHINE = (_files, _model, _output, _in_a_job, _trackers, _attention_is_there)
 """What is so for this machine alone."""
+
+EACH = {
+    _methods_of_merges: "merges",
+    _lengths_of_tasks: "tasks",
+    _validation_rows: "tasks",
+    _tasks: "tasks",
+    _mixtures: "tasks",
+    _starts: "tasks",
+    _files: "tasks",
+    _templates: "tasks",
+    _fields: "tasks",
+    _labels: "tasks",
+    _merges: "merges",
+    _searches: "merges",
+}
+"""Rules that look at one task, or one merge, after the other."""

@@ -86,7 +86,7 @@ class Method:
                 problems.append(f"{path}.{key}: {value!r} was given; {wanted}")
                 continue
             if isinstance(value, bool) and not isinstance(bound[key], bool):
-                problems.append(f"{path}.{key}: {value!r} was given; wanted a number (YAML reads yes and on as true)")
+                problems.append(f"{path}.{key}: {value!r} was given; wanted a number")
             problems += [
                 f"{path}.{key}: {value!r} was given; it must be in {wanted}"
                 for wanted in _ranges(self.options[key].annotation)

@@ -94,19 +94,18 @@ def test_whole_numbers_may_be_written_as_floats(spelling: str) -> None:
         assert load(MINIMAL, f"train.steps={spelling}").train.steps == 1_000_000
 
 
-@pytest.mark.parametrize("spelling", ["no", "on", "yes", "off", "true"])
+@pytest.mark.parametrize("spelling", ["no", "on", "yes", "off", "true", "False"])
 @pytest.mark.parametrize("path", ["train.lr", "train.steps", "adapter.seed", "adapter.density", "cluster.retries"])
 def test_yes_and_no_are_no_numbers(path: str, spelling: str) -> None:
-    read = spelling in ("on", "yes", "true")
-    wanted = "wanted a number, and YAML reads yes, no, on and off as true and false"
-    assert problems(MINIMAL, f"{path}={spelling}") == [f"{path}: {read} was given; {wanted}"]
+    (found,) = problems(MINIMAL, f"{path}={spelling}")
+    read = {"true": True, "False": False}.get(spelling, spelling)
+    assert found.startswith(f"{path}: {read!r} was given; ")
+    assert "number" in found or "integer" in found
 
 
-def test_yes_and_no_as_text_want_quotes() -> None:
-    assert problems(MINIMAL, "tasks.nlu.labels=[yes, no]") == [
-        "tasks.nlu.labels.0: True was given; wanted text; put it in quotes",
-        "tasks.nlu.labels.1: False was given; wanted text; put it in quotes",
-    ]
+def test_yes_and_no_are_text_where_text_is_wanted() -> None:
+    assert load(MINIMAL, "tasks.nlu.labels=[yes, no]").tasks["nlu"].labels == ("yes", "no")
+    assert load(MINIMAL, "cluster.packing=off").cluster.packing == "off"
 
 
 @pytest.mark.parametrize("spelling", ["on", "yes", "true", "True"])
@@ -203,7 +202,6 @@ train: {epochs: 1}
         ("name: [", "is not valid YAML"),
         ("name: !!python/object:os.system x", "is not valid YAML"),
         ("? [a, b]\n: c", "is not valid YAML"),
-        ("when: 2024-13-45", "is not valid YAML"),
         ("a: &a [*a]\nb: \t x", "is not valid YAML"),
         ("name: a\x07b", "is not valid YAML"),
     ],
@@ -475,7 +473,8 @@ print(sorted({"torch", "transformers", "numpy", "ray", "deepspeed"} & set(sys.mo
         ("adapter.mask={seed: 5}", "adapter.mask.name: nothing was given; wanted text"),
         ("adapter.mask=_select", "adapter.mask: there is nothing called '_select' in masks; there are magnitude, .*"),
         ("adapter.mask={name: random, seed: x}", "adapter.mask.seed: 'x' was given; it should be a valid integer, .*"),
-        ("adapter.mask={name: random, seed: yes}", "adapter.mask.seed: True was given; wanted a number .*"),
+        ("adapter.mask={name: random, seed: yes}", "adapter.mask.seed: 'yes' was given; it should be a valid .*"),
+        ("adapter.mask={name: random, seed: true}", "adapter.mask.seed: True was given; wanted a number .*"),
         ("adapter.mask=no.such.module", "adapter.mask: no Python module 'no.such.module' can be found; check .*"),
         ("train.steps=", "train.steps, train.epochs: neither is given; give exactly one"),
         ("train.epochs=3", "train.steps, train.epochs: both are given; give exactly one"),
@@ -566,11 +565,11 @@ def test_a_task_has_one_length_and_none_in_joint_training() -> None:
 
 
 def test_keys_that_are_no_text_are_reported() -> None:
-    text = MINIMAL + "on: 1\n3: {}\n"
+    text = MINIMAL + "true: 1\n3: {}\n"
     assert problems(text, "tasks.nlu={1: 2}")[:3] == [
+        "tasks.nlu.1: the key is no text; put it in quotes",
         "True: the key is no text; put it in quotes",
         "3: the key is no text; put it in quotes",
-        "tasks.nlu.1: the key is no text; put it in quotes",
     ]
 
 
