@@ -2,7 +2,6 @@
 
 import codecs
 import contextlib
-import copy
 import functools
 import importlib.util
 import itertools
@@ -44,7 +43,7 @@ def _seconds(value: Any) -> Any:
     """Of `11h30m`."""
     if not isinstance(value, str) or value.replace(".", "", 1).isdecimal():
         return value
-    found = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", value)
+    found = re.fullmatch(r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?", value)
     if found is None or not value:
         raise ValueError("wanted a duration such as 11h30m, 1m30s, or 3600 for so many seconds")
     return sum(int(number or 0) * unit for number, unit in zip(found.groups(), (86400, 3600, 60, 1), strict=True))
@@ -384,7 +383,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, elsewhere: bool = F
     one need not have its inputs. Raises ConfigError that lists every mistake by its path, with the nearest valid name.
     """
     tree, problems = _read(path, overrides)
-    return _check(Run, tree, [rule for rule in RULES if not (elsewhere and rule in OF_THIS_MACHINE)], problems)
+    return _check(tree, [rule for rule in RULES if not (elsewhere and rule in OF_THIS_MACHINE)], problems)
 
 
 def text(path: str | Path, overrides: Sequence[str] = ()) -> str:
@@ -405,15 +404,16 @@ def _read(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any], l
 
 def validate(tree: Mapping[str, Any]) -> Run:
     """The run a plain tree describes. Raises ConfigError that lists every mistake."""
-    return _check(Run, dict(tree), RULES)
+    return _check(dict(tree), RULES)
 
 
 def checked(kind: type[T], tree: Any, where: str) -> T:
-    """An object of a section, or of a type of this module, from a plain tree. Raises ConfigError with every mistake.
+    """Returns an object of a section from a plain tree. Raises ConfigError that lists every mistake.
 
     where: what the tree is of, such as the path of a file.
     """
-    return _check(kind, tree, where=where)
+    made, problems = _built(kind, tree, where)
+    return _unless(problems, made)
 
 
 def dump(run: Run) -> dict[str, Any]:
@@ -446,6 +446,13 @@ class _Loader(yaml.BaseLoader):
         super().__init__(stream)
         self.repeated: list[tuple[list[int], str]] = []
 
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:  # PyYAML's name
+        """Ends early where brackets are nested: the scanner takes the square of their number."""
+        if self.flow_level >= DEEPEST:
+            problem = f"brackets are nested more than {DEEPEST} deep; write it flat"
+            raise yaml.scanner.ScannerError(None, None, problem, self.get_mark())
+        super().fetch_flow_collection_start(TokenClass)
+
 
 class _Dumper(yaml.SafeDumper):
     """Puts text in quotes that _Loader would read as something else, such as 1e5."""
@@ -465,7 +472,7 @@ for _kind_of_scalar, _pattern, _first in (
 
 
 def _scalar(loader: _Loader, node: yaml.Node) -> Any:
-    written = loader.construct_scalar(node)  # type: ignore[arg-type]  # raises ConstructorError for other nodes
+    written = loader.construct_scalar(typing.cast(yaml.ScalarNode, node))  # raises ConstructorError for other nodes
     kind = node.tag.removeprefix(TAG)
     match kind:
         case "str":
@@ -475,7 +482,9 @@ def _scalar(loader: _Loader, node: yaml.Node) -> Any:
         case "bool" if written.lower() in ("true", "false"):
             return written.lower() == "true"
         case "int" if re.fullmatch(r"[-+]?0[0-9_]*[1-9_][0-9_]*", written):
-            problem = f"{written} is a number of base 8 to some readers of YAML; write it without the 0, or put quotes around text"
+            problem = (
+                f"{written} is base 8 to some readers of YAML; write it without the leading 0, or put text in quotes"
+            )
         case "int" if re.fullmatch(r"[-+]?(?:[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)", written):
             if len(written) <= LONGEST_NUMBER:
                 return int(written, 0)
@@ -532,7 +541,7 @@ for _kind_of_scalar in ("str", "int", "float", "bool", "null"):
     _Loader.add_constructor(TAG + _kind_of_scalar, _scalar)
 _Loader.add_constructor(TAG + "seq", _list)
 _Loader.add_constructor(TAG + "map", _mapping)
-_Loader.add_constructor(None, _refuse_tag)  # type: ignore[type-var]  # every other tag
+_Loader.add_constructor(None, _refuse_tag)  # every other tag
 
 LARGEST = 2**20
 """Bytes of a file: YAML takes seconds for as many."""
@@ -586,7 +595,7 @@ def _parse(text: str, source: str) -> tuple[Any, list[str]]:
         where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
         what = ", ".join(part for part in (error.context, error.problem) if part)
         raise ConfigError(f"{source}: is not valid YAML: {where}{what}") from error
-    except (yaml.YAMLError, ValueError) as error:  # control characters; escapes that are not characters
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # control characters; escapes that are not characters
         raise ConfigError(f"{source}: is not valid YAML: {' '.join(str(error).split())}") from error
     return _unshared(tree, source), [
         f"{source}: {key} is given in lines {' and '.join(map(str, lines))}; leave one"
@@ -643,7 +652,7 @@ def _override(tree: dict[str, Any], override: str) -> list[str]:
     path, equals, text = override.partition("=")
     *parents, last = path.split(".")
     if not equals or not all((*parents, last)):
-        return [f"{override}: an override reads path.to.key=value, such as train.lr=1e-4"]
+        return [f"{_cut(override)}: an override reads path.to.key=value, such as train.lr=1e-4"]
     place = tree
     for depth, key in enumerate(parents):
         below = place.get(key)
@@ -653,10 +662,12 @@ def _override(tree: dict[str, Any], override: str) -> list[str]:
             below = place[key] = {"name": below}  # `engine: deepspeed` and `train.engine.stage=3` name one choice
         if not isinstance(below, dict):
             where = ".".join(parents[: depth + 1])
-            return [f"{override}: {where} is {_found(below)}, which has nothing below it; override {where} itself"]
+            return [
+                f"{_cut(override)}: {where} is {_found(below)}, which has nothing below it; override {where} itself"
+            ]
         place = below
     try:
-        place[last], problems = _parse(text, override)
+        place[last], problems = _parse(text, _cut(override))
     except ConfigError as error:
         return [str(error)]
     return problems
@@ -665,37 +676,38 @@ def _override(tree: dict[str, Any], override: str) -> list[str]:
 def _is_choice(place: Sequence[str]) -> bool:
     kind: _Kind | None = _kind_of(Run)
     for part in place:
-        if kind is None:
-            return False
-        if kind.sections is not None:
+        if kind is not None and kind.sections is not None:
             kind = _kind_of(kind.sections)
         else:
-            kind = _kinds(kind.section).get(part) if kind.section is not None else None
+            kind = _kinds(kind.section).get(part) if kind is not None and kind.section is not None else None
     return kind is not None and kind.is_choice
 
 
 # --- what is wrong, all at once --------------------------------------------------------------------------------------
 
 
-def _check(
-    kind: type[T], tree: Any, rules: Iterable[Rule] = (), before: Sequence[str] = (), where: str = "the configuration"
-) -> T:
-    """An object of `kind` without a mistake. Raises ConfigError that lists `before` and every mistake.
+def _check(tree: Any, rules: Iterable[Rule], before: Sequence[str] = ()) -> Run:
+    """The run, without a mistake. Raises ConfigError that lists `before` and every mistake.
 
     A misspelt key and a misspelt method are reported together: rules run on what is right, and end where they need a
     value that is not.
     """
-    problems: dict[Place, str] = {}
-    made = _made(_kind_of(kind), _usable(_unshared(tree, where), (), problems), (), problems)
-    listed = [*before, *(f"{'.'.join(place) or where}: {problem}" for place, problem in problems.items())]
-    is_whole = not listed
+    run, problems = _built(Run, tree, "the configuration")
+    listed = [*before, *problems]
     for rule in rules:
-        listed += rule(made) if is_whole else _as_far_as_known(rule, made)
-    return _unless(list(dict.fromkeys(listed)), made)
+        listed += _as_far_as_known(rule, run) if problems else rule(run)
+    return _unless(list(dict.fromkeys(listed)), run)
+
+
+def _built(kind: type[T], tree: Any, where: str) -> tuple[T, list[str]]:
+    """An object that lacks what is wrong, and what is wrong with the tree alone."""
+    problems: dict[Place, str] = {}
+    made: T = _made(kind, _usable(_unshared(tree, where), (), problems), (), problems)
+    return made, [f"{'.'.join(place) or where}: {problem}" for place, problem in problems.items()]
 
 
 def _as_far_as_known(rule: Rule, run: Run) -> list[str]:
-    """What a rule finds in a run that lacks values. Where one task lacks what the rule needs, the others may have it."""
+    """What a rule finds in a run that lacks values. Where one task lacks what a rule reads, others may have it."""
     found: list[str] = []
     if not _ends(rule, run, found) and rule in EACH:
         for name, item in getattr(run, EACH[rule], {}).items():
@@ -726,35 +738,17 @@ ABSENT: Any = object()
 """Made of what is wrong."""
 
 
-def _made(kind: "_Kind", value: Any, place: Place, problems: dict[Place, str]) -> Any:
-    """What a value is to a key of this kind, or ABSENT."""
-    if place in problems:
-        return ABSENT
-    if kind.section is not None and not (value is None and kind.is_optional):
-        return _section_made(kind.section, value, place, problems)
-    if kind.sections is not None and isinstance(value, dict):
-        value = {name: _section_made(kind.sections, item, (*place, name), problems) for name, item in value.items()}
-    elif any(other[: len(place)] == place for other in problems):
-        return ABSENT
-    try:
-        return kind.adapter.validate_python(value)
-    except pydantic.ValidationError as error:
-        for below, errors in _places(error).items():
-            problems.setdefault((*place, *below), _problem(errors))
-        return ABSENT
-
-
-def _section_made(section: type[T], value: Any, place: Place, problems: dict[Place, str]) -> T:
+def _made(section: type, value: Any, place: Place, problems: dict[Place, str]) -> Any:
     """An object that lacks the values which are wrong: reading one of them raises AttributeError."""
-    made = object.__new__(section)
+    made: Any = object.__new__(section)
     if not isinstance(value, dict):
         problems.setdefault(place, f"{_found(value)} was given; wanted a mapping, key: value")
         return made
     kinds = _kinds(section)
-    for item in fields(section):  # type: ignore[arg-type]
+    for item in fields(section):
         where = (*place, item.name)
         if item.name in value:
-            content = _made(kinds[item.name], value[item.name], where, problems)
+            content = _value_of(section, item.name, value[item.name], where, problems)
         elif item.default is not MISSING:
             content = item.default
         elif item.default_factory is not MISSING:
@@ -771,12 +765,35 @@ def _section_made(section: type[T], value: Any, place: Place, problems: dict[Pla
     return made
 
 
-class _Kind(typing.NamedTuple):
-    """What a key takes: a section, sections by their names, or what pydantic checks as a whole."""
+def _value_of(section: type, key: str, value: Any, place: Place, problems: dict[Place, str]) -> Any:
+    """What a value is to a key, or ABSENT."""
+    kind = _kinds(section)[key]
+    if place in problems:
+        return ABSENT
+    if kind.section is not None and not (value is None and kind.is_optional):
+        made = _made(kind.section, value, place, problems)
+        return made if isinstance(value, dict) else ABSENT
+    if kind.sections is not None and isinstance(value, dict):
+        made = {name: _made(kind.sections, item, (*place, name), problems) for name, item in value.items()}
+        if not all(isinstance(item, dict) for item in value.values()):
+            return ABSENT  # keys of one section, written where sections are named
+        value = made
+    try:
+        content = _adapter(section, key).validate_python(value)
+    except pydantic.ValidationError as error:
+        for below, errors in _places(error).items():
+            problems.setdefault((*place, *below), _problem(errors))
+        return ABSENT
+    is_usable = kind.sections is not None or not any(other[: len(place)] == place for other in problems)
+    return content if is_usable else ABSENT
 
-    adapter: pydantic.TypeAdapter[Any]
-    section: type | None = None
-    sections: type | None = None
+
+class _Kind(typing.NamedTuple):
+    """What a key takes: a section, sections by their names, a method, or any other value."""
+
+    hint: Any
+    section: Any = None
+    sections: Any = None
     is_optional: bool = False
     is_choice: bool = False
 
@@ -788,16 +805,20 @@ def _kinds(section: type) -> dict[str, _Kind]:
 
 
 def _kind_of(hint: Any) -> _Kind:
-    adapter: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(hint)
     plain = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
     inner = typing.get_args(plain)
     if typing.get_origin(plain) is dict and _is_section(inner[1]):
-        return _Kind(adapter, sections=inner[1])
+        return _Kind(hint, sections=inner[1])
     if _is_section(plain):
-        return _Kind(adapter, section=plain)
+        return _Kind(hint, section=plain)
     if typing.get_origin(plain) is types.UnionType and _is_section(inner[0]):
-        return _Kind(adapter, section=inner[0], is_optional=True)
-    return _Kind(adapter, is_choice=plain is Choice)
+        return _Kind(hint, section=inner[0], is_optional=True)
+    return _Kind(hint, is_choice=plain is Choice)
+
+
+@functools.cache
+def _adapter(section: type, key: str) -> pydantic.TypeAdapter[Any]:
+    return pydantic.TypeAdapter(_kinds(section)[key].hint)
 
 
 def _is_section(kind: Any) -> bool:
@@ -830,10 +851,13 @@ def _found(value: Any) -> str:
     if type(value) in kinds:
         return kinds[type(value)]
     try:
-        shown = repr(value)
+        return _cut(repr(value))
     except ValueError:  # more digits than Python makes text of
         return "a large number"
-    return shown if len(shown) <= 200 else f"{shown[:150]}...{shown[-20:]}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:150]}...{text[-20:]}"
 
 
 def _wanted(error: Any) -> str:
@@ -845,6 +869,10 @@ def _wanted(error: Any) -> str:
             return "wanted a method's name, or a mapping with its name and options"
         case "dict_type":
             return "wanted a mapping, key: value"
+        case "too_short" if error["ctx"]["min_length"] == 1:
+            return "wanted at least one"
+        case "string_too_short":
+            return "wanted text that is not empty"
         case "tuple_type":
             return "wanted a list"
         case "string_type":
@@ -1233,14 +1261,16 @@ def _first_row(path: str) -> dict[str, Any] | None:
 def _num_rows(path: str, most: int) -> int:
     """Rows, counted up to `most`; 0 if there is no such file."""
     with contextlib.suppress(OSError, ConfigError):
+        if not os.path.isfile(path) and not tables.is_hub(path):
+            return 0
         return sum(1 for _ in itertools.islice(tables.read(path), most))
     return 0
 
 
 def _rows(path: str, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """Those of the first rows, numbered, that are some. What is wrong with the others is for the job to say."""
-    if tables.is_hub(path):
-        return  # which takes a network, and time
+    if tables.is_hub(path) or not os.path.isfile(path):
+        return  # the one takes a network, and time; a device may have no end
     with contextlib.suppress(OSError, ConfigError):
         for number, row in itertools.islice(tables.read(path), count):
             if isinstance(row, dict):
