@@ -54,7 +54,12 @@ Positive = Annotated[int, pydantic.Field(gt=0), NotBool]
 Count = Annotated[int, pydantic.Field(ge=0), NotBool]
 Number = Annotated[float, pydantic.Field(allow_inf_nan=False), NotBool]
 Rate = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False), NotBool]
-Duration = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False), NotBool, pydantic.BeforeValidator(_seconds)]
+Duration = Annotated[
+    float,
+    pydantic.Field(gt=0, allow_inf_nan=False),
+    NotBool,
+    pydantic.BeforeValidator(_seconds, json_schema_input_type=float | str),
+]
 Fraction = Annotated[float, pydantic.Field(gt=0, le=1), NotBool]
 Decay = Annotated[float, pydantic.Field(ge=0, lt=1), NotBool]
 Seed = Annotated[int, pydantic.Field(ge=0, lt=2**53), NotBool]
@@ -69,8 +74,11 @@ T = typing.TypeVar("T")
 
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
 def section(cls: type[T]) -> type[T]:
-    """A part of the configuration: a frozen dataclass that refuses keys it does not know."""
-    cls.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+    """A part of the configuration: a frozen dataclass that refuses keys it does not know.
+
+    The text below a key is its description in the JSON schema and in the reference of all settings.
+    """
+    cls.__pydantic_config__ = pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True)  # type: ignore[attr-defined]
     return dataclass(frozen=True, kw_only=True, slots=True)(cls)
 
 
@@ -90,11 +98,23 @@ def _choice(value: Any) -> Any:
     return value
 
 
-Chosen = Annotated[Choice, pydantic.BeforeValidator(_choice)]
+class Methods(typing.NamedTuple):
+    """What a Choice chooses from: a folder of methods, and what their functions are called."""
+
+    folder: str
+    role: str
+
+
+MASKS, ENGINES = Methods("masks", "mask"), Methods("engines", "build")
+MERGES, PLANS = Methods("merges", "merge"), Methods("multitask", "plan")
+Chosen = pydantic.BeforeValidator(_choice)
 
 
 def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) and value != "all-linear" else value
+
+
+Listed = pydantic.BeforeValidator(_listed, json_schema_input_type=Text | tuple[Text, ...])
 
 
 @section
@@ -102,13 +122,13 @@ class Model:
     """The frozen base model."""
 
     path: FilePath
-    """A folder with a transformers model and its tokenizer, or a name on the hub."""
+    """Folder of a transformers model with its tokenizer, or its name on the hub."""
     dtype: Dtype = "float32"
-    """Of the base. Trained values are float32 whatever it is."""
+    """Data type of the base model's weights; trained values are always float32."""
     quantize: Literal["nf4", "int8"] | None = None
-    """What the weights of its linear layers are kept in: 4 bits (QLoRA) or 8."""
+    """Keep the base's linear layers in 4 bits (nf4, as QLoRA; needs bitsandbytes) or in 8 (int8)."""
     attention: Literal["eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] | None = None
-    """What computes attention, in training and in evaluation, by transformers' name; null: as transformers chooses."""
+    """Attention implementation by its name in transformers, for training and evaluation; null: transformers chooses."""
 
 
 @section
@@ -116,28 +136,28 @@ class Adapter:
     """Shape and sparsity of every task's adapter."""
 
     rank: Positive = 16
+    """Rows of A and columns of B in every layer."""
     alpha: Rate = 32.0
-    """The update is (alpha / rank) * B A."""
+    """The update of a layer is (alpha / rank) * B A."""
     targets: Annotated[
         Literal["all-linear"] | Annotated[tuple[Text, ...], pydantic.Field(min_length=1)],
-        pydantic.BeforeValidator(_listed),
+        Listed,
     ] = "all-linear"
-    """Names (`q_proj`), paths or patterns (`model.layers.*.mlp.*`) of linear layers, or `all-linear`."""
+    """Linear layers to adapt: all-linear, or names (q_proj), paths and patterns (model.layers.*.mlp.*)."""
     density: Fraction = 0.1
-    """Kept entries of B over all of them. 1.0 stops after the dense phase (LoRI-D)."""
-    mask: Chosen = field(default_factory=lambda: Choice(name="magnitude"))
-    """How the kept entries are chosen after calibration."""
+    """Share of B's entries that are kept and trained; 1.0 stops after the dense phase (LoRI-D)."""
+    mask: Annotated[Choice, Chosen, MASKS] = field(default_factory=lambda: Choice(name="magnitude"))
+    """Method that chooses the kept entries after the dense phase."""
     seed: Seed = 0
-    """Each task's A follows from this and the task's name."""
+    """Seed of the random A: each task's A follows from this number and the task's name."""
     share_projection: bool = False
-    """One A for all tasks: merges keep the rank, tasks are kept apart only by their B."""
+    """Give all tasks the same A: linear merges then keep the rank, and only B differs between tasks."""
     dtype: Dtype = "float32"
-    """Of A."""
+    """Data type of A."""
     projection: Literal["cached", "recomputed", "trained"] = "cached"
-    """A stays in memory, rank * in_features entries a layer, or is made anew in each product, which takes time; or it
-    is trained, as in LoRA, and is then part of the file."""
-    modules_to_save: Annotated[tuple[Text, ...], pydantic.BeforeValidator(_listed)] = ()
-    """Paths, or their last parts, of modules that are trained whole and stored with the adapter."""
+    """How A is held: cached in memory, recomputed in each product (slower, no memory), or trained, as in LoRA."""
+    modules_to_save: Annotated[tuple[Text, ...], Listed] = ()
+    """Names of modules that are trained in full and stored with the adapter; such runs have no merges."""
 
 
 @section
@@ -145,10 +165,11 @@ class Template:
     """How a row becomes text: `{field}` stands for a field of the row."""
 
     prompt: str = "{prompt}"
+    """Text of the prompt; {field} stands for a field of the row."""
     response: str = "{response}"
+    """Text of the response, which is what is learned."""
     messages: Text | None = None
-    """Instead of both: the field with a list of messages, `role` and `content` each, of which the tokenizer's chat
-    template makes text. The last, the assistant's, is the response; those before are the prompt."""
+    """Field with a list of chat messages (role, content), used instead of both: the last one is the response."""
 
 
 @section
@@ -156,24 +177,28 @@ class Task:
     """One task: its rows and how they read. Rows are in JSON lines, JSON, CSV or Parquet files, or `hub:NAME:SPLIT`."""
 
     train: FilePath
+    """Training rows: a JSON lines, JSON, CSV or Parquet file, or hub:NAME:SPLIT, which is streamed."""
     test: FilePath
+    """Rows to evaluate on, in the same formats."""
     validation: FilePath | None = None
-    """For train.validate_every, and for the search for weights of merges, which never sees test rows."""
+    """Rows for train.validate_every and for searches of merge weights, which never see test rows."""
     mixture: dict[FilePath, Fraction] = field(default_factory=dict)
-    """More files to train on: path -> share of the rows that are trained on. `train` has the rest."""
+    """More files to train on, each with its share of the rows; `train` has the rest."""
     template: Template = field(default_factory=Template)
+    """How a row becomes a prompt and a response."""
     labels: tuple[str, ...] | None = None
-    """For classification: all values of the one field in template.response. Choice accuracy is measured over them."""
+    """For classification: all values of the one field in template.response."""
     seed: Seed | None = None
-    """Of this task's A; by default it follows from adapter.seed and the task's name."""
+    """Seed of this task's A; null: it follows from adapter.seed and the task's name."""
     start: Text | None = None
-    """An adapter of one task, a file or folder, whose training goes on: its kept entries from the values they have, on
-    its own A. Then there is no calibration, and none of rank, alpha, density and targets in `adapter` counts."""
+    """Adapter of one task, a file or folder, to continue from: its A and its kept entries stay, and calibration is
+    skipped."""
     steps: Positive | None = None
+    """Optimizer steps of this task; overrides train.steps and train.epochs."""
     epochs: Rate | None = None
-    """Of this task, one of both, in the place of what `train` has."""
+    """Passes over this task's rows; overrides train.steps and train.epochs."""
     lr: Rate | None = None
-    """Of this task, in the place of train.lr."""
+    """Learning rate of this task; overrides train.lr."""
 
 
 @section
@@ -181,61 +206,71 @@ class Calibrate:
     """The dense phase, which finds the mask."""
 
     steps: Positive | None = None
+    """Optimizer steps of the dense phase; null, as is epochs: as long as the sparse phase."""
     epochs: Rate | None = None
-    """Give one of steps and epochs, or neither for the length of the sparse phase."""
+    """Passes over the rows in the dense phase; set at most one of steps and epochs."""
     lr: Rate | None = None
-    """By default a tenth of train.lr (LoRI's scripts); with density 1.0, train.lr itself."""
+    """Learning rate of the dense phase; null: a tenth of train.lr, or train.lr with density 1.0."""
 
 
 @section
 class Train:
     """How each task is trained."""
 
-    engine: Chosen = field(default_factory=lambda: Choice(name="ddp"))
-    """`ddp`, `fsdp`, or `{name: deepspeed, stage: 3}`: where base and values are; `lori show` lists the options."""
+    engine: Annotated[Choice, Chosen, ENGINES] = field(default_factory=lambda: Choice(name="ddp"))
+    """Engine that distributes the training: ddp, fsdp or {name: deepspeed, stage: 3}."""
     steps: Positive | None = None
+    """Optimizer steps; set exactly one of steps and epochs."""
     epochs: Rate | None = None
-    """Give exactly one of steps and epochs."""
+    """Passes over the training rows; set exactly one of steps and epochs."""
     batch_size: Positive = 32
     """Rows of one optimizer step, over all ranks."""
     micro_batch_size: Positive = 8
-    """Rows a rank runs at once; more are accumulated."""
+    """Rows that a rank runs at once; a larger batch is accumulated."""
     max_length: Annotated[int, pydantic.Field(ge=2), NotBool] = 512
-    """Tokens of a row, at least 2. Longer prompts lose their beginning, longer responses their end."""
+    """Tokens of a row; longer prompts lose their beginning, longer responses their end."""
     pack: bool = False
-    """Short rows of a micro-batch share a sequence of up to max_length tokens, without seeing each other."""
+    """Put several short rows into one sequence of up to max_length tokens; rows do not attend to each other."""
     lr: Rate = 5e-4
+    """Learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after warmup."""
     warmup_steps: Count = 0
+    """Steps over which the learning rate rises from 0."""
     weight_decay: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False), NotBool] = 0.0
+    """Weight decay of AdamW."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Betas of AdamW."""
     eps: Rate = 1e-8
+    """Epsilon of AdamW."""
     clip: Rate | None = 1.0
-    """Largest global gradient norm; null for none."""
+    """Largest global norm of the gradient; null: no clipping."""
     activation_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
     compile: bool = False
-    """Transformer blocks as torch.compile makes them, at the first steps."""
+    """Compile transformer blocks with torch.compile at the first steps."""
     deterministic: bool = False
-    """Only kernels that give the same bits every time, where others are faster."""
+    """Use only kernels that give the same bits every time, even where others are faster."""
     on_divergence: Literal["stop", "skip", "rollback"] = "stop"
-    """Where a step's loss or gradient is not finite, or its loss is a spike: end with an error, leave the update out,
-    or go back to the last checkpoint and on with the rows after the step's."""
+    """What to do at a loss or gradient that is not finite, or a spike: stop with an error, skip the update, or rollback
+    to the last checkpoint and continue with the rows after it."""
     spike: Annotated[float, pydantic.Field(gt=1, allow_inf_nan=False), NotBool] | None = None
-    """A loss is one that is more than so many times the median of the last 32, of which there must be 8; null: none."""
+    """Count a loss above this many times the median of the last 32 (8 at least) as a spike; null: no loss is one."""
     validate_every: Positive | None = None
-    """Steps between measurements of the loss on the tasks' `validation` rows; null: none."""
+    """Steps between measurements of the loss on the tasks' validation rows; null: no measurements."""
     early_stop: Positive | None = None
-    """Ends after so many measurements without a lower loss, and keeps the values that had the lowest."""
+    """End after this many measurements without a lower loss, and keep the best values; null: never."""
     calibrate: Calibrate = field(default_factory=Calibrate)
+    """The dense phase, which finds the mask."""
     checkpoint_every: Positive | None = 100
-    """Steps between checkpoints; null for none."""
+    """Steps between checkpoints; null: no checkpoints."""
     keep: Positive = 2
-    """Checkpoints kept."""
+    """Checkpoints to keep."""
     time_limit: Duration | None = None
-    """Seconds, or `11h30m`, from the start of the process, `lori train` or `lori run`, after which what is in training
-    is saved and the process ends with code 3; the same command goes on from there. null: none."""
+    """Time after the start of the process, in seconds or as 11h30m or 1m30s, at which it saves and exits with code 3;
+    the same command resumes it."""
     seed: Seed = 0
-    """Of the order of the rows."""
+    """Seed of the order of the rows."""
 
 
 @section
@@ -247,18 +282,19 @@ class Search:
     """
 
     method: Literal["coordinate", "cma"] = "coordinate"
-    """Steps along every axis, halved where none helps, or CMA-ES, which needs the extra `search`."""
+    """Search along one weight after the other (coordinate), or CMA-ES (cma; needs the extra search)."""
     per: Literal["task", "projection"] = "task"
-    """One number for each task, or for each of its projections (`q_proj`)."""
+    """Search one weight for each task, or one for each task and kind of projection (q_proj)."""
     rows: Positive = 64
-    """Of each task."""
+    """Validation rows of each task."""
     budget: Positive = 32
-    """Evaluations at most. The first is that of equal weights."""
+    """Largest number of evaluations; the first is that of equal weights."""
     bounds: tuple[Number, Number] = (0.0, 1.0)
+    """Smallest and largest weight."""
     metric: Literal["loss", "exact_match", "choice"] = "loss"
-    """Its mean over the tasks of the merge counts: the lowest loss, or the highest accuracy."""
+    """Metric whose mean over the merge's tasks is optimised."""
     seed: Seed = 0
-    """Of cma."""
+    """Seed of cma."""
 
 
 Weight = Number | dict[Text, Number]
@@ -269,15 +305,16 @@ Weight = Number | dict[Text, Number]
 class Merge:
     """One merged adapter."""
 
-    method: Chosen
+    method: Annotated[Choice, Chosen, MERGES]
+    """Merge method."""
     weights: dict[str, Weight] | tuple[Weight, ...] | None = None
-    """By task name, or in the order of the tasks; by default equal weights that sum to one. A task's weight is a number
-    or, for layers and modules, a mapping such as `{default: 0.4, layers.0: 0.0, "*.mlp.*": 0.6}`: the last pattern that
-    fits a module's path counts, and `default`, which is by default the equal weight, where none does."""
+    """Weights by task name, or in the order of the tasks; null: equal weights that sum to one. A weight is a number or,
+    for layers and modules, a mapping such as {default: 0.4, layers.0: 0.0, "*.mlp.*": 0.6}: the last pattern that
+    fits a module's path counts, and `default`, or else the equal weight, where none does."""
     tasks: tuple[str, ...] | None = None
-    """By default all."""
+    """Tasks to merge; null: all of them."""
     search: Search | None = None
-    """Instead of weights: how they are found."""
+    """Find the weights on validation rows; set either weights or search."""
 
 
 @section
@@ -285,13 +322,13 @@ class LmEval:
     """Tasks of EleutherAI's lm-eval, which every model is measured on besides. Needs the extra `lm-eval`."""
 
     tasks: Annotated[tuple[Text, ...], pydantic.Field(min_length=1)]
-    """Names of tasks, groups or tags."""
+    """Names of tasks, groups or tags of lm-eval."""
     include: FilePath | None = None
-    """A folder with tasks of your own, in lm-eval's YAML."""
+    """Folder with tasks of your own, in lm-eval's YAML."""
     rows: Positive | None = None
-    """Only the first so many of a task."""
+    """Evaluate on the first rows of each task only, this many; null: all."""
     num_fewshot: Count | None = None
-    """Examples before each question; by default the task's own number."""
+    """Examples before each question; null: the task's own number."""
 
 
 @section
@@ -299,12 +336,15 @@ class Evaluate:
     """How base, adapters and merges are measured on every task's test rows."""
 
     metrics: Annotated[tuple[str, ...], pydantic.Field(min_length=1)] = ("loss", "exact_match", "choice")
-    """`choice` is measured on tasks that have labels."""
+    """Metrics to measure; choice is measured on tasks that have labels."""
     batch_size: Positive = 32
+    """Rows evaluated at once."""
     rows: Positive | None = None
-    """Only the first so many test rows."""
+    """Evaluate on the first test rows only, this many; null: all."""
     max_new_tokens: Positive = 64
+    """Longest generated response, in tokens."""
     lm_eval: LmEval | None = None
+    """Benchmarks of EleutherAI's lm-eval that every model is measured on as well; needs the extra lm-eval."""
 
 
 @section
@@ -312,29 +352,29 @@ class Cluster:
     """Where the jobs run, and on how much of it."""
 
     address: str = "local"
-    """`local` starts Ray on this machine; `auto` or host:port joins a cluster."""
+    """local starts Ray on this machine; auto or host:port joins a running cluster."""
     bind: Literal["127.0.0.1", "0.0.0.0"] = "127.0.0.1"
-    """Where Ray of `local` listens: for this machine only, or on all interfaces. Whoever connects needs a token."""
+    """Interface on which a local Ray listens: this machine only, or all interfaces."""
     workers: Positive = 1
-    """Ranks of each train job."""
+    """Ranks of each training; a merge's modules are divided among as many processes."""
     min_workers: Positive | None = None
-    """Where nodes are lost, a train job goes on with as few as that; by default it waits for `workers`."""
+    """Continue a training with as few ranks as this when nodes are lost; null: wait for all of them."""
     cpus_per_worker: Rate = 1.0
+    """CPUs that each rank reserves."""
     gpus_per_worker: Count = 0
-    """A rank computes on the first of them; with 0 on a CPU, whatever GPUs there are."""
+    """GPUs that each rank reserves; it computes on the first of them, and with 0 on the CPU."""
     placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
-    """A gang on few nodes, on many, on one, or on as many as it has workers: Ray's placement strategies."""
+    """Place a training's ranks on few nodes (pack), many (spread), one (strict_pack) or each on one (strict_spread)."""
     max_concurrent: Positive | None = None
-    """Jobs that run side by side; by default as many as there is room for."""
+    """Jobs that run side by side; null: as many as there is room for."""
     retries: Count = 1
-    """How often a failed gang is started again; it continues from its last checkpoint."""
+    """How often a failed job is started again; a training resumes from its last checkpoint."""
     patience: Rate = 600.0
-    """Seconds that a job waits for nodes that the cluster has lost."""
+    """Seconds that a job waits for nodes that were lost."""
     packing: Annotated[
         Literal["off", "auto"] | Annotated[int, pydantic.Field(ge=2), NotBool], pydantic.BeforeValidator(_off)
     ] = "off"
-    """Trainings of several tasks in one gang, over one copy of the base: as many as that at once, or all that could
-    start. Each task gets the adapter it gets alone."""
+    """Train several tasks at once over one copy of the base: this many, all that could start (auto), or none (off)."""
 
 
 @section
@@ -342,18 +382,28 @@ class Run:
     """Several tasks' trainings, the merges of their adapters, and the evaluation of all of them."""
 
     name: Name
+    """Name of the run: letters, digits, - and _."""
     output: FilePath = "runs"
-    """The run's results are in output/name. A path that all nodes see, or a URL that fsspec knows."""
+    """Folder for results, which go to output/name: a path that all nodes see, or a URL that fsspec knows."""
     model: Model
+    """The frozen base model."""
     tasks: dict[Name, Task]
+    """Tasks by name, each with an adapter of its own."""
     adapter: Adapter = field(default_factory=Adapter)
+    """Shape and sparsity of every task's adapter."""
     train: Train = field(default_factory=Train)
+    """How each task is trained."""
     merges: dict[Name, Merge] = field(default_factory=dict)
+    """Merged adapters by name."""
     evaluate: Evaluate = field(default_factory=Evaluate)
+    """How base, adapters and merges are measured on every task's test rows."""
     cluster: Cluster = field(default_factory=Cluster)
-    trackers: Annotated[tuple[str, ...], pydantic.BeforeValidator(_listed)] = ("tensorboard",)
-    """Who gets the metrics besides metrics.jsonl: names of TRACKERS."""
-    multitask: Chosen = field(default_factory=lambda: Choice(name="independent"))
+    """Where the jobs run, and on how much of it."""
+    trackers: Annotated[tuple[str, ...], Listed] = ("tensorboard",)
+    """Where metrics go besides metrics.jsonl: tensorboard, wandb, mlflow, aim, clearml, comet_ml, dvclive, swanlab or
+    trackio."""
+    multitask: Annotated[Choice, Chosen, PLANS] = field(default_factory=lambda: Choice(name="independent"))
+    """Plan of the trainings: independent, joint (one adapter for all tasks) or sequential (one after the other)."""
 
     @property
     def folder(self) -> Path:
@@ -883,33 +933,33 @@ def _wanted(error: Any) -> str:
             return str(error["msg"]).replace("Input should be", "it should be")
 
 
-def _method(folder: str, choice: Choice, role: str, path: str) -> Iterator[str]:
+def _method(methods: Methods, choice: Choice, path: str) -> Iterator[str]:
     try:
-        plugin.find(folder, choice.name, role, path).bind(choice.options, path)
+        plugin.find(methods.folder, choice.name, methods.role, path).bind(choice.options, path)
     except ConfigError as error:
         yield from str(error).split("\n")
 
 
 def _mask(run: Run) -> Iterator[str]:
-    yield from _method("masks", run.adapter.mask, "mask", "adapter.mask")
+    yield from _method(MASKS, run.adapter.mask, "adapter.mask")
 
 
 def _engine(run: Run) -> Iterator[str]:
-    yield from _method("engines", run.train.engine, "build", "train.engine")
+    yield from _method(ENGINES, run.train.engine, "train.engine")
 
 
 def _multitask(run: Run) -> Iterator[str]:
-    yield from _method("multitask", run.multitask, "plan", "multitask")
+    yield from _method(PLANS, run.multitask, "multitask")
 
 
 def _methods_of_merges(run: Run) -> Iterator[str]:
     for name, merge in run.merges.items():
-        yield from _method("merges", merge.method, "merge", f"merges.{name}.method")
+        yield from _method(MERGES, merge.method, f"merges.{name}.method")
 
 
 def _metrics(run: Run) -> Iterator[str]:
     for metric in run.evaluate.metrics:
-        yield from _method("evaluation", Choice(name=metric), "score", "evaluate.metrics")
+        yield from _method(Methods("evaluation", "score"), Choice(name=metric), "evaluate.metrics")
 
 
 def _projections(run: Run) -> Iterator[str]:
