@@ -350,6 +350,12 @@ def show(arguments: argparse.Namespace) -> None:
     print(describe.methods() if arguments.what == "methods" else describe.adapter_file(Path(arguments.what)))
 
 
+def schema(arguments: argparse.Namespace) -> None:
+    from lori_dist import schema
+
+    print(schema.as_yaml() if arguments.yaml else schema.text(), end="")
+
+
 def bench(arguments: argparse.Namespace) -> None:
     suite = plugin.find("benchmarks", arguments.suite, "run", "SUITE")
     options = suite.bind(_options(arguments.settings), "SUITE")
@@ -396,18 +402,19 @@ def _weights(text: str | None, num_adapters: int) -> "list[Weight] | None":
     if text is None:
         return None
     try:
-        weights = [_weight(item) for item in config.value(f"[{text}]", f"--weights: {text!r}")]
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"--weights: {text!r} was given; write numbers and commas, such as 0.7,0.3") from error
+        merge = config.checked(
+            config.Merge,
+            {"method": "linear", "weights": config.value(f"[{text}]", f"--weights: {text!r}")},
+            "--weights",
+        )
+    except ConfigError as error:
+        raise ConfigError(
+            f"--weights: {text!r} was given; write numbers and commas, such as 0.7,0.3 ({error})"
+        ) from error
+    weights: list[Weight] = [*merge.weights] if isinstance(merge.weights, tuple) else []
     if len(weights) != num_adapters:
         raise ConfigError(f"--weights: {len(weights)} given for {num_adapters} adapters; give one per adapter")
     return weights
-
-
-def _weight(item: Any) -> "Weight":
-    if isinstance(item, dict):
-        return {str(pattern): float(number) for pattern, number in item.items()}
-    return float(item)
 
 
 def _check_writable(path: Path, where: str) -> None:
@@ -722,6 +729,22 @@ examples:
 """,
     )
     verb.add_argument("what", metavar="ADAPTER", nargs="?", default="methods", help="a file, a folder, or `methods`")
+
+    verb = _add(
+        verbs,
+        schema,
+        "what a configuration may hold",
+        """\
+Prints the JSON schema of configurations, or with --yaml all keys with their defaults and descriptions. An editor with a
+YAML language server completes and checks a file that begins with a line such as
+  # yaml-language-server: $schema=config.schema.json
+
+examples:
+  lori schema > config.schema.json
+  lori schema --yaml
+""",
+    )
+    verb.add_argument("--yaml", action="store_true", help="all keys with their defaults and descriptions, as YAML")
 
     verb = _add(
         verbs,

@@ -1,19 +1,20 @@
 """The configuration of a run: frozen data, checked as a whole before anything heavy is imported."""
 
+import codecs
 import contextlib
-import copy
 import datetime
 import functools
 import importlib.util
 import itertools
 import json
+import math
 import os
 import re
 import string
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,9 +29,9 @@ Name = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 
 
 def _number(value: Any) -> Any:
-    """Refuses what YAML makes of `yes` and `on`, which would pass for 1."""
+    """Refuses true and false, which would pass for 1 and 0."""
     if isinstance(value, bool):
-        raise ValueError("wanted a number, and YAML reads yes, no, on and off as true and false")
+        raise ValueError("wanted a number")
     return value
 
 
@@ -43,9 +44,9 @@ def _seconds(value: Any) -> Any:
     """Of `11h30m`."""
     if not isinstance(value, str) or value.replace(".", "", 1).isdecimal():
         return value
-    found = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", value)
+    found = re.fullmatch(r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?", value)
     if found is None or not value:
-        raise ValueError("wanted a duration such as 11h30m, 90m, or 3600 for so many seconds")
+        raise ValueError("wanted a duration such as 11h30m, 1m30s, or 3600 for so many seconds")
     return sum(int(number or 0) * unit for number, unit in zip(found.groups(), (86400, 3600, 60, 1), strict=True))
 
 
@@ -54,7 +55,12 @@ Positive = Annotated[int, pydantic.Field(gt=0), NotBool]
 Count = Annotated[int, pydantic.Field(ge=0), NotBool]
 Number = Annotated[float, pydantic.Field(allow_inf_nan=False), NotBool]
 Rate = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False), NotBool]
-Duration = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False), NotBool, pydantic.BeforeValidator(_seconds)]
+Duration = Annotated[
+    float,
+    pydantic.Field(gt=0, allow_inf_nan=False),
+    NotBool,
+    pydantic.BeforeValidator(_seconds, json_schema_input_type=float | str),
+]
 Fraction = Annotated[float, pydantic.Field(gt=0, le=1), NotBool]
 Decay = Annotated[float, pydantic.Field(ge=0, lt=1), NotBool]
 Seed = Annotated[int, pydantic.Field(ge=0, lt=2**53), NotBool]
@@ -82,8 +88,11 @@ T = typing.TypeVar("T")
 
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
 def section(cls: type[T]) -> type[T]:
-    """A part of the configuration: a frozen dataclass that refuses keys it does not know."""
-    cls.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+    """A part of the configuration: a frozen dataclass that refuses keys it does not know.
+
+    The text below a key is its description in the JSON schema and in the reference of all settings.
+    """
+    cls.__pydantic_config__ = pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True)  # type: ignore[attr-defined]
     return dataclass(frozen=True, kw_only=True, slots=True)(cls)
 
 
@@ -103,11 +112,23 @@ def _choice(value: Any) -> Any:
     return value
 
 
-Chosen = Annotated[Choice, pydantic.BeforeValidator(_choice)]
+class Methods(typing.NamedTuple):
+    """What a Choice chooses from: a folder of methods, and what their functions are called."""
+
+    folder: str
+    role: str
+
+
+MASKS, ENGINES = Methods("masks", "mask"), Methods("engines", "build")
+MERGES, PLANS = Methods("merges", "merge"), Methods("multitask", "plan")
+Chosen = pydantic.BeforeValidator(_choice)
 
 
 def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) and value != "all-linear" else value
+
+
+Listed = pydantic.BeforeValidator(_listed, json_schema_input_type=Text | tuple[Text, ...])
 
 
 @section
@@ -115,16 +136,16 @@ class Model:
     """The frozen base model."""
 
     path: FilePath
-    """A folder with a transformers model and its tokenizer, or a name on the hub."""
+    """Folder of a transformers model with its tokenizer, or its name on the hub."""
     dtype: Dtype = "float32"
-    """Of the base. Trained values are float32 whatever it is."""
+    """Data type of the base model's weights; trained values are always float32."""
     quantize: Literal["nf4", "int8"] | None = None
-    """What the weights of its linear layers are kept in: 4 bits (QLoRA) or 8."""
+    """Keep the base's linear layers in 4 bits (nf4, as QLoRA; needs bitsandbytes) or in 8 (int8)."""
     attention: Literal["eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] | None = None
-    """What computes attention, in training and in evaluation, by transformers' name; null: as transformers chooses."""
+    """Attention implementation by its name in transformers, for training and evaluation; null: transformers chooses."""
     trust_remote_code: bool = False
-    """Whether Python code in the model's folder or repository is run (`auto_map` in its config.json or
-    tokenizer_config.json), in every process of the run. Set it only for code that you have read."""
+    """Run Python code in the model's folder or repository (`auto_map` in its config.json or tokenizer_config.json), in
+    every process of the run; set it only for code that you have read."""
 
 
 @section
@@ -132,30 +153,30 @@ class Adapter:
     """Shape and sparsity of every task's adapter."""
 
     rank: Positive = 16
+    """Rows of A and columns of B in every layer."""
     alpha: Rate = 32.0
-    """The update is (alpha / rank) * B A."""
+    """The update of a layer is (alpha / rank) * B A."""
     targets: Annotated[
         Literal["all-linear"] | Annotated[tuple[Text, ...], pydantic.Field(min_length=1)],
-        pydantic.BeforeValidator(_listed),
+        Listed,
     ] = "all-linear"
-    """Names (`q_proj`), paths or patterns (`model.layers.*.mlp.*`) of linear layers, or `all-linear`."""
-    exclude: Annotated[tuple[Text, ...], pydantic.BeforeValidator(_listed)] = ()
+    """Linear layers to adapt: all-linear, or names (q_proj), paths and patterns (model.layers.*.mlp.*)."""
+    exclude: Annotated[tuple[Text, ...], Listed] = ()
     """Names, paths or patterns of layers, or of modules with layers in them, that are left out of the targets."""
     density: Fraction = 0.1
-    """Kept entries of B over all of them. 1.0 stops after the dense phase (LoRI-D)."""
-    mask: Chosen = field(default_factory=lambda: Choice(name="magnitude"))
-    """How the kept entries are chosen after calibration."""
+    """Share of B's entries that are kept and trained; 1.0 stops after the dense phase (LoRI-D)."""
+    mask: Annotated[Choice, Chosen, MASKS] = field(default_factory=lambda: Choice(name="magnitude"))
+    """Method that chooses the kept entries after the dense phase."""
     seed: Seed = 0
-    """Each task's A follows from this and the task's name."""
+    """Seed of the random A: each task's A follows from this number and the task's name."""
     share_projection: bool = False
-    """One A for all tasks: merges keep the rank, tasks are kept apart only by their B."""
+    """Give all tasks the same A: linear merges then keep the rank, and only B differs between tasks."""
     dtype: Dtype = "float32"
-    """Of A."""
+    """Data type of A."""
     projection: Literal["cached", "recomputed", "trained"] = "cached"
-    """A stays in memory, rank * in_features entries a layer, or is made anew in each product, which takes time; or it
-    is trained, as in LoRA, and is then part of the file."""
-    modules_to_save: Annotated[tuple[Text, ...], pydantic.BeforeValidator(_listed)] = ()
-    """Paths, or their last parts, of modules that are trained whole and stored with the adapter."""
+    """How A is held: cached in memory, recomputed in each product (slower, no memory), or trained, as in LoRA."""
+    modules_to_save: Annotated[tuple[Text, ...], Listed] = ()
+    """Names of modules that are trained in full and stored with the adapter; such runs have no merges."""
 
 
 @section
@@ -163,13 +184,14 @@ class Template:
     """How a row becomes text: `{field}` stands for a field of the row."""
 
     prompt: str = "{prompt}"
+    """Text of the prompt; {field} stands for a field of the row."""
     response: str = "{response}"
+    """Text of the response, which is what is learned."""
     messages: Text | None = None
-    """Instead of both: the field with a list of messages, `role` and `content` each, of which the tokenizer's chat
-    template makes text. The last, the assistant's, is the response; those before are the prompt."""
+    """Field with a list of chat messages (role, content), used instead of both: the last one is the response."""
     date: Date | None = None
-    """What a chat template that writes today's date writes, as 2026-01-31; by default 2024-07-26, so that the text of
-    a run is the same on every day."""
+    """Date that a chat template writes as today's, as 2026-01-31; null: 2024-07-26, so that the text of a run is the
+    same on every day."""
 
 
 @section
@@ -177,24 +199,28 @@ class Task:
     """One task: its rows and how they read. Rows are in JSON lines, JSON, CSV or Parquet files, or `hub:NAME:SPLIT`."""
 
     train: FilePath
+    """Training rows: a JSON lines, JSON, CSV or Parquet file, or hub:NAME:SPLIT, which is streamed."""
     test: FilePath
+    """Rows to evaluate on, in the same formats."""
     validation: FilePath | None = None
-    """For train.validate_every, and for the search for weights of merges, which never sees test rows."""
+    """Rows for train.validate_every and for searches of merge weights, which never see test rows."""
     mixture: dict[FilePath, Fraction] = field(default_factory=dict)
-    """More files to train on: path -> share of the rows that are trained on. `train` has the rest."""
+    """More files to train on, each with its share of the rows; `train` has the rest."""
     template: Template = field(default_factory=Template)
+    """How a row becomes a prompt and a response."""
     labels: tuple[str, ...] | None = None
-    """For classification: all values of the one field in template.response. Choice accuracy is measured over them."""
+    """For classification: all values of the one field in template.response."""
     seed: Seed | None = None
-    """Of this task's A; by default it follows from adapter.seed and the task's name."""
+    """Seed of this task's A; null: it follows from adapter.seed and the task's name."""
     start: Text | None = None
-    """An adapter of one task, a file or folder, whose training goes on: its kept entries from the values they have, on
-    its own A. Then there is no calibration, and none of rank, alpha, density and targets in `adapter` counts."""
+    """Adapter of one task, a file or folder, to continue from: its A and its kept entries stay, and calibration is
+    skipped."""
     steps: Positive | None = None
+    """Optimizer steps of this task; overrides train.steps and train.epochs."""
     epochs: Rate | None = None
-    """Of this task, one of both, in the place of what `train` has."""
+    """Passes over this task's rows; overrides train.steps and train.epochs."""
     lr: Rate | None = None
-    """Of this task, in the place of train.lr."""
+    """Learning rate of this task; overrides train.lr."""
 
 
 @section
@@ -202,61 +228,71 @@ class Calibrate:
     """The dense phase, which finds the mask."""
 
     steps: Positive | None = None
+    """Optimizer steps of the dense phase; null, as is epochs: as long as the sparse phase."""
     epochs: Rate | None = None
-    """Give one of steps and epochs, or neither for the length of the sparse phase."""
+    """Passes over the rows in the dense phase; set at most one of steps and epochs."""
     lr: Rate | None = None
-    """By default a tenth of train.lr (LoRI's scripts); with density 1.0, train.lr itself."""
+    """Learning rate of the dense phase; null: a tenth of train.lr, or train.lr with density 1.0."""
 
 
 @section
 class Train:
     """How each task is trained."""
 
-    engine: Chosen = field(default_factory=lambda: Choice(name="ddp"))
-    """`ddp`, `fsdp`, or `{name: deepspeed, stage: 3}`: where base and values are; `lori show` lists the options."""
+    engine: Annotated[Choice, Chosen, ENGINES] = field(default_factory=lambda: Choice(name="ddp"))
+    """Engine that distributes the training: ddp, fsdp or {name: deepspeed, stage: 3}."""
     steps: Positive | None = None
+    """Optimizer steps; set exactly one of steps and epochs."""
     epochs: Rate | None = None
-    """Give exactly one of steps and epochs."""
+    """Passes over the training rows; set exactly one of steps and epochs."""
     batch_size: Positive = 32
     """Rows of one optimizer step, over all ranks."""
     micro_batch_size: Positive = 8
-    """Rows a rank runs at once; more are accumulated."""
+    """Rows that a rank runs at once; a larger batch is accumulated."""
     max_length: Annotated[int, pydantic.Field(ge=2), NotBool] = 512
-    """Tokens of a row, at least 2. Longer prompts lose their beginning, longer responses their end."""
+    """Tokens of a row; longer prompts lose their beginning, longer responses their end."""
     pack: bool = False
-    """Short rows of a micro-batch share a sequence of up to max_length tokens, without seeing each other."""
+    """Put several short rows into one sequence of up to max_length tokens; rows do not attend to each other."""
     lr: Rate = 5e-4
+    """Learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after warmup."""
     warmup_steps: Count = 0
+    """Steps over which the learning rate rises from 0."""
     weight_decay: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False), NotBool] = 0.0
+    """Weight decay of AdamW."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Betas of AdamW."""
     eps: Rate = 1e-8
+    """Epsilon of AdamW."""
     clip: Rate | None = 1.0
-    """Largest global gradient norm; null for none."""
+    """Largest global norm of the gradient; null: no clipping."""
     activation_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
     compile: bool = False
-    """Transformer blocks as torch.compile makes them, at the first steps."""
+    """Compile transformer blocks with torch.compile at the first steps."""
     deterministic: bool = False
-    """Only kernels that give the same bits every time, where others are faster."""
+    """Use only kernels that give the same bits every time, even where others are faster."""
     on_divergence: Literal["stop", "skip", "rollback"] = "stop"
-    """Where a step's loss or gradient is not finite, or its loss is a spike: end with an error, leave the update out,
-    or go back to the last checkpoint and on with the rows after the step's."""
+    """What to do at a loss or gradient that is not finite, or a spike: stop with an error, skip the update, or rollback
+    to the last checkpoint and continue with the rows after it."""
     spike: Annotated[float, pydantic.Field(gt=1, allow_inf_nan=False), NotBool] | None = None
-    """A loss is one that is more than so many times the median of the last 32, of which there must be 8; null: none."""
+    """Count a loss above this many times the median of the last 32 (8 at least) as a spike; null: no loss is one."""
     validate_every: Positive | None = None
-    """Steps between measurements of the loss on the tasks' `validation` rows; null: none."""
+    """Steps between measurements of the loss on the tasks' validation rows; null: no measurements."""
     early_stop: Positive | None = None
-    """Ends after so many measurements without a lower loss, and keeps the values that had the lowest."""
+    """End after this many measurements without a lower loss, and keep the best values; null: never."""
     calibrate: Calibrate = field(default_factory=Calibrate)
+    """The dense phase, which finds the mask."""
     checkpoint_every: Positive | None = 100
-    """Steps between checkpoints; null for none."""
+    """Steps between checkpoints; null: no checkpoints."""
     keep: Positive = 2
-    """Checkpoints kept."""
+    """Checkpoints to keep."""
     time_limit: Duration | None = None
-    """Seconds, or `11h30m`, from the start of the process, `lori train` or `lori run`, after which what is in training
-    is saved and the process ends with code 3; the same command goes on from there. null: none."""
+    """Time after the start of the process, in seconds or as 11h30m or 1m30s, at which it saves and exits with code 3;
+    the same command resumes it."""
     seed: Seed = 0
-    """Of the order of the rows."""
+    """Seed of the order of the rows."""
 
 
 @section
@@ -268,18 +304,19 @@ class Search:
     """
 
     method: Literal["coordinate", "cma"] = "coordinate"
-    """Steps along every axis, halved where none helps, or CMA-ES, which needs the extra `search`."""
+    """Search along one weight after the other (coordinate), or CMA-ES (cma; needs the extra search)."""
     per: Literal["task", "projection"] = "task"
-    """One number for each task, or for each of its projections (`q_proj`)."""
+    """Search one weight for each task, or one for each task and kind of projection (q_proj)."""
     rows: Positive = 64
-    """Of each task."""
+    """Validation rows of each task."""
     budget: Positive = 32
-    """Evaluations at most. The first is that of the weights by default."""
+    """Largest number of evaluations; the first is that of the default weights."""
     bounds: tuple[Number, Number] = (0.0, 1.0)
+    """Smallest and largest weight."""
     metric: Literal["loss", "exact_match", "choice", "choice_norm", "choice_bytes", "choice_end"] = "loss"
-    """Its mean over the tasks of the merge counts: the lowest loss, or the highest accuracy."""
+    """Metric whose mean over the merge's tasks is optimised."""
     seed: Seed = 0
-    """Of cma."""
+    """Seed of cma."""
 
 
 Weight = Number | dict[Text, Number]
@@ -290,16 +327,17 @@ Weight = Number | dict[Text, Number]
 class Merge:
     """One merged adapter."""
 
-    method: Chosen
+    method: Annotated[Choice, Chosen, MERGES]
+    """Merge method."""
     weights: dict[str, Weight] | tuple[Weight, ...] | None = None
-    """By task name, or in the order of the tasks; by default equal weights that sum to one, or 1 each for methods that
-    take a mean or whose paper has a sum (`ties`, `dare_ties`, `tsv`, and `knots` and `core_space` with these). A task's
-    weight is a number or, for layers and modules, a mapping such as `{default: 0.4, layers.0: 0.0, "*.mlp.*": 0.6}`:
-    the last pattern that fits a module's path counts, and `default`, by default the weight above, where none does."""
+    """Weights by task name, or in the order of the tasks; null: equal weights that sum to one, or 1 each for methods
+    that take a mean or whose paper has a sum (ties, dare_ties, tsv, and knots and core_space with these). A weight is a
+    number or, for layers and modules, a mapping such as {default: 0.4, layers.0: 0.0, "*.mlp.*": 0.6}: the last pattern
+    that fits a module's path counts, and `default`, or else the default weight, where none does."""
     tasks: tuple[str, ...] | None = None
-    """By default all."""
+    """Tasks to merge; null: all of them."""
     search: Search | None = None
-    """Instead of weights: how they are found."""
+    """Find the weights on validation rows; set either weights or search."""
 
 
 @section
@@ -307,13 +345,13 @@ class LmEval:
     """Tasks of EleutherAI's lm-eval, which every model is measured on besides. Needs the extra `lm-eval`."""
 
     tasks: Annotated[tuple[Text, ...], pydantic.Field(min_length=1)]
-    """Names of tasks, groups or tags."""
+    """Names of tasks, groups or tags of lm-eval."""
     include: FilePath | None = None
-    """A folder with tasks of your own, in lm-eval's YAML."""
+    """Folder with tasks of your own, in lm-eval's YAML."""
     rows: Positive | None = None
-    """Only the first so many of a task."""
+    """Evaluate on the first rows of each task only, this many; null: all."""
     num_fewshot: Count | None = None
-    """Examples before each question; by default the task's own number."""
+    """Examples before each question; null: the task's own number."""
 
 
 @section
@@ -321,13 +359,16 @@ class Evaluate:
     """How base, adapters and merges are measured on every task's test rows."""
 
     metrics: Annotated[tuple[str, ...], pydantic.Field(min_length=1)] = ("loss", "exact_match", "choice")
-    """`choice` is measured on tasks that have labels: lm-eval's acc. choice_norm and choice_bytes divide by a label's
-    length, as acc_norm and acc_bytes do; choice_end counts the end token too."""
+    """Metrics to measure. choice is lm-eval's acc, on tasks that have labels; choice_norm and choice_bytes divide by a
+    label's length, as acc_norm and acc_bytes do; choice_end counts the end token too."""
     batch_size: Positive = 32
+    """Rows evaluated at once."""
     rows: Positive | None = None
-    """Only the first so many test rows."""
+    """Evaluate on the first test rows only, this many; null: all."""
     max_new_tokens: Positive = 64
+    """Longest generated response, in tokens."""
     lm_eval: LmEval | None = None
+    """Benchmarks of EleutherAI's lm-eval that every model is measured on as well; needs the extra lm-eval."""
 
 
 @section
@@ -335,29 +376,29 @@ class Cluster:
     """Where the jobs run, and on how much of it."""
 
     address: str = "local"
-    """`local` starts Ray on this machine; `auto` or host:port joins a cluster."""
+    """local starts Ray on this machine; auto or host:port joins a running cluster."""
     bind: Literal["127.0.0.1", "0.0.0.0"] = "127.0.0.1"
-    """Where Ray of `local` listens: for this machine only, or on all interfaces. Whoever connects needs a token."""
+    """Interface on which a local Ray listens: this machine only, or all interfaces."""
     workers: Positive = 1
-    """Ranks of each train job."""
+    """Ranks of each training; a merge's modules are divided among as many processes."""
     min_workers: Positive | None = None
-    """Where nodes are lost, a train job goes on with as few as that; by default it waits for `workers`."""
+    """Continue a training with as few ranks as this when nodes are lost; null: wait for all of them."""
     cpus_per_worker: Rate = 1.0
+    """CPUs that each rank reserves."""
     gpus_per_worker: Count = 0
-    """A rank computes on the first of them; with 0 on a CPU, whatever GPUs there are."""
+    """GPUs that each rank reserves; it computes on the first of them, and with 0 on the CPU."""
     placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
-    """A gang on few nodes, on many, on one, or on as many as it has workers: Ray's placement strategies."""
+    """Place a training's ranks on few nodes (pack), many (spread), one (strict_pack) or each on one (strict_spread)."""
     max_concurrent: Positive | None = None
-    """Jobs that run side by side; by default as many as there is room for."""
+    """Jobs that run side by side; null: as many as there is room for."""
     retries: Count = 1
-    """How often a failed gang is started again; it continues from its last checkpoint."""
+    """How often a failed job is started again; a training resumes from its last checkpoint."""
     patience: Rate = 600.0
-    """Seconds that a job waits for nodes that the cluster has lost."""
+    """Seconds that a job waits for nodes that were lost."""
     packing: Annotated[
         Literal["off", "auto"] | Annotated[int, pydantic.Field(ge=2), NotBool], pydantic.BeforeValidator(_off)
     ] = "off"
-    """Trainings of several tasks in one gang, over one copy of the base: as many as that at once, or all that could
-    start. Each task gets the adapter it gets alone."""
+    """Train several tasks at once over one copy of the base: this many, all that could start (auto), or none (off)."""
 
 
 @section
@@ -365,18 +406,28 @@ class Run:
     """Several tasks' trainings, the merges of their adapters, and the evaluation of all of them."""
 
     name: Name
+    """Name of the run: letters, digits, - and _."""
     output: FilePath = "runs"
-    """The run's results are in output/name. A path that all nodes see, or a URL that fsspec knows."""
+    """Folder for results, which go to output/name: a path that all nodes see, or a URL that fsspec knows."""
     model: Model
+    """The frozen base model."""
     tasks: dict[Name, Task]
+    """Tasks by name, each with an adapter of its own."""
     adapter: Adapter = field(default_factory=Adapter)
+    """Shape and sparsity of every task's adapter."""
     train: Train = field(default_factory=Train)
+    """How each task is trained."""
     merges: dict[Name, Merge] = field(default_factory=dict)
+    """Merged adapters by name."""
     evaluate: Evaluate = field(default_factory=Evaluate)
+    """How base, adapters and merges are measured on every task's test rows."""
     cluster: Cluster = field(default_factory=Cluster)
-    trackers: Annotated[tuple[str, ...], pydantic.BeforeValidator(_listed)] = ("tensorboard",)
-    """Who gets the metrics besides metrics.jsonl: names of TRACKERS."""
-    multitask: Chosen = field(default_factory=lambda: Choice(name="independent"))
+    """Where the jobs run, and on how much of it."""
+    trackers: Annotated[tuple[str, ...], Listed] = ("tensorboard",)
+    """Where metrics go besides metrics.jsonl: tensorboard, wandb, mlflow, aim, clearml, comet_ml, dvclive, swanlab or
+    trackio."""
+    multitask: Annotated[Choice, Chosen, PLANS] = field(default_factory=lambda: Choice(name="independent"))
+    """Plan of the trainings: independent, joint (one adapter for all tasks) or sequential (one after the other)."""
 
     @property
     def folder(self) -> Path:
@@ -406,16 +457,13 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, elsewhere: bool = F
     one need not have its inputs. Raises ConfigError that lists every mistake by its path, with the nearest valid name.
     """
     tree, problems = _read(path, overrides)
-    run, others = _check(tree, [rule for rule in RULES if not (elsewhere and rule in OF_THIS_MACHINE)])
-    return _unless(problems + others, run)
+    return _check(tree, [rule for rule in RULES if not (elsewhere and rule in OF_THIS_MACHINE)], problems)
 
 
 def text(path: str | Path, overrides: Sequence[str] = ()) -> str:
     """YAML of a configuration with overrides applied, and else as it was written. Raises ConfigError."""
     tree, problems = _read(path, overrides)
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    return yaml.dump(_unless(problems, tree), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def has_engine(path: str | Path, overrides: Sequence[str] = ()) -> bool:
@@ -426,11 +474,7 @@ def has_engine(path: str | Path, overrides: Sequence[str] = ()) -> bool:
 
 def _read(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """The tree in a YAML file with overrides applied, and what is wrong with these and its keys."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); give the path of a YAML file") from error
-    tree, problems = _parse(text, str(path))
+    tree, problems = _parse(_text_of(path), str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds {type(tree).__name__}, wanted a mapping with name, model and tasks")
     for override in overrides:
@@ -440,14 +484,16 @@ def _read(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any], l
 
 def validate(tree: Mapping[str, Any]) -> Run:
     """The run a plain tree describes. Raises ConfigError that lists every mistake."""
-    run, problems = _check(copy.deepcopy(dict(tree)), RULES)
-    return _unless(problems, run)
+    return _check(dict(tree), RULES)
 
 
-def _unless(problems: Sequence[str], run: Run) -> Run:
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return run
+def checked(kind: type[T], tree: Any, where: str) -> T:
+    """Returns an object of a section from a plain tree. Raises ConfigError that lists every mistake.
+
+    where: what the tree is of, such as the path of a file.
+    """
+    made, problems = _built(kind, tree, where)
+    return _unless(problems, made)
 
 
 def dump(run: Run) -> dict[str, Any]:
@@ -470,55 +516,215 @@ def _plain(value: Any) -> Any:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that notices repeated keys and reads `5e-4` as the number it is."""
+class _Loader(yaml.BaseLoader):
+    """YAML 1.2 as JSON has it: text, numbers, true, false, null, lists and mappings; merge keys, and no other tags.
+
+    Times such as 1:30, dates, 1_000, yes, no, on and off are text, which a key that wants a number or a switch reads.
+    """
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
-        self.repeated: list[str] = []
+        self.repeated: list[tuple[list[int], str]] = []
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:  # PyYAML's name
+        """Ends early where brackets are nested: the scanner takes the square of their number."""
+        if self.flow_level >= DEEPEST:
+            problem = f"brackets are nested more than {DEEPEST} deep; write it flat"
+            raise yaml.scanner.ScannerError(None, None, problem, self.get_mark())
+        super().fetch_flow_collection_start(TokenClass)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Puts text in quotes that _Loader would read as something else, such as 1e5."""
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+TAG = "tag:yaml.org,2002:"
+FLOAT = r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+for _kind_of_scalar, _pattern, _first in (
+    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"^[-+]?(?:[0-9]+|0[0-9_]+|0o[0-7]+|0x[0-9a-fA-F]+)$", list("-+0123456789")),
+    ("float", FLOAT, list("-+.0123456789")),
+    ("merge", r"^<<$", ["<"]),
+):
+    _Loader.add_implicit_resolver(TAG + _kind_of_scalar, re.compile(_pattern), _first)
+    _Dumper.add_implicit_resolver(TAG + _kind_of_scalar, re.compile(_pattern), _first)
+
+
+def _scalar(loader: _Loader, node: yaml.Node) -> Any:
+    written = loader.construct_scalar(typing.cast(yaml.ScalarNode, node))  # raises ConstructorError for other nodes
+    kind = node.tag.removeprefix(TAG)
+    match kind:
+        case "str":
+            return written
+        case "null" if written in ("", "~") or written.lower() == "null":
+            return None
+        case "bool" if written.lower() in ("true", "false"):
+            return written.lower() == "true"
+        case "int" if re.fullmatch(r"[-+]?0[0-9_]*[1-9_][0-9_]*", written):
+            problem = (
+                f"{written} is base 8 to some readers of YAML; write it without the leading 0, or put text in quotes"
+            )
+        case "int" if re.fullmatch(r"[-+]?(?:[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)", written):
+            if len(written) <= LONGEST_NUMBER:
+                return int(written, 0)
+            problem = f"a number of {len(written)} digits; put text in quotes"
+        case "float" if re.match(FLOAT, written):
+            number = float(written.lower().replace(".inf", "inf").replace(".nan", "nan"))
+            if not math.isinf(number) or "inf" in written.lower():
+                return number
+            problem = f"{written[:LONGEST_NUMBER]} is larger than any float"
+        case _:
+            problem = f"{written[:LONGEST_NUMBER]!r} is not of the kind that its tag !!{kind} names; remove the tag"
+    raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+def _list(loader: _Loader, node: yaml.Node) -> list[Any]:
+    if not isinstance(node, yaml.SequenceNode):
+        raise yaml.constructor.ConstructorError(None, None, "!!seq is the tag of a list; remove it", node.start_mark)
+    return [loader.construct_object(item, deep=True) for item in node.value]
+
+
+def _mapping(loader: _Loader, node: yaml.Node) -> dict[Any, Any]:
+    """Merges are of what was built, not of nodes: the same keys again and again take no more room than once."""
+    if not isinstance(node, yaml.MappingNode):
+        raise yaml.constructor.ConstructorError(None, None, "!!map is the tag of a mapping; remove it", node.start_mark)
     lines: dict[str, list[int]] = {}
-    for key, _ in node.value:
-        lines.setdefault(str(key.value), []).append(key.start_mark.line + 1)
-    loader.repeated += [
-        f"{key} is given in lines {' and '.join(map(str, places))}" for key, places in lines.items() if len(places) > 1
-    ]
-    loader.flatten_mapping(node)
-    return {
-        loader.construct_object(key, deep=True): loader.construct_object(item, deep=True) for key, item in node.value
-    }
+    merged: dict[Any, Any] = {}
+    own: dict[Any, Any] = {}
+    for key_node, item_node in node.value:
+        lines.setdefault(str(key_node.value), []).append(key_node.start_mark.line + 1)
+        item = loader.construct_object(item_node, deep=True)
+        if key_node.tag == TAG + "merge":
+            for mapping in item if isinstance(item, list) else [item]:
+                if not isinstance(mapping, dict):
+                    problem = "<< takes a mapping, or a list of mappings"
+                    raise yaml.constructor.ConstructorError(None, None, problem, item_node.start_mark)
+                merged = mapping | merged
+            continue
+        key = loader.construct_object(key_node, deep=True)
+        if isinstance(key, (list, dict)):
+            problem = "a key is a list or a mapping; write text"
+            raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+        own[key] = item
+    loader.repeated += [(places, key) for key, places in lines.items() if len(places) > 1]
+    return merged | own
 
 
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+def _refuse_tag(loader: _Loader, node: yaml.Node) -> Any:
+    tag = node.tag.replace(TAG, "!!")
+    problem = f"the tag {tag} is not one of !!str, !!int, !!float, !!bool, !!null, !!seq and !!map; remove it"
+    raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+for _kind_of_scalar in ("str", "int", "float", "bool", "null"):
+    _Loader.add_constructor(TAG + _kind_of_scalar, _scalar)
+_Loader.add_constructor(TAG + "seq", _list)
+_Loader.add_constructor(TAG + "map", _mapping)
+_Loader.add_constructor(None, _refuse_tag)  # every other tag
+
+LARGEST = 2**20
+"""Bytes of a file: YAML takes seconds for as many."""
+MOST, DEEPEST, LONGEST_NUMBER = 100_000, 64, 100
+"""Values of a configuration, their nesting, and characters of a number."""
+
+
+def read(path: str | Path) -> Any:
+    """Returns what a YAML file holds. Raises ConfigError."""
+    tree, problems = _parse(_text_of(path), str(path))
+    return _unless(problems, tree)
+
+
+def value(text: str, where: str) -> Any:
+    """Returns what a text given on the command line means, read as a configuration's values are. Raises ConfigError."""
+    tree, problems = _parse(text, where)
+    unusable: dict[Place, str] = {}
+    tree = _usable(tree, (), unusable)
+    return _unless([*problems, *(f"{where}: {problem}" for problem in unusable.values())], tree)
+
+
+def _unless(problems: Sequence[str], found: T) -> T:
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return found
+
+
+def _text_of(path: str | Path) -> str:
+    """A pipe is read if somebody writes to it; nothing is read without an end."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            os.set_blocking(descriptor, True)
+            data = file.read(LARGEST + 1)
+        if len(data) > LARGEST:
+            raise ValueError(f"it has more than {LARGEST:,} bytes")
+        return data.decode("utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); give the path of a YAML file") from error
 
 
 def _parse(text: str, source: str) -> tuple[Any, list[str]]:
     """What a YAML text holds, and the keys that it gives more than once."""
-    loader = None
     try:
         loader = _Loader(text)
         tree = loader.get_single_data()
-    except (yaml.YAMLError, ValueError, TypeError) as error:  # dates that do not exist, keys that are lists
-        raise ConfigError(f"{source}: is not valid YAML: {error}") from error
-    finally:
-        if loader is not None:
-            loader.dispose()
-    return tree, [f"{source}: {item}; leave one" for item in loader.repeated]
+    except RecursionError as error:
+        raise ConfigError(f"{source}: is not a configuration: it is nested more than {DEEPEST} deep") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+        what = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(f"{source}: is not valid YAML: {where}{what}") from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # control characters; escapes that are not characters
+        raise ConfigError(f"{source}: is not valid YAML: {' '.join(str(error).split())}") from error
+    return _unshared(tree, source), [
+        f"{source}: {key} is given in lines {' and '.join(map(str, lines))}; leave one"
+        for lines, key in sorted(loader.repeated)
+    ]
 
 
-def value(text: str, where: str) -> Any:
-    """What a text given on the command line means, read as a configuration's values are. Raises ConfigError."""
-    found, problems = _parse(text, where)
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return found
+Place = tuple[str, ...]
+"""Where a value stands: the keys that lead to it."""
+
+
+def _unshared(tree: Any, source: str) -> Any:
+    """A copy in which what YAML's aliases repeat is there as often. Raises ConfigError for a tree that is too large."""
+    number = itertools.count(1)
+
+    def copied(value: Any, depth: int) -> Any:
+        if next(number) > MOST:
+            raise ConfigError(f"{source}: has more than {MOST:,} values, counting what aliases repeat; write fewer")
+        if depth > DEEPEST:
+            raise ConfigError(f"{source}: is nested more than {DEEPEST} deep; write it flat")
+        if isinstance(value, dict):
+            return {key: copied(item, depth + 1) for key, item in value.items()}
+        return [copied(item, depth + 1) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return copied(tree, 0)
+
+
+def _usable(value: Any, place: Place, problems: dict[Place, str]) -> Any:
+    """The tree with keys that are text. Puts into `problems` which were not, and what no text and no number may be."""
+    if isinstance(value, dict):
+        made = {}
+        for key, item in value.items():
+            below = (*place, key if isinstance(key, str) and not UNUSABLE.search(key) else _found(key))
+            if below[-1] is not key:
+                wrong = "has a character that text cannot have" if isinstance(key, str) else "is no text"
+                problems[below] = f"the key {wrong}; {'remove it' if isinstance(key, str) else 'put it in quotes'}"
+            made[below[-1]] = _usable(item, below, problems)
+        return made
+    if isinstance(value, list):
+        return [_usable(item, (*place, str(index)), problems) for index, item in enumerate(value)]
+    if isinstance(value, str) and UNUSABLE.search(value):
+        problems[place] = f"{_found(value)} has a character that text cannot have; remove it"
+    elif isinstance(value, int) and value.bit_length() > 64:
+        problems[place] = "a number of more than 64 bits was given; write a smaller one"
+    return value
+
+
+UNUSABLE = re.compile(r"[\0\ud800-\udfff]")
+"""No file name has the first, and no file of text the others: halves of characters, as of `"\\ud800"`."""
 
 
 def _override(tree: dict[str, Any], override: str) -> list[str]:
@@ -526,149 +732,227 @@ def _override(tree: dict[str, Any], override: str) -> list[str]:
     path, equals, text = override.partition("=")
     *parents, last = path.split(".")
     if not equals or not all((*parents, last)):
-        return [f"{override}: an override reads path.to.key=value, such as train.lr=1e-4"]
+        return [f"{_cut(override)}: an override reads path.to.key=value, such as train.lr=1e-4"]
     place = tree
     for depth, key in enumerate(parents):
         below = place.get(key)
         if below is None:
             below = place[key] = {}
-        elif isinstance(below, str) and _kind(parents[: depth + 1]) is Choice:
+        elif isinstance(below, str) and _is_choice(parents[: depth + 1]):
             below = place[key] = {"name": below}  # `engine: deepspeed` and `train.engine.stage=3` name one choice
         if not isinstance(below, dict):
             where = ".".join(parents[: depth + 1])
-            return [f"{override}: {where} is {below!r}, which has nothing below it; override {where} itself"]
+            return [
+                f"{_cut(override)}: {where} is {_found(below)}, which has nothing below it; override {where} itself"
+            ]
         place = below
     try:
-        place[last], problems = _parse(text, override)
+        place[last], problems = _parse(text, _cut(override))
     except ConfigError as error:
         return [str(error)]
     return problems
 
 
+def _is_choice(place: Sequence[str]) -> bool:
+    kind: _Kind | None = _kind_of(Run)
+    for part in place:
+        if kind is not None and kind.sections is not None:
+            kind = _kind_of(kind.sections)
+        else:
+            kind = _kinds(kind.section).get(part) if kind is not None and kind.section is not None else None
+    return kind is not None and kind.is_choice
+
+
 # --- what is wrong, all at once --------------------------------------------------------------------------------------
 
 
-def _check(tree: dict[str, Any], rules: Iterable[Rule]) -> tuple[Run, list[str]]:
-    """The run, and every mistake in it.
+def _check(tree: Any, rules: Iterable[Rule], before: Sequence[str] = ()) -> Run:
+    """The run, without a mistake. Raises ConfigError that lists `before` and every mistake.
 
-    The rules need a whole run, so places of the wrong form are mended first, in a copy that is thrown away: a
-    misspelt key and a misspelt method are then reported together.
+    A misspelt key and a misspelt method are reported together: rules run on what is right, and end where they need a
+    value that is not.
     """
-    places_of_keys = _take_strange_keys(tree)
-    problems = [f"{'.'.join(place)}: the key is no text; put it in quotes" for place in places_of_keys]
-    mended = set(places_of_keys)
-    run = None
-    while run is None:  # mending a section can uncover the keys missing in it
-        try:
-            run = _schema().validate_python(tree)
-        except pydantic.ValidationError as error:
-            places = _places(error)
-            problems += [_problem(place, errors) for place, errors in places.items() if not _within(place, mended)]
-            mended |= places.keys()
-            for place, errors in places.items():
-                _mend(tree, place, is_missing=errors[0]["type"] in MISSING)
+    run, problems = _built(Run, tree, "the configuration")
+    listed = [*before, *problems]
     for rule in rules:
-        if rule is _merges and any(place[0] == "tasks" and len(place) <= 2 for place in mended):
-            continue  # it would miss the tasks that were mended away
-        problems += [
-            problem
-            for problem in rule(run)
-            if not any(_touched(path.split("."), mended) for path in problem.partition(": ")[0].split(", "))
-        ]
-    return run, problems
+        listed += _as_far_as_known(rule, run) if problems else rule(run)
+    return _unless(list(dict.fromkeys(listed)), run)
+
+
+def _built(kind: type[T], tree: Any, where: str) -> tuple[T, list[str]]:
+    """An object that lacks what is wrong, and what is wrong with the tree alone."""
+    problems: dict[Place, str] = {}
+    made: T = _made(kind, _usable(_unshared(tree, where), (), problems), (), problems)
+    return made, [f"{'.'.join(place) or where}: {problem}" for place, problem in problems.items()]
+
+
+def _as_far_as_known(rule: Rule, run: Run) -> list[str]:
+    """What a rule finds in a run that lacks values. Where one task lacks what a rule reads, others may have it."""
+    found: list[str] = []
+    if not _ends(rule, run, found) and rule in EACH:
+        for name, item in getattr(run, EACH[rule], {}).items():
+            _ends(rule, _changed(run, EACH[rule], {name: item}), found)
+    return found
+
+
+def _ends(rule: Rule, run: Run, found: list[str]) -> bool:
+    """Puts into `found` what a rule gives, and says whether it came to its end."""
+    try:
+        for problem in rule(run):
+            found.append(problem)
+    except AttributeError:  # it reads what is absent, as it was wrong
+        return False
+    return True
+
+
+def _changed(run: Run, key: str, value: Any) -> Run:
+    """`dataclasses.replace` for a run that may lack values."""
+    made = object.__new__(Run)
+    for item in fields(run):
+        if hasattr(run, item.name):
+            object.__setattr__(made, item.name, value if item.name == key else getattr(run, item.name))
+    return made
+
+
+ABSENT: Any = object()
+"""Made of what is wrong."""
+
+
+def _made(section: type, value: Any, place: Place, problems: dict[Place, str]) -> Any:
+    """An object that lacks the values which are wrong: reading one of them raises AttributeError."""
+    made: Any = object.__new__(section)
+    if not isinstance(value, dict):
+        problems.setdefault(place, f"{_found(value)} was given; wanted a mapping, key: value")
+        return made
+    kinds = _kinds(section)
+    for item in fields(section):
+        where = (*place, item.name)
+        if item.name in value:
+            content = _value_of(section, item.name, value[item.name], where, problems)
+        elif item.default is not MISSING:
+            content = item.default
+        elif item.default_factory is not MISSING:
+            content = item.default_factory()
+        else:
+            problems[where] = "is missing; give it a value"
+            continue
+        if content is not ABSENT:
+            object.__setattr__(made, item.name, content)
+    for key in value:
+        if key not in kinds:
+            known = f"there are {', '.join(kinds)}.{plugin.nearest(key, kinds)}"
+            problems.setdefault((*place, key), f"there is no such key; {known}")
+    return made
+
+
+def _value_of(section: type, key: str, value: Any, place: Place, problems: dict[Place, str]) -> Any:
+    """What a value is to a key, or ABSENT."""
+    kind = _kinds(section)[key]
+    if place in problems:
+        return ABSENT
+    if kind.section is not None and not (value is None and kind.is_optional):
+        made = _made(kind.section, value, place, problems)
+        return made if isinstance(value, dict) else ABSENT
+    if kind.sections is not None and isinstance(value, dict):
+        made = {name: _made(kind.sections, item, (*place, name), problems) for name, item in value.items()}
+        if not all(isinstance(item, dict) for item in value.values()):
+            return ABSENT  # keys of one section, written where sections are named
+        value = made
+    try:
+        content = _adapter(section, key).validate_python(value)
+    except pydantic.ValidationError as error:
+        for below, errors in _places(error).items():
+            problems.setdefault((*place, *below), _problem(errors))
+        return ABSENT
+    is_usable = kind.sections is not None or not any(other[: len(place)] == place for other in problems)
+    return content if is_usable else ABSENT
+
+
+class _Kind(typing.NamedTuple):
+    """What a key takes: a section, sections by their names, a method, or any other value."""
+
+    hint: Any
+    section: Any = None
+    sections: Any = None
+    is_optional: bool = False
+    is_choice: bool = False
 
 
 @functools.cache
-def _schema() -> pydantic.TypeAdapter[Run]:
-    return pydantic.TypeAdapter(Run)
+def _kinds(section: type) -> dict[str, _Kind]:
+    hints = typing.get_type_hints(section, include_extras=True)
+    return {item.name: _kind_of(hints[item.name]) for item in fields(section)}
 
 
-def _take_strange_keys(tree: dict[Any, Any], place: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """Takes out what stands under keys that are no text, such as 1 or what YAML makes of `no`. Returns their paths."""
-    strange = [key for key in tree if not isinstance(key, str)]
-    for key in strange:
-        del tree[key]
-    return [(*place, str(key)) for key in strange] + [
-        below
-        for key, item in tree.items()
-        if isinstance(item, dict)
-        for below in _take_strange_keys(item, (*place, key))
-    ]
+def _kind_of(hint: Any) -> _Kind:
+    plain = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+    inner = typing.get_args(plain)
+    if typing.get_origin(plain) is dict and _is_section(inner[1]):
+        return _Kind(hint, sections=inner[1])
+    if _is_section(plain):
+        return _Kind(hint, section=plain)
+    if typing.get_origin(plain) is types.UnionType and _is_section(inner[0]):
+        return _Kind(hint, section=inner[0], is_optional=True)
+    return _Kind(hint, is_choice=plain is Choice)
 
 
-MISSING = ("missing", "missing_argument", "missing_keyword_only_argument")
-UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
+@functools.cache
+def _adapter(section: type, key: str) -> pydantic.TypeAdapter[Any]:
+    return pydantic.TypeAdapter(_kinds(section)[key].hint)
 
 
-def _places(error: pydantic.ValidationError) -> dict[tuple[str, ...], list[Any]]:
+def _is_section(kind: Any) -> bool:
+    return is_dataclass(kind) and kind is not Choice
+
+
+def _places(error: pydantic.ValidationError) -> dict[Place, list[Any]]:
     """The errors by place. Where a value fits none of several kinds, those that got furthest into it count."""
     skipped = ("function-", "literal[", "tuple[", "dict[", "[key]")  # the kind of value that was tried
-    places: dict[tuple[str, ...], list[Any]] = {}
-    for item in error.errors():
+    places: dict[Place, list[Any]] = {}
+    for item in error.errors(include_url=False):
         place = tuple(str(part) for part in item["loc"] if not str(part).startswith(skipped))
         places.setdefault(place, []).append(item)
-    return {
-        place: items
-        for place, items in places.items()
-        if not any(len(other) > len(place) and other[: len(place)] == place for other in places)
-    }
+    inner = {place[:depth] for place in places for depth in range(len(place))}
+    return {place: items for place, items in places.items() if place not in inner}
 
 
-def _within(place: Sequence[str], places: set[tuple[str, ...]]) -> bool:
-    return any(tuple(place[:depth]) in places for depth in range(len(place) + 1))
-
-
-def _touched(place: Sequence[str], mended: set[tuple[str, ...]]) -> bool:
-    """Whether a rule saw something mended there: in it, or, in a list or mapping of values, below it."""
-    return _within(place, mended) or (len(place) >= 3 and any(other[: len(place)] == tuple(place) for other in mended))
-
-
-def _mend(tree: dict[Any, Any], place: Sequence[str], *, is_missing: bool) -> None:
-    """Gives a missing key any value of its kind; takes out a wrong one, or the mapping that should hold it."""
-    holder, held = tree, tree
-    holding = ""
-    for depth, part in enumerate(place):
-        if part not in held and is_missing and depth == len(place) - 1:
-            kind = _kind(place)
-            held[part] = (
-                {} if (is_dataclass(kind) and kind is not Choice) or typing.get_origin(kind) is dict else "missing"
-            )
-            return
-        if part not in held:
-            break
-        holder, holding = held, part
-        if not isinstance(held[part], dict):
-            break
-        held = held[part]
-    del holder[holding]
-
-
-def _problem(place: Sequence[str], errors: Sequence[Any]) -> str:
-    """One mistake: its path, what was found, what was wanted."""
-    path, error = ".".join(place), errors[0]
-    if error["type"] in UNKNOWN:
-        known = [item.name for item in fields(_kind(place[:-1]))]
-        return f"{path}: there is no such key; there are {', '.join(known)}.{plugin.nearest(place[-1], known)}"
-    if error["type"] in MISSING:
-        return f"{path}: is missing; give it a value"
+def _problem(errors: Sequence[Any]) -> str:
+    """What was found, and what was wanted."""
+    error = errors[0]
+    if error["type"] == "missing":
+        return "is missing; give it a value"
     if error["type"] == "string_pattern_mismatch":
-        return f"{path}: {error['input']!r} was given; names are at most 64 letters, digits, - and _"
-    return f"{path}: {_found(error['input'])} was given; {' or '.join(_wanted(place, error) for error in errors)}"
+        return f"{_found(error['input'])} was given; names are at most 64 letters, digits, - and _"
+    return f"{_found(error['input'])} was given; {' or '.join(_wanted(error) for error in errors)}"
 
 
 def _found(value: Any) -> str:
-    return {dict: "a mapping", list: "a list", type(None): "nothing"}.get(type(value), repr(value))
+    kinds = {dict: "a mapping", list: "a list", type(None): "nothing"}
+    if type(value) in kinds:
+        return kinds[type(value)]
+    try:
+        return _cut(repr(value))
+    except ValueError:  # more digits than Python makes text of
+        return "a large number"
 
 
-def _wanted(place: Sequence[str], error: Any) -> str:
+def _cut(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:150]}...{text[-20:]}"
+
+
+def _wanted(error: Any) -> str:
     match error["type"]:
         case "literal_error":
             names = re.findall(r"'([^']*)'", error["ctx"]["expected"])
             return f"wanted {' or '.join(names)}" + plugin.nearest(str(error["input"]), names).replace(" Did", ". Did")
-        case "dataclass_type" if _kind(place) is Choice:
+        case "dataclass_type":
             return "wanted a method's name, or a mapping with its name and options"
-        case "dataclass_type" | "dict_type":
+        case "dict_type":
             return "wanted a mapping, key: value"
+        case "too_short" if error["ctx"]["min_length"] == 1:
+            return "wanted at least one"
+        case "string_too_short":
+            return "wanted text that is not empty"
         case "tuple_type":
             return "wanted a list"
         case "string_type":
@@ -679,32 +963,33 @@ def _wanted(place: Sequence[str], error: Any) -> str:
             return str(error["msg"]).replace("Input should be", "it should be")
 
 
-def _kind(place: Sequence[str]) -> Any:
-    """What the annotations want at a path: follows the sections, and mappings by any key."""
-    kind: Any = Run
-    for part in place:
-        if is_dataclass(kind):
-            kind = typing.get_type_hints(kind).get(part)
-            if typing.get_origin(kind) is types.UnionType:  # a section that may be left out
-                kind = next((other for other in typing.get_args(kind) if is_dataclass(other)), kind)
-        else:
-            kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else None
-    return kind
+def _method(methods: Methods, choice: Choice, path: str) -> Iterator[str]:
+    try:
+        plugin.find(methods.folder, choice.name, methods.role, path).bind(choice.options, path)
+    except ConfigError as error:
+        yield from str(error).split("\n")
 
 
-def _methods(run: Run) -> Iterator[str]:
-    chosen = [
-        ("masks", run.adapter.mask, "mask", "adapter.mask"),
-        ("engines", run.train.engine, "build", "train.engine"),
-        ("multitask", run.multitask, "plan", "multitask"),
-        *(("merges", merge.method, "merge", f"merges.{name}.method") for name, merge in run.merges.items()),
-        *(("evaluation", Choice(name=metric), "score", "evaluate.metrics") for metric in run.evaluate.metrics),
-    ]
-    for folder, choice, role, path in chosen:
-        try:
-            plugin.find(folder, choice.name, role, path).bind(choice.options, path)
-        except ConfigError as error:
-            yield from str(error).split("\n")
+def _mask(run: Run) -> Iterator[str]:
+    yield from _method(MASKS, run.adapter.mask, "adapter.mask")
+
+
+def _engine(run: Run) -> Iterator[str]:
+    yield from _method(ENGINES, run.train.engine, "train.engine")
+
+
+def _multitask(run: Run) -> Iterator[str]:
+    yield from _method(PLANS, run.multitask, "multitask")
+
+
+def _methods_of_merges(run: Run) -> Iterator[str]:
+    for name, merge in run.merges.items():
+        yield from _method(MERGES, merge.method, f"merges.{name}.method")
+
+
+def _metrics(run: Run) -> Iterator[str]:
+    for metric in run.evaluate.metrics:
+        yield from _method(Methods("evaluation", "score"), Choice(name=metric), "evaluate.metrics")
 
 
 def _projections(run: Run) -> Iterator[str]:
@@ -803,6 +1088,9 @@ def _lengths(run: Run) -> Iterator[str]:
     for path, steps in (("train.steps", run.train.steps), ("train.calibrate.steps", run.train.calibrate.steps)):
         if steps is not None and run.train.warmup_steps >= steps:
             yield f"train.warmup_steps: {run.train.warmup_steps} was given, {path} is {steps}; give fewer than those"
+
+
+def _lengths_of_tasks(run: Run) -> Iterator[str]:
     for name, task in run.tasks.items():
         where = f"tasks.{name}"
         own = {key for key in ("steps", "epochs", "lr") if getattr(task, key) is not None}
@@ -828,12 +1116,15 @@ def _long_runs(run: Run) -> Iterator[str]:
     train = run.train
     if train.early_stop is not None and train.validate_every is None:
         yield "train.early_stop: is given without train.validate_every, which measures for it; give both"
-    if train.validate_every is not None:
+    if train.on_divergence == "rollback" and train.checkpoint_every is None:
+        yield "train.on_divergence: rollback goes back to a checkpoint; give train.checkpoint_every"
+
+
+def _validation_rows(run: Run) -> Iterator[str]:
+    if run.train.validate_every is not None:
         for name, task in run.tasks.items():
             if task.validation is None:
                 yield f"tasks.{name}.validation: is missing, and train.validate_every measures on its rows; give a file"
-    if train.on_divergence == "rollback" and train.checkpoint_every is None:
-        yield "train.on_divergence: rollback goes back to a checkpoint; give train.checkpoint_every"
 
 
 def _tasks(run: Run) -> Iterator[str]:
@@ -904,17 +1195,23 @@ def unpackable(model_type: str) -> Iterator[str]:
         )
 
 
-def _inputs(run: Run) -> Iterator[str]:
+def _files(run: Run) -> Iterator[str]:
     for name, task in run.tasks.items():
         for part, path in files(task):
             if problem := tables.problem_of(path):
                 yield f"tasks.{name}.{part}: {problem}"
             elif not tables.is_hub(path) and not os.path.isfile(path):
                 yield f"tasks.{name}.{part}: there is no file {path!r}; paths are relative to {Path.cwd()}"
+
+
+def _model(run: Run) -> Iterator[str]:
     is_hub_name = run.model.path.count("/") == 1 and not run.model.path.startswith((".", "/", "~"))
     is_local = not is_hub_name or Path(run.model.path).parent.is_dir()
     if is_local and not os.path.isfile(Path(run.model.path) / "config.json"):
         yield f"model.path: there is no config.json in {run.model.path!r}; give a model's folder or its name on the hub"
+
+
+def _output(run: Run) -> Iterator[str]:
     place = run.folder
     while not os.path.lexists(place):
         place = place.parent
@@ -1053,14 +1350,16 @@ def _first_row(path: str) -> dict[str, Any] | None:
 def _num_rows(path: str, most: int) -> int:
     """Rows, counted up to `most`; 0 if there is no such file."""
     with contextlib.suppress(OSError, ConfigError):
+        if not os.path.isfile(path) and not tables.is_hub(path):
+            return 0
         return sum(1 for _ in itertools.islice(tables.read(path), most))
     return 0
 
 
 def _rows(path: str, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """Those of the first rows, numbered, that are some. What is wrong with the others is for the job to say."""
-    if tables.is_hub(path):
-        return  # which takes a network, and time
+    if tables.is_hub(path) or not os.path.isfile(path):
+        return  # the one takes a network, and time; a device may have no end
     with contextlib.suppress(OSError, ConfigError):
         for number, row in itertools.islice(tables.read(path), count):
             if isinstance(row, dict):
@@ -1201,7 +1500,11 @@ def _trackers(run: Run) -> Iterator[str]:
 
 
 RULES: tuple[Rule, ...] = (
-    _methods,
+    _mask,
+    _engine,
+    _multitask,
+    _methods_of_merges,
+    _metrics,
     _projections,
     _saved,
     _quantized,
@@ -1209,12 +1512,16 @@ RULES: tuple[Rule, ...] = (
     _attention_is_there,
     _compiled,
     _lengths,
+    _lengths_of_tasks,
     _long_runs,
+    _validation_rows,
     _tasks,
     _mixtures,
     _starts,
     _packed_rows,
-    _inputs,
+    _files,
+    _model,
+    _output,
     _in_a_job,
     _positions,
     _templates,
@@ -1228,5 +1535,21 @@ RULES: tuple[Rule, ...] = (
     _trackers,
 )
 
-OF_THIS_MACHINE = (_inputs, _in_a_job, _trackers, _attention_is_there)
+OF_THIS_MACHINE = (_files, _model, _output, _in_a_job, _trackers, _attention_is_there)
 """What is so for this machine alone."""
+
+EACH = {
+    _methods_of_merges: "merges",
+    _lengths_of_tasks: "tasks",
+    _validation_rows: "tasks",
+    _tasks: "tasks",
+    _mixtures: "tasks",
+    _starts: "tasks",
+    _files: "tasks",
+    _templates: "tasks",
+    _fields: "tasks",
+    _labels: "tasks",
+    _merges: "merges",
+    _searches: "merges",
+}
+"""Rules that look at one task, or one merge, after the other."""

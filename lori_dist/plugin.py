@@ -10,9 +10,11 @@ Signatures are read from the source, without running it: checking a configuratio
 import ast
 import contextlib
 import difflib
+import functools
 import importlib
 import importlib.machinery
 import importlib.util
+import os
 import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -96,7 +98,7 @@ class Method:
                 problems.append(f"{path}.{key}: {value!r} was given; {wanted}")
                 continue
             if isinstance(value, bool) and not isinstance(bound[key], bool):
-                problems.append(f"{path}.{key}: {value!r} was given; wanted a number (YAML reads yes and on as true)")
+                problems.append(f"{path}.{key}: {value!r} was given; wanted a number")
             problems += [
                 f"{path}.{key}: {value!r} was given; it must be in {wanted}"
                 for wanted in _ranges(self.options[key].annotation)
@@ -142,12 +144,18 @@ def find(folder: str, name: str, role: str, path: str) -> Method:
     """
     if "." in name:
         source = source_of(name, path)
-    elif name in names(folder):
+    elif name.isidentifier() and not name.startswith("_") and os.path.isfile(PACKAGE / folder / f"{name}.py"):
         source = PACKAGE / folder / f"{name}.py"
     else:
         raise ConfigError(
             f"{path}: there is nothing called {name!r} in {folder}; {_choices(name, names(folder), 'there are')}"
         )
+    return _read(folder, name, role, path, source, source.stat().st_mtime_ns)
+
+
+@functools.lru_cache
+def _read(folder: str, name: str, role: str, path: str, source: Path, changed: int) -> Method:
+    """The method in a file as it was when it was last changed."""
     tree = _tree(source, path)
     function = next((node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == role), None)
     if function is None:
@@ -179,7 +187,9 @@ def source_of(module: str, path: str) -> Path:
     try:
         spec = importlib.util.find_spec(top)
         for depth in range(len(below)):
-            inside = spec.submodule_search_locations if spec is not None else None
+            if spec is None:
+                break
+            inside = spec.submodule_search_locations
             name = ".".join((top, *below[: depth + 1]))
             spec = importlib.machinery.PathFinder.find_spec(name, inside) if inside is not None else None
     except (ImportError, ValueError):

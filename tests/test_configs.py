@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
+import jsonschema
 import pytest
 
-from lori_dist import config
+from lori_dist import config, schema
 from lori_dist.cluster import comparison
 
 ROOT = Path(__file__).parents[1]
@@ -43,3 +44,7 @@ def test_it_is_valid(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     run = config.load(path, overrides)
     assert run.name == path.stem
     assert set(ROWS.get(path.stem, run.tasks)) == set(run.tasks)
+    validator = jsonschema.Draft202012Validator(json.loads(schema.FILE.read_text(encoding="utf-8")))
+    assert [error.message for error in validator.iter_errors(config.read(path))] == []
+    named = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# yaml-language-server: $schema=")
+    assert (path.parent / named).samefile(schema.FILE)

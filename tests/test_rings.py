@@ -20,7 +20,17 @@ RINGS = (
     | {"tensors.py", "files.py", "plugin.py", "errors.py"},
     {"config.py", "tables.py", "rows.py", "jobs.py", "folder.py", "storage.py", "multitask", "scores.py"},
     {"training", "engines", "evaluation"},
-    {"cluster", "integrations", "benchmarks", "plan", "report", "describe.py", "progress.py", "__main__.py"},
+    {
+        "cluster",
+        "integrations",
+        "benchmarks",
+        "plan",
+        "report",
+        "describe.py",
+        "progress.py",
+        "schema.py",
+        "__main__.py",
+    },
 )
 LIBRARIES = {
     "plugin.py": {"pydantic"},
@@ -41,6 +51,7 @@ LIBRARIES = {
     "storage.py": {"fsspec", "pydantic", "yaml"},
     "multitask": {"pydantic", "yaml"},
     "scores.py": set(),
+    "schema.py": {"pydantic", "yaml"},
     "engines/deepspeed.py": {"torch", "numpy", "transformers", "deepspeed"},
     "training/quantized.py": {"torch", "transformers", "bitsandbytes"},
     "training": {"torch", "safetensors", "numpy", "transformers", "accelerate"},

@@ -3,7 +3,6 @@
 import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,21 +41,16 @@ class Comparison:
     seeds: Annotated[tuple[Seed, ...], pydantic.Field(min_length=1)] = (0, 1, 2)
     """Of A and of the order of the rows."""
     metric: Text = "exact_match"
-    variants: Annotated[dict[Name, Variant], pydantic.Field(min_length=1)] = field(default_factory=dict)
+    variants: Annotated[dict[Name, Variant], pydantic.Field(min_length=1)]
 
 
 def load(path: str | Path) -> Comparison:
     """The comparison a YAML file describes. Raises ConfigError that lists every mistake by its path."""
-    try:
-        tree = config.value(Path(path).read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); give the path of a YAML file") from error
-    try:
-        return pydantic.TypeAdapter(Comparison).validate_python(tree)
-    except pydantic.ValidationError as error:
-        lines = [f"{'.'.join(map(str, item['loc'])) or path}: {item['msg']}" for item in error.errors()]
-        wanted = "name, config, seeds, metric and variants, as in configs/comparison.yaml"
-        raise ConfigError("\n".join(f"{line}; wanted {wanted}" for line in lines)) from error
+    tree = config.read(path)
+    if not isinstance(tree, dict):
+        wanted = "wanted name, config, seeds, metric and variants, as in configs/comparison.yaml"
+        raise ConfigError(f"{path}: holds {type(tree).__name__}; {wanted}")
+    return config.checked(Comparison, tree, str(path))
 
 
 def runs(comparison: Comparison, overrides: Sequence[str] = ()) -> dict[tuple[str, int], Run]:

@@ -439,8 +439,9 @@ def _announced(job: Job, phase: Phase, built: _Built) -> str:
     held, total = held_of_base(built.engine.model)
     return (
         f"phase {phase.name}, {phase.num_steps} steps of {train.batch_size} of {rows:,} rows (about {per_step:,.0f} "
-        f"tokens), on {world.size} rank{'s' * (world.size > 1)} ({world.device.type}) with {train.engine.name}; {built.num_entries:,} entries "
-        f"are trained; rank 0 holds {values:,} of them and {held / max(total, 1):.0%} of the base's {total:,} weights"
+        f"tokens), on {world.size} rank{'s' * (world.size > 1)} ({world.device.type}) with {train.engine.name}; "
+        f"{built.num_entries:,} entries are trained; rank 0 holds {values:,} of them and {held / max(total, 1):.0%} of "
+        f"the base's {total:,} weights"
     )
 
 
