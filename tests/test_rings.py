@@ -19,7 +19,7 @@ RINGS = (
     {"__init__.py", "adapter", "masks", "merges", "interference.py", "tensors.py", "plugin.py", "errors.py"},
     {"config.py", "tables.py", "rows.py", "jobs.py", "folder.py", "storage.py", "multitask", "scores.py"},
     {"training", "engines", "evaluation"},
-    {"cluster", "integrations", "benchmarks", "plan", "report", "describe.py", "progress.py", "__main__.py"},
+    {"cluster", "integrations", "benchmarks", "plan", "report", "describe.py", "gpus.py", "progress.py", "__main__.py"},
 )
 LIBRARIES = {
     "plugin.py": {"pydantic"},
