@@ -19,7 +19,9 @@ def _device(
 
 DEVICES: Mapping[str, Mapping[str, float]] = {
     # name: GiB, TFLOP/s, GB/s of its memory, GB/s to its neighbours, GB/s from its host, GB/s between nodes
-    "b200": _device(179, 2250, 8000, 900, 64, 400),  # NVIDIA DGX B200 data sheet: a half of what it gives with sparsity, NVLink 5
+    "b200": _device(
+        179, 2250, 8000, 900, 64, 400
+    ),  # NVIDIA DGX B200 data sheet: a half of what it gives with sparsity, NVLink 5
     "h200": _device(141, 989, 4800, 450, 64, 400),  # NVIDIA H200 SXM data sheet, NVLink 4
     "h100": _device(80, 989, 3350, 450, 64, 400),  # NVIDIA H100 SXM data sheet, NVLink 4
     "h100-pcie": _device(80, 756, 2000, 64, 64, 100),  # NVIDIA H100 PCIe data sheet

@@ -72,7 +72,7 @@ class Counted:
     before: int = 0
     """Of entries of earlier tasks, which stay."""
     dequantized: int = 0
-    """Entries of all quantised weights, which are matrices again in each pass."""
+    """That go through a device's memory in each pass, to make all quantised weights matrices again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -32,7 +32,6 @@ from lori_dist.training.loss import task_loss_sums
 from lori_dist.training.weights import Weights, fill, materialize, whole
 from lori_dist.training.world import World
 
-
 BUCKETS = 100_000_000
 """Bytes through which gradients are reduced: torch's buckets of 25 MB, of which some are under way at once."""
 

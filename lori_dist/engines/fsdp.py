@@ -113,9 +113,7 @@ def traffic(
 
     def add(kind: Kind, owner: Owner, size: int, ranks: int, spans: bool, rings: int = 1) -> None:
         if ranks > 1:
-            found.append(
-                Collective(kind=kind, owner=owner, bytes=size, group=ranks, spans_nodes=spans, rings=rings)
-            )
+            found.append(Collective(kind=kind, owner=owner, bytes=size, group=ranks, spans_nodes=spans, rings=rings))
 
     if base == "sharded":
         rest = model.base - model.blocks
@@ -128,7 +126,7 @@ def traffic(
     if offload:
         copied = 2 * load.micro_batches * -(-(model.base + values) // group)
         found.append(Collective(kind="copy", owner="base", bytes=copied, group=1, spans_nodes=False))
-    # A rank's share is that of one rank of every other group, with which it is summed, or of whose result it has a part.
+    # A rank's share is that of one rank of every other group, with which it is summed, or which has a part of it.
     kind: Kind = "gather" if load.tasks else "all_reduce"
     add(kind, "adapter", -(-values // group), replicas, load.nodes > 1, min(group, per_node))
     return found

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lori_dist.config import Run
+from lori_dist.gpus import DEVICES
 from lori_dist.plan import alternatives, evaluation, notes
 from lori_dist.plan.cost import Hardware, placed_on, ranks_of, trained_of
-from lori_dist.gpus import DEVICES
 from lori_dist.plan.model import Counted
 from lori_dist.plan.placement import placements
 from lori_dist.plan.rows import Counter, Lengths, said
@@ -40,7 +40,7 @@ def plan(run: Run, hardware: Hardware, *, row_tokens: int | None = None) -> dict
     own = list(placements(ranks, hardware.nodes, run.train.engine))
     counter = Counter(run, row_tokens)
     found = gangs(run, counter)
-    trained = [trained_of(run, one, ranks) for one in found]
+    trained = trained_of(run, found, ranks)
     largest = max(trained, key=lambda one: (one.model.adapters, one.gang.apart, one.gang.earlier))
     model = largest.model
     rows = list(counter.found.values())

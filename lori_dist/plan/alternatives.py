@@ -6,8 +6,8 @@ from typing import Any
 from lori_dist import plugin
 from lori_dist.config import Run
 from lori_dist.errors import ConfigError
-from lori_dist.plan.cost import Hardware, Trained, placed_on, ranks_of, with_micro_batches_of
 from lori_dist.gpus import GIB
+from lori_dist.plan.cost import Hardware, Trained, placed_on, ranks_of, with_micro_batches_of
 from lori_dist.plan.placement import Placement
 
 SHOWN = 3

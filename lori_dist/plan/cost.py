@@ -88,9 +88,17 @@ def ranks_of(run: Run, hardware: Hardware) -> int:
 # --- gangs -----------------------------------------------------------------------------------------------------------
 
 
-def trained_of(run: Run, gang: Gang, ranks: int) -> Trained:
-    model = count(run, ranks=ranks, adapters=gang.adapters, start=adapter_at(run, gang))
-    return _with_steps(dataclasses.replace(model, before=gang.earlier * model.kept), gang, ranks)
+def trained_of(run: Run, gangs: Sequence[Gang], ranks: int) -> list[Trained]:
+    """Of each gang. What is alike is counted once."""
+    counted: dict[tuple[int, str | None], Counted] = {}
+    found = []
+    for gang in gangs:
+        alike = gang.adapters, gang.start
+        if alike not in counted:
+            counted[alike] = count(run, ranks=ranks, adapters=gang.adapters, start=adapter_at(run, gang))
+        model = dataclasses.replace(counted[alike], before=gang.earlier * counted[alike].kept)
+        found.append(_with_steps(model, gang, ranks))
+    return found
 
 
 def with_micro_batches_of(one: Trained, rows: int, ranks: int) -> Trained:
@@ -253,10 +261,8 @@ def _step(
         "attention": passes(model, checkpointing) * of_step.attention / rate,
         "adapter": model.adapter_flops * again * of_step.computed / rate,
     }
-    # Read as bytes, written and read again as fp32, written in the dtype that is computed in.
     num_passes = of_step.micro_batches * (3 if checkpointing else 2)
-    size_again = (2 * 4 + 1 + model.dtype) * model.dequantized
-    dequantize = num_passes * size_again / (hardware.bandwidth * 1e9)
+    dequantize = num_passes * model.dequantized / (hardware.bandwidth * 1e9)
     compute = sum(parts.values())
     total = max(compute + dequantize, seconds)
     useful = flops * of_step.tokens + of_step.model_attention
@@ -320,9 +326,7 @@ def _at_once(one: Trained, hardware: Hardware, placement: Placement, checkpointi
         model = with_adapters(one.model, number)
         gang = dataclasses.replace(one.gang, apart=one.gang.apart if number == 1 and one.gang.adapters == 1 else 1)
         return sum(
-            _memory(
-                dataclasses.replace(one, model=model, gang=gang), hardware, placement, checkpointing
-            ).values()
+            _memory(dataclasses.replace(one, model=model, gang=gang), hardware, placement, checkpointing).values()
         )
 
     if total(1) > hardware.room:

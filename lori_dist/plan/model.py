@@ -20,7 +20,6 @@ from lori_dist.training.model import attention as attention_of
 from lori_dist.training.model import blocks, loading
 from lori_dist.training.quantized import QuantizedLinear, quantize_layers
 
-
 __all__ = ["Counted", "count", "skeleton", "spec"]
 
 
@@ -68,7 +67,7 @@ def count(run: Run, *, ranks: int = 1, adapters: int = 1, start: Adapter | None 
         whole=trained_a + sum(parameter.numel() for parameter in saved.parameters(model).values()),
         projections=adapters * sum(_bytes(delta.projection) for delta in deltas if delta.projection is not None),
         quantized=max(quantized, default=0),
-        dequantized=sum(quantized),
+        dequantized=round(sum(quantized) * _moved(run, dtype)),
         widest_b=adapters * max(delta.out_features * delta.rank for delta in deltas),
         vocabulary=settings.vocab_size,
         dtype=dtype.itemsize,
@@ -86,14 +85,21 @@ def count(run: Run, *, ranks: int = 1, adapters: int = 1, start: Adapter | None 
     )
 
 
+def _moved(run: Run, dtype: torch.dtype) -> float:
+    """Bytes that go through a device's memory to make one entry of a quantised weight again: read as it is stored,
+    written as fp32, with int8 read, scaled and written once more, and read and written in the dtype of the base."""
+    stored, scaled = (0.5, 0) if run.model.quantize == "nf4" else (1.0, 8)
+    return stored + 4 + scaled + (0 if dtype == torch.float32 else 4 + dtype.itemsize)
+
+
 def _key_values(settings: Any) -> int:
     heads = getattr(settings, "num_attention_heads", None) or 0
     size = getattr(settings, "head_dim", None) or (settings.hidden_size // heads if heads else 0)
-    return 2 * (getattr(settings, "num_key_value_heads", None) or heads) * size
+    return int(2 * (getattr(settings, "num_key_value_heads", None) or heads) * size)
 
 
 def _of_delta(delta: Any) -> int:
-    """Operations of training on a token: A x and B (A x), and their gradients, of which A has one where it is trained."""
+    """Operations of training on a token: A x, B (A x) and their gradients, of which A has one where it is trained."""
     down, up = 2 * delta.rank * delta.in_features, 2 * delta.rank * delta.out_features
     return down * (2 + (delta.trained_a is not None)) + up * 3
 
@@ -171,7 +177,10 @@ def _saved(run: Run, of_spec: Spec, num_blocks: int, rows: int) -> int:
     model = skeleton(run, num_blocks=num_blocks, quantized=False)
     attach(model, of_spec)
     length = run.train.max_length
-    has_mask = (rows > 1 or run.train.pack) and run.model.attention not in LINEAR
+    is_eager = model.config._attn_implementation == "eager"
+    # Rows that are padded or packed have a mask, of which each layer keeps a copy in the base's dtype. Without content
+    # transformers cannot see where there is none to be made, and makes one.
+    has_mask = is_eager or ((rows > 1 or run.train.pack) and run.model.attention not in LINEAR)
     kept: dict[int, int] = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
         _make_fake(model)
@@ -181,17 +190,14 @@ def _saved(run: Run, of_spec: Spec, num_blocks: int, rows: int) -> int:
 
         def pack(tensor: Tensor) -> Tensor:
             held.append(tensor)
-            if _address(tensor) not in resident:
+            is_mask = tensor.ndim == 4 and tensor.shape[1] == 1 and tensor.shape[-2:] == (length, length)
+            if _address(tensor) not in resident and (has_mask or not is_mask):
                 kept[_address(tensor)] = tensor.untyped_storage().nbytes()
             return tensor
 
         ids = torch.zeros(rows, length, dtype=torch.int64, device="cpu")
-        # As transformers makes it of rows that are padded or packed: each layer keeps a copy in the base's dtype.
-        is_eager = model.config._attn_implementation == "eager"
-        of_mask = getattr(torch, run.model.dtype) if is_eager else torch.bool
-        mask = torch.ones(rows, 1, length, length, dtype=of_mask, device="cpu") if has_mask else None
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            held.append(model(input_ids=ids, attention_mask=mask, use_cache=False))
+            held.append(model(input_ids=ids, use_cache=False))
     return sum(kept.values())
 
 

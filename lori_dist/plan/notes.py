@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lori_dist.config import Run
-from lori_dist.plan.cost import Hardware, Trained
 from lori_dist.gpus import GIB
+from lori_dist.plan.cost import Hardware, Trained
 from lori_dist.plan.rows import Lengths
 
 

@@ -1,6 +1,7 @@
 """What a rank holds and sends under each engine and placement of the base: what the engines say, added up."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,8 +37,7 @@ class Placement:
 
     def ask(self, role: str) -> Callable[..., Any]:
         """The engine's own `memory` or `traffic`. Raises ConfigError where its file has none."""
-        method = plugin.find("engines", self.engine, "build", "train.engine")
-        found = method.companion(role)
+        found = _companion(self.engine, role)
         if found is None:
             raise ConfigError(
                 f"train.engine: {self.engine} cannot be planned, as its file defines no function `{role}`; define "
@@ -45,6 +45,12 @@ class Placement:
                 "train.engine=fsdp"
             )
         return found
+
+
+@functools.cache
+def _companion(engine: str, role: str) -> Callable[..., Any] | None:
+    """A function beside an engine's `build`, whose file is parsed to find that."""
+    return plugin.find("engines", engine, "build", "train.engine").companion(role)
 
 
 def placements(ranks: int, nodes: int, own: Choice | None = None) -> Iterator[Placement]:
@@ -70,10 +76,9 @@ _ORDER = ("ddp", "fsdp", "deepspeed")
 
 
 def _proposed(name: str, ranks: int, nodes: int) -> Iterator[dict[str, Any]]:
-    method = plugin.find("engines", name, "build", "train.engine")
-    if method.companion("memory") is None or method.companion("traffic") is None:
+    if _companion(name, "memory") is None or _companion(name, "traffic") is None:
         return
-    propose = method.companion("placements")
+    propose = _companion(name, "placements")
     yield from propose(ranks, nodes) if propose is not None else [{}]
 
 

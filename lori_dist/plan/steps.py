@@ -359,9 +359,7 @@ def passes(model: Counted, checkpointing: bool) -> float:
 
 def totals(gang: Gang) -> Mapping[str, float]:
     """Tokens of all steps, without padding, by member."""
-    return {
-        member.name: sum(member.rows(phase) for phase in member.phases) * member.mean for member in gang.members
-    }
+    return {member.name: sum(member.rows(phase) for phase in member.phases) * member.mean for member in gang.members}
 
 
 def num_checkpoints(member: Member) -> int:
@@ -369,4 +367,3 @@ def num_checkpoints(member: Member) -> int:
     every = member.train.checkpoint_every
     written = sum((phase.num_steps - 1) // every for phase in member.phases) if every is not None else 0
     return written + sum(phase.name == CALIBRATE for phase in member.phases)
-

@@ -61,7 +61,7 @@ def _counted(plan: Mapping[str, Any]) -> Iterator[str]:
 
 def _assumed(hardware: Mapping[str, Any]) -> Iterator[str]:
     name = hardware["name"] or "a device"
-    assumed = f" (assumed, as there is no --gpu)" if hardware["is_assumed"] else ""
+    assumed = " (assumed, as there is no --gpu)" if hardware["is_assumed"] else ""
     yield (
         f"assumed: {plural(hardware['gpus'], 'GPU')} as {name}{assumed}: {hardware['gpu_memory'] / GIB:.3g} GiB and "
         f"{hardware['tflops']:,.4g} TFLOP/s each, of which {hardware['efficiency']:.0%} are reached; GB/s: "
