@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # Everything heavy is imported by the verb that needs it: --help and a mistake in a configuration answer at once.
-from lori_dist import config, describe, plugin
+from lori_dist import config, describe, gpus, plugin
 from lori_dist.errors import ConfigError, LoriError, Redacting, Stopped, redacted
 
 if TYPE_CHECKING:
@@ -104,21 +104,21 @@ def _show_dry_run(described: config.Run) -> None:
 
 
 def plan(arguments: argparse.Namespace) -> None:
-    from lori_dist.plan import DEVICES, Hardware, picture
+    from lori_dist.plan import Hardware, picture
     from lori_dist.plan import plan as planned
     from lori_dist.plan.table import table
 
     described = config.load(arguments.config, arguments.settings)
-    if arguments.gpu not in DEVICES:
-        near = plugin.nearest(arguments.gpu, DEVICES)
-        raise ConfigError(f"--gpu: there is no {arguments.gpu!r}; there are {', '.join(DEVICES)}.{near}")
-    usual = dict(DEVICES[arguments.gpu])
-    given = {name: getattr(arguments, name) for name in (*usual, "efficiency", "price")}
-    usual |= {name: value for name, value in given.items() if value is not None}
+    name, usual = gpus.device(arguments.gpu or gpus.ASSUMED)
+    given = {key: getattr(arguments, key) for key in (*usual, "efficiency", "price", "currency")}
+    chosen: dict[str, Any] = usual | {key: value for key, value in given.items() if value is not None}
     for path in (arguments.out, arguments.picture):
         if path is not None:
             _check_writable(path, "--out" if path is arguments.out else "--picture")
-    found = planned(described, Hardware(gpus=arguments.gpus, nodes=arguments.nodes, **usual))
+    hardware = Hardware(
+        gpus=arguments.gpus, nodes=arguments.nodes, name=name, is_assumed=arguments.gpu is None, **chosen
+    )
+    found = planned(described, hardware, row_tokens=arguments.row_tokens)
     if arguments.out is not None:
         _write_json(arguments.out, found)
     if arguments.picture is not None:
@@ -538,11 +538,14 @@ example:
         "what a run would take: memory, traffic, time and cost, for every engine",
         f"""\
 Says for every engine and placement of the base whether a run fits the devices, how fast it would go and what it would
-cost, and recommends one. Reads the model's config.json alone. Memory is that of the dense phase, which is the larger;
-time is that of the sparse one. A plan is arithmetic with the assumptions that its JSON names, not a measurement.
+cost, and recommends one. Reads the model's config.json and the rows, whose tokens it counts; no weight. Memory is that
+of the dense phase, which is the larger, for rows of train.max_length tokens; time is that of the rows as they are, and
+of full ones besides. A plan is arithmetic with the assumptions that it prints, not a measurement.
+
+devices: {", ".join(gpus.DEVICES)}
 
 examples:
-  lori plan configs/llama-3-70b-fsdp.yaml --gpus 16 --nodes 2
+  lori plan configs/llama-3-70b-fsdp.yaml --gpus 16 --nodes 2 --row-tokens 1024
   lori plan mine.yaml --gpus 8 --gpu a100 --gpu-memory 40GiB --price 1.8 --out plan.json --picture plan.png
 
 {OVERRIDES}""",
@@ -551,14 +554,20 @@ examples:
     verb.add_argument("--gpus", type=_count, required=True, metavar="N", help="devices in all")
     verb.add_argument("--nodes", type=_count, default=1, metavar="N", help="they are on; 1 by default")
     verb.add_argument(
-        "--gpu", metavar="NAME", default="h100", help="gives what is not given here; h100, a100, l40s ..."
+        "--gpu", metavar="NAME", help="gives what is not given here, see devices above; h100 is assumed by default"
     )
     verb.add_argument("--gpu-memory", type=_size, metavar="SIZE", help="of a device, such as 80GiB")
     verb.add_argument("--tflops", type=_above_zero, metavar="X", help="peak of a device in the base's dtype")
+    verb.add_argument("--bandwidth", type=_above_zero, metavar="GB/S", help="of a device's memory")
     verb.add_argument("--link", type=_above_zero, metavar="GB/S", help="between devices of a node, one direction")
     verb.add_argument("--network", type=_above_zero, metavar="GB/S", help="between nodes, all adapters of one together")
+    verb.add_argument("--host", type=_above_zero, metavar="GB/S", help="from the host's memory to a device")
     verb.add_argument("--efficiency", type=_above_zero, metavar="X", help="share of the peak that is reached; 0.5")
     verb.add_argument("--price", type=_above_zero, metavar="X", help="of a device's hour")
+    verb.add_argument("--currency", metavar="WORD", help="of the price; USD")
+    verb.add_argument(
+        "--row-tokens", type=_count, metavar="N", help="tokens of every row; by default the files' rows are counted"
+    )
     verb.add_argument("--json", action="store_true", help="the same for programs, and more of it")
     verb.add_argument("--out", metavar="FILE", type=Path, help="write the plan there, as JSON")
     verb.add_argument("--picture", metavar="FILE", type=Path, help="write a picture of the memory there, as PNG")

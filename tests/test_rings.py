@@ -27,6 +27,7 @@ RINGS = (
         "plan",
         "report",
         "describe.py",
+        "gpus.py",
         "progress.py",
         "schema.py",
         "__main__.py",

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lori_dist.config import Train
+from lori_dist.engines._cost import FP32, Collective, Counted, Held, Kind, Load
 from lori_dist.training.data import Batch
 from lori_dist.training.engine import (
     Accept,
@@ -31,10 +32,26 @@ from lori_dist.training.loss import task_loss_sums
 from lori_dist.training.weights import Weights, fill, materialize, whole
 from lori_dist.training.world import World
 
+BUCKETS = 100_000_000
+"""Bytes through which gradients are reduced: torch's buckets of 25 MB, of which some are under way at once."""
+
 
 def build(model: nn.Module, weights: Weights, train: Train, world: World, *, state: State | None) -> "Replicated":
     """Every rank holds the whole base: for models that fit on one device with room to spare."""
     return Replicated(model, weights, train, world, state)
+
+
+def memory(model: Counted, load: Load) -> Held:
+    """Everything whole, on every rank."""
+    size = FP32 * load.trained
+    return Held(base=model.base, values=size, gradients=size, moments=2 * size, buffers=min(size, BUCKETS))
+
+
+def traffic(model: Counted, load: Load) -> list[Collective]:
+    """One reduction of the gradients; of tasks whose gradients are kept apart, what is made of them is gathered."""
+    kind: Kind = "gather" if load.tasks else "all_reduce"
+    size, spans = FP32 * load.trained, load.nodes > 1
+    return [Collective(kind=kind, owner="adapter", bytes=size, group=load.ranks, spans_nodes=spans)]
 
 
 class Replicated:

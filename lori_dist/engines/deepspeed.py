@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Annotated, Any, Literal
 
@@ -34,6 +34,7 @@ from deepspeed.utils import (
 
 from lori_dist.adapter.experts import AdaptedExperts
 from lori_dist.config import Train
+from lori_dist.engines._cost import FP32, Collective, Counted, Held, Kind, Load, Owner
 from lori_dist.errors import ConfigError
 from lori_dist.training.data import Batch
 from lori_dist.training.engine import (
@@ -59,6 +60,8 @@ from lori_dist.training.loss import task_loss_sums
 from lori_dist.training.weights import Weights, fill, materialize, on, whole
 from lori_dist.training.world import World
 
+LIVE = 10**9
+"""Entries that stage 3 keeps gathered (stage3_max_live_parameters, max_reuse_distance)."""
 BUCKET = 25_000_000
 """Entries reduced or gathered at once; a sparse adapter has about that many at 70B."""
 
@@ -81,7 +84,7 @@ def build(
     wait in host memory.
     Raises ConfigError for hpz that does not divide the ranks, and for hpz or offload at another stage.
     """
-    _check(world, stage, hpz, offload)
+    _check(world.size, stage, hpz, offload)
     return Partitioned(model, weights, train, world, state, stage, hpz, offload)
 
 
@@ -92,15 +95,73 @@ def forget_groups() -> None:
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 
 
-def _check(world: World, stage: int, hpz: int, offload: bool) -> None:
-    if world.size % hpz:
-        raise ConfigError(f"train.engine.hpz: {hpz} was given for {world.size} ranks; give a number that divides them")
+def _check(ranks: int, stage: int, hpz: int, offload: bool) -> None:
+    if ranks % hpz:
+        raise ConfigError(f"train.engine.hpz: {hpz} was given for {ranks} ranks; give a number that divides them")
     for name, given in (("hpz", hpz if hpz > 1 else None), ("offload", offload or None)):
         if given is not None and stage < 3:
             raise ConfigError(
                 f"train.engine.{name}: {given} was given at stage {stage}, where the base is not sharded; "
                 "give stage 3, or leave it out"
             )
+
+
+# --- cost ------------------------------------------------------------------------------------------------------------
+
+
+def placements(ranks: int, nodes: int) -> Iterator[dict[str, Any]]:
+    """All stages, and a second copy of the base in each node where there are several."""
+    yield from ({"stage": stage} for stage in (1, 2, 3))
+    if ranks > nodes > 1:
+        yield {"stage": 3, "hpz": ranks // nodes}
+
+
+def memory(model: Counted, load: Load, *, stage: int = 2, hpz: int = 1, offload: bool = False) -> Held:
+    """What is updated is sharded at every stage, and what computes at stage 3 alone. Gradients of an adapter are one
+    bucket, which is whole until it is reduced, but at stage 3."""
+    _check(load.ranks, stage, hpz, offload)
+    size, share = FP32 * load.trained, -(-FP32 * load.trained // load.ranks)
+    is_sharded = stage == 3 and load.ranks > 1
+    root = min(model.base, LIVE * model.dtype) if is_sharded else 0
+    second = -(-model.base // hpz) if hpz > 1 else 0
+    return Held(
+        base=0 if offload else -(-model.base // (load.ranks if stage == 3 else 1)) + second,
+        values=share + (share if stage == 3 else size),
+        gradients=share if stage == 3 else size,
+        moments=-(-2 * size // load.ranks),
+        buffers=FP32 * min(load.trained, BUCKET),
+        gathered_at_loss=root,
+        gathered_in_block=root,
+    )
+
+
+def traffic(model: Counted, load: Load, *, stage: int = 2, hpz: int = 1, offload: bool = False) -> list[Collective]:
+    """At stage 3 the base is gathered in both passes of each micro-batch, unless all of it may stay: in the backward
+    pass from the neighbours' own copy, where there is one."""
+    found, values, spans = list[Collective](), FP32 * load.trained, load.nodes > 1
+
+    def add(kind: Kind, owner: Owner, size: int, group: int, spans_nodes: bool) -> None:
+        if group > 1:
+            found.append(Collective(kind=kind, owner=owner, bytes=size, group=group, spans_nodes=spans_nodes))
+
+    if stage < 3:
+        if not load.tasks:
+            times = load.micro_batches if stage == 2 else 1
+            add("all_reduce", "adapter", times * values, load.ranks, spans)
+        add("gather", "adapter", values, load.ranks, spans)
+        return found
+    times = 1 if model.parameters <= LIVE else 2
+    add("gather", "base", load.micro_batches * model.base, load.ranks, spans)
+    if times == 2:
+        is_near = 1 < hpz <= load.ranks // load.nodes
+        add("gather", "base", load.micro_batches * model.base, hpz if hpz > 1 else load.ranks, spans and not is_near)
+    if offload:
+        copied = load.micro_batches * times * -(-model.base // load.ranks)
+        found.append(Collective(kind="copy", owner="base", bytes=copied, group=1, spans_nodes=False))
+    add("gather", "adapter", load.micro_batches * times * values, load.ranks, spans)
+    if not load.tasks:
+        add("reduce", "adapter", load.micro_batches * values, load.ranks, spans)
+    return found
 
 
 class Partitioned:

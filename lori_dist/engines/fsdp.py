@@ -1,7 +1,7 @@
 """torch's FSDP2, `fully_shard`: values, gradients and moments sharded over the ranks, and the base too if asked for."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor
 
 from lori_dist.config import Train
+from lori_dist.engines._cost import FP32, Collective, Counted, Held, Kind, Load, Owner
 from lori_dist.errors import ConfigError, JobError
 from lori_dist.training.data import Batch
 from lori_dist.training.engine import (
@@ -56,20 +57,79 @@ def build(
     wait in host memory, and are taken to the device block by block.
     Raises ConfigError for replicas that do not divide the ranks, and for replicas or offload of a replicated base.
     """
-    _check(world, base, replicas, offload)
+    _check(world.size, base, replicas, offload)
     return FullySharded(model, weights, train, world, state, base == "sharded", replicas, offload)
 
 
-def _check(world: World, base: str, replicas: int, offload: bool) -> None:
-    if world.size % replicas:
+def _check(ranks: int, base: str, replicas: int, offload: bool) -> None:
+    if ranks % replicas:
         raise ConfigError(
-            f"train.engine.replicas: {replicas} was given for {world.size} ranks; give a number that divides them"
+            f"train.engine.replicas: {replicas} was given for {ranks} ranks; give a number that divides them"
         )
     if base == "replicated" and (replicas > 1 or offload):
         found = f"replicas is {replicas}" if replicas > 1 else "offload is true"
         raise ConfigError(
             f"train.engine: base is replicated and {found}, which is for a sharded base; leave one of them out"
         )
+
+
+# --- cost ------------------------------------------------------------------------------------------------------------
+
+
+def placements(ranks: int, nodes: int) -> Iterator[dict[str, Any]]:
+    """The base sharded over all, over the ranks of a node, and over none."""
+    yield {}
+    if ranks > nodes > 1:
+        yield {"replicas": nodes}
+    yield {"base": "replicated"}
+
+
+def memory(model: Counted, load: Load, *, base: str = "sharded", replicas: int = 1, offload: bool = False) -> Held:
+    """Of FSDP all but blocks stays whole from the forward to the backward pass. A block is there whole while it
+    computes, with the next, as it arrives and is copied into place."""
+    _check(load.ranks, base, replicas, offload)
+    shards = load.ranks // replicas
+    is_sharded = base == "sharded" and shards > 1
+    share = -(-FP32 * load.trained // shards)
+    summed = FP32 * load.trained if load.micro_batches > 1 and not load.tasks else 0
+    rest = model.base - model.blocks if is_sharded else 0
+    return Held(
+        base=0 if offload else -(-model.base // (shards if base == "sharded" else 1)),
+        values=0 if offload else share,
+        gradients=(0 if offload else share) + summed,
+        moments=0 if offload else -(-2 * FP32 * load.trained // shards),
+        gathered_at_loss=rest,
+        gathered_in_block=rest + 3 * model.block if is_sharded else 0,
+    )
+
+
+def traffic(
+    model: Counted, load: Load, *, base: str = "sharded", replicas: int = 1, offload: bool = False
+) -> list[Collective]:
+    """The base is gathered in each pass of each micro-batch, but what is outside of blocks once for both passes."""
+    found = list[Collective]()
+    group, per_node, values = load.ranks // replicas, load.ranks // load.nodes, FP32 * load.trained
+    crosses = load.nodes > 1 and group > per_node
+
+    def add(kind: Kind, owner: Owner, size: int, ranks: int, spans: bool, rings: int = 1) -> None:
+        if ranks > 1:
+            found.append(Collective(kind=kind, owner=owner, bytes=size, group=ranks, spans_nodes=spans, rings=rings))
+
+    if base == "sharded":
+        rest = model.base - model.blocks
+        add("gather", "base", load.micro_batches * (2 * model.blocks + rest), group, crosses)
+        add("gather", "adapter", load.micro_batches * 2 * values, group, crosses)
+    else:
+        add("gather", "adapter", load.micro_batches * values, group, crosses)
+    if not load.tasks:
+        add("reduce", "adapter", values, group, crosses)
+    if offload:
+        copied = 2 * load.micro_batches * -(-(model.base + values) // group)
+        found.append(Collective(kind="copy", owner="base", bytes=copied, group=1, spans_nodes=False))
+    # A rank's share is that of one rank of every other group, with which it is summed, or which has a part of it.
+    kind: Kind = "gather" if load.tasks else "all_reduce"
+    add(kind, "adapter", -(-values // group), replicas, load.nodes > 1, min(group, per_node))
+    return found
 
 
 class FullySharded:

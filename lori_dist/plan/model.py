@@ -1,7 +1,6 @@
 """What a plan has to know of a model with an adapter, counted on tensors without content: no weight is read or made."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,63 +9,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from lori_dist.adapter import saved
-from lori_dist.adapter.adapter import Spec
+from lori_dist.adapter.adapter import Adapter, Spec
 from lori_dist.adapter.attach import attach, trainable_projections
 from lori_dist.adapter.experts import is_experts
-from lori_dist.config import Run
+from lori_dist.config import FLASH, Run
+from lori_dist.engines._cost import Counted
 from lori_dist.errors import ConfigError
-from lori_dist.training.flops import per_token
+from lori_dist.training.flops import attention, per_token
+from lori_dist.training.model import attention as attention_of
 from lori_dist.training.model import blocks
 from lori_dist.training.model_files import check_causal, loading, made_from, settings_of
-from lori_dist.training.quantized import quantize_layers
+from lori_dist.training.quantized import QuantizedLinear, quantize_layers
+
+__all__ = ["Counted", "count", "skeleton", "spec"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Counted:
-    """Bytes, unless it is said otherwise."""
-
-    parameters: int
-    """Entries of the base."""
-    base: int
-    """All frozen weights."""
-    block: int
-    """Of the base, in its largest block."""
-    blocks: int
-    """Of the base, in all blocks."""
-    num_blocks: int
-    num_modules: int
-    """That are adapted."""
-    entries: int
-    """Entries of B over all modules."""
-    kept: int
-    """Those that are trained in the sparse phase."""
-    whole: int
-    """Entries that are trained besides, in both phases: of A where it is trained, and of modules_to_save."""
-    projections: int
-    """A, cached on every rank."""
-    quantized: int
-    """Entries of the largest quantised weight, which is a matrix again while its layer computes; 0 for none."""
-    widest_b: int
-    """Entries of the largest B, which is dense while its layer computes."""
-    vocabulary: int
-    dtype: int
-    """Of an entry of what is computed."""
-    block_activations: int
-    """Kept for the backward pass by one block, of one micro-batch."""
-    block_gradients: int
-    """That a block has at once in its backward pass: of what it multiplies, and of the two factors."""
-    block_input: int
-    """All that activation checkpointing keeps of a block."""
-    other_activations: int
-    """Kept outside of the blocks, logits apart."""
-    tokens: int
-    """Of one micro-batch."""
-    flops: float | None
-    """Of training on a token; None for mixtures of experts."""
-
-
-def count(run: Run, *, ranks: int = 1) -> Counted:
+def count(run: Run, *, ranks: int = 1, adapters: int = 1, start: Adapter | None = None) -> Counted:
     """ranks: that a batch is divided among, the micro-batch smaller where there are more of them than it has rows.
+    adapters: that are trained over the base at once, each with rows of its own. start: whose training continues.
 
     Raises ConfigError for a model whose configuration cannot be read, that has no blocks or fewer positions than a
     row has tokens, and for a mixture of experts, whose activations depend on what it is shown."""
@@ -83,39 +43,74 @@ def count(run: Run, *, ranks: int = 1) -> Counted:
         raise ConfigError(
             f"train.max_length: {run.train.max_length} was given, the model has {positions} positions; give no more"
         )
-    attached = attach(model, spec(run))
-    flops = per_token(model, activation_checkpointing=False)
+    of_spec = spec(run) if start is None else _spec_of(start)
+    attached = attach(model, of_spec)
     trained_a = sum(a.numel() for a in trainable_projections(model).values())
     found = _blocks(model)
     in_blocks = [sum(map(_bytes, _frozen(block))) for block in found]
-    sizes = [(layer.deltas[0].out_features, layer.deltas[0].in_features) for layer in attached.values()]
-    rank, entries = run.adapter.rank, sum(rows for rows, _ in sizes) * run.adapter.rank
-    rows, length = min(run.train.micro_batch_size, -(-run.train.batch_size // ranks)), run.train.max_length
-    one, two = (_saved(run, num_blocks, rows) for num_blocks in (1, 2))
+    deltas = [layer.deltas[0] for layer in attached.values()]
+    entries = sum(delta.out_features * delta.rank for delta in deltas)
+    rows, length = min(run.train.micro_batch_size, -(-run.train.batch_size // ranks)) * adapters, run.train.max_length
+    one, two = (_saved(run, of_spec, num_blocks, rows) for num_blocks in (1, 2))
     dtype = getattr(torch, run.model.dtype)
     settings = model.config.get_text_config()
+    quantized = [
+        module.in_features * module.out_features for module in model.modules() if isinstance(module, QuantizedLinear)
+    ]
     return Counted(
         parameters=sum(parameter.numel() for parameter in skeleton(run, quantized=False).parameters()),
         base=sum(map(_bytes, _frozen(model))),
         block=max(in_blocks),
         blocks=sum(in_blocks),
         num_blocks=len(found),
-        num_modules=len(sizes),
+        num_modules=len(deltas),
         entries=entries,
-        kept=round(run.adapter.density * entries),
+        kept=round(run.adapter.density * entries) if start is None else start.kept,
         whole=trained_a + sum(parameter.numel() for parameter in saved.parameters(model).values()),
-        projections=_cached(run) * sum(columns for _, columns in sizes) * rank,
-        quantized=max((rows * columns for rows, columns in sizes), default=0) if run.model.quantize else 0,
-        widest_b=max(rows for rows, _ in sizes) * rank,
+        projections=adapters * sum(_bytes(delta.projection) for delta in deltas if delta.projection is not None),
+        quantized=max(quantized, default=0),
+        dequantized=round(sum(quantized) * _moved(run, dtype)),
+        widest_b=adapters * max(delta.out_features * delta.rank for delta in deltas),
         vocabulary=settings.vocab_size,
         dtype=dtype.itemsize,
         block_activations=two - one,
-        block_gradients=3 * rows * length * max(map(max, sizes)) * dtype.itemsize,
+        block_gradients=3 * rows * length * max(max(d.out_features, d.in_features) for d in deltas) * dtype.itemsize,
         block_input=rows * length * settings.hidden_size * dtype.itemsize,
         other_activations=max(0, 2 * one - two),
         tokens=rows * length,
-        flops=flops,
+        flops=per_token(model),
+        adapter_flops=float(sum(_of_delta(delta) for delta in deltas)),
+        attention=tuple(attention(model.config)),
+        kernel=run.model.attention or str(model.config._attn_implementation),
+        key_values=_key_values(settings),
+        adapters=adapters,
     )
+
+
+def _moved(run: Run, dtype: torch.dtype) -> float:
+    """Bytes that go through a device's memory to make one entry of a quantised weight again: read as it is stored,
+    written as fp32, with int8 read, scaled and written once more, and read and written in the dtype of the base."""
+    stored, scaled = (0.5, 0) if run.model.quantize == "nf4" else (1.0, 8)
+    return stored + 4 + scaled + (0 if dtype == torch.float32 else 4 + dtype.itemsize)
+
+
+def _key_values(settings: Any) -> int:
+    heads = getattr(settings, "num_attention_heads", None) or 0
+    size = getattr(settings, "head_dim", None) or (settings.hidden_size // heads if heads else 0)
+    return int(2 * (getattr(settings, "num_key_value_heads", None) or heads) * size)
+
+
+def _of_delta(delta: Any) -> int:
+    """Operations of training on a token: A x, B (A x) and their gradients, of which A has one where it is trained."""
+    down, up = 2 * delta.rank * delta.in_features, 2 * delta.rank * delta.out_features
+    return down * (2 + (delta.trained_a is not None)) + up * 3
+
+
+def _spec_of(adapter: Adapter) -> Spec:
+    """What an adapter is whose training continues."""
+    [block] = adapter.blocks
+    names = tuple(dict.fromkeys(path.rpartition(".")[2] for path in adapter.shapes))
+    return Spec(rank=block.rank, alpha=block.alpha, seed=block.seed or 0, targets=names, dtype=block.dtype)
 
 
 def skeleton(run: Run, *, num_blocks: int | None = None, quantized: bool = True) -> PreTrainedModel:
@@ -129,12 +124,23 @@ def skeleton(run: Run, *, num_blocks: int | None = None, quantized: bool = True)
                 text.layer_types = text.layer_types[:num_blocks]
         with torch.device("meta"):
             model = made_from(
-                settings, trust_remote_code=run.model.trust_remote_code, dtype=getattr(torch, run.model.dtype)
+                settings,
+                trust_remote_code=run.model.trust_remote_code,
+                dtype=getattr(torch, run.model.dtype),
+                **_attention_of(run),
             )
     model.requires_grad_(False)
     if quantized and run.model.quantize is not None:
         quantize_layers(model, run.model.quantize)
     return model.eval()
+
+
+LINEAR = ("flex_attention", *FLASH)
+"""Attention that makes no mask and keeps what a row has, as sdpa does without a mask; some need a GPU to run at all."""
+
+
+def _attention_of(run: Run) -> dict[str, str]:
+    return {"attn_implementation": "sdpa"} if run.model.attention in LINEAR else attention_of(run.model)
 
 
 def spec(run: Run) -> Spec:
@@ -149,11 +155,6 @@ def spec(run: Run) -> Spec:
         modules_to_save=adapter.modules_to_save,
         exclude=adapter.exclude,
     )
-
-
-def _cached(run: Run) -> int:
-    """Bytes of an entry of A in a layer."""
-    return getattr(torch, run.adapter.dtype).itemsize if run.adapter.projection == "cached" else 0
 
 
 def _blocks(model: PreTrainedModel) -> list[nn.Module]:
@@ -176,11 +177,16 @@ def _bytes(tensor: Tensor) -> int:
 # --- activations -----------------------------------------------------------------------------------------------------
 
 
-def _saved(run: Run, num_blocks: int, rows: int) -> int:
+def _saved(run: Run, of_spec: Spec, num_blocks: int, rows: int) -> int:
     """What a forward pass of so many rows keeps for the backward pass, in a model of so many blocks."""
     # Products with quantised weights keep what others do.
     model = skeleton(run, num_blocks=num_blocks, quantized=False)
-    attach(model, spec(run))
+    attach(model, of_spec)
+    length = run.train.max_length
+    is_eager = model.config._attn_implementation == "eager"
+    # Rows that are padded or packed have a mask, of which each layer keeps a copy in the base's dtype. Without content
+    # transformers cannot see where there is none to be made, and makes one.
+    has_mask = is_eager or ((rows > 1 or run.train.pack) and run.model.attention not in LINEAR)
     kept: dict[int, int] = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
         _make_fake(model)
@@ -190,11 +196,12 @@ def _saved(run: Run, num_blocks: int, rows: int) -> int:
 
         def pack(tensor: Tensor) -> Tensor:
             held.append(tensor)
-            if _address(tensor) not in resident:
+            is_mask = tensor.ndim == 4 and tensor.shape[1] == 1 and tensor.shape[-2:] == (length, length)
+            if _address(tensor) not in resident and (has_mask or not is_mask):
                 kept[_address(tensor)] = tensor.untyped_storage().nbytes()
             return tensor
 
-        ids = torch.zeros(rows, run.train.max_length, dtype=torch.int64, device="cpu")
+        ids = torch.zeros(rows, length, dtype=torch.int64, device="cpu")
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             held.append(model(input_ids=ids, use_cache=False))
     return sum(kept.values())

@@ -1,6 +1,6 @@
 """A plan as text for a terminal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lori_dist.plan.placement import MEMORY
@@ -9,38 +9,75 @@ GIB, MB = 2**30, 10**6
 
 
 def table(plan: Mapping[str, Any]) -> str:
-    """The placements side by side, their memory by kind, and the recommendation."""
-    model, adapter, training = plan["model"], plan["adapter"], plan["training"]
-    steps = sum(sum(of_task.values()) for of_task in training["steps"].values())
-    hardware = plan["hardware"]
+    """What was counted and assumed, the placements side by side, their memory by kind, and the recommendation."""
+    placements, currency = plan["placements"], plan["hardware"]["currency"]
     parts = [
-        f"{model['path']}: {model['parameters'] / 1e9:.3g} billion weights in {model['num_blocks']} blocks, "
-        f"{model['base'] / GIB:.3g} GiB",
-        f"adapter: {adapter['kept']:,} of {adapter['entries']:,} entries of B, {adapter['file'] / MB:.3g} MB a file, "
-        f"{adapter['checkpoint'] / MB:.3g} MB a checkpoint",
-        f"{len(training['tasks'])} tasks, {steps:,} steps in all, of at most {training['tokens_per_step']:,} tokens, "
-        f"on {hardware['gpus']} devices of {hardware['gpu_memory'] / GIB:.3g} GiB on {hardware['nodes']} nodes",
+        *_counted(plan),
+        *_assumed(plan["hardware"]),
         "",
-        _lines([_HEAD, *(_row(one) for one in plan["placements"])]),
+        "Per rank and step, in phase train: memory for rows of train.max_length, time for rows as they are.",
+        _lines([_head(currency), *(_row(one) for one in placements)]),
         "",
-        "GiB of a device, with activation checkpointing in the lower lines:",
-        _lines(
-            [
-                ["", *MEMORY, "all"],
-                *(_memory(one, "memory") for one in plan["placements"]),
-                *(_memory(one, "memory_with_checkpointing") for one in plan["placements"]),
-            ]
-        ),
+        f"A step whose rows all have train.max_length tokens, {plan['training']['tokens_per_step']:,} in all:",
+        _lines([_FULL, *(_full(one) for one in placements)]),
         "",
+        "GiB of a device, without activation checkpointing:",
+        _memory(placements, "memory"),
+        "",
+        "GiB of a device, with activation checkpointing:",
+        _memory(placements, "memory_with_checkpointing"),
+        "",
+        *_evaluation(plan),
+        *(f"note: {note}" for note in plan["notes"]),
         f"recommended: {plan['recommended']['reason']}",
+        *(f"  or: {one}" for one in plan["recommended"]["alternatives"]),
     ]
     return "\n".join(parts)
 
 
-_HEAD = [
-    "placement", "GiB", "with checkpointing", "fits", "s/step", "tokens/s", "base MB in node", "between",
-    "adapter MB", "between", "GPU hours", "cost", "tasks at once",
-]  # fmt: skip
+def plural(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _counted(plan: Mapping[str, Any]) -> Iterator[str]:
+    model, adapter, training, hardware = plan["model"], plan["adapter"], plan["training"], plan["hardware"]
+    yield (
+        f"{model['path']}: {model['parameters'] / 1e9:.3g} billion weights in {plural(model['num_blocks'], 'block')}, "
+        f"{model['base'] / GIB:.3g} GiB"
+    )
+    yield (
+        f"adapter: {adapter['kept']:,} of {adapter['entries']:,} entries of B, {adapter['file'] / MB:.3g} MB a file, "
+        f"{adapter['checkpoint'] / MB:.3g} MB a checkpoint"
+    )
+    yield f"rows: {training['counted']}"
+    steps = sum(sum(of_task.values()) for of_task in training["steps"].values())
+    tokens = sum(training["tokens"].values())
+    yield (
+        f"{plural(len(training['tasks']), 'task')}, {plural(steps, 'step')} and {tokens:,} tokens in all, "
+        f"{plural(training['ranks'], 'rank')} on {plural(hardware['nodes'], 'node')}, "
+        f"{plural(training['checkpoints'], 'checkpoint')}, {training['disk'] / GIB:.2f} GiB of them kept at most"
+    )
+
+
+def _assumed(hardware: Mapping[str, Any]) -> Iterator[str]:
+    name = hardware["name"] or "a device"
+    assumed = " (assumed, as there is no --gpu)" if hardware["is_assumed"] else ""
+    yield (
+        f"assumed: {plural(hardware['gpus'], 'GPU')} as {name}{assumed}: {hardware['gpu_memory'] / GIB:.3g} GiB and "
+        f"{hardware['tflops']:,.4g} TFLOP/s each, of which {hardware['efficiency']:.0%} are reached; GB/s: "
+        f"{hardware['bandwidth']:,.0f} of its memory, {hardware['link']:,.4g} to another in a node, "
+        f"{hardware['network']:,.4g} between nodes, {hardware['host']:,.4g} from the host; "
+        f"{hardware['fragmentation']:.0%} of memory lost to fragmentation, {hardware['reserved'] / GIB:.3g} GiB "
+        "reserved for CUDA, NCCL and libraries; sending and computing overlap"
+    )
+
+
+def _head(currency: str) -> list[str]:
+    return [
+        "placement", "GiB", "with checkpointing", "fits", "s/step", "tokens/s", "MFU", "base MB in node",
+        "base MB between nodes", "adapter MB in node", "adapter MB between nodes", "GPU hours", f"cost, {currency}",
+        "tasks at once",
+    ]  # fmt: skip
 
 
 def _row(one: Mapping[str, Any]) -> list[str]:
@@ -53,16 +90,48 @@ def _row(one: Mapping[str, Any]) -> list[str]:
         fits,
         f"{one['seconds']:.3g}",
         f"{one['tokens_per_second']:,.0f}",
+        _share(one["mfu"]),
         *(f"{size / MB:,.0f}" for size in (base["inside"], base["between"], adapter["inside"], adapter["between"])),
-        f"{one['gpu_hours']:,.1f}",
-        "-" if one["cost"] is None else f"{one['cost']:,.0f}",
+        f"{one['gpu_hours']:,.2f}",
+        "-" if one["cost"] is None else f"{one['cost']:,.2f}",
         str(one["packed_tasks"]),
     ]
 
 
-def _memory(one: Mapping[str, Any], which: str) -> list[str]:
-    sizes = [one[which][kind] for kind in MEMORY]
-    return [one["name"], *(f"{size / GIB:.2f}" for size in (*sizes, sum(sizes)))]
+_FULL = [
+    "placement", "s/step", "tokens/s", "MFU", "s base", "s attention", "s adapter", "s dequantize", "s traffic",
+]  # fmt: skip
+
+
+def _full(one: Mapping[str, Any]) -> list[str]:
+    step = one["full"]["step"]
+    return [
+        one["name"],
+        f"{one['full']['seconds']:.3g}",
+        f"{one['full']['tokens_per_second']:,.0f}",
+        _share(one["full"]["mfu"]),
+        *(f"{step[key]:.3g}" for key in ("base", "attention", "adapter", "dequantize", "traffic")),
+    ]
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _memory(placements: Sequence[Mapping[str, Any]], which: str) -> str:
+    rows = []
+    for one in placements:
+        sizes = [one[which][kind] for kind in MEMORY]
+        rows.append([one["name"], *(f"{size / GIB:.2f}" for size in (*sizes, sum(sizes)))])
+    return _lines([["placement", *MEMORY, "all"], *rows])
+
+
+def _evaluation(plan: Mapping[str, Any]) -> Iterator[str]:
+    found = plan["evaluation"]
+    yield (
+        f"evaluation: {plural(found['models'], 'model')}, {found['gpu_hours']:,.2f} GPU hours and "
+        f"{found['memory'] / GIB:.1f} GiB of one device, not in the figures above"
+    )
 
 
 def _lines(rows: Sequence[Sequence[str]]) -> str:

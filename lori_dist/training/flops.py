@@ -1,16 +1,26 @@
 """How much of what a device could compute a training step uses: model FLOP utilisation (PaLM, arXiv 2204.02311, B)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lori_dist.adapter.linear import is_quantized
 from lori_dist.config import Run
 from lori_dist.training.world import World
 
-Utilisation = Callable[[int, float], float | None]
-"""(tokens of all ranks, seconds) -> a share, at most 1; None where a device's peak or a model's work is not known."""
+
+class Utilisation(Protocol):
+    """Gives a share of the devices' peak, at most 1; None where a device's peak or a model's work is not known."""
+
+    def __call__(self, num_tokens: int, seconds: float, lengths: Iterable[int] = ()) -> float | None:
+        """num_tokens: of all ranks. lengths: tokens of each row, for the products of attention; without them these
+        are left out."""
+        ...
+
 
 PEAKS: Mapping[str, Mapping[str, float]] = {
     "Tesla T4": {"float16": 65, "float32": 8.1},
@@ -35,22 +45,131 @@ as parts of a device (MIG), have no peak here."""
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
-def per_token(model: PreTrainedModel, *, activation_checkpointing: bool) -> float | None:
-    """Floating point operations of training on one token with a frozen base.
+def per_token(model: PreTrainedModel, *, activation_checkpointing: bool = False) -> float | None:
+    """Floating point operations of training on one token, in products with the base's matrices.
 
-    4 P: two for each weight in the forward pass, and two in the backward pass for the gradient of its input; a frozen
-    weight has none of its own. With activation checkpointing the forward pass is done twice, 6 P, which counts what is
-    done again (PaLM's hardware FLOP utilisation). P counts the base's matrices, embeddings only where they are tied to
-    the head. Left out are attention's scores, up to 12 * layers * width * length, and the adapter.
-    None for a mixture of experts, where P depends on how many of them a token meets.
+    4 for each frozen weight: two in the forward pass, and two in the backward pass for the gradient of its input; a
+    frozen weight has none of its own. 6 for a weight that is trained (adapter.modules_to_save). Weights are counted as
+    they compute: a tensor of packed 4-bit entries is the matrix that it stands for. Embeddings count only where they
+    are tied to the head. Left out are attention's products, see `attention`, and the adapter.
+    activation_checkpointing: adds the second forward pass, which model FLOPs leave out and hardware FLOPs have.
+    None for a mixture of experts, where the weights depend on how many of them a token meets.
     """
     if any(getattr(model.config.get_text_config(), name, None) for name in EXPERTS):
         return None
-    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    looked_up -= {id(model.get_output_embeddings().weight)}
-    frozen = [weight for weight in model.parameters() if weight.ndim == 2 and not weight.requires_grad]
-    num_weights = sum(weight.numel() for weight in frozen if id(weight) not in looked_up)
-    return (6.0 if activation_checkpointing else 4.0) * num_weights
+    again = 2.0 if activation_checkpointing else 0.0
+    return sum((again + (6.0 if trained else 4.0)) * numel for numel, trained in _matrices(model))
+
+
+def _matrices(model: PreTrainedModel) -> Iterator[tuple[int, bool]]:
+    """Entries of each matrix that rows are multiplied with, and whether it is trained."""
+    head = model.get_output_embeddings()
+    seen = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    seen -= {id(head.weight)} if head is not None else set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            is_packed = is_quantized(module) and name == "weight"
+            if (parameter.ndim != 2 and not is_packed) or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            numel = parameter.numel()
+            if is_packed:
+                layer: Any = module
+                numel = layer.in_features * layer.out_features
+            yield numel, parameter.requires_grad
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+LOCAL = ("sliding_attention", "local", "sliding")
+"""Names that configurations have for layers whose tokens see a window,"""
+CHUNKED = ("chunked_attention",)
+"""the chunk that they are in,"""
+NO_PRODUCTS = ("linear_attention", "mamba", "mamba2", "conv", "recurrent", "linear")
+"""and for layers without a product of every two tokens."""
+BACKWARD = 2
+"""Products of attention in the backward pass, over those of the forward pass: each of the two has two gradients."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attention:
+    """The products of one layer's scores and values."""
+
+    per_pair: int
+    """Operations of the forward pass for one token that sees one token."""
+    window: int | None = None
+    """Tokens that one sees at most, itself included; None for all before it."""
+    is_chunked: bool = False
+    """Whether windows do not overlap: a token sees those before it in its chunk."""
+
+    def pairs(self, length: int, *, skips: bool = True) -> float:
+        """Of a row: how many tokens all tokens see together.
+
+        skips: only those at or before a token and in its window; else every token sees all of the row, which is what
+        a kernel computes that applies the mask afterwards.
+        """
+        if not skips:
+            return float(length) * length
+        window = min(length, self.window or length)
+        whole, rest = divmod(length, window) if self.is_chunked and window else (1, 0)
+        if self.is_chunked:
+            return whole * window * (window + 1) / 2 + rest * (rest + 1) / 2
+        return window * (window + 1) / 2 + float(length - window) * window
+
+
+def attention(config: Any) -> list[Attention]:
+    """The layers of a model that have attention, from its configuration."""
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_attention_heads", None)
+    if not isinstance(heads, int) or not heads:
+        return []
+    hidden = getattr(text, "hidden_size", 0)
+    of_values = getattr(text, "head_dim", None) or hidden // heads
+    of_scores = of_values
+    if getattr(text, "kv_lora_rank", None):  # multi-head latent attention
+        of_scores = text.qk_nope_head_dim + text.qk_rope_head_dim
+        of_values = text.v_head_dim
+    per_pair = 2 * heads * (of_scores + of_values)
+    return [
+        Attention(per_pair=per_pair, window=window, is_chunked=is_chunked)
+        for window, is_chunked in _windows(text, text.num_hidden_layers)
+    ]
+
+
+def _windows(text: Any, num_layers: int) -> Iterator[tuple[int | None, bool]]:
+    """Of each layer with attention."""
+    sliding = getattr(text, "sliding_window", None) or getattr(text, "window_size", None)
+    kinds = getattr(text, "layer_types", None) or getattr(text, "attention_layers", None)
+    kinds = kinds or getattr(text, "layers_block_type", None)
+    if not kinds:
+        uses = getattr(text, "use_sliding_window", True)
+        yield from [(sliding if isinstance(sliding, int) and uses else None, False)] * num_layers
+        return
+    for kind in list(kinds)[:num_layers]:
+        if kind in NO_PRODUCTS:
+            continue
+        if kind in CHUNKED:
+            yield getattr(text, "attention_chunk_size", None), True
+        else:
+            yield (sliding if kind in LOCAL else None), False
+
+
+def of_attention(layers: Iterable[Attention], lengths: Iterable[int]) -> float:
+    """Model FLOPs of training in attention's products, over rows of these lengths, forward and backward."""
+    counts: dict[int, int] = {}
+    for length in lengths:
+        counts[length] = counts.get(length, 0) + 1
+    alike: dict[Attention, int] = {}
+    for layer in layers:
+        alike[layer] = alike.get(layer, 0) + 1
+    return sum(
+        (1 + BACKWARD) * num_layers * layer.per_pair * num_rows * layer.pairs(length)
+        for layer, num_layers in alike.items()
+        for length, num_rows in counts.items()
+    )
+
+
+# --- devices ---------------------------------------------------------------------------------------------------------
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> float | None:
@@ -65,12 +184,18 @@ def peak(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def utilisation(model: PreTrainedModel, run: Run, world: World) -> Utilisation:
-    """Gives the model FLOP utilisation of a training of an adapted model, if the devices are all like this one.
+    """Gives the model FLOP utilisation of training an adapted model, if the devices are all like this one.
 
-    model: before an engine has sharded it.
+    What activation checkpointing computes a second time does not count, as the result does not need it: with it the
+    utilisation is lower by the time that takes. model: before an engine has sharded it.
     """
-    flops = per_token(model, activation_checkpointing=run.train.activation_checkpointing)
+    flops = per_token(model)
     most = peak(world.device, getattr(torch, run.model.dtype))
     if flops is None or most is None:
-        return lambda num_tokens, seconds: None
-    return lambda num_tokens, seconds: flops * num_tokens / (seconds * world.size * most)
+        return lambda num_tokens, seconds, lengths=(): None
+    layers = attention(model.config)
+
+    def share(num_tokens: int, seconds: float, lengths: Iterable[int] = ()) -> float:
+        return (flops * num_tokens + of_attention(layers, lengths)) / (seconds * world.size * most)
+
+    return share

@@ -687,7 +687,7 @@ def _step(
         "tokens": num_tokens,
         "seconds": seconds,
         "tokens_per_second": num_tokens / seconds,
-        "mfu": mfu(num_tokens, seconds),
+        "mfu": mfu(num_tokens, seconds, [example.num_tokens for example in examples]),
         "memory": memory(world.device),
         "data_wait": data_wait,
         "time": time.time(),

@@ -1,0 +1,125 @@
+"""What an engine says of its own cost: bytes that a rank holds, and what ranks send each other in a step.
+
+Beside `build`, an engine's file may define `memory(model, load, ...) -> Held` and `traffic(model, load, ...) ->
+list[Collective]`, which take the options of `build`; a plan adds up what they say. With `placements(ranks, nodes)` it
+gives the options that are worth a plan of their own.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lori_dist.training.flops import Attention
+
+Kind = Literal["gather", "reduce", "all_reduce", "copy"]
+Owner = Literal["base", "adapter"]
+
+FP32 = 4
+"""Bytes of a value, a gradient and a moment."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counted:
+    """A model with what is trained on it. Bytes, unless it is said otherwise."""
+
+    parameters: int
+    """Entries of the base."""
+    base: int
+    """All frozen weights."""
+    block: int
+    """Of the base, in its largest block."""
+    blocks: int
+    """Of the base, in all blocks."""
+    num_blocks: int
+    num_modules: int
+    """That are adapted."""
+    entries: int
+    """Entries of B over all modules, of one adapter."""
+    kept: int
+    """Those that are trained in the sparse phase."""
+    whole: int
+    """Entries that are trained besides, in both phases: of A where it is trained, and of modules_to_save."""
+    projections: int
+    """A, cached on every rank."""
+    quantized: int
+    """Entries of the largest quantised weight, which is a matrix again while its layer computes; 0 for none."""
+    widest_b: int
+    """Entries of the largest B, which is dense while its layer computes."""
+    vocabulary: int
+    dtype: int
+    """Of an entry of what is computed."""
+    block_activations: int
+    """Kept for the backward pass by one block, of one micro-batch."""
+    block_gradients: int
+    """That a block has at once in its backward pass: of what it multiplies, and of the two factors."""
+    block_input: int
+    """All that activation checkpointing keeps of a block."""
+    other_activations: int
+    """Kept outside of the blocks, logits apart."""
+    tokens: int
+    """Of one micro-batch."""
+    flops: float | None
+    """Of training on a token, in products with the base's matrices; None for mixtures of experts."""
+    adapter_flops: float = 0.0
+    """Of training on a token, in products with A and B."""
+    attention: tuple[Attention, ...] = ()
+    """Of each layer that has it."""
+    kernel: str = "sdpa"
+    """What computes attention, by transformers' name."""
+    key_values: int = 0
+    """Entries of keys and values of a token in a block."""
+    adapters: int = 1
+    """That are trained over the base at once; entries, kept and whole are of each, all else is of all."""
+    before: int = 0
+    """Of entries of earlier tasks, which stay."""
+    dequantized: int = 0
+    """That go through a device's memory in each pass, to make all quantised weights matrices again."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """What a step asks of an engine."""
+
+    ranks: int
+    nodes: int
+    """That the ranks are divided among evenly."""
+    trained: int
+    """Entries that are updated, over all adapters."""
+    micro_batches: int
+    """Of a rank in a step."""
+    tasks: int = 0
+    """Whose gradients are kept apart until all micro-batches are done, 0 where the engine sums and reduces them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Held:
+    """Bytes of a rank."""
+
+    base: int
+    """Frozen weights, between steps."""
+    values: int
+    """What is trained, with all copies of it."""
+    gradients: int
+    """With what sums them over micro-batches. Nothing where `Load.tasks` are kept apart and the engine gets a share."""
+    moments: int
+    buffers: int = 0
+    """Through which something is sent."""
+    gathered_at_loss: int = 0
+    """Of the base, whole, when a forward pass has ended,"""
+    gathered_in_block: int = 0
+    """and while the first block of a backward pass computes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Collective:
+    """Bytes of the whole tensors that are made or reduced in a step."""
+
+    kind: Kind
+    """reduce: of what is summed, each rank gets its share; all_reduce: all of it. copy: what a rank takes from its
+    host's memory to its device."""
+    owner: Owner
+    bytes: int
+    group: int
+    """Ranks that take part."""
+    spans_nodes: bool
+    rings: int = 1
+    """Groups that send at the same time from the same node."""

@@ -1,0 +1,87 @@
+"""What a reader of a plan should know besides its figures, in sentences."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lori_dist.config import Run
+from lori_dist.gpus import GIB
+from lori_dist.plan.cost import Hardware, Trained
+from lori_dist.plan.rows import Lengths
+
+
+def of(
+    run: Run,
+    hardware: Hardware,
+    ranks: int,
+    trained: Sequence[Trained],
+    placed: Sequence[Mapping[str, Any]],
+    rows: Sequence[Lengths],
+    evaluation: Mapping[str, Any],
+) -> Iterator[str]:
+    yield from _of_gangs(run, ranks, trained)
+    yield from _of_rows(run, trained, rows)
+    yield from _of_training(run, hardware, placed)
+    if not evaluation["fits"]:
+        yield (
+            f"Evaluation keeps the whole base on one device, which takes {evaluation['memory'] / GIB:.1f} GiB with "
+            f"evaluate.batch_size {run.evaluate.batch_size}; a device has room for {hardware.room / GIB:.1f} GiB."
+        )
+    for what in evaluation["uncounted"]:
+        yield f"The time of {what} is not counted."
+
+
+def _of_gangs(run: Run, ranks: int, trained: Sequence[Trained]) -> Iterator[str]:
+    if run.cluster.workers != ranks:
+        yield (
+            f"cluster.workers is {run.cluster.workers}; the plan is of gangs of {ranks} "
+            f"rank{'s' if ranks != 1 else ''}, one after the other: set cluster.workers to {ranks}."
+        )
+    most = max(one.gang.adapters for one in trained)
+    if most > 1:
+        yield f"cluster.packing: up to {most} adapters are trained at once over one copy of the base."
+    apart = max(one.gang.apart for one in trained)
+    if apart > 1:
+        yield f"The gradients of {apart} tasks are kept apart until they are projected, on every rank."
+
+
+def _of_rows(run: Run, trained: Sequence[Trained], rows: Sequence[Lengths]) -> Iterator[str]:
+    length = run.train.max_length
+    longest = max(
+        int(part.tokens.max())
+        for one in trained
+        for member in one.gang.members
+        for stream in member.streams
+        for part in stream.parts
+    )
+    is_exact = all(one.how == "all" for one in rows)
+    if is_exact and longest < length and not run.train.pack:
+        yield (
+            f"Memory is that of rows of train.max_length, {length:,} tokens; the longest row to train on has "
+            f"{longest:,}, so train.max_length={max(2, longest)} takes less."
+        )
+    if any(one.is_rough for one in rows):
+        yield "The number of rows of large files is estimated from their size."
+
+
+def _of_training(run: Run, hardware: Hardware, placed: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    train = run.train
+    if train.time_limit is not None:
+        fitting = [one for one in placed if one["fits"] or one["fits_with_checkpointing"]]
+        seconds = min((one["training_seconds"] for one in fitting), default=0.0)
+        if seconds > train.time_limit:
+            yield (
+                f"train.time_limit, {train.time_limit:,.0f} s, ends the run before it is done: it takes "
+                f"{-(-seconds // train.time_limit):.0f} starts of the same command."
+            )
+        else:
+            yield f"train.time_limit, {train.time_limit:,.0f} s, is longer than all training takes."
+    if train.compile:
+        yield "What train.compile saves is not counted."
+    if train.deterministic:
+        yield "What train.deterministic costs is not counted."
+    if train.early_stop is not None:
+        yield f"train.early_stop may end training earlier than planned, after {train.early_stop} measurements."
+    if run.adapter.projection == "recomputed":
+        yield "The time in which adapter.projection: recomputed makes A again is not counted."
+    if train.checkpoint_every is not None and train.keep:
+        yield f"Checkpoints are written every {train.checkpoint_every} steps; their time on the disk is not counted."

@@ -1,0 +1,369 @@
+"""What a run trains, gang by gang: how many steps, and what the slowest rank computes in one."""
+
+import collections
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from lori_dist import plugin
+from lori_dist.adapter import source
+from lori_dist.adapter.adapter import Adapter
+from lori_dist.cluster import schedule
+from lori_dist.config import FLASH, Run, Train, held_out, trained_as
+from lori_dist.engines._cost import Counted
+from lori_dist.errors import AdapterError, ConfigError
+from lori_dist.jobs import Job, order
+from lori_dist.plan.rows import Counter, Lengths
+from lori_dist.training import data
+from lori_dist.training.data import Example
+from lori_dist.training.flops import BACKWARD, Attention, of_attention
+from lori_dist.training.train import CALIBRATE, Phase, phases
+
+DRAWN = 2**18
+"""Rows that are drawn to see what batches are like."""
+DRAWN_PACKED = 2**12
+"""Where each is put into a sequence."""
+DRAWS = 16
+"""Batches at most that are drawn of a phase."""
+AGAIN = 0.5
+"""Of attention's products in the forward pass, what a fused kernel does again in the backward pass: the scores."""
+SKIPPING = ("flex_attention", *FLASH)
+"""Attention that leaves out what its mask hides; sdpa does where no row of a batch is padded."""
+
+Tokens = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stream:
+    """The rows of one adapter, or of one task of a joint training."""
+
+    parts: tuple[Lengths, ...]
+    shares: tuple[float, ...]
+    """Of the rows that are trained on, by part."""
+
+    @property
+    def number(self) -> int:
+        return sum(part.number for part in self.parts)
+
+    @property
+    def mean(self) -> float:
+        """Tokens of a row."""
+        return sum(share * part.mean for part, share in zip(self.parts, self.shares, strict=True))
+
+    def draw(self, count: int, generator: np.random.Generator) -> Tokens:
+        which = generator.choice(len(self.parts), size=count, p=self.shares) if len(self.parts) > 1 else np.zeros(count)
+        drawn = np.empty(count, dtype=np.int64)
+        for number, part in enumerate(self.parts):
+            places = which == number
+            drawn[places] = part.tokens[generator.integers(len(part.tokens), size=int(places.sum()))]
+        return drawn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Member:
+    """One adapter's training."""
+
+    name: str
+    """A task, or `joint`."""
+    train: Train
+    streams: tuple[Stream, ...]
+    """One, or those of the tasks of a joint training, which have as many rows in a batch, to one."""
+    phases: tuple[Phase, ...]
+    validation: tuple[Lengths, ...] = ()
+
+    @property
+    def number(self) -> int:
+        """Rows of an epoch."""
+        return sum(stream.number for stream in self.streams)
+
+    @property
+    def mean(self) -> float:
+        """Tokens of a row."""
+        if len(self.streams) == 1:
+            return self.streams[0].mean
+        counts = self._counts(self.train.batch_size)
+        means = [stream.mean for stream in self.streams]
+        return sum(count * mean for count, mean in zip(counts, means, strict=True)) / sum(counts)
+
+    def _counts(self, batch: int) -> list[int]:
+        return [len(range(number, batch, len(self.streams))) for number in range(len(self.streams))]
+
+    def rows(self, phase: Phase) -> int:
+        """Rows that all steps of a phase take."""
+        most = phase.num_steps * self.train.batch_size
+        return most if phase.epochs is None or len(self.streams) > 1 else min(most, round(self.number * phase.epochs))
+
+    def draw(self, batch: int, generator: np.random.Generator) -> Tokens:
+        """The rows of one step, in their order."""
+        counts = self._counts(batch)
+        return np.concatenate([s.draw(count, generator) for s, count in zip(self.streams, counts, strict=True)])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gang:
+    """Trainings that share a base."""
+
+    members: tuple[Member, ...]
+    apart: int = 0
+    """Gradients that are kept of each trained entry: of every task of a joint training that projects them, and one
+    where several adapters share the base."""
+    earlier: int = 0
+    """Tasks whose entries are there already."""
+    start: str | None = None
+    """The path of the adapter whose training continues."""
+
+    @property
+    def adapters(self) -> int:
+        return len(self.members)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """Of one step, on average."""
+
+    micro_batches: int
+    tokens: float
+    """Real ones, of all ranks."""
+    computed: float
+    """Those that the slowest rank computes, padding included."""
+    attention: float
+    """Operations of attention's products in one forward pass of that rank."""
+    model_attention: float
+    """Of all ranks, forward and backward, those that the result needs."""
+
+
+# --- gangs -----------------------------------------------------------------------------------------------------------
+
+
+def trainings(run: Run) -> list[Job]:
+    """The jobs of the run's plan that train, in the order in which they are done."""
+    method = plugin.find("multitask", run.multitask.name, "plan", "multitask")
+    jobs = order(method.load()(run, **method.bind(run.multitask.options, "multitask")))
+    return [job for job in jobs if job.kind == "train"]
+
+
+def gangs(run: Run, counter: Counter) -> list[Gang]:
+    """What is trained together over a base, one after the other."""
+    jobs = trainings(run)
+    names = {job.name for job in jobs}
+    first = [job for job in jobs if not names & set(job.needs)]
+    packs = [*schedule.packs(first, run.cluster.packing), *((job,) for job in jobs if job not in first)]
+    return [_gang(run, pack, counter) for pack in packs]
+
+
+def _gang(run: Run, jobs: Sequence[Job], counter: Counter) -> Gang:
+    members = tuple(_member(run, job, counter) for job in jobs)
+    settings = jobs[0].settings
+    if len(jobs) > 1:
+        return Gang(members=members, apart=1)
+    joint, sequel = settings.get("joint"), settings.get("sequel")
+    if joint is not None:
+        return Gang(members=members, apart=0 if joint["projection"] == "none" else len(joint["tasks"]))
+    start = run.tasks[settings["task"]].start if "start" in settings else None
+    return Gang(members=members, earlier=0 if sequel is None else len(sequel["before"]), start=start)
+
+
+def _member(run: Run, job: Job, counter: Counter) -> Member:
+    joint = job.settings.get("joint")
+    task: str = job.settings["task"]
+    tasks = joint["tasks"] if joint is not None else [task]
+    train = run.train if joint is not None else trained_as(run, task)
+    density = 1.0 if "start" in job.settings else run.adapter.density
+    needs_number = train.steps is None or (density < 1 and train.calibrate.epochs is not None)
+    streams = tuple(_stream(run, name, counter, needs_number) for name in tasks)
+    number = sum(stream.number for stream in streams)
+    validation = () if run.train.validate_every is None else tuple(_validation(run, name, counter) for name in tasks)
+    return Member(
+        name=task,
+        train=train,
+        streams=streams,
+        phases=tuple(phases(train, density, number)),
+        validation=validation,
+    )
+
+
+def _stream(run: Run, name: str, counter: Counter, needs_number: bool) -> Stream:
+    task = run.tasks[name]
+    own = counter.of(name, "train", task.train, needs_number=needs_number or bool(task.mixture))
+    if spare := held_out(run, name):
+        kept = own.tokens[: len(own.tokens) - spare] if own.how == "all" and len(own.tokens) > spare else own.tokens
+        own = Lengths(number=max(1, own.number - spare), tokens=kept, how=own.how, is_rough=own.is_rough)
+    others = [counter.of(name, "mixture", path, needs_number=needs_number) for path in task.mixture]
+    shares = (1 - sum(task.mixture.values()), *task.mixture.values())
+    return Stream(parts=(own, *others), shares=tuple(share / sum(shares) for share in shares))
+
+
+def _validation(run: Run, name: str, counter: Counter) -> Lengths:
+    return counter.of(name, "validation", str(run.tasks[name].validation))
+
+
+def adapter_at(run: Run, gang: Gang) -> Adapter | None:
+    """That whose training continues."""
+    if gang.start is None:
+        return None
+    try:
+        found = source.load(Path(gang.start))
+        if len(found.blocks) != 1:
+            raise AdapterError(f"{gang.start}: is a merge of {len(found.blocks)} blocks, which cannot be trained")
+    except AdapterError as error:
+        raise ConfigError(f"tasks.{gang.members[0].name}.start: {error}") from error
+    return found
+
+
+def segments(gang: Gang, phase: str) -> Iterator[tuple[int, tuple[Member, ...]]]:
+    """Steps of a phase with those that still train in them: a member that has done its own leaves the others alone."""
+    lengths = {
+        member.name: next((one.num_steps for one in member.phases if one.name == phase), 0) for member in gang.members
+    }
+    done = 0
+    for end in sorted({length for length in lengths.values() if length}):
+        yield end - done, tuple(member for member in gang.members if lengths[member.name] >= end)
+        done = end
+
+
+# --- a step ----------------------------------------------------------------------------------------------------------
+
+
+def work(model: Counted, members: Sequence[Member], phase: str, ranks: int) -> Work:
+    """Of a step in which these train, from batches drawn at random as training draws them."""
+    train = members[0].train
+    generator = np.random.default_rng(0)
+    batches = [_batch(member, phase) for member in members]
+    num_micro = max(math.ceil(math.ceil(batch / ranks) / train.micro_batch_size) for batch in batches)
+    most = max(1, (DRAWN_PACKED if train.pack else DRAWN) // len(members))
+    drawn_ranks = min(ranks, most)
+    rows = min(train.micro_batch_size, math.ceil(max(batches) / ranks))
+    drawn_rows = min(rows, max(1, most // drawn_ranks))
+    drawn_micro = min(num_micro, max(1, most // (drawn_ranks * drawn_rows)))
+    size = drawn_ranks * drawn_rows * drawn_micro
+    is_whole = (drawn_ranks, drawn_rows, drawn_micro) == (ranks, rows, num_micro)
+    constant = all(len(part.tokens) == 1 for member in members for s in member.streams for part in s.parts)
+    draws = 1 if constant else max(1, min(DRAWS, most // size))
+    tokens = sum(batch * member.mean for batch, member in zip(batches, members, strict=True))
+    computed = attention = needed = 0.0
+    for _ in range(draws):
+        pieces = [
+            _pieces(member.draw(batch if is_whole else size, generator), drawn_ranks, drawn_rows)
+            for member, batch in zip(members, batches, strict=True)
+        ]
+        found = _slowest(model, train, pieces)
+        computed, attention = computed + found[0], attention + found[1]
+        needed += of_attention(model.attention, (length for piece in pieces for length in piece[piece > 0].tolist()))
+    scale = 1.0 if is_whole else sum(batches) / (size * len(members))
+    per_rank = scale if is_whole else scale * drawn_ranks / ranks
+    return Work(
+        micro_batches=num_micro,
+        tokens=tokens,
+        computed=computed / draws * per_rank,
+        attention=attention / draws * per_rank,
+        model_attention=needed / draws * scale,
+    )
+
+
+def full(model: Counted, gang: Gang, ranks: int) -> Work:
+    """Of a step whose rows all have train.max_length tokens."""
+    length = gang.members[0].train.max_length
+    row = Lengths(number=1, tokens=np.array([length]), how="given")
+    stream = Stream(parts=(row,), shares=(1.0,))
+    members = [
+        Member(name=m.name, train=m.train, streams=(stream,), phases=tuple(_whole(one) for one in m.phases))
+        for m in gang.members
+    ]
+    return work(model, members, members[0].phases[-1].name, ranks)
+
+
+def _whole(phase: Phase) -> Phase:
+    return Phase(name=phase.name, num_steps=phase.num_steps, epochs=None, lr=phase.lr)
+
+
+def _batch(member: Member, phase: str) -> int:
+    """Rows of a step on average, rounded up: the last of an epoch may have fewer."""
+    one = next(one for one in member.phases if one.name == phase)
+    return min(member.train.batch_size, max(1, math.ceil(member.rows(one) / max(1, one.num_steps))))
+
+
+def _pieces(lengths: Tokens, ranks: int, rows: int) -> Tokens:
+    """(micro-batches, rows, ranks): tokens of each row, 0 where there is none."""
+    per_rank = math.ceil(len(lengths) / ranks)
+    num_micro = math.ceil(per_rank / rows)
+    padded = np.zeros(num_micro * rows * ranks, dtype=np.int64)
+    padded[: len(lengths)] = lengths
+    return padded.reshape(num_micro, rows, ranks)  # a rank takes every ranks-th row
+
+
+def _slowest(model: Counted, train: Train, pieces: Sequence[Tokens]) -> tuple[float, float]:
+    """Tokens and operations of attention, of the slowest rank in each micro-batch."""
+    count = max(len(piece) for piece in pieces)
+    if train.pack:
+        shapes = [_packed(piece, train.max_length) for piece in pieces]
+        rows, width = shapes[0]
+        skips = np.zeros(rows.shape, dtype=bool)
+    else:
+        places = [np.pad(piece, ((0, count - len(piece)), (0, 0), (0, 0))) for piece in pieces]
+        together = np.concatenate(places, axis=1)
+        most = np.max([(piece > 0).sum(1) for piece in places], axis=0)  # (micro-batches, ranks)
+        rows, width = len(pieces) * np.maximum(1, most), np.maximum(2, together.max(1))
+        is_even = (np.where(together > 0, together, width[:, None, :]) == width[:, None, :]).all(1)
+        skips = is_even & (rows == (together > 0).sum(1))
+    tokens = rows * width
+    if model.kernel in FLASH and not train.pack:  # these compute rows, not what fills them up
+        attention = _pairs(model, together, True).sum(1)
+    else:
+        may_skip = np.where(model.kernel in SKIPPING, True, skips & (model.kernel != "eager"))
+        attention = rows * np.where(may_skip, _pairs(model, width, True), _pairs(model, width, False))
+    cost = (model.flops or 4.0 * model.parameters) / 2 * tokens + attention
+    slowest = cost.argmax(1)
+    number = np.arange(len(cost))
+    return float(tokens[number, slowest].sum()), float(attention[number, slowest].sum())
+
+
+def _packed(piece: Tokens, length: int) -> tuple[Tokens, Tokens]:
+    """Sequences of each micro-batch and rank, and their tokens, as training packs rows."""
+    num_micro, _, ranks = piece.shape
+    rows, width = np.ones((num_micro, ranks), dtype=np.int64), np.full((num_micro, ranks), 2, dtype=np.int64)
+    for micro in range(num_micro):
+        for rank in range(ranks):
+            found = [int(tokens) for tokens in piece[micro, :, rank] if tokens]
+            examples = [Example(prompt="", response="", prompt_ids=(0,) * one, response_ids=()) for one in found]
+            rows[micro, rank], width[micro, rank] = data.collate(examples, 0, length).input_ids.shape
+    return rows, width
+
+
+def _pairs(model: Counted, lengths: Tokens, skips: bool) -> npt.NDArray[np.float64]:
+    """Operations of attention in a forward pass of a row of each length."""
+    distinct, inverse = np.unique(lengths, return_inverse=True)
+    layers = collections.Counter(model.attention).items()
+    found = [
+        sum(
+            number * layer.per_pair * layer.pairs(int(length), skips=skips and _may(layer, int(length), model))
+            for layer, number in layers
+        )
+        for length in distinct
+    ]
+    return np.array(found, dtype=np.float64)[inverse].reshape(lengths.shape)
+
+
+def _may(layer: Attention, length: int, model: Counted) -> bool:
+    """sdpa has no window of its own: it is given a mask as soon as a row is longer."""
+    return model.kernel in SKIPPING or layer.window is None or length <= layer.window
+
+
+def passes(model: Counted, checkpointing: bool) -> float:
+    """Attention's products in a step, over those of one forward pass."""
+    return 1 + BACKWARD + (0.0 if model.kernel == "eager" else AGAIN) + checkpointing
+
+
+def totals(gang: Gang) -> Mapping[str, float]:
+    """Tokens of all steps, without padding, by member."""
+    return {member.name: sum(member.rows(phase) for phase in member.phases) * member.mean for member in gang.members}
+
+
+def num_checkpoints(member: Member) -> int:
+    """That are written by its phases, the calibrated state with them."""
+    every = member.train.checkpoint_every
+    written = sum((phase.num_steps - 1) // every for phase in member.phases) if every is not None else 0
+    return written + sum(phase.name == CALIBRATE for phase in member.phases)
