@@ -330,10 +330,10 @@ class Merge:
     method: Annotated[Choice, Chosen, MERGES]
     """Merge method."""
     weights: dict[str, Weight] | tuple[Weight, ...] | None = None
-    """Weights by task name, or in the order of the tasks; null: equal weights that sum to one, or 1 each for methods
-    that take a mean or whose paper has a sum (ties, dare_ties, tsv, and knots and core_space with these). A weight is a
-    number or, for layers and modules, a mapping such as {default: 0.4, layers.0: 0.0, "*.mlp.*": 0.6}: the last pattern
-    that fits a module's path counts, and `default`, or else the default weight, where none does."""
+    """Weights by task name, or in the order of the tasks; null: equal ones that sum to one, or 1 each for methods whose
+    paper has a sum or takes a mean (ties, dare_ties, tsv). A weight is a number or, for layers and modules, a mapping
+    such as {default: 0.4, layers.0: 0.0, "*.mlp.*": 0.6}: the last pattern that fits a module's path counts, and
+    `default`, or else the default weight, where none does."""
     tasks: tuple[str, ...] | None = None
     """Tasks to merge; null: all of them."""
     search: Search | None = None

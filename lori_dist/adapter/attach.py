@@ -576,7 +576,7 @@ def _excluded(model: nn.Module, exclude: Sequence[str]) -> set[str]:
             if (fnmatch.fnmatchcase(path, wanted) if is_pattern else f".{wanted}." in f".{path}.")
         }
         if not paths:
-            names = {_name(path, module) for path, module in linear.items()}
+            names = set(map(kind, linear))
             raise AdapterError(f"exclude: {wanted!r} matches nothing; {_listing(linear)}{nearest(wanted, names)}")
         found |= paths
     return found
