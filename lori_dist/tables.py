@@ -6,12 +6,13 @@ import csv
 import gzip
 import importlib.util
 import io
+import itertools
 import json
 import lzma
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -27,6 +28,8 @@ UNDECODED = re.compile("[\udc80-\udcff]")
 """Bytes that are not UTF-8, as `surrogateescape` keeps them."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 """What may follow the ending that tells the kind of file. The content tells how a file is compressed."""
+HOLDERS = ("data", "rows", "examples", "instances", "items", "records")
+"""Keys that a JSON object with other keys has its rows under."""
 MISSING = ("", "NaN", "nan", "<NA>", "NULL", "null")
 """Cells of a CSV file that stand for no value, where JSON has null and Parquet an empty cell."""
 
@@ -96,7 +99,7 @@ def read(path: str) -> Iterator[tuple[int, Row | ConfigError]]:
     """The rows, numbered as their lines are where they have lines, from 1; for one that is none, what is wrong with it.
 
     Blank lines are skipped. The ending, in small letters or capitals, tells the kind of file: .csv, .parquet, .json
-    with an array or with an object whose only key holds one; anything else is JSON lines. Files may be compressed by
+    with an array or with an object that holds one under a key; anything else is JSON lines. Files may be compressed by
     gzip, bzip2, xz or zstd. Values of a CSV file are text, or `Missing`. Raises OSError for a file that cannot be read,
     ConfigError for one of another kind or a damaged one, and for a data set that cannot be read.
     """
@@ -120,7 +123,7 @@ def read(path: str) -> Iterator[tuple[int, Row | ConfigError]]:
             if kind_of_file == ".csv":
                 yield from _csv(file.read())
             elif kind_of_file == ".json":
-                yield from _json(file.read())
+                yield from _json(file)
             else:
                 yield from _lines(file)
     except (EOFError, zlib.error, lzma.LZMAError) as error:
@@ -167,7 +170,7 @@ def check_encodable(value: str, what: str) -> None:
         raise ConfigError(f"{what} has half of a surrogate pair; wanted Unicode text") from None
 
 
-def _lines(file: IO[bytes]) -> Iterator[tuple[int, Row | ConfigError]]:
+def _lines(file: Iterable[bytes]) -> Iterator[tuple[int, Row | ConfigError]]:
     for number, raw in enumerate(file, start=1):  # as bytes: lines end at \n only, not at separators in a JSON string
         line = raw.removeprefix(codecs.BOM_UTF8).strip()
         if line:
@@ -224,8 +227,15 @@ def _object(row: Any) -> Row | ConfigError:
     return ConfigError(f"holds {kind(row)}; wanted a JSON object such as {{'prompt': ..., 'response': ...}}")
 
 
-def _json(raw: bytes) -> Iterator[tuple[int, Row | ConfigError]]:
-    """An array of rows, an object that has one under its only key, or rows as in a file of JSON lines."""
+def _json(file: IO[bytes]) -> Iterator[tuple[int, Row | ConfigError]]:
+    """An array of rows, an object that has one under a key, or rows as in a file of JSON lines, which are streamed."""
+    first = _through_text(file)
+    if _whole(b"".join(first).decode("utf-8-sig", errors="replace")) is not None:
+        second = _through_text(file)
+        if any(line.strip() for line in second):
+            yield from _lines(itertools.chain(first, second, file))
+            return
+    raw = b"".join(first) + file.read()
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -237,26 +247,48 @@ def _json(raw: bytes) -> Iterator[tuple[int, Row | ConfigError]]:
         return
     start = _after_blanks(text, 0)
     if text.startswith("[", start):
-        yield from _array(text, start, "")
-    elif (inner := _only_list(text, start)) is not None:
-        yield from _array(text, inner, "}")
+        yield from _array(text, start)
+    elif (rows := _rows_within(text)) is not None:
+        yield from rows
     elif (row := _only_row(text)) is not None:
         yield 1 + text.count("\n", 0, start), row
     else:
         yield from _lines(io.BytesIO(raw))
 
 
-def _only_list(text: str, start: int) -> int | None:
-    """Where the list begins in a text that is one object with one key, with a list of rows under it. Messages are
-    none: they are one row."""
-    whole = _whole(text)
-    if whole is None or len(whole) != 1:
+def _through_text(file: IO[bytes]) -> list[bytes]:
+    """The next lines, up to one that is not blank."""
+    lines = []
+    for line in file:
+        lines.append(line)
+        if line.strip():
+            break
+    return lines
+
+
+def _rows_within(text: str) -> Iterator[tuple[int, Row | ConfigError]] | None:
+    """Those in a text that is one JSON object with a list of rows under its only key, or under one that says so.
+
+    Messages are one row.
+    """
+    whole = _whole(text) or {}
+    lists = [
+        key
+        for key, rows in whole.items()
+        if (key in HOLDERS or len(whole) == 1)
+        and isinstance(rows, list)
+        and all(isinstance(row, dict) and "role" not in row for row in rows)
+    ]
+    if len(lists) != 1:
         return None
-    [rows] = whole.values()
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and "role" not in row for row in rows):
-        return None
-    _, place = json.JSONDecoder().raw_decode(text, _after_blanks(text, start + 1))
-    return text.index("[", place)
+    decoder, place = json.JSONDecoder(), _after_blanks(text, 0)
+    while True:
+        key, place = decoder.raw_decode(text, _after_blanks(text, place + 1))
+        place = _after_blanks(text, text.index(":", place) + 1)
+        if key == lists[0]:
+            return _array(text, place, is_whole=True)
+        _, place = decoder.raw_decode(text, place)
+        place = _after_blanks(text, place)
 
 
 def _only_row(text: str) -> Row | ConfigError | None:
@@ -277,9 +309,9 @@ def _whole(text: str) -> Row | None:
     return found if isinstance(found, dict) else None
 
 
-def _array(text: str, start: int, after: str) -> Iterator[tuple[int, Row | ConfigError]]:
-    """Each row with the line it begins in. After what is not JSON nothing can be told from anything. after: what
-    follows the array."""
+def _array(text: str, start: int, *, is_whole: bool = False) -> Iterator[tuple[int, Row | ConfigError]]:
+    """Each row with the line it begins in. After what is not JSON nothing can be told from anything. is_whole: whether
+    the text is known to be JSON; else nothing may follow the array."""
     decoder = _Decoder()
     place, line, counted = _after_blanks(text, start + 1), 1, 0
     more = not text.startswith("]", place)
@@ -294,7 +326,7 @@ def _array(text: str, start: int, after: str) -> Iterator[tuple[int, Row | Confi
         place = _after_blanks(text, place)
         more = text.startswith(",", place)
         place = _after_blanks(text, place + more)
-    if "".join(text[place:].split()) != f"]{after}":
+    if not is_whole and text[place:].rstrip() != "]":
         yield line, ConfigError("is followed by no comma, or the array by more; wanted an array of objects")
 
 
@@ -348,13 +380,14 @@ def _streamed(name: str, **options: Any) -> Iterator[tuple[int, Row | ConfigErro
     except Exception as error:  # of nearly any class
         reason = str(error).strip().partition("\n")[0]
         where = options.get("data_files", name)
-        raise ConfigError(f"{where} cannot be read ({type(error).__name__}: {reason}); check name and split") from error
+        remedy = "make the file again" if "data_files" in options else "check name and split"
+        raise ConfigError(f"{where} cannot be read ({type(error).__name__}: {reason}); {remedy}") from error
 
 
 def kind(value: Any) -> str:
     """What a value is, in the words of an error."""
     if isinstance(value, Missing):
-        return "empty, a missing value in CSV" if not value.written else f"{value.written}, a missing value in CSV"
+        return f"{value.written or 'empty'}, which in CSV is a missing value (JSON lines can have an empty text)"
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -126,6 +126,10 @@ def test_an_ending_may_be_in_capitals(tmp_path: Path, kind: str) -> None:
 def test_an_object_may_have_the_rows_under_its_only_key(tmp_path: Path, indent: int | None) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"data": ROWS}, indent=indent))
     assert [row for _, row in tables.read(str(tmp_path / "a.json"))] == ROWS
+    (tmp_path / "a.json").write_text(json.dumps({"version": [1], "rows": ROWS, "more": {"data": []}}, indent=indent))
+    assert [row for _, row in tables.read(str(tmp_path / "a.json"))] == ROWS
+    (tmp_path / "a.json").write_text(2 * (json.dumps({"data": ROWS}) + "\n"))  # JSON lines
+    assert [row for _, row in tables.read(str(tmp_path / "a.json"))] == [{"data": ROWS}] * 2
     chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     (tmp_path / "a.json").write_text(json.dumps(chat, indent=indent))
     assert list(tables.read(str(tmp_path / "a.json"))) == [(1, chat)]

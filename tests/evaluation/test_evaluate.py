@@ -181,7 +181,7 @@ def test_rows_that_cannot_be_used_are_all_named_before_anything_is_loaded(tree: 
     Path(tree["tasks"]["questions"]["test"]).write_text("{}\n")
     with pytest.raises(ConfigError) as caught:
         evaluate(run, Path("no-adapter"))
-    first, second = str(caught.value).split("\n")
+    first, second, *_ = str(caught.value).split("\n")
     assert first.startswith("tasks.questions.test: ")
     assert "questions.jsonl:1: has no field 'prompt'; there are none" in first
     assert second == (
