@@ -42,7 +42,7 @@ class _Update(torch.autograd.Function):
         trains_a = ctx.needs_input_grad[3]
         ctx.before = before
         reduced, b = _operands(ctx, x, values, a, recipe, index, scale, per_task, trains_a, y.shape[-1], y.dtype)
-        return torch.addmm(_rows(y), reduced, b.t(), alpha=scale).view(y.shape)
+        return shaped(torch.addmm(_rows(y), reduced, b.t(), alpha=scale), y.shape)
 
     @staticmethod
     @once_differentiable  # A x is saved without its graph: a second derivative would miss x
@@ -92,7 +92,7 @@ class _Adapted(torch.autograd.Function):
             ctx, x, values, a, recipe, index, scale, per_task, trains_a, y.shape[-1], y.dtype, weight
         )
         ctx.transposed = transposed
-        return y.addmm_(reduced, b.t(), alpha=scale).view(*x.shape[:-1], -1)
+        return shaped(y.addmm_(reduced, b.t(), alpha=scale), (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
     @once_differentiable
@@ -405,6 +405,13 @@ class AdaptedLinear(nn.Module):
         for delta in self.deltas:
             y = delta(x, y)
         return y
+
+
+def shaped(fresh: Tensor, shape: Sequence[int]) -> Tensor:
+    """A tensor that nothing else holds, in another shape. To autograd it is not a view, so that models may add to the
+    output of a layer in place, as Falcon and Llama 4 do."""
+    made: Tensor = torch.ops.aten._unsafe_view(fresh, list(shape))
+    return made
 
 
 def is_conv1d(module: nn.Module) -> bool:

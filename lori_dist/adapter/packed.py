@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec
 from lori_dist.adapter.attach import ATTACHED, adapted, checked_projection, match, put, refuse_adapted, trained_on
 from lori_dist.adapter.experts import Expert
-from lori_dist.adapter.linear import AdaptedLinear, features
+from lori_dist.adapter.linear import AdaptedLinear, features, shaped
 from lori_dist.adapter.projection import Recipe, checksum
 from lori_dist.errors import AdapterError
 from lori_dist.plugin import nearest
@@ -106,7 +106,8 @@ class _Grouped(torch.autograd.Function):
         a, b = layer.operands(ctx.groups, values, y.dtype)
         reduced = torch.bmm(layer.routing.split(layer.module, x).to(y.dtype), a.mT)
         ctx.save_for_backward(reduced, *values)
-        return torch.baddbmm(y.reshape(*reduced.shape[:2], -1), reduced, b.mT, alpha=layer.scale).view(y.shape)
+        grouped = torch.baddbmm(y.reshape(*reduced.shape[:2], -1), reduced, b.mT, alpha=layer.scale)
+        return shaped(grouped, y.shape)
 
     @staticmethod
     @once_differentiable

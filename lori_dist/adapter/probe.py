@@ -31,6 +31,8 @@ MOST_PARAMETERS = 2**24
 """Of a copy with all blocks: 64 MB."""
 NUM_BLOCKS = 8
 """Of a copy that would be larger."""
+NARROWEST = 32
+"""Features of a token in a copy that is narrower than its model: in fewer, normalisation hides what tokens are."""
 VOCABULARY = 256
 NUM_TOKENS = 6
 LEAK = 1e-3
@@ -90,7 +92,10 @@ def probe(model: nn.Module) -> Probe:
 
 def _probed(kind: type, settings: Any) -> Probe:
     problem: Exception | None = None
+    width = getattr(settings.get_text_config(), "hidden_size", None)
     for scale, fewer_heads in itertools.product(SCALES, (False, True)):
+        if scale > 1 and isinstance(width, int) and width // scale < NARROWEST:
+            continue
         try:
             with _quietly():
                 small = _copy(kind, settings, scale, fewer_heads)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lori_dist import config, plugin
 from lori_dist.adapter import attach, packed, source
 from lori_dist.adapter.adapter import Adapter
-from lori_dist.errors import ConfigError
+from lori_dist.errors import AdapterError, ConfigError
 from lori_dist.rows import responses
 from lori_dist.training.data import Example, encode, read
 from lori_dist.training.metrics import Record
@@ -201,12 +201,11 @@ def _model(settings: config.Model, adapter: Path | None) -> PreTrainedModel:
     loaded = source.load(adapter)
     check_base(adapter, loaded.base, settings)
     model = load_model(settings)
-    layers = attach.attach(model, loaded)
-    embeddings = model.get_input_embeddings().weight
-    # Folded, it runs at the base's speed. A narrower dtype would round the update away, tied embeddings would change.
-    is_exact = model.dtype == torch.float32 and settings.quantize is None
-    if is_exact and not any(layer.weight is embeddings for layer in layers.values()):
-        attach.fold(model)
+    attach.attach(model, loaded)
+    # Folded, it runs at the base's speed. A narrower dtype would round the update away; tied weights cannot be folded.
+    if model.dtype == torch.float32 and settings.quantize is None:
+        with contextlib.suppress(AdapterError):
+            attach.fold(model)
     return model
 
 

@@ -79,7 +79,7 @@ def made_from(settings: PretrainedConfig, *, trust_remote_code: bool = False, **
 def check_causal(made: PreTrainedModel, model: config.Model) -> None:
     """Raises ConfigError for a model whose tokens see later ones: its loss would mean nothing. `probe` finds out."""
     if probe(made).is_causal is False:
-        remedy = "; set is_decoder: true in its config.json if it was trained so" if _can_decode(made) else ""
+        remedy = ", or set is_decoder: true in its config.json if it was trained so" if _can_decode(made) else ""
         raise ConfigError(
             f"model.path: {model.path!r} is a {type(made).__name__}, which is not a causal language model: a token "
             f"sees those after it; give a causal language model{remedy}"
