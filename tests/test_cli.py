@@ -286,7 +286,11 @@ def test_export_to_peft_writes_a_lora_folder(folder: Path, tmp_path: Path) -> No
     result = lori("export", folder / "first.safetensors", out, "--format", "peft", cwd=folder)
     assert (result.returncode, result.stdout, result.stderr) == (0, f"{out}\n", "")
     settings = json.loads((out / "adapter_config.json").read_text())
-    assert (settings["peft_type"], settings["r"], settings["base_model_name_or_path"]) == ("LORA", 2, str(folder / "model"))
+    assert (settings["peft_type"], settings["r"], settings["base_model_name_or_path"]) == (
+        "LORA",
+        2,
+        str(folder / "model"),
+    )
     tensors = load_file(out / "adapter_model.safetensors")
     adapter = load_adapter(folder / "first.safetensors")
     module = "model.layers.1.self_attn.q_proj"
