@@ -123,7 +123,7 @@ def _entries(module: str, parts: Mapping[str, Tensor], size: int) -> Entries:
     is_whole = values.dim() == 1 and values.dtype == torch.float32 and bool(values.isfinite().all())
     if index is None:
         is_whole = is_whole and kept == size
-    elif kept:
+    else:
         is_whole = is_whole and index.shape == values.shape and are_positions(index, size)
     if not is_whole:
         raise AdapterError(f"{named(module)}: its kept entries are damaged, or of another rank; save the adapter again")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 
+from lori_dist.adapter import source
 from lori_dist.adapter.adapter import Adapter, in_memory
 from lori_dist.adapter.attach import trained_on
 from lori_dist.adapter.update import split
@@ -57,11 +58,13 @@ def structure(adapter: Adapter, settings: PreTrainedConfig | None) -> nn.Module:
 def compare(folder: Path, adapter: Adapter, settings: PreTrainedConfig | None) -> None:
     """Raises AdapterError unless a LoRA folder is this adapter to PEFT.
 
-    Without PEFT nothing is read here: what was written follows its rules as far as `_peft_rules` has them.
+    Without PEFT the reader of this package takes its place; what was written follows the rules in `_peft_rules`.
     settings: the base's, as of `settings_of`.
     """
     if importlib.util.find_spec("peft") is None:
         log.info("%s: PEFT is not installed, so the folder follows its known rules, but was not read by it", folder)
+        if not adapter.saved and not any(map(EXPERT.fullmatch, adapter.shapes)):
+            compare_as_read(folder, adapter)
         return
     from lori_dist.integrations import _by_peft
 
@@ -73,13 +76,24 @@ def compare(folder: Path, adapter: Adapter, settings: PreTrainedConfig | None) -
         raise AdapterError(
             f"export: PEFT cannot load the adapter on this base model ({type(error).__name__}: {reason}); {UNFOLDED}"
         ) from error
-    _compare_updates(adapter, found)
+    _compare_updates(adapter, found, "PEFT loads the folder on this base model")
     for name, tensor in adapter.saved.items():
         if name not in saved or not torch.equal(saved[name].float(), in_memory(tensor).float()):
             raise AdapterError(f"export: {name}, which was trained in full, is another one to PEFT; {UNFOLDED}")
 
 
-def _compare_updates(adapter: Adapter, found: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+def compare_as_read(folder: Path, adapter: Adapter) -> None:
+    """Raises AdapterError unless a LoRA folder, with its mask if there is one, is this adapter to `lori`."""
+    again = source.opened(folder)
+    found = {}
+    for module, shape in again.shapes.items():
+        parts = split(again, module, shape).kept
+        if parts:
+            found[module] = torch.cat([part.a() for part in parts]), torch.cat([part.scaled_b() for part in parts], 1)
+    _compare_updates(adapter, found, "lori reads the folder")
+
+
+def _compare_updates(adapter: Adapter, found: Mapping[str, tuple[Tensor, Tensor]], when: str) -> None:
     generator = torch.Generator().manual_seed(0)
     probes: dict[int, Tensor] = {}
     for module, shape in adapter.shapes.items():
@@ -96,13 +110,10 @@ def _compare_updates(adapter: Adapter, found: Mapping[str, tuple[Tensor, Tensor]
             theirs = b.double() @ (a.double() @ x)
         if theirs.shape != wanted.shape or (theirs - wanted).norm() > TOLERANCE * wanted.norm():
             what = "not adapted" if module not in found else "adapted otherwise"
-            raise AdapterError(f"export: {module} is {what} when PEFT loads the folder on this base model; {UNFOLDED}")
+            raise AdapterError(f"export: {module} is {what} when {when}; {UNFOLDED}")
     for module, (_, b) in found.items():
         if module not in adapter.shapes and bool(b.any()):
-            raise AdapterError(
-                f"export: {module}, which is no target, is adapted when PEFT loads the folder on this base model; "
-                f"{UNFOLDED}"
-            )
+            raise AdapterError(f"export: {module}, which is no target, is adapted when {when}; {UNFOLDED}")
 
 
 # --- structures ------------------------------------------------------------------------------------------------------

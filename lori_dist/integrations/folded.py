@@ -60,7 +60,9 @@ def export_folded(
     and each weight piece by piece, so that a piece and the factors of one update are in memory. Names and order of
     files and tensors, every dtype, what is tied and all other files stay as they are. An update is added in fp32 and
     the sum rounded once, so the outputs are those of base and adapter to the rounding of the weights' dtype.
-    The folder appears complete or not at all. Raises AdapterError if it holds anything already, for another base model
+    What was written is found again as a reader of the model finds it, and of every changed weight some rows are
+    compared. The folder appears complete or not at all.
+    Raises AdapterError if it holds anything already, for another base model
     than the adapter was trained on, and for a weight that cannot be changed alone (a tied one); ConfigError for a base
     model that cannot be loaded.
     """
@@ -80,6 +82,7 @@ def export_folded(
             write(partial / file.name, layout, pieces, {"format": "pt", **metadata(file)})
         # Beside a single file, an index is one of other files.
         _copy_others(files[0].parent, partial, without={ADAPTER, INDEX} if files[0].name == SINGLE else {ADAPTER})
+        _compare(base, partial, adapter, updated)
         name = str(adapter.base.get("name", run_model_path))
         (partial / "README.md").write_text(text(adapter, name, origin, library="transformers"), encoding="utf-8")
 
@@ -134,6 +137,58 @@ def _updated(base: config.Model, adapter: Adapter) -> tuple[dict[Stored, list[_P
             f"{lacking}: was trained whole, and {base.path} has no such tensor; keep the adapter unfolded"
         )
     return found, {direct[name]: name for name in adapter.saved}
+
+
+def _compare(base: config.Model, folder: Path, adapter: Adapter, updated: Mapping[Stored, list[_Place]]) -> None:
+    """Raises AdapterError unless a folded model has, where its readers look for a weight, the base's plus the update.
+
+    Of each weight two rows: the one that the update changes most, and the last one. All tensors must be there, in the
+    base's dtypes and shapes, and those that were trained in full as they were trained.
+    """
+    again, whole = _updated(dataclasses.replace(base, path=str(folder)), adapter)
+    for file in weight_files(base):
+        layout, wanted = (
+            {name: (t.dtype, t.shape) for name, t in stored(f).items()} for f in (folder / file.name, file)
+        )
+        if layout != wanted:
+            raise AdapterError(
+                f"{file.name}: has other tensors than the base's; there may be no space left, export again"
+            )
+    for old, new in zip(_segments(updated), _segments(again), strict=True):
+        (was, start, place), (now, start_now, place_now) = old, new
+        update = split(adapter, place.path, adapter.shapes[place.path])
+        if place != place_now or (was.dtype, was.shape, start) != (now.dtype, now.shape, start_now):
+            raise AdapterError(f"{place.path}: is another weight in the folded model; keep the adapter unfolded")
+        if update.kept:
+            left, right = _factors(update, place.is_transposed)
+            rows = left[place.first :][: place.num_rows]
+            for row in {int((rows @ (right @ right.t())).mul(rows).sum(1).argmax()), place.num_rows - 1}:
+                before, after = (_row(where, start + row) for where in (was, now))
+                expected = (before + rows[row] @ right).to(was.dtype).double()
+                # It was rounded twice, in fp32 and to the weight's dtype; here once.
+                absolute = 4 * torch.finfo(torch.float32).eps * float(before.abs().max())
+                if not torch.allclose(after, expected, rtol=4 * torch.finfo(was.dtype).eps, atol=absolute):
+                    raise AdapterError(
+                        f"{place.path}: row {row} of its weight is not the base's plus the update; export again"
+                    )
+    for where, name in whole.items():
+        if not torch.equal(where.load(), in_memory(adapter.saved[name]).to(where.dtype)):
+            raise AdapterError(f"{name}: is not what was trained in full; export again")
+
+
+def _segments(updated: Mapping[Stored, list[_Place]]) -> Iterator[tuple[Stored, int, _Place]]:
+    """A stored tensor, its row where a place begins, and that place."""
+    for where, places in updated.items():
+        start = 0
+        for place in places:
+            yield where, start, place
+            start += place.num_rows
+
+
+def _row(where: Stored, row: int) -> Tensor:
+    values = torch.empty(where.shape[-1], dtype=where.dtype)
+    where.read(values, row * where.shape[-1])
+    return values.double()
 
 
 def _folded(

@@ -8,6 +8,8 @@ from lori_dist.adapter.adapter import Adapter
 from lori_dist.errors import AdapterError
 from lori_dist.integrations import peft
 from lori_dist.integrations._folder import complete
+from lori_dist.integrations._peft_rules import EXPERT
+from lori_dist.integrations._readback import compare_as_read
 from lori_dist.integrations.model_card import UNKNOWN, Origin
 
 
@@ -16,8 +18,9 @@ def export(adapter: Adapter, folder: Path, *, base_model_name: str, origin: Orig
 
     The mask is a dictionary of bool tensors, (out_features, rank), under the names of PEFT's parameters, in a file
     named after its sparsity: 0.9_mask.pt. A dense adapter (LoRI-D) has none. A module that keeps nothing has a B of 0.
-    The folder appears complete or not at all. Raises AdapterError if it holds anything already, for a merge of several
-    blocks or with a weight, which that layout has no place for, and where a module without entries has no A.
+    It is read back once, mask and all, and compared. The folder appears complete or not at all.
+    Raises AdapterError if it holds anything already, for a merge of several blocks or with a weight and for fused
+    experts, which that layout has no place for, and where a module without entries has no A.
     """
     if len(adapter.blocks) != 1 or adapter.blocks[0].weight != 1.0:
         raise AdapterError(
@@ -36,10 +39,16 @@ def export(adapter: Adapter, folder: Path, *, base_model_name: str, origin: Orig
             f"{without}: its A has {block.rank_of(without)} rows of {block.rank}; the official layout holds one rank "
             "for all modules. Use --format peft"
         )
+    expert = next((module for module in adapter.shapes if EXPERT.fullmatch(module)), None)
+    if expert is not None:
+        raise AdapterError(
+            f"export: {expert} is one of fused experts, for which the official layout has no place. Use --format peft"
+        )
     with complete(folder) as partial:
         peft.write(adapter, partial, list(adapter.shapes), base_model_name, origin)
         if adapter.kept < adapter.total:
             torch.save(_mask(adapter), partial / f"{_sparsity(adapter)}_mask.pt")
+        compare_as_read(partial, adapter)
 
 
 def _sparsity(adapter: Adapter) -> float:

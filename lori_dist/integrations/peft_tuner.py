@@ -115,7 +115,7 @@ class LoriConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.is_from_file = self.peft_type == IN_FILES
+        self.is_from_file = getattr(self, "peft_type", None) == IN_FILES
         """Whether an adapter_config.json has given these values."""
         self.peft_type = LORI
         if self.lora_alpha is not None and self.lori_alpha not in (None, self.lora_alpha):
@@ -182,6 +182,7 @@ class LoriLinear(nn.Module, BaseTunerLayer):
         self.lori_delta = nn.ModuleDict()
         self.lori_dropout = nn.ModuleDict()
         self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True  # what peft.helpers.disable_input_dtype_casting switches
         self._disable_adapters = False
 
     def add(self, name: str, spec: Spec, index: Tensor | None = None) -> None:
@@ -229,7 +230,7 @@ class LoriLinear(nn.Module, BaseTunerLayer):
 
     def _updated(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         delta, x = self.lori_delta[name], self.lori_dropout[name](x)
-        if x.dtype == y.dtype or getattr(self, "cast_input_dtype_enabled", True):
+        if x.dtype == y.dtype or self.cast_input_dtype_enabled:
             return cast(Tensor, delta(x, y))
         # peft.helpers.disable_input_dtype_casting: the update is computed in the input's own dtype.
         return y + delta(x, torch.zeros_like(y, dtype=x.dtype)).to(y.dtype)
@@ -342,8 +343,8 @@ class LoriModel(BaseTuner):
         return found if check_target_module_exists(by_name, key) else False
 
     def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
         _refuse_tied(self.model)
+        super()._check_merge_allowed()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -404,6 +405,7 @@ class LoriModel(BaseTuner):
             _check_index(layer, config, index)
             layer.add(adapter_name, config.spec(), index)
             _check(config, layer, adapter_name, is_wanted=config.is_from_file)
+            _check_values(layer, adapter_name, name, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
@@ -568,6 +570,15 @@ def _refuse_unread(path: str, delta: Delta, _: Any) -> None:
             f"{path}: the positions of its kept entries were not loaded; load the folder with PeftModel.from_pretrained"
         )
     cast(Any, delta).looks_once.remove()
+
+
+def _check_values(layer: LoriLinear, adapter_name: str, name: str, state_dict: Mapping[str, Tensor]) -> None:
+    """Raises AdapterError where a file has not as many values as a module keeps entries: to PEFT, none are zeros."""
+    keys = (f"{name}.lori_delta.values", f"base_model.model.{name}.lori_delta.values")
+    found = next((state_dict[key].numel() for key in keys if key in state_dict), 0)
+    kept = layer.delta(adapter_name).kept
+    if found != kept:
+        raise AdapterError(f"{layer.path}: the file has {found} values for {kept} kept entries; save the adapter again")
 
 
 def _fill_card(folder: Path, base_model_name: str | None) -> None:

@@ -129,17 +129,17 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"bias": "all"}, r"bias is 'all': biases of the base"),
     ({"lora_bias": True}, r"lora_bias is True: biases were trained"),
     ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]: whole layers"),
-    ({"layer_replication": [[0, 2]]}, r"layer_replication is \[\[0, 2\]\]: layers of the base"),
-    ({"target_parameters": ["experts"]}, r"target_parameters is \['experts'\]: parameters outside"),
-    ({"trainable_token_indices": [1]}, r"trainable_token_indices is \[1\]: rows"),
-    ({"alora_invocation_tokens": [1]}, r"alora_invocation_tokens is \[1\]: the update only acts"),
+    ({"layer_replication": [[0, 2]]}, r"layer_replication is of type list: layers of the base"),
+    ({"target_parameters": ["experts"]}, r"target_parameters has experts: parameters outside"),
+    ({"trainable_token_indices": [1]}, r"trainable_token_indices is of type list: rows"),
+    ({"alora_invocation_tokens": [1]}, r"alora_invocation_tokens is of type list: the update"),
     ({"init_lora_weights": "pissa_niter_4"}, r"init_lora_weights is 'pissa_niter_4', which changes the base's"),
     ({"r": 5}, rf"^.*lora: {MODULE.replace('0', '.')}\S*: A has 4 rows, adapter_config\.json says 5|A has 4 rows"),
-    ({"r": "4"}, r"r is '4'; wanted a finite number"),
-    ({"lora_alpha": None}, r"lora_alpha is None; wanted a finite number"),
-    ({"lora_alpha": True}, r"lora_alpha is True; wanted a finite number"),
-    ({"alpha_pattern": {"(": 1}}, r"alpha_pattern has '\(', no regular expression"),
-    ({"rank_pattern": [1]}, r"rank_pattern is \[1\]; wanted an object"),
+    ({"r": "4"}, r"r is '4'; it must be an integer from 1"),
+    ({"lora_alpha": None}, r"lora_alpha is None; it must be a finite number"),
+    ({"lora_alpha": True}, r"lora_alpha is True; it must be a finite number"),
+    ({"alpha_pattern": {"(": 1}}, r"alpha_pattern has \(, not a regular expression"),
+    ({"rank_pattern": [1]}, r"rank_pattern is of type list; it must be an object"),
 ]
 
 
@@ -204,7 +204,7 @@ def test_damage_is_refused(tmp_path: Path) -> None:
     tensors, config = tmp_path / "lora" / "adapter_model.safetensors", tmp_path / "lora" / "adapter_config.json"
     whole = tensors.read_bytes()
     tensors.write_bytes(whole[:-7])
-    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors is no whole safetensors file"):
+    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors is not a whole safetensors file"):
         source.load(tmp_path / "lora")
     save_file({}, tensors)
     with pytest.raises(AdapterError, match="holds no tensor"):
@@ -212,7 +212,7 @@ def test_damage_is_refused(tmp_path: Path) -> None:
     tensors.unlink()
     with pytest.raises(AdapterError, match=r"has no adapter_model\.safetensors; give a folder that PEFT has saved"):
         source.load(tmp_path / "lora")
-    for text, wanted in (("{", "is no JSON"), ("[]", "holds no object")):
+    for text, wanted in (("{", "is not valid JSON"), ("[]", "it must be an object")):
         config.write_text(text)
         with pytest.raises(AdapterError, match=wanted):
             source.load(tmp_path / "lora")

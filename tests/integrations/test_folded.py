@@ -15,6 +15,7 @@ from lori_dist import config
 from lori_dist.adapter import file
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.errors import AdapterError, ConfigError
+from lori_dist.integrations import folded as integration
 from lori_dist.integrations.folded import export_folded
 from lori_dist.merges import merge
 from lori_dist.tensors import Stored, stored
@@ -170,6 +171,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 from lori_dist.adapter import file
+from lori_dist.integrations import folded as integration
 from lori_dist.integrations.folded import export_folded
 
 def peak():
@@ -206,3 +208,13 @@ def test_memory_holds_a_piece_not_the_model(tmp_path: Path) -> None:
     size = (tmp_path / "large" / "model.safetensors").stat().st_size
     assert size > 250e6
     assert int(done.stdout) < 80e6
+
+
+def test_a_folded_model_that_is_not_base_plus_update_is_never_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, summed = save(tiny_llama(), tmp_path / "base"), integration._summed
+    monkeypatch.setattr(integration, "_summed", lambda *given: (rows + 1e-3 for rows in summed(*given)))
+    with pytest.raises(AdapterError, match=r"q_proj: row \d+ of its weight is not the base's plus the update"):
+        export_folded(str(base), trained(tiny_llama()), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

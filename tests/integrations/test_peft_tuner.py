@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lori_dist.adapter.attach import trainable
 from lori_dist.errors import AdapterError
@@ -38,7 +39,7 @@ def fill(wrapped: PeftModel, name: str, density: float = 1.0) -> PeftModel:
         sparsify(wrapped, mask(b, density=density), name)
     with torch.no_grad():
         for layer in layers(wrapped):
-            if layer.lori_delta[name].values is not None:
+            if name in layer.lori_delta and layer.lori_delta[name].values is not None:
                 layer.lori_delta[name].values.normal_(generator=generator)
     return wrapped.eval()
 
@@ -158,6 +159,10 @@ def test_another_a_is_refused(tmp_path: Path) -> None:
         ({"projection_dtype": "float33"}, "projection_dtype"),
         ({"generator": "other"}, "generator"),
         ({"layers_pattern": "layers"}, "layers_pattern"),
+        ({"lora_alpha": 3, "lori_alpha": 4}, "lora_alpha: got 3, and 4 as lori_alpha"),
+        ({"bias": "all"}, "bias: got 'all'"),
+        ({"lora_dropout": 1.0}, "lora_dropout: got 1.0"),
+        ({"lora_dropout": True}, "lora_dropout: got True"),
     ],
 )
 def test_what_cannot_be_is_refused(settings: dict[str, object], message: str) -> None:
@@ -174,3 +179,218 @@ def test_masks_that_do_not_fit_change_nothing() -> None:
         with pytest.raises(AdapterError, match=path.replace(".", r"\.")):
             sparsify(wrapped, wrong)
     assert torch.equal(logits(wrapped), before)
+
+
+# --- rows of one batch with different adapters ----------------------------------------------------------------------
+
+
+TOKENS = torch.arange(1, 25).view(2, 12)
+
+
+def two_adapters() -> PeftModel:
+    wrapped = peft_model(seed=1)
+    wrapped.add_adapter("other", LoriConfig(r=3, seed=2, target_modules=["q_proj", "down_proj"]))
+    return fill(wrapped, "other", 0.5)
+
+
+def by_one(wrapped: PeftModel, name: str, run: object) -> torch.Tensor:
+    """What all rows give with one adapter."""
+    if name == "__base__":
+        with wrapped.disable_adapter():
+            return run()  # type: ignore[operator, no-any-return]
+    wrapped.set_adapter(name)
+    result = run()  # type: ignore[operator]
+    wrapped.set_adapter("default")
+    return result  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("names", [["default", "__base__"], ["other", "default"], ["__base__", "other"]])
+def test_each_row_meets_its_own_adapter(names: list[str]) -> None:
+    wrapped = two_adapters()
+    with torch.no_grad():
+        mixed = wrapped(input_ids=TOKENS, adapter_names=names).logits
+    for row, name in enumerate(names):
+        alone = by_one(wrapped, name, lambda: logits(wrapped))
+        torch.testing.assert_close(mixed[row], alone[row], rtol=0, atol=1e-5)
+        if name == "__base__":
+            assert torch.equal(mixed[row], alone[row])
+    assert torch.equal(logits(wrapped), by_one(wrapped, "default", lambda: logits(wrapped)))  # the hooks are gone
+
+
+@pytest.mark.parametrize("more", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_generation_with_an_adapter_for_each_row(more: dict[str, int]) -> None:
+    wrapped, names = two_adapters(), ["other", "__base__"]
+    arguments = {"input_ids": TOKENS, "max_new_tokens": 5, "do_sample": False, **more}
+    mixed = wrapped.generate(**arguments, adapter_names=names)
+    repeats = len(mixed) // 2
+    for row, name in enumerate(names):
+        alone = by_one(wrapped, name, lambda: wrapped.generate(**arguments))
+        rows = slice(row * repeats, (row + 1) * repeats)
+        assert torch.equal(mixed[rows], alone[rows])
+    assert not torch.equal(mixed, wrapped.generate(**arguments))
+
+
+def test_names_that_cannot_be_met_are_refused() -> None:
+    wrapped = two_adapters()
+    for names, wanted in (
+        (["nope", "other"], "unknown adapter 'nope'"),
+        (["other"], "for 1 rows"),
+        ("other", "a list"),
+    ):
+        with pytest.raises(AdapterError, match=wanted):
+            wrapped(input_ids=TOKENS, adapter_names=names)
+    with pytest.raises(AdapterError, match="training mode"):
+        wrapped.train()(input_ids=TOKENS, adapter_names=["other", "other"])
+    wrapped.eval().merge_adapter()
+    with pytest.raises(AdapterError, match="unmerge_adapter"):
+        wrapped(input_ids=TOKENS, adapter_names=["other", "other"])
+
+
+# --- settings that LoRA has too --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", ["all-linear", None, r".*\.[qk]_proj", ["q_proj"], ["model.layers.1.mlp.up_proj"]])
+def test_layers_to_transform_counts_however_targets_are_named(targets: object) -> None:
+    wrapped = peft_model(target_modules=targets, layers_to_transform=[1])
+    assert {layer.path.split(".")[2] for layer in layers(wrapped)} == {"1"}
+    everywhere = [layer.path for layer in layers(peft_model(target_modules=targets))]
+    assert [layer.path for layer in layers(wrapped)] == [path for path in everywhere if ".1." in path]
+
+
+def test_excluded_modules_are_no_targets() -> None:
+    for excluded in (["q_proj", "mlp.up_proj"], r".*\.(q|up)_proj"):
+        paths = {layer.path for layer in layers(peft_model(exclude_modules=excluded))}
+        assert len(paths) == 10 and not any(path.endswith(("q_proj", "up_proj")) for path in paths)
+
+
+def test_no_targets_are_all_linear_layers() -> None:
+    assert [layer.path for layer in layers(peft_model(target_modules=None))] == [
+        layer.path for layer in layers(peft_model())
+    ]
+
+
+def test_alpha_has_the_name_that_lora_has() -> None:
+    assert LoriConfig(lora_alpha=3).spec() == LoriConfig(lori_alpha=3).spec() != LoriConfig().spec()
+    assert LoriConfig(lora_alpha=3, bias="none", lora_dropout=0.1).to_dict()["lori_alpha"] == 3
+
+
+def test_dropout_is_that_of_lora() -> None:
+    """The same masks at the same places: LoRA with our A, and values in B, has the same loss and gradients."""
+    targets, dropout = ["q_proj", "down_proj"], 0.3
+    ours = peft_model(target_modules=targets, lora_dropout=dropout, lori_alpha=8.0).train()
+    theirs = get_peft_model(
+        tiny_llama(), LoraConfig(r=4, lora_alpha=8, target_modules=targets, lora_dropout=dropout)
+    ).train()
+    deltas = {layer.path: layer.lori_delta["default"] for layer in layers(ours)}
+    with torch.no_grad():
+        for path, delta in deltas.items():
+            layer = theirs.get_submodule(f"base_model.model.{path}")
+            layer.lora_A["default"].weight.copy_(delta.a())
+            layer.lora_B["default"].weight.copy_(delta.values.view(-1, 4))
+    losses = []
+    for model in (ours, theirs, ours):
+        model.zero_grad()
+        torch.manual_seed(5)
+        losses.append(model(input_ids=TOKENS, labels=TOKENS).loss)
+        losses[-1].backward()
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
+    assert torch.equal(losses[0], losses[2])
+    for path, delta in deltas.items():
+        wanted = theirs.get_submodule(f"base_model.model.{path}").lora_B["default"].weight.grad
+        torch.testing.assert_close(delta.values.grad.view(-1, 4), wanted, rtol=1e-4, atol=1e-6)
+    torch.manual_seed(6)
+    assert not torch.equal(ours(input_ids=TOKENS, labels=TOKENS).loss, losses[0])
+    assert torch.equal(logits(ours.eval()), logits(ours))
+
+
+def test_input_of_another_dtype_is_cast_unless_told_otherwise() -> None:
+    wrapped = peft_model(tiny_llama(), target_modules=["q_proj"])
+    layer = layers(wrapped)[0]
+    layer.base_layer = _Wide(layer.base_layer)
+    x = torch.randn(2, 36, dtype=torch.float64)
+    cast = layer(x) - layer.base_layer(x)
+    with disable_input_dtype_casting(wrapped):
+        exact = layer(x) - layer.base_layer(x)
+    wanted = (x @ layer.get_delta_weight("default").double().t()).float()
+    assert exact.dtype == cast.dtype == torch.float32
+    assert not torch.equal(exact, cast)
+    torch.testing.assert_close(exact, wanted, rtol=1e-6, atol=1e-6)
+
+
+class _Wide(nn.Linear):
+    """A layer that takes any input, as those do whose hooks cast it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__(base.in_features, base.out_features, bias=False)
+        self.weight = base.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.float())
+
+
+# --- what must not be merged or loaded -------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_a_tied_weight_is_not_merged() -> None:
+    wrapped = peft_model(tiny_llama(tied=True), target_modules=["lm_head", "q_proj"])
+    before = logits(wrapped)
+    for merge in (wrapped.merge_and_unload, wrapped.merge_adapter):
+        with pytest.raises(AdapterError, match=r"lm_head: its weight is tied \(model\.embed_tokens\.weight, lm_head"):
+            merge()
+    assert torch.equal(logits(wrapped), before)
+    peft_model(tiny_llama(tied=True), target_modules=["q_proj"]).merge_and_unload()
+
+
+@pytest.mark.parametrize("density", [0.1, 1.0])
+@pytest.mark.parametrize(
+    "fields",
+    [{"checksums": {}}, {"checksums": {"model.layers.9.mlp.up_proj": "0" * 16}}, {"checksums": {}, "shapes": {}}],
+)
+def test_a_folder_without_the_checksums_of_its_modules_is_refused(
+    tmp_path: Path, density: float, fields: dict[str, object]
+) -> None:
+    peft_model(density=density).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+    for more in ({}, {"is_trainable": True}, {"low_cpu_mem_usage": True}):
+        with pytest.raises(AdapterError, match="no checksum of its A"):
+            PeftModel.from_pretrained(tiny_llama(), tmp_path, **more)
+    with pytest.raises(AdapterError, match="no checksum of its A"):
+        tiny_llama().load_adapter(str(tmp_path))
+
+
+@pytest.mark.parametrize("density", [0.1, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transformers_itself_loads_a_folder(tmp_path: Path, density: float, dtype: torch.dtype) -> None:
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    tiny_llama().to(dtype).save_pretrained(base)
+    wrapped = peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), density=density)
+    wrapped.save_pretrained(folder)
+    wanted = logits(wrapped)
+    loaded = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    loaded.load_adapter(str(folder))
+    assert torch.equal(logits(loaded), wanted)
+    named = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype)  # which finds the base by the folder
+    assert torch.equal(logits(named), wanted)
+    named.save_pretrained(tmp_path / "again")
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), tmp_path / "again")
+    assert torch.equal(logits(again), wanted)
+
+
+def test_positions_that_a_reader_left_out_are_missed(tmp_path: Path) -> None:
+    peft_model(density=0.1).save_pretrained(tmp_path)
+    model = get_peft_model(tiny_llama(), PeftConfig.from_pretrained(tmp_path)).eval()
+    with pytest.raises(AdapterError, match="positions of its kept entries were not loaded"):
+        logits(model)
+
+
+def test_a_saved_folder_has_a_model_card(tmp_path: Path) -> None:
+    wrapped = peft_model(density=0.1)
+    wrapped.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "More Information Needed" not in card and "library_name: peft" in card
+    assert f"{to_adapter(wrapped).kept} of 2,048 entries" in card and "import lori_dist.integrations.peft_tuner" in card
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nMy own words.\n")
+    wrapped.save_pretrained(tmp_path)
+    assert "My own words." in (tmp_path / "README.md").read_text()

@@ -13,8 +13,8 @@ from lori_dist.__main__ import main
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.adapter.file import save
 from lori_dist.errors import AdapterError
-from lori_dist.integrations import peft
-from lori_dist.integrations._readback import compare
+from lori_dist.integrations import official, peft
+from lori_dist.integrations._readback import compare, compare_as_read
 from tests.integrations.made import adapted_logits, logits, trained
 from tests.models import tiny_llama
 
@@ -156,3 +156,17 @@ def test_a_base_that_cannot_be_found_is_said(tmp_path: Path, capsys: pytest.Capt
 
 def test_a_name_on_the_hub_stays_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert exported(tmp_path, capsys, trained(tiny_llama(), base={"name": "org/model"})) == ("org/model", "")
+
+
+def test_a_folder_of_the_official_layout_is_compared_with_its_mask(tmp_path: Path) -> None:
+    adapter = trained(tiny_llama(), density=0.5)
+    official.export(adapter, tmp_path / "out", base_model_name="tiny")
+    compare_as_read(tmp_path / "out", adapter)
+    with pytest.raises(AdapterError, match=r"q_proj is adapted otherwise when lori reads the folder"):
+        compare_as_read(tmp_path / "out", trained(tiny_llama(), density=0.5, seed=1))
+
+
+def test_fused_experts_have_no_place_in_the_official_layout(tmp_path: Path) -> None:
+    adapter = trained(made("mixtral"), base={"model_type": "mixtral"})
+    with pytest.raises(AdapterError, match=r"experts\.gate_up_proj\.0 is one of fused experts"):
+        official.export(adapter, tmp_path / "out", base_model_name="tiny")
