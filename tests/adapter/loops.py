@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from lori_dist import Adapter, Spec, attach, dense, extract, sparsify, trainable
+from lori_dist import Adapter, Spec, attach, dense, detach, extract, sparsify, trainable
 from lori_dist.adapter.adapter import in_memory
 from lori_dist.masks.magnitude import mask
 from tests.models import tiny_llama
