@@ -152,7 +152,8 @@ def join(model: nn.Module, modules: Sequence[tuple[str, nn.Module]], places: Pla
                 "ignored, or other modules are sharded), so there is no mesh for its B; attach first, then fully_shard"
             )
         group, like = found
-        module.to(group.device)
+        if not any(parameter.is_meta for parameter in module.parameters()):
+            module.to(group.device)  # where the base computes; with an offload policy, its shards are elsewhere
         for name, parameter in list(module.named_parameters(recurse=False)):
             place = type(like._module_info)(module, name)
             group.fsdp_params.append(

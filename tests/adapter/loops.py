@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from lori_dist import Adapter, Spec, attach, dense, extract, sparsify, trainable
+from lori_dist import Adapter, Spec, attach, dense, detach, extract, sparsify, trainable
+from lori_dist.adapter.adapter import in_memory
 from lori_dist.masks.magnitude import mask
 from tests.models import tiny_llama
 
@@ -170,3 +172,106 @@ def zero(stage: int, how: str) -> dict[str, Any]:
             return [] if None in norms else list(map(float, norms))
 
         return both_phases(model, train, lambda: engines[-1].destroy())
+
+
+# --- what else a loop does with FSDP2 --------------------------------------------------------------------------------
+
+
+def whole(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=IDS, use_cache=False).logits
+    return logits
+
+
+def trained_and_taken_off() -> dict[str, Any]:
+    """An adapter trained, taken off, put on to be used, and put on to be trained further, on one sharded model."""
+    model: Any = tiny_llama()
+    shard(model)
+    base = whole(model)
+    attach(model, SPEC)
+    train(model)
+    made, adapted = extract(model, name="math"), whole(model)
+    detach(model)
+    bare = whole(model)
+    attach(model, made)
+    used = whole(model)
+    detach(model)
+    attach(model, made, train=True)
+    again = extract(model, name="math")
+    train(model)
+    return {
+        "base": base,
+        "bare": bare,
+        "adapted": adapted,
+        "used": used,
+        "values": values_of(made),
+        "again": values_of(again),
+        "further": values_of(extract(model, name="math")),
+    }
+
+
+def with_a_head(shards: bool) -> dict[str, Any]:
+    """An output layer trained in full beside B, both phases, then taken off."""
+    from dataclasses import replace
+
+    model: Any = tiny_llama()
+    if shards:
+        shard(model)
+    base = whole(model)
+    attach(model, replace(SPEC, modules_to_save=("lm_head",)))
+
+    def train(model: nn.Module) -> list[float]:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=LR, eps=EPS, weight_decay=0.0)
+        for _ in range(STEPS):
+            loss_of(model).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [0.0]
+
+    found = both_phases(model, train)
+    head = extract(model, name="math").saved["lm_head.weight"]
+    detach(model)
+    return {**found, "head": in_memory(head), "moved": whole(model) - base}
+
+
+def from_meta() -> dict[str, Any]:
+    """Sharded and adapted on the meta device, given memory, then the base's weights."""
+    from lori_dist.adapter import sharded
+    from lori_dist.training.weights import base_parameters
+    from tests.models import on_meta
+
+    model, weights = on_meta(tiny_llama())
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    shard(model)
+    attach(model, SPEC)
+    model.to_empty(device="cpu")
+    for name, buffer in model.named_buffers():
+        if name in buffers:
+            buffer.copy_(buffers[name])
+    for name, parameter in base_parameters(model).items():
+        sharded.put(parameter, weights.tensors[name])
+    return both_phases(model, train)
+
+
+def saved_by_dcp(folder: Path, resumes: bool) -> Tensor:
+    """The adapter's state alone in torch's distributed checkpoint, after half of the steps or for the other half."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+    model: Any = tiny_llama()
+    shard(model)
+    attach(model, SPEC)
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=LR, eps=EPS, weight_decay=0.0)
+    options = StateDictOptions(ignore_frozen_params=True, strict=False)
+    if not resumes:
+        steps(model, optimizer, STEPS)
+    of_model, of_optimizer = get_state_dict(model, optimizer, options=options)
+    assert len(of_model) == len(trainable(model))
+    if not resumes:
+        dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=folder)
+        return torch.empty(0)
+    dcp.load({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=of_model, optim_state_dict=of_optimizer, options=options)
+    steps(model, optimizer, STEPS)
+    return values_of(extract(model, name="math"))

@@ -1,5 +1,6 @@
 """Adapters in users' own loops with FSDP2 and DeepSpeed: what one process gives, on two ranks."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,3 +48,38 @@ def test_fully_shard_gives_what_one_process_does(order: str, how: str, alone: di
 )
 def test_deepspeed_gives_what_one_process_does(stage: int, how: str, alone: dict[str, Any]) -> None:
     check(run_distributed(loops.zero, stage, how, world_size=2), alone)
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    return float((found - wanted).norm() / wanted.norm()) < TOLERANCE
+
+
+def test_an_adapter_comes_and_goes_on_a_sharded_model(alone: dict[str, Any]) -> None:
+    for found in run_distributed(loops.trained_and_taken_off, world_size=2):
+        assert torch.equal(found["bare"], found["base"])
+        assert not close(found["adapted"], found["base"])
+        assert close(found["used"], found["adapted"])
+        assert close(found["values"], alone["dense"]) and torch.equal(found["again"], found["values"])
+        assert not close(found["further"], found["values"])
+
+
+def test_modules_are_trained_in_full_on_a_sharded_model() -> None:
+    wanted = loops.with_a_head(False)
+    for found in run_distributed(loops.with_a_head, True, world_size=2):
+        assert torch.equal(found["positions"], wanted["positions"])
+        assert all(close(found[name], wanted[name]) for name in ("dense", "values", "head"))
+        assert not found["moved"].any()
+
+
+def test_a_model_is_sharded_and_adapted_on_the_meta_device(alone: dict[str, Any]) -> None:
+    check(run_distributed(loops.from_meta, world_size=2), alone)
+
+
+def test_a_distributed_checkpoint_of_the_adapter_resumes_at_another_size(tmp_path: Path) -> None:
+    model = loops.tiny_llama()
+    loops.attach(model, loops.SPEC)
+    optimizer = torch.optim.AdamW(loops.trainable(model).values(), lr=loops.LR, eps=loops.EPS, weight_decay=0.0)
+    loops.steps(model, optimizer, 2 * loops.STEPS)
+    run_distributed(loops.saved_by_dcp, tmp_path, False, world_size=2)
+    [found] = run_distributed(loops.saved_by_dcp, tmp_path, True, world_size=1)
+    assert close(found, loops.values_of(loops.extract(model, name="math")))
