@@ -1,5 +1,6 @@
 """What a plan says: laws of its arithmetic, what is known of 70B models, and what is measured."""
 
+import dataclasses
 import json
 import shlex
 from pathlib import Path
@@ -8,18 +9,31 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoConfig
 
 from lori_dist import config
 from lori_dist.__main__ import main
 from lori_dist.benchmarks.plan import run as measure
 from lori_dist.errors import ConfigError
 from lori_dist.gpus import DEVICES
-from lori_dist.plan import Hardware, plan
+from lori_dist.plan import Hardware, plan, rows
 from lori_dist.plan.model import Counted, count
 from lori_dist.plan.placement import MEMORY, memory, placements, sent, traffic
+from lori_dist.training.data import encode, read
+from lori_dist.training.flops import attention
+from lori_dist.training.model import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 LARGE = sorted(path.stem for path in (ROOT / "configs").glob("llama-*.yaml"))
+
+
+DATA = "configs/quickstart/data"
+TWO = (
+    "train.epochs=null",
+    "train.steps=20",
+    f"tasks.second={{train: {DATA}/refusal.train.jsonl, test: {DATA}/refusal.test.jsonl}}",
+)
+"""A second task."""
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +109,175 @@ def test_the_recommended_one_fits_and_none_that_fits_is_faster() -> None:
     [chosen] = [one for one in fitting if one["name"] == best["placement"]]
     assert chosen["seconds"] == min(one["seconds"] for one in fitting)
     assert best["engine"]["name"] == "fsdp" and best["engine"]["replicas"] == 2  # a copy a node saves the slow network
+
+
+# --- by hand ---------------------------------------------------------------------------------------------------------
+
+WEIGHTS = 69_501_714_432
+"""Of Llama-3-70B's matrices that rows are multiplied with: all but the input embedding."""
+
+
+def test_a_base_of_four_bits_computes_what_one_of_sixteen_does(seventy: Counted) -> None:
+    small = count(load("llama-3-70b-4bit"))
+    assert small.flops == seventy.flops == 4 * WEIGHTS
+    assert small.adapter_flops == seventy.adapter_flops
+    assert small.dequantized == pytest.approx(10.5 * (WEIGHTS - 128256 * 8192))  # 0.5 + 4 + 4 + 2 bytes an entry
+
+
+def test_a_full_step_of_70b_takes_what_its_products_take() -> None:
+    found = plan(load("llama-3-70b-fsdp"), hardware(), row_tokens=1024)
+    [fsdp] = [one for one in found["placements"] if one["name"] == "fsdp"]
+    reached = 16 * 989e12 * 0.5
+    assert fsdp["full"]["step"]["base"] == pytest.approx(6 * WEIGHTS * 65536 / reached)  # checkpointing: forward twice
+    # Scores and values, of which a token sees half on average: forward twice, and 2.5 times that backward.
+    attention = 4 * 8192 * 80 * (1025 / 2) * (1 + 1 + 2.5) * 65536 / reached
+    assert fsdp["full"]["step"]["attention"] == pytest.approx(attention)
+    entries = 32 * 80 * (5 * 8192 + 28672 + 8192 - 8192)  # of A
+    of_adapter = 1.5 * (4 * entries + 6 * 214_958_080) * 65536 / reached
+    assert fsdp["full"]["step"]["adapter"] == pytest.approx(of_adapter, rel=0.05)
+    assert fsdp["full"]["seconds"] == pytest.approx(3.454 + attention + of_adapter, rel=0.01)
+    # Model FLOPs have neither the second forward pass nor the scores that a kernel makes again.
+    useful = (4 * WEIGHTS + 3 * 4 * 8192 * 80 * 1025 / 2) * 65536
+    assert fsdp["full"]["mfu"] == pytest.approx(useful / (fsdp["full"]["seconds"] * 16 * 989e12))
+    assert fsdp["traffic"]["base"]["inside"] == pytest.approx(521e9, rel=0.01)
+
+
+@pytest.mark.parametrize(("length", "share"), [(8192, 0.077), (32768, 0.309), (131072, 1.236)])
+def test_attention_s_share_grows_with_rows(length: int, share: float) -> None:
+    layers = attention(AutoConfig.from_pretrained("configs/models/llama-3-70b"))
+    forward = sum(layer.per_pair * layer.pairs(length) for layer in layers) / length
+    assert forward / (2 * WEIGHTS) == pytest.approx(share, rel=0.01)
+
+
+# --- rows and tasks --------------------------------------------------------------------------------------------------
+
+
+def test_tokens_are_those_that_training_reads(tmp_path: Path) -> None:
+    run = load("quickstart", "train.steps=null", "train.epochs=2", "train.calibrate.steps=null", "merges={}")
+    found = plan(run, hardware(gpus=1, nodes=1))
+    tokenizer = load_tokenizer(run.model)
+    for name, task in run.tasks.items():
+        texts = read(task.train, task.template, tokenizer=tokenizer)
+        tokens = sum(one.num_tokens for one in encode(texts, tokenizer, run.train.max_length))
+        assert found["training"]["tokens"][name] == pytest.approx(2 * 2 * tokens, abs=1)  # epochs, phases
+    assert "counted with the model's tokenizer in all 6,000 rows" in found["training"]["counted"]
+    assert found["training"]["steps"]["refusal"] == {"calibrate": 47, "train": 47}
+    [ddp, *_] = found["placements"]
+    assert ddp["seconds"] < ddp["full"]["seconds"] / 2  # rows have a quarter of max_length
+    given = plan(run, hardware(gpus=1, nodes=1), row_tokens=96)["placements"][0]
+    assert given["seconds"] == pytest.approx(given["full"]["seconds"], rel=0.03)  # the last step of a phase is smaller
+
+
+def test_large_files_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = load("quickstart", "train.steps=null", "train.epochs=2")
+    exact = plan(run, hardware(gpus=1, nodes=1))
+    monkeypatch.setattr(rows, "BYTES", 160_000)
+    sampled = plan(run, hardware(gpus=1, nodes=1))
+    assert sampled["training"]["steps"] == exact["training"]["steps"]
+    counted = sum(one["counted"] for one in sampled["rows"].values() if one["how"] == "some")
+    assert 100 < counted < 6000 and "of 6,000 rows" in sampled["training"]["counted"]
+    for task, tokens in exact["training"]["tokens"].items():
+        assert sampled["training"]["tokens"][task] == pytest.approx(tokens, rel=0.05)
+
+
+def test_packed_rows_take_less_time(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    texts = ["one", "one", "one", "how many " * 20]
+    path.write_text("".join(json.dumps({"prompt": texts[i % 4], "response": "yes"}) + "\n" for i in range(64)))
+    settings = [f"tasks={{one: {{train: {path}, test: {path}}}}}", "merges={}"]
+    loose, packed = (
+        plan(load("quickstart", *settings, f"train.pack={word}"), hardware(gpus=1, nodes=1))
+        for word in ("false", "true")
+    )
+    assert packed["placements"][0]["seconds"] < 0.7 * loose["placements"][0]["seconds"]
+    assert packed["training"]["tokens"] == loose["training"]["tokens"]
+
+
+def test_tasks_over_one_base_are_one_gang() -> None:
+    alone, together = (
+        plan(load("llama-3-8b", *TWO, f"cluster.packing={word}"), hardware(gpus=8, nodes=1)) for word in ("off", "auto")
+    )
+    assert alone["training"]["gangs"] == [["arithmetic"], ["second"]]
+    assert together["training"]["gangs"] == [["arithmetic", "second"]]
+    for one, both in zip(alone["placements"], together["placements"], strict=True):
+        for kind in ("projections", "values", "moments", "activations"):
+            assert both["memory"][kind] == pytest.approx(2 * one["memory"][kind], rel=0.02)
+        assert both["memory"]["base"] == one["memory"]["base"]
+        assert both["step"]["compute"] > 1.9 * one["step"]["compute"]
+        base, again = one["traffic"]["base"]["inside"], both["traffic"]["base"]["inside"]
+        assert again == base  # gathered once for both
+        assert both["gpu_hours"] < 1.1 * one["gpu_hours"]
+
+
+def test_as_many_tasks_at_once_as_are_said_to_fit() -> None:
+    settings = ["train.activation_checkpointing=true", "train.max_length=256"]
+    one = plan(load("llama-3-8b", *TWO, *settings), hardware(gpus=1, nodes=1))["placements"][0]
+    assert one["packed_tasks"] > 2
+    run = load("llama-3-8b", *TWO, *settings)
+    more = {f"task{number}": run.tasks["second"] for number in range(one["packed_tasks"] + 1)}
+    for number, fits in ((one["packed_tasks"], True), (one["packed_tasks"] + 1, False)):
+        tasks = dict(list(more.items())[:number])
+        cluster = dataclasses.replace(run.cluster, packing="auto")
+        full = plan(dataclasses.replace(run, tasks=tasks, cluster=cluster), hardware(gpus=1, nodes=1))["placements"][0]
+        assert full["fits_with_checkpointing"] == fits
+
+
+def test_gradients_of_tasks_that_are_projected_are_kept_apart() -> None:
+    plain, apart = (
+        plan(
+            load("llama-3-8b", *TWO, f"multitask={{name: joint, projection: {how}}}", "merges={}"),
+            hardware(gpus=4, nodes=1),
+        )
+        for how in ("none", "original")
+    )
+    entries = plain["adapter"]["entries"]  # of the dense phase
+    [ddp, *_], [other, *_] = plain["placements"], apart["placements"]
+    assert other["memory"]["gradients"] - ddp["memory"]["gradients"] == 2 * 4 * entries
+    # Two gradients are reduced and one is gathered, in place of one that is all-reduced.
+    assert other["traffic"]["adapter"]["inside"] == pytest.approx(1.5 * ddp["traffic"]["adapter"]["inside"])
+
+
+def test_entries_of_earlier_tasks_are_there_too() -> None:
+    settings = [*TWO, "adapter.share_projection=true", "merges={}"]
+    first, chain = (
+        plan(load("llama-3-8b", *settings, f"multitask={name}"), hardware(gpus=1, nodes=1))
+        for name in ("independent", "sequential")
+    )
+    for one, other in zip(first["placements"], chain["placements"], strict=True):
+        assert other["memory"]["positions"] - one["memory"]["positions"] == 8 * first["adapter"]["kept"]
+
+
+# --- engines outside the package -------------------------------------------------------------------------------------
+
+OWN = """
+from lori_dist.engines._cost import Collective, Held
+
+def build(model, weights, train, world, *, state, width: int = 1):
+    raise NotImplementedError
+"""
+COSTS = """
+def memory(model, load, *, width=1):
+    return Held(base=model.base // width, values=4 * load.trained, gradients=4 * load.trained, moments=8 * load.trained)
+
+def traffic(model, load, *, width=1):
+    size = 4 * load.trained
+    return [Collective(kind="all_reduce", owner="adapter", bytes=size, group=load.ranks, spans_nodes=False)]
+"""
+
+
+def test_an_engine_of_one_s_own_is_planned_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_engines").mkdir()
+    for name, text in (("split", OWN + COSTS), ("silent", OWN)):
+        (tmp_path / "own_engines" / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    run = load("llama-3-8b", "train.engine={name: own_engines.split, width: 2}")
+    found = plan(run, hardware(gpus=4, nodes=1))
+    own, ddp = found["placements"][-1], found["placements"][0]
+    assert own["engine"] == {"name": "own_engines.split", "width": 2}
+    assert own["memory"]["base"] == ddp["memory"]["base"] // 2
+    assert own["traffic"]["adapter"] == ddp["traffic"]["adapter"]
+    with pytest.raises(ConfigError, match=r"own_engines\.silent cannot be planned, as its file defines no function"):
+        plan(load("llama-3-8b", "train.engine=own_engines.silent"), hardware(gpus=4, nodes=1))
 
 
 # --- laws ------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The work of a step is what torch counts, and a share of a peak is given only where that is known."""
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
 
 from lori_dist import Spec, attach, config
 from lori_dist.training import flops
@@ -43,6 +45,64 @@ def test_it_is_what_torch_counts(make: Any, recomputed: bool) -> None:
     last = [weight for name, weight in model.named_parameters() if re.search(r"(down_proj|mlp.c_proj).weight", name)]
     once = sum(weight.numel() for weight in [model.get_output_embeddings().weight, *last])
     assert counted(model, 12) == 12 * (wanted - 2 * once * recomputed)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_attention_is_what_torch_counts(make: Any) -> None:
+    model, length = make(), 12
+    model.set_attn_implementation("eager")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.enable_input_require_grads()
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(input_ids=torch.arange(3, 3 + length)[None], use_cache=False).logits.sum().backward()
+    products = counter.get_flop_counts()["Global"][torch.ops.aten.bmm]
+    layers = flops.attention(model.config)
+    assert len(layers) == model.config.num_hidden_layers
+    # The eager kernel computes what the mask hides, too.
+    assert products == 3 * sum(layer.per_pair * layer.pairs(length, skips=False) for layer in layers)
+    needed = flops.of_attention(layers, [length])
+    assert needed == products * (length + 1) / (2 * length)
+
+
+@pytest.mark.parametrize(
+    ("settings", "pairs"),
+    [
+        ({"model_type": "mistral", "sliding_window": 4}, [4 * 5 / 2 + 6 * 4] * 2),
+        ({"model_type": "mistral", "sliding_window": None}, [10 * 11 / 2] * 2),
+        ({"model_type": "qwen2", "sliding_window": 4, "use_sliding_window": False}, [10 * 11 / 2] * 2),
+        (
+            {"model_type": "gemma2", "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+            [4 * 5 / 2 + 6 * 4, 10 * 11 / 2],
+        ),
+        ({"model_type": "mamba"}, []),
+    ],
+)
+def test_windows_are_those_of_the_configuration(settings: dict[str, Any], pairs: list[float]) -> None:
+    given = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, **settings}
+    if given["model_type"] == "mamba":
+        del given["num_attention_heads"]
+    layers = flops.attention(AutoConfig.for_model(given.pop("model_type"), **given))
+    assert [layer.pairs(10) for layer in layers] == pairs
+
+
+def test_chunks_do_not_see_each_other() -> None:
+    layer = flops.Attention(per_pair=1, window=4, is_chunked=True)
+    assert layer.pairs(10) == 2 * (4 * 5 / 2) + 2 * 3 / 2
+
+
+@pytest.mark.parametrize("kind", ["Linear4bit", "QuantizedLinear"])
+def test_packed_weights_count_as_the_matrices_they_are(kind: str) -> None:
+    model: Any = tiny_llama().requires_grad_(False)
+    wanted = per_token(model)
+    for path, module in list(model.named_modules()):
+        if type(module) is torch.nn.Linear and "lm_head" not in path:
+            made: Any = type(kind, (torch.nn.Linear,), {})(module.in_features, module.out_features, bias=False)
+            packed = torch.zeros(module.weight.numel() // 2, 1, dtype=torch.uint8)
+            made.weight = torch.nn.Parameter(packed, requires_grad=False)
+            model.set_submodule(path, made)
+    assert per_token(model) == wanted
 
 
 def per_token(model: Any) -> float:
@@ -95,5 +155,11 @@ def test_a_share_is_of_all_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     world = World(rank=0, size=4, local_rank=0, device=torch.device("cuda", 0))
     share = flops.utilisation(model, described(tmp_path), world)
     assert share(1000, 0.25) == pytest.approx(per_token(model) * 1000 / 0.25 / (4 * 989e12))
+    # What is computed again does not count, and rows' own products do.
+    run = described(tmp_path)
+    again = dataclasses.replace(run, train=dataclasses.replace(run.train, activation_checkpointing=True))
+    assert flops.utilisation(model, again, world)(1000, 0.25) == share(1000, 0.25)
+    rows = flops.of_attention(flops.attention(model.config), [600, 400])
+    assert share(1000, 0.25, [600, 400]) - share(1000, 0.25) == pytest.approx(rows / 0.25 / (4 * 989e12))
     on_cpu = World(rank=0, size=4, local_rank=0, device=torch.device("cpu"))
     assert flops.utilisation(model, described(tmp_path), on_cpu)(1000, 0.25) is None
