@@ -104,11 +104,11 @@ def _show_dry_run(described: config.Run) -> None:
 
 
 def plan(arguments: argparse.Namespace) -> None:
+    described = config.load(arguments.config, arguments.settings)
     from lori_dist.plan import DEVICES, Hardware, picture
     from lori_dist.plan import plan as planned
     from lori_dist.plan.table import table
 
-    described = config.load(arguments.config, arguments.settings)
     if arguments.gpu not in DEVICES:
         near = plugin.nearest(arguments.gpu, DEVICES)
         raise ConfigError(f"--gpu: there is no {arguments.gpu!r}; there are {', '.join(DEVICES)}.{near}")
