@@ -104,11 +104,11 @@ def _show_dry_run(described: config.Run) -> None:
 
 
 def plan(arguments: argparse.Namespace) -> None:
+    described = config.load(arguments.config, arguments.settings)
     from lori_dist.plan import Hardware, picture
     from lori_dist.plan import plan as planned
     from lori_dist.plan.table import table
 
-    described = config.load(arguments.config, arguments.settings)
     name, usual = gpus.device(arguments.gpu or gpus.ASSUMED)
     given = {key: getattr(arguments, key) for key in (*usual, "efficiency", "price", "currency")}
     chosen: dict[str, Any] = usual | {key: value for key, value in given.items() if value is not None}

@@ -82,7 +82,7 @@ class Method:
 
     def bind(self, options: Mapping[str, Any], path: str) -> dict[str, Any]:
         """Returns `options` checked against the signature. Raises ConfigError that lists every mistake under `path`."""
-        import pydantic  # here, because the adapter core imports this module and needs torch, safetensors, numpy alone
+        import pydantic
 
         bound, problems = {}, []
         for key, value in options.items():
@@ -92,7 +92,7 @@ class Method:
                 )
                 continue
             try:
-                bound[key] = pydantic.TypeAdapter(self.options[key].annotation).validate_python(value)
+                bound[key] = _adapter(self.options[key].annotation).validate_python(value)
             except pydantic.ValidationError as error:
                 wanted = error.errors()[0]["msg"].replace("Input should be", "it should be")
                 problems.append(f"{path}.{key}: {value!r} was given; {wanted}")
@@ -107,6 +107,13 @@ class Method:
         if problems:
             raise ConfigError("\n".join(problems))
         return bound
+
+
+@functools.lru_cache
+def _adapter(annotation: Any) -> Any:
+    import pydantic  # here, because the adapter core imports this module and needs torch, safetensors, numpy alone
+
+    return pydantic.TypeAdapter(annotation)
 
 
 def _ranges(annotation: Any) -> Iterator[str]:

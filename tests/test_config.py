@@ -712,7 +712,7 @@ WHOLE: dict[str, Any] = {
             "weights": {"nlu": 1, "code": {"default": 0.1, "q_proj": 1}},
         },
     },
-    "evaluate": {"lm_eval": {"tasks": ["x"]}},
+    "evaluate": {"metrics": ["loss"], "lm_eval": {"tasks": ["x"]}},
 }
 """Without a mistake, and with every section there is."""
 
