@@ -16,7 +16,8 @@ PACKAGE = Path(lori_dist.__file__).parent
 # A part is a file or a folder of the package; the libraries are what it may import besides the standard library, and a
 # file's own line goes before its folder's.
 RINGS = (
-    {"__init__.py", "adapter", "masks", "merges", "interference.py", "tensors.py", "plugin.py", "errors.py"},
+    {"__init__.py", "adapter", "masks", "merges", "interference.py"}
+    | {"tensors.py", "files.py", "plugin.py", "errors.py"},
     {"config.py", "tables.py", "rows.py", "jobs.py", "folder.py", "storage.py", "multitask", "scores.py"},
     {"training", "engines", "evaluation"},
     {"cluster", "integrations", "benchmarks", "plan", "report", "describe.py", "progress.py", "__main__.py"},
@@ -24,6 +25,7 @@ RINGS = (
 LIBRARIES = {
     "plugin.py": {"pydantic"},
     "errors.py": set(),
+    "files.py": set(),
     "tensors.py": {"torch"},
     "adapter/projection_cuda.py": {"torch", "triton"},
     "adapter/product_cuda.py": {"torch", "triton"},
