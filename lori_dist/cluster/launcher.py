@@ -70,7 +70,7 @@ def _begin(run: Run, task: str) -> Begun:
         raise ConfigError(f"multitask: the plan of {run.multitask.name} has no job for {task} alone; use `lori run`")
     if folder.finished(run.folder, job) is not None:
         return job, None, {}
-    folder.check_links(run.folder)
+    folder.check_entries(run.folder)
     inputs = {}
     for need in job.needs:
         found = folder.finished(run.folder, jobs[need])

@@ -9,6 +9,7 @@ from typing import Any
 
 from lori_dist.adapter import file
 from lori_dist.adapter.adapter import Adapter, Block
+from lori_dist.atomic import write_text
 from lori_dist.jobs import sha256
 
 log = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def write_of_run(summary: Mapping[str, Any], base_model_name: str) -> None:
             adapter = file.opened(path)
             base = str(adapter.base.get("name", base_model_name))
             card = text(adapter, base, origin(path), library="lori_dist")
-            path.with_name("README.md").write_text(card, encoding="utf-8")
+            write_text(path.with_name("README.md"), card)
         except Exception as error:
             log.warning("%s: no model card could be written: %s", name, error)
 
