@@ -95,7 +95,10 @@ def run(arguments: argparse.Namespace) -> int | None:
 def _show_dry_run(described: config.Run) -> None:
     from lori_dist.cluster.dry_run import TITLES, dry_run
 
-    print(describe.table(TITLES, dry_run(described)))
+    lines, superseded = dry_run(described)
+    print(describe.table(TITLES, lines))
+    if superseded:
+        print("", *superseded, sep="\n")
     ranks, place = described.cluster.workers, described.cluster.address
     built = f"What is to be trained was built by {ranks} rank{'' if ranks == 1 else 's'} (cluster.address: {place})"
     print(f"\n{built}, and no step was done. {described.folder} is as it was.")

@@ -26,13 +26,19 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     with aside(path) as partial:
         with naming(path, partial), partial.open("xb") as file:
             yield file
-        put(partial, path)
+            file.flush()
+            _flush(file.fileno())
+        _rename(partial, path)
 
 
 def put(made: Path, path: Path) -> None:
     """Renames a file that is complete, such as a download, to where it belongs, when it is on disk."""
+    flush(made)
+    _rename(made, path)
+
+
+def _rename(made: Path, path: Path) -> None:
     with naming(path, made):
-        flush(made)
         os.replace(made, path)
     flush_folder(path.parent)
 

@@ -43,7 +43,7 @@ def finished(root: Path, job: Job) -> dict[str, Any] | None:
     if record is None or record.get("fingerprint") != job.fingerprint:
         return None
     again = f"delete {place} to do the job again"
-    if not _is_sealed(record):
+    if not is_sealed(record) or not all(isinstance(record.get(key), dict) for key in ("files", "sha256")):
         raise JobError(f"{place / FINISHED}: was changed since the job was finished; restore it, or {again}")
     sizes = _sizes(place)
     for name, size in record["files"].items():
@@ -130,7 +130,7 @@ def publish(root: Path, job: Job, result: Mapping[str, Any], *, scratch: Collect
     sizes = {name: size for name, size in _sizes(partial).items() if name.split("/")[0] not in scratch}
     digests = {name: sha256(partial / name) for name in sizes}
     contents = {"files": sizes, "sha256": digests}
-    write_json(partial / FINISHED, _sealed({**about, "settings": dict(job.settings), **result, **contents}))
+    write_json(partial / FINISHED, sealed({**about, "settings": dict(job.settings), **result, **contents}))
     for passing in (partial / STARTED, *partial.glob(f"{ATTEMPT}*")):
         _remove(passing)
     atomic.flush_tree(partial)
@@ -414,18 +414,16 @@ def _as_written(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 SEAL = "digest"
-"""In job.json: of all the rest, so that a figure that was changed is noticed."""
 
 
-def _sealed(tree: Mapping[str, Any]) -> dict[str, Any]:
+def sealed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with a digest of itself, so that a figure that was changed is noticed. Without secrets."""
     plain = _as_written(tree)
     return {**plain, SEAL: _digest(plain)}
 
 
-def _is_sealed(record: Mapping[str, Any]) -> bool:
-    """Whether a finished job's record is what was written. Those of earlier versions have no seal."""
-    if not all(isinstance(record.get(key), dict) for key in ("files", "sha256")):
-        return False
+def is_sealed(record: Mapping[str, Any]) -> bool:
+    """Whether a record is what was written. Those of earlier versions have no seal."""
     return SEAL not in record or record[SEAL] == _digest({key: item for key, item in record.items() if key != SEAL})
 
 
