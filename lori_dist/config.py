@@ -878,7 +878,8 @@ def _inputs(run: Run) -> Iterator[str]:
             if problem := tables.problem_of(path):
                 yield f"tasks.{name}.{part}: {problem}"
             elif not tables.is_hub(path) and not os.path.isfile(path):
-                yield f"tasks.{name}.{part}: there is no file {path!r}; paths are relative to {Path.cwd()}"
+                kind = "regular file" if os.path.exists(path) else "file"
+                yield f"tasks.{name}.{part}: there is no {kind} {path!r}; paths are relative to {Path.cwd()}"
     is_hub_name = run.model.path.count("/") == 1 and not run.model.path.startswith((".", "/", "~"))
     is_local = not is_hub_name or Path(run.model.path).parent.is_dir()
     if is_local and not os.path.isfile(Path(run.model.path) / "config.json"):

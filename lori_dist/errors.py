@@ -1,9 +1,11 @@
 """What can go wrong that a user can mend. Every message reads: where, what was found, what was wanted, the remedy."""
 
+import io
 import json
 import logging
 import os
 import re
+import sys
 
 SECRET = re.compile(r"TOKEN(?!IZERS)|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 """In the name of a variable whose value nobody else is to see."""
@@ -40,6 +42,13 @@ class Redacting(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return redacted(super().format(record))
+
+
+def print_anything() -> None:
+    """Lets this process print any text: what its terminal or log file has no character for appears escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class LoriError(Exception):

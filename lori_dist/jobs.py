@@ -2,16 +2,18 @@
 
 import functools
 import hashlib
+import io
 import json
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from lori_dist import config, plugin, tables
 from lori_dist.errors import ConfigError, JobError
+from lori_dist.files import open_regular
 
 Kind = Literal["train", "merge", "evaluate"]
 
@@ -237,7 +239,7 @@ def _lm_eval(settings: config.LmEval) -> dict[str, Any]:
 def _contents(path: Path) -> dict[str, str]:
     """Of a file, or of all in a folder: path in it -> digest."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return {str(file.relative_to(path)): sha256(file) for file in files if file.is_file()}
+    return {str(file.relative_to(path)): sha256(file) for file in files if file.exists() and not file.is_dir()}
 
 
 def _code(path: str, *methods: str) -> dict[str, Any]:
@@ -325,9 +327,9 @@ def _state(path: str | Path) -> tuple[int, int]:
 
 @functools.cache
 def _digest(path: str, state: tuple[int, int], num_samples: int | None) -> str:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         if num_samples is None:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            return hashlib.file_digest(cast(io.BufferedReader, file), "sha256").hexdigest()
         digest = hashlib.sha256(str(state[0]).encode())
         for index in range(num_samples):
             file.seek((state[0] - SAMPLE) * index // (num_samples - 1))
