@@ -332,7 +332,7 @@ def _tree(path: Path, where: str) -> dict[str, Any]:
         raise ConfigError(f"{where}: {str(path)!r} does not exist; `lori run` and `lori evaluate` write it") from error
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
-            f"{where}: {str(path)!r} is not a JSON file ({error}); give the summary.json of a run"
+            f"{where}: {str(path)!r} is no JSON file ({error}); give the summary.json of a run"
         ) from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{where}: {str(path)!r} holds no object; give the summary.json of a run")

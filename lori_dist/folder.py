@@ -62,7 +62,7 @@ def superseded(root: Path, job: Job) -> str | None:
     place = root / job.name
     if not os.path.lexists(place):
         return None
-    kept = f"it is done again, and what is there is kept as {_free(place).name}"
+    kept = f"it is done again, and what is there is kept as {next_kept(place).name}"
     record = _read(place / FINISHED)
     if record is None or not isinstance(record.get("settings"), dict):
         return f"{job.name}: {place / FINISHED} is missing or cannot be read; {kept}"
@@ -94,7 +94,7 @@ def open(root: Path, job: Job) -> Path:
     earlier = next((place for place in sorted(root.glob(f"{PARTIAL}{job.name}.*")) if _is_of(place, job)), None)
     if os.path.lexists(partial):
         if any(partial.rglob("*.safetensors")):
-            kept = _free(partial)
+            kept = next_kept(partial)
             partial.rename(kept)
             log.warning(
                 "%s: %s was begun with other settings, or its %s cannot be read; it is kept as %s, and the job begins "
@@ -135,7 +135,7 @@ def publish(root: Path, job: Job, result: Mapping[str, Any], *, scratch: Collect
         _remove(passing)
     atomic.flush_tree(partial)
     if os.path.lexists(place):
-        kept = _free(place)
+        kept = next_kept(place)
         place.rename(kept)
         log.info("%s: the one finished before is kept as %s", job.name, kept)
     partial.rename(place)
@@ -169,10 +169,15 @@ def set_aside(root: Path, names: Iterable[str]) -> list[str]:
     return [numbered(name, number) for name in there]
 
 
-def _free(place: Path) -> Path:
-    """A path beside another, with the first number that is free."""
+def next_kept(place: Path) -> Path:
+    """Under which name what is at a path will be kept: with the first number that is free."""
     places = (place.with_name(f"{place.name}.{number}") for number in itertools.count(1))
     return next(path for path in places if not os.path.lexists(path))
+
+
+def is_finished(place: Path) -> bool:
+    """Whether a folder holds a job that finished, with whatever settings."""
+    return (place / FINISHED).is_file()
 
 
 def clean(root: Path, *, scratch: Collection[str] = ()) -> None:
@@ -181,7 +186,7 @@ def clean(root: Path, *, scratch: Collection[str] = ()) -> None:
     for leftover in root.glob(f"{REPLACED}*"):
         _remove(leftover)
     for place in root.glob("[!.]*/"):
-        if (place / FINISHED).is_file():
+        if is_finished(place):
             for name in scratch:
                 _remove(place / name)
 

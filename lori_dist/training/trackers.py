@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from lori_dist import folder
 from lori_dist.config import Run
 from lori_dist.errors import JobError, redacted
 
@@ -75,8 +76,14 @@ def tracked(run: Run, job: str) -> Iterator[Callable[[Mapping[str, Any]], None]]
 
 
 def forget(run: Run, job: str) -> None:
-    """Takes away what TensorBoard has of an earlier job of this name, which is about to be done anew."""
-    shutil.rmtree(run.folder / TENSORBOARD / job, ignore_errors=True)
+    """Takes away what TensorBoard has of an earlier job of this name, which is about to be done again: the curves of a
+    finished one get the name under which its folder will be kept."""
+    curves = run.folder / TENSORBOARD / job
+    kept = curves.with_name(folder.next_kept(run.folder / job).name)
+    if folder.is_finished(run.folder / job) and curves.is_dir() and not kept.exists():
+        curves.rename(kept)
+    else:
+        shutil.rmtree(curves, ignore_errors=True)
 
 
 def _begin(name: str, run: Run, curve: str, step: int) -> "GeneralTracker":

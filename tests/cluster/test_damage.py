@@ -55,9 +55,7 @@ def reorder(path: Path) -> None:
     """The keys of every object, or the lines of the file, or the bytes."""
     content = path.read_bytes()
     try:
-        lines = (
-            [json.loads(line) for line in content.splitlines()] if path.suffix == ".jsonl" else [json.loads(content)]
-        )
+        lines = [json.loads(text) for text in (content.splitlines() if path.suffix == ".jsonl" else [content])]
     except ValueError:
         path.write_bytes(content[::-1])
         return
