@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 # Everything heavy is imported by the verb that needs it: --help and a mistake in a configuration answer at once.
 from lori_dist import config, describe, gpus, plugin
-from lori_dist.errors import ConfigError, LoriError, Redacting, Stopped, redacted
+from lori_dist.atomic import write_text
+from lori_dist.errors import ConfigError, LoriError, Redacting, Stopped, print_anything, redacted
+from lori_dist.files import read_regular
 
 if TYPE_CHECKING:
     from lori_dist.merges import Weight
@@ -31,6 +33,7 @@ log = logging.getLogger(__name__)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb. Returns the exit code: 0, 1 for what failed, 2 for a mistake in the configuration or the call, 3
     for what was told to end, and has saved."""
+    print_anything()
     chosen = _parse(sys.argv[1:] if arguments is None else arguments)
     world_rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     _configure_logging(chosen.verbose, first=world_rank == "0")
@@ -95,7 +98,10 @@ def run(arguments: argparse.Namespace) -> int | None:
 def _show_dry_run(described: config.Run) -> None:
     from lori_dist.cluster.dry_run import TITLES, dry_run
 
-    print(describe.table(TITLES, dry_run(described)))
+    lines, superseded = dry_run(described)
+    print(describe.table(TITLES, lines))
+    if superseded:
+        print("", *superseded, sep="\n")
     ranks, place = described.cluster.workers, described.cluster.address
     built = f"What is to be trained was built by {ranks} rank{'' if ranks == 1 else 's'} (cluster.address: {place})"
     print(f"\n{built}, and no step was done. {described.folder} is as it was.")
@@ -307,14 +313,19 @@ def report(arguments: argparse.Namespace) -> None:
     paths = adapters or list(named.values())
     if not paths:
         raise ConfigError("ADAPTER: none is given; give adapter files, or with --run a run that has finished some")
+    where = "--run" if described is not None else "--evaluation"
     matrix = described.folder / "summary.json" if described is not None else arguments.evaluation
-    measured = None if matrix is None else _evaluation(matrix, "--run" if described is not None else "--evaluation")
+    tree = {} if matrix is None else _tree(matrix, where)
+    measured = None if matrix is None else _evaluation(tree.get("evaluation", tree), matrix, where)
+    conflicts: Mapping[str, Any] = {}
     from lori_dist.adapter import source
     from lori_dist.report import conflicts_of, write
 
-    conflicts = conflicts_of(json.loads(matrix.read_text(encoding="utf-8"))) if matrix and described else {}
+    if described is not None:  # figures are those of the finished jobs, whose files are checked
+        summary = _summary(described)
+        measured, conflicts = summary["evaluation"], conflicts_of(summary)
     names = None if adapters else list(named)
-    jobs = json.loads(matrix.read_text(encoding="utf-8")).get("jobs") if described is not None and matrix else None
+    jobs = tree.get("jobs") if described is not None else None
     opened = [source.opened(Path(path)) for path in paths]
     written = write(opened, arguments.out, names=names, evaluation=measured, jobs=jobs, conflicts=conflicts)
     if measured and not written["drops"] and not conflicts:
@@ -322,18 +333,24 @@ def report(arguments: argparse.Namespace) -> None:
     print(arguments.out / "report.html")
 
 
-def _evaluation(path: Path, where: str) -> dict[str, dict[str, dict[str, float]]]:
-    """Model -> task -> metric -> value: of a run's summary, or of what `lori evaluate --out` writes."""
+def _tree(path: Path, where: str) -> dict[str, Any]:
+    """What is in a run's summary, or in what `lori evaluate --out` writes."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(read_regular(path).decode())
     except FileNotFoundError as error:
         raise ConfigError(f"{where}: {str(path)!r} does not exist; `lori run` and `lori evaluate` write it") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{where}: {str(path)!r} is no JSON file ({error}); give the summary.json of a run"
         ) from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where}: {str(path)!r} holds no object; give the summary.json of a run")
+    return tree
+
+
+def _evaluation(tree: Any, path: Path, where: str) -> dict[str, dict[str, dict[str, float]]]:
+    """Model -> task -> metric -> value."""
     try:
-        tree = tree.get("evaluation", tree)
         return {
             str(model): {
                 task: {metric: float(value) for metric, value in values.items()} for task, values in tasks.items()
@@ -344,6 +361,14 @@ def _evaluation(path: Path, where: str) -> dict[str, dict[str, dict[str, float]]
         raise ConfigError(
             f"{where}: {str(path)!r} does not say model, task, metric and a number; give the summary.json of a run"
         ) from error
+
+
+def _summary(described: config.Run) -> dict[str, Any]:
+    """What `lori run` would say of the jobs that are finished. Raises JobError for one whose files have changed."""
+    from lori_dist.cluster.board import Board
+    from lori_dist.cluster.run import planned
+
+    return Board(run=described, jobs=planned(described), progress=lambda event: None).summary()
 
 
 def show(arguments: argparse.Namespace) -> None:
@@ -419,12 +444,17 @@ def _weights(text: str | None, num_adapters: int) -> "list[Weight] | None":
 
 def _check_writable(path: Path, where: str) -> None:
     """Before long work, whose result would be lost at its end."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
+    is_waited_for = path.exists() and not path.is_file() and not path.is_relative_to("/dev")
+    if path.is_dir() or not path.absolute().parent.is_dir() or is_waited_for:
         raise ConfigError(f"{where}: {str(path)!r} cannot be a file; give a file's name in a folder that exists")
 
 
 def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(tree, indent=2) + "\n"
+    if path.exists() and not path.is_file():  # such as /dev/stdout
+        path.write_text(text, encoding="utf-8")
+    else:
+        write_text(path, text)
 
 
 def _finished_adapters(described: config.Run) -> dict[str, Path]:

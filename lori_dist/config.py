@@ -1201,7 +1201,8 @@ def _files(run: Run) -> Iterator[str]:
             if problem := tables.problem_of(path):
                 yield f"tasks.{name}.{part}: {problem}"
             elif not tables.is_hub(path) and not os.path.isfile(path):
-                yield f"tasks.{name}.{part}: there is no file {path!r}; paths are relative to {Path.cwd()}"
+                kind = "regular file" if os.path.exists(path) else "file"
+                yield f"tasks.{name}.{part}: there is no {kind} {path!r}; paths are relative to {Path.cwd()}"
 
 
 def _model(run: Run) -> Iterator[str]:

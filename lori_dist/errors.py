@@ -1,16 +1,19 @@
 """What can go wrong that a user can mend. Every message reads: where, what was found, what was wanted, the remedy."""
 
+import io
 import json
 import logging
 import os
 import re
+import sys
 
 SECRET = re.compile(r"TOKEN(?!IZERS)|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 """In the name of a variable whose value nobody else is to see."""
 PLACE = re.compile(r"_(PATH|FILE|DIR|HOME)$", re.IGNORECASE)
 """The end of the name of one that only says where it is."""
-SHORTEST = 8
-"""Characters of a secret. Shorter values, such as `true`, stand in many texts."""
+SHORTEST, LONG = 6, 8
+"""Characters of a secret. Shorter values, such as `true`, stand in many texts; and below the second, a value is left
+out where it stands by itself, not as a part of a word."""
 
 
 def is_secret(variable: str) -> bool:
@@ -24,8 +27,14 @@ def redacted(text: str) -> str:
     values = {value for name, value in os.environ.items() if is_secret(name) and len(value) >= SHORTEST}
     values |= {json.dumps(value, ensure_ascii=False)[1:-1] for value in values}  # as they stand in JSON
     for value in sorted(values, key=len, reverse=True):  # one may be part of another
-        text = text.replace(value, "***")
+        text = text.replace(value, "***") if len(value) >= LONG else _without_word(text, value)
     return re.sub(r"""\b([A-Za-z][A-Za-z0-9+.-]*:/{1,2})[^\s/"'@]+@""", r"\1***@", text)
+
+
+def _without_word(text: str, word: str) -> str:
+    if word not in text:
+        return text
+    return re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", "***", text)
 
 
 class Redacting(logging.Formatter):
@@ -33,6 +42,13 @@ class Redacting(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return redacted(super().format(record))
+
+
+def print_anything() -> None:
+    """Lets this process print any text: what its terminal or log file has no character for appears escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class LoriError(Exception):

@@ -3,16 +3,18 @@
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from lori_dist import config, plugin, rows, tables
 from lori_dist.errors import ConfigError, JobError
+from lori_dist.files import open_regular
 
 Kind = Literal["train", "merge", "evaluate"]
 
@@ -293,7 +295,7 @@ def _lm_eval(settings: config.LmEval) -> dict[str, Any]:
 def _contents(path: Path) -> dict[str, str]:
     """Of a file, or of all in a folder: path in it -> digest."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return {str(file.relative_to(path)): sha256(file) for file in files if file.is_file()}
+    return {str(file.relative_to(path)): sha256(file) for file in files if file.exists() and not file.is_dir()}
 
 
 def _code(path: str, *methods: str) -> dict[str, Any]:
@@ -408,14 +410,111 @@ def _state(path: str | Path) -> tuple[int, int]:
 
 @functools.cache
 def _digest(path: str, state: tuple[int, int], num_samples: int | None) -> str:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         if num_samples is None:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            return hashlib.file_digest(cast(io.BufferedReader, file), "sha256").hexdigest()
         digest = hashlib.sha256(str(state[0]).encode())
         for index in range(num_samples):
             file.seek((state[0] - SAMPLE) * index // (num_samples - 1))
             digest.update(file.read(SAMPLE))
         return digest.hexdigest()
+
+
+# --- what differs ----------------------------------------------------------------------------------------------------
+
+_SHOWN = 60
+"""Characters of a value in a message."""
+_ABSENT = object()
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def differences(kind: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Each setting of a job that is another one, by its place in the configuration: `train.lr 0.005 -> 0.004`.
+
+    there, here: the settings of two jobs of one kind, as plain JSON. Of files that differ (rows, the model, an adapter
+    to start from, code) it says that they have changed.
+    """
+    before, after = _leaves(there), _leaves(here)
+    names = [name for name in {**before, **after} if before.get(name, _ABSENT) != after.get(name, _ABSENT)]
+    parts = {**there.get("search", {}).get("tasks", {}), **here.get("search", {}).get("tasks", {})}
+    found: dict[str, list[str]] = {}
+    for name in names:
+        old, new = before.get(name, _ABSENT), after.get(name, _ABSENT)
+        place, what = _place(kind, name, {**there, **here}, parts)
+        if what is None:
+            is_file = any(isinstance(value, str) and _DIGEST.fullmatch(value) for value in (old, new))
+            what = "has changed" if is_file else f"{_value(old)} -> {_value(new)}"
+        elif what:
+            what += " is new" if old is _ABSENT else " is gone" if new is _ABSENT else " has changed"
+        else:
+            what = "has changed"
+        found.setdefault(place, []).append(what)
+    return [
+        f"{place}{' ' if ' -> ' in whats[0] else ': '}{', '.join(dict.fromkeys(whats))}"
+        for place, whats in found.items()
+    ]
+
+
+def _place(
+    kind: str, name: tuple[str, ...], settings: Mapping[str, Any], parts: Mapping[str, Any]
+) -> tuple[str, str | None]:
+    """Where a setting of a job is in the configuration, and, of a file among several, which: empty where the place is
+    that of one file, None where it is no file."""
+    path = ".".join(name)
+    task = settings.get("task", settings.get("subject", ""))
+    match name:
+        case ("model", "content", "name"):
+            return "model.path", None
+        case ("model", "content", file):
+            return "model.path", file
+        case ("search", "model", *rest):
+            return _place(kind, ("model", *rest), settings, parts)
+        case ("data", "rows"):
+            return f"tasks.{task}.train", "the file"
+        case ("data", "validation"):
+            return f"tasks.{task}.validation", "the file"
+        case ("data", "held_out"):
+            return f"tasks.{task}.train, rows held out for a search", None
+        case ("data", "mixture", *_):
+            return f"tasks.{task}.mixture", ""
+        case ("data", *rest):
+            return f"tasks.{task}.{'.'.join(rest)}", None
+        case ("start", *_):
+            return f"tasks.{task}.start", ""
+        case ("tasks", other, "rows"):
+            return f"tasks.{other}.{'train' if kind == 'train' else 'test'}", "the file"
+        case ("search", "tasks", other, "rows"):
+            return f"tasks.{other}.{parts.get(other, {}).get('part', 'validation')}", "the file"
+        case ("search", "tasks", *rest):
+            return f"tasks.{'.'.join(rest)}", None
+        case ("code", *rest):
+            return ".".join(rest), "the code"
+        case ("seed",):
+            return "the seed of A (adapter.seed, or tasks.NAME.seed)", None
+        case ("max_length",):
+            return "train.max_length", None
+        case ("joint" | "sequel", *rest):
+            return ".".join(["multitask", *rest]), None
+        case ("lm_eval", "files", *rest):
+            return "evaluate.lm_eval.include", ".".join(rest)
+        case ("lm_eval", *rest):
+            return ".".join(["evaluate.lm_eval", *rest]), None
+        case ("method" | "weights" | "tasks" | "search", *_) if kind == "merge":
+            return f"merges.{settings.get('merge')}.{path}", None
+    return path, None
+
+
+def _leaves(tree: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    if not isinstance(tree, Mapping) or not tree:
+        return {path: tree}
+    return {name: leaf for key, item in tree.items() for name, leaf in _leaves(item, (*path, str(key))).items()}
+
+
+def _value(value: Any) -> str:
+    if value is _ABSENT:
+        return "not set"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 # --- order -----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import secrets
 import socket
@@ -21,10 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lori_dist import atomic
 from lori_dist.errors import ConfigError, JobError
+from lori_dist.files import read_regular
 
 LEASE, KNOWN = ".lease.json", ".known.json"
 LAST = "job.json"
+
+log = logging.getLogger(__name__)
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
 """After which a driver that says nothing is taken for dead, by the clocks of both."""
@@ -63,16 +68,14 @@ class Mirror:
                     continue
                 path = self.here / name
                 path.parent.mkdir(parents=True, exist_ok=True)
-                passing = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-                try:
-                    self.files.get_file(f"{self.there}/{name}", str(passing))
-                except FileNotFoundError:  # deleted since it was listed
-                    passing.unlink(missing_ok=True)
-                    continue
-                if passing.stat().st_size != about["size"]:
-                    passing.unlink()
-                    raise JobError(f"{self.there}/{name}: was cut short or changed while it was fetched; try again")
-                passing.replace(path)
+                with atomic.aside(path) as passing:
+                    try:
+                        self.files.get_file(f"{self.there}/{name}", str(passing))
+                    except FileNotFoundError:  # deleted since it was listed
+                        continue
+                    if passing.stat().st_size != about["size"]:
+                        raise JobError(f"{self.there}/{name}: was cut short or changed while it was fetched; try again")
+                    atomic.put(passing, path)
                 known[name] = {"there": _version(about), "here": _state(path)}
 
     def push(self, prefix: str = "") -> None:
@@ -151,9 +154,11 @@ class Mirror:
     def _holder(self) -> dict[str, Any]:
         try:
             found = json.loads(self.files.cat_file(f"{self.there}/{LEASE}"))
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return {}
-        return found if isinstance(found, dict) else {}
+        wanted = {"owner": str, "token": str, "beat": int | float}
+        is_whole = isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in wanted.items())
+        return found if is_whole else {}
 
     def _beat(self, mine: dict[str, str]) -> None:
         self.files.makedirs(self.there, exist_ok=True)
@@ -182,13 +187,11 @@ class Mirror:
         with (self.here / f"{KNOWN}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             path = self.here / KNOWN
-            known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+            known = _read_known(path)
             try:
                 yield known
             finally:
-                passing = path.with_name(f"{KNOWN}.writing")
-                passing.write_text(json.dumps(known))
-                passing.replace(path)
+                atomic.write_text(path, json.dumps(known))
 
 
 def open(output: str, name: str) -> Mirror:
@@ -243,6 +246,19 @@ def driving(output: str, name: str) -> Iterator[None]:
             yield
         finally:
             mirror.push()
+
+
+def _read_known(path: Path) -> dict[str, Any]:
+    """What was fetched and put; nothing where the file is damaged, and then all is fetched again."""
+    try:
+        tree = json.loads(read_regular(path).decode())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        log.warning("%s: cannot be read (%s); all files of the run are fetched again", path, error)
+        return {}
+    items = tree.items() if isinstance(tree, dict) else ()
+    return {name: item for name, item in items if isinstance(item, dict) and {"there", "here"} <= set(item)}
 
 
 def _is_in(name: str, prefix: str) -> bool:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lori_dist.errors import ConfigError
+from lori_dist.files import require_regular
 
 HUB = "hub:"
 """Begins `hub:NAME:SPLIT`, a data set of the hub, or a folder of data files, as `datasets` loads it."""
@@ -105,6 +106,8 @@ def read(path: str) -> Iterator[tuple[int, Row | ConfigError]]:
     """
     if problem := problem_of(path):
         raise ConfigError(problem)
+    if not is_hub(path):
+        require_regular(path)
     if is_hub(path):
         _, name, split = path.split(":")
         yield from _streamed(name, split=split)

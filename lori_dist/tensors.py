@@ -4,14 +4,10 @@ The safetensors library reads whole tensors, or slices of them through memory th
 writes what is in memory complete. A model of 140 GB shared by 16 processes needs neither.
 """
 
-import errno
 import json
 import math
-import os
-import secrets
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lori_dist.atomic import replacing
 from lori_dist.files import open_regular, parse_json
 
 DTYPES = {
@@ -176,29 +173,24 @@ def write(
     file appears by a rename when all of it is on disk: a kill at any byte leaves what was there before. Raises OSError
     if it cannot be written.
     """
-    with aside(path) as partial:
-        with partial.open("xb") as file:
-            file.write(_header(layout, metadata))
-            for piece in pieces:
-                if isinstance(piece, Stored):
-                    _copy(piece, file)
-                else:
-                    file.write(_bytes(piece))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    flush_folder(path.parent)
+    with replacing(path) as file:
+        file.write(_header(layout, metadata))
+        for piece in pieces:
+            if isinstance(piece, Stored):
+                _copy(piece, file)
+            else:
+                file.write(_bytes(piece))
 
 
-@contextmanager
-def aside(path: Path) -> Iterator[Path]:
-    """A name beside `path` for a file on the way to it. What is still there at the end of the block is removed."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        yield partial
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+def save(path: Path, tensors: Mapping[str, Tensor | Stored], metadata: Mapping[str, str]) -> None:
+    """Writes tensors as `write`, the wider dtypes first, so that all are aligned.
+
+    The library's own `save_file` makes files that only their owner may read, whatever the umask.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    layout = {name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in names}
+    pieces = (tensor if isinstance(tensor := tensors[name], Stored) else tensor.contiguous() for name in names)
+    write(path, layout, pieces, metadata)
 
 
 def _copy(piece: Stored, file: Any) -> None:
@@ -211,18 +203,6 @@ def _copy(piece: Stored, file: Any) -> None:
                 raise OSError(f"{piece.path} ends too early; it has changed or is cut off")
             file.write(data)
             left -= len(data)
-
-
-def flush_folder(folder: Path) -> None:
-    """Puts a rename where a power cut leaves it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot, and need not
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _header(layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:

@@ -57,9 +57,24 @@ def test_a_published_folder_is_finished_and_holds_what_was_written(tmp_path: Pat
         **RESULT,
         "files": {"deep/file": 5},
         "sha256": {"deep/file": hashlib.sha256(b"12345").hexdigest()},
+        "digest": record["digest"],
     }
     assert {path.name for path in tmp_path.iterdir()} == {"train-math"}
     assert {path.name for path in place.iterdir()} == {"job.json", "deep"}
+
+
+@pytest.mark.parametrize("key", ["seconds", "result", "settings", "kind", "files", "sha256", "needs"])
+def test_a_figure_that_was_changed_in_a_job_s_record_is_noticed(tmp_path: Path, key: str) -> None:
+    place = made(tmp_path, job())
+    record = json.loads((place / "job.json").read_text())
+    (place / "job.json").write_text(json.dumps(dict(reversed(record.items())), indent=3))  # the same figures
+    assert folder.finished(tmp_path, job()) == record
+    (place / "job.json").write_text(json.dumps({**record, key: {"kept": 4}}))
+    with pytest.raises(JobError, match=rf"^{place}/job.json: was changed since .*; restore it, or delete {place}"):
+        folder.finished(tmp_path, job())
+    without = {name: item for name, item in record.items() if name != "digest"}  # as earlier versions wrote it
+    (place / "job.json").write_text(json.dumps(without))
+    assert folder.finished(tmp_path, job()) == without
 
 
 def test_a_changed_byte_in_a_finished_folder_is_noticed(tmp_path: Path) -> None:
@@ -104,6 +119,16 @@ def test_half_done_work_of_another_fingerprint_is_wiped(tmp_path: Path) -> None:
     assert not (folder.open(tmp_path, job("f2")) / "checkpoint").exists()
 
 
+def test_half_done_work_with_checkpoints_is_kept_and_comes_back_with_its_settings(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for fingerprint in ("f1", "f2"):
+        (folder.open(tmp_path, job(fingerprint)) / "train-1.safetensors").write_text(fingerprint)
+    assert "is kept as .partial-train-math.1" in caplog.text
+    assert (folder.open(tmp_path, job("f1")) / "train-1.safetensors").read_text() == "f1"
+    assert (folder.open(tmp_path, job("f2")) / "train-1.safetensors").read_text() == "f2"
+
+
 def test_half_done_work_of_unknown_origin_is_wiped(tmp_path: Path) -> None:
     partial = folder.open(tmp_path, job())
     (partial / "checkpoint").write_text("x")
@@ -120,7 +145,31 @@ def test_a_finished_folder_of_another_fingerprint_stays_until_the_new_one_is_com
     folder.publish(tmp_path, job("f2"), RESULT)
     assert (place / "adapter").read_text() == "new"
     assert folder.finished(tmp_path, job("f2")) is not None
-    assert {path.name for path in tmp_path.iterdir()} == {"train-math"}
+    made(tmp_path, job("f3"), "newest")
+    assert {path.name for path in tmp_path.iterdir()} == {"train-math", "train-math.1", "train-math.2"}
+    kept = folder.kept(tmp_path, "train-math")
+    assert [(path / "adapter").read_text() for path in kept] == ["old", "new"]
+
+
+def test_what_differs_from_a_finished_job_is_named(tmp_path: Path) -> None:
+    def of(settings: dict[str, Any]) -> Job:
+        return Job(name="train-math", kind="train", settings={"task": "math", **settings}, fingerprint=str(settings))
+
+    before = {"train": {"lr": 0.005}, "data": {"rows": "a" * 64}, "model": {"content": {"config.json": "c" * 64}}}
+    place = made(tmp_path, of(before))
+    assert folder.superseded(tmp_path, of({"other": 1, **before})) == (
+        "train-math: settings changed since it finished: other not set -> 1; it is done again, and what is there is "
+        "kept as train-math.1"
+    )
+    after = {"train": {"lr": 0.004}, "data": {"rows": "b" * 64}, "model": {"content": {"config.json": "d" * 64}}}
+    text = folder.superseded(tmp_path, of(after))
+    assert text is not None
+    assert ": train.lr 0.005 -> 0.004, tasks.math.train: the file has changed, model.path: config.json has" in text
+    (place / "job.json").write_text("{")
+    text = folder.superseded(tmp_path, of(before))
+    assert text is not None
+    assert f"{place / 'job.json'} is missing or cannot be read" in text
+    assert folder.superseded(tmp_path / "other", of(before)) is None
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"name": "train-math"}'])
@@ -133,12 +182,12 @@ def test_a_folder_without_a_readable_description_is_not_finished(tmp_path: Path,
     assert folder.finished(tmp_path, job()) is not None
 
 
-def test_a_file_where_the_folder_should_be_is_replaced(tmp_path: Path) -> None:
+def test_a_file_where_the_folder_should_be_is_kept_beside_it(tmp_path: Path) -> None:
     (tmp_path / "train-math").write_text("x")
     assert folder.finished(tmp_path, job()) is None
     made(tmp_path, job())
     assert folder.finished(tmp_path, job()) is not None
-    assert {path.name for path in tmp_path.iterdir()} == {"train-math"}
+    assert (tmp_path / "train-math.1").read_text() == "x"
 
 
 def test_a_finished_folder_that_lost_a_file_is_not_passed_off_as_finished(tmp_path: Path) -> None:
@@ -217,7 +266,9 @@ def test_a_publisher_that_is_killed_leaves_a_complete_folder_or_none(tmp_path: P
         after = Job(name="job", kind="train", fingerprint="after")
         made(root, after)
         assert folder.finished(root, after) is not None
-        assert {path.name for path in root.iterdir()} == {"job"}
+        assert not list(root.glob(".*"))
+        for path in folder.kept(root, "job"):
+            assert (path / "job.json").exists()
     assert True in seen
 
 
@@ -227,6 +278,7 @@ class Cut(BaseException):
 
 CALLS = [(Path, name) for name in ("mkdir", "write_text", "replace", "unlink", "rename")] + [
     (os, "fsync"),
+    (os, "replace"),
     (shutil, "rmtree"),
 ]
 
@@ -250,7 +302,9 @@ def test_a_publication_cut_off_at_any_call_loses_nothing(tmp_path: Path) -> None
         assert record is not None
         assert record["files"] == {"checkpoint": 4}
         made(root, job("next"))
-        assert {path.name for path in root.iterdir()} == {"train-math"}
+        names = {path.name for path in root.iterdir()}
+        assert names == {"train-math", "train-math.1", "train-math.2"}
+        assert [(path / "job.json").exists() for path in folder.kept(root, "train-math")] == [True, True]
 
 
 def work(root: Path) -> None:

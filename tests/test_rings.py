@@ -17,7 +17,7 @@ PACKAGE = Path(lori_dist.__file__).parent
 # file's own line goes before its folder's.
 RINGS = (
     {"__init__.py", "adapter", "masks", "merges", "interference.py"}
-    | {"tensors.py", "files.py", "plugin.py", "errors.py"},
+    | {"tensors.py", "files.py", "atomic.py", "plugin.py", "errors.py"},
     {"config.py", "tables.py", "rows.py", "jobs.py", "folder.py", "storage.py", "multitask", "scores.py"},
     {"training", "engines", "evaluation"},
     {
@@ -37,6 +37,7 @@ LIBRARIES = {
     "plugin.py": {"pydantic"},
     "errors.py": set(),
     "files.py": set(),
+    "atomic.py": set(),
     "tensors.py": {"torch"},
     "adapter/projection_cuda.py": {"torch", "triton"},
     "adapter/product_cuda.py": {"torch", "triton"},

@@ -170,6 +170,33 @@ def test_a_secret_of_the_environment_is_in_no_message_and_no_file(
     assert json.loads(path.read_text(encoding="utf-8")) == {"error": "store: refused ***"}
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("key abcdef1234 refused", "key *** refused"),
+        ("abcdef1234 and longer-abcdef1234", "*** and ***"),
+        ("cannot reach https://me:pass@host:5000/api", "cannot reach https://***@host:5000/api"),
+        ("home and short", "home and short"),
+        ("https://host/a@b", "https://host/a@b"),
+        ("seven77 is a key", "*** is a key"),
+        ("seventy, seven77s", "seventy, seven77s"),
+        ("s3:/k:s@h", "s3:/***@h"),
+        ("read /etc/keys/token-file", "read /etc/keys/token-file"),
+    ],
+)
+def test_secrets_are_left_out(text: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"WANDB_API_KEY": "abcdef1234", "X_PASSWORD": "longer-abcdef1234", "HOME": "home", "A_TOKEN": "short"}
+    more = {"NEPTUNE_KEY": "seven77", "RAY_AUTH_TOKEN_PATH": "/etc/keys/token-file"}
+    monkeypatch.setattr(os, "environ", variables | more)
+    assert redacted(text) == told
+
+
+def test_a_secret_that_is_a_number_leaves_a_file_that_is_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("X_PASSWORD", "12345678")
+    folder.write_json(tmp_path / "job.json", {"loss": 0.12345678, "error": "12345678 was refused"})
+    assert json.loads((tmp_path / "job.json").read_text()) == {"loss": 0.12345678, "error": "*** was refused"}
+
+
 @pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "RAY_AUTH_TOKEN_PATH", "HOME", "SSL_KEY_FILE"])
 def test_other_variables_are_no_secrets(name: str) -> None:
     assert not is_secret(name)

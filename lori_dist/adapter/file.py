@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lori_dist import tensors
 from lori_dist.adapter.adapter import Adapter, Block, Elsewhere, Entries, in_memory, loaded
 from lori_dist.adapter.checks import (
     MAX_ENTRIES,
@@ -40,7 +41,7 @@ from lori_dist.adapter.stored import (
 )
 from lori_dist.errors import AdapterError
 from lori_dist.files import parse_json, require_regular
-from lori_dist.tensors import Stored, stored, write
+from lori_dist.tensors import Stored, stored
 
 FORMAT = "lori_dist.adapter"
 VERSIONS = (1, 2, 3)
@@ -76,11 +77,8 @@ def save(adapter: Adapter, path: str | os.PathLike[str], *, dtype: torch.dtype =
     with naming(path, "written"):
         header = _describe(adapter, dtype)
         _check_header(header)
-        tensors = _encode(adapter, dtype, header["modules"])
-        # The wider first, so all are aligned.
-        names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-        layout = {name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in names}
-        write(path, layout, (tensors[name] for name in names), {_METADATA: _serialize(header)})
+        encoded = _encode(adapter, dtype, header["modules"])
+        tensors.save(path, encoded, {_METADATA: _serialize(header)})
 
 
 def load(path: str | os.PathLike[str]) -> Adapter:

@@ -19,9 +19,9 @@ from lori_dist.adapter.adapter import Adapter, Entries
 from lori_dist.adapter.projection import checksum, projection
 from lori_dist.adapter.spool import Spool
 from lori_dist.adapter.update import Part, blocks
+from lori_dist.atomic import aside
 from lori_dist.integrations import peft as exported
 from lori_dist.merges import merge_files
-from lori_dist.tensors import aside
 
 METHODS = {"concat": "cat", "linear": "linear", "ties": "ties"}
 """Ours -> PEFT's `combination_type`."""

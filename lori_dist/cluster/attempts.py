@@ -1,7 +1,6 @@
 """One job with all its attempts: how each ends, and whether there is another."""
 
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from lori_dist import config, folder, storage
 from lori_dist.cluster import gang, schedule, trials
 from lori_dist.cluster.gang import Broken, Gangs
 from lori_dist.cluster.schedule import Failure
-from lori_dist.cluster.summary import ATTEMPTS, CHECKPOINTS, METRICS, attempts_of
+from lori_dist.cluster.summary import ATTEMPTS, CHECKPOINTS, METRICS, attempts_of, is_step
 from lori_dist.cluster.trials import TRIED
 from lori_dist.cluster.work import Assignment, evaluate_model, log_file, merge_adapters, train_rank
 from lori_dist.config import Run
@@ -61,7 +60,10 @@ def do(run: Run, job: Job, inputs: Mapping[str, Any], gangs: Gangs) -> dict[str,
             gangs.stopping.wait(BACKOFF_SECONDS)
     published = publish(run, assignment, history, start, inputs, result)
     if mirror:
+        for place in folder.kept(run.folder, job.name):
+            mirror.push(place.name)
         mirror.push(job.name)
+        mirror.prune(job.name)
         mirror.delete(partial.name)
     return published
 
@@ -129,6 +131,13 @@ class History:
     def __init__(self, partial: Path, number: int) -> None:
         self._partial = partial
         self.attempts = attempts_of(partial)
+        if (partial / ATTEMPTS).exists() and len(self.attempts) != number - 1:
+            log.warning(
+                "%s: has %d of %d attempts, as after a power cut; the job resumes all the same",
+                partial / ATTEMPTS,
+                len(self.attempts),
+                number - 1,
+            )
         if self.attempts and self.attempts[-1]["seconds"] is None:
             self._close(CUT_OFF)
         self.attempts.append(
@@ -172,10 +181,6 @@ class History:
 
 
 def _steps(partial: Path) -> list[dict[str, Any]]:
-    """What a training's metrics say, but for a line that a kill has cut short. Other jobs have no steps."""
-    try:
-        lines = (partial / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [record for record in records if "step" in record]
+    """What a training's metrics say, but for lines that are not whole. Other jobs have no steps."""
+    records, _ = folder.read_lines(partial / METRICS)
+    return [record for record in records if is_step(record)]

@@ -1,6 +1,7 @@
 """Where each job of a run stands, and who is told."""
 
 import contextlib
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +14,11 @@ from lori_dist.cluster import schedule
 from lori_dist.cluster.schedule import Resources
 from lori_dist.cluster.summary import ADAPTER, attempts_of, last_steps, summarize
 from lori_dist.config import Run
+from lori_dist.errors import JobError
+from lori_dist.files import read_regular
 from lori_dist.jobs import Job, dependents, path_lengths, ready
 
-SUMMARY = "summary.json"
+SUMMARY, EVALUATION = "summary.json", "evaluation.json"
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +62,35 @@ class Board:
         self.states = {job.name: {"state": "waiting"} for job in self.jobs}
         for job in self.jobs:
             record = folder.finished(self.run.folder, job)
+            if record is not None:
+                check_record(self.run.folder / job.name, job, record)
             if record is not None and record["inputs"] == self.inputs(job):
                 self.results[job.name] = record["result"]
                 self.made[job.name] = record["sha256"].get(ADAPTER, "")
                 self._change(job, "finished", cached=True, seconds=record["seconds"], attempts=record["attempts"])
+
+    def keep_report(self) -> list[str]:
+        """Renames the summary and the report of an earlier run under this name if they are of results that are not
+        this one's. Returns their new names."""
+        root = self.run.folder
+        try:
+            summary = json.loads(read_regular(root / SUMMARY).decode())
+            states = {name: state["state"] for name, state in summary["jobs"].items()}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # there is none to keep
+            return []
+        finished = [name for name, state in states.items() if state == "finished"]
+        mine, before = {job.name: job.fingerprint for job in self.jobs}, summary.get("fingerprints")
+        if isinstance(before, dict):
+            is_mine = all(mine.get(name) == before.get(name) for name in finished)
+        else:  # of an earlier version
+            is_mine = set(finished) <= set(mine) and not self.superseded()
+        report = ["report.html", "report.json", *sorted(path.name for path in root.glob("report-*.png"))]
+        return [] if is_mine or not finished else folder.set_aside(root, [SUMMARY, *report])
+
+    def superseded(self) -> list[str]:
+        """Of each unfinished job whose folder has a result of other settings: what differs, and what becomes of it."""
+        found = (folder.superseded(self.run.folder, job) for job in self.unfinished())
+        return [text for text in found if text is not None]
 
     def inputs(self, job: Job) -> dict[str, str | None]:
         """What the job reads of others: it is done again where those were, and became something else."""
@@ -141,7 +169,11 @@ class Board:
                 self.progress(self._event(job, **_last_step(self.run.folder, job)))
 
     def summary(self) -> dict[str, Any]:
-        return {**summarize(self.run, self.jobs, self.states, self.results), "report": self.report}
+        return {
+            **summarize(self.run, self.jobs, self.states, self.results),
+            "fingerprints": {job.name: job.fingerprint for job in self.named("finished")},
+            "report": self.report,
+        }
 
     def write(self) -> None:
         folder.write_json(self.run.folder / SUMMARY, self.summary())
@@ -160,6 +192,24 @@ class Board:
             num_jobs=len(self.jobs),
             **more,
         )
+
+
+def check_record(place: Path, job: Job, record: Mapping[str, Any]) -> None:
+    """Raises JobError if what a finished job's job.json says is not what the run wrote: earlier versions did not seal
+    it, but what an evaluation found has a file of its own."""
+    problem = None
+    kinds = {"inputs": dict, "result": dict, "seconds": int | float, "attempts": list}
+    if not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
+        problem = "lacks what a run writes of a finished job"
+    elif job.kind == "evaluate":
+        try:
+            measured = json.loads(read_regular(place / EVALUATION).decode())
+        except FileNotFoundError:
+            measured = record["result"].get("evaluation")
+        if json.dumps(measured) != json.dumps(record["result"].get("evaluation")):  # where NaN is NaN
+            problem = f"has other figures than {EVALUATION} beside it"
+    if problem:
+        raise JobError(f"{place / folder.FINISHED}: {problem}; restore it, or delete {place} to do the job again")
 
 
 def _told(state: Mapping[str, Any]) -> str:

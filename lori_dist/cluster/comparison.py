@@ -1,6 +1,7 @@
 """Methods side by side: runs of one configuration that differ in a few settings, each with several seeds."""
 
 import json
+import logging
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,10 +9,14 @@ from typing import Annotated, Any
 
 import pydantic
 
-from lori_dist import config, plugin
+from lori_dist import config, folder, plugin
+from lori_dist.atomic import write_text
 from lori_dist.config import Name, Run, Seed, Text, section
 from lori_dist.errors import ConfigError, JobError, LoriError
+from lori_dist.files import read_regular
 from lori_dist.jobs import Job
+
+log = logging.getLogger(__name__)
 
 OWN = "own"
 """In the place of a model: on each task, the adapter that was trained on it."""
@@ -121,8 +126,16 @@ def compare(
     }
     first = next(iter(described.values()))
     path = first.folder.parent / f"{comparison.name}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    _keep_another(path, result)
+    write_text(path, json.dumps(result, indent=2) + "\n")
     return {**result, "path": str(path)}
+
+
+def _keep_another(path: Path, result: Mapping[str, Any]) -> None:
+    """Renames an earlier comparison of this name that has other results."""
+    if path.exists() and read_regular(path).strip() != json.dumps(result, indent=2).encode():
+        [kept] = folder.set_aside(path.parent, [path.name])
+        log.warning("%s: an earlier comparison with other results is kept as %s", path, kept)
 
 
 def _scores(evaluation: Mapping[str, Scores], model: str, metric: str) -> dict[str, float]:

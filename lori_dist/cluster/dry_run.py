@@ -20,9 +20,10 @@ from lori_dist.jobs import Job
 TITLES = ("job", "state", "needs", "rows", "steps", "trained entries")
 
 
-def dry_run(run: Run) -> list[tuple[str, ...]]:
+def dry_run(run: Run) -> tuple[list[tuple[str, ...]], list[str]]:
     """Checks a run, reads and encodes its rows, and builds each of its trainings in a gang of the run's cluster, up to
-    the first step. Returns a line for each job, under TITLES. The run's folder stays as it is, or absent.
+    the first step. Returns a line for each job, under TITLES, and what is said of each whose folder has a result of
+    other settings. The run's folder stays as it is, or absent.
 
     Raises what `execute` would at its start, and JobError with what is wrong with trainings that cannot be built.
     """
@@ -32,7 +33,7 @@ def dry_run(run: Run) -> list[tuple[str, ...]]:
     folder.check_free(run.folder)
     board = Board(run=run, jobs=planned(run), progress=lambda event: None)
     found = _rehearsed(board) if board.unfinished() else {}
-    return [_line(board, job, found.get(job.name)) for job in board.jobs]
+    return [_line(board, job, found.get(job.name)) for job in board.jobs], board.superseded()
 
 
 def _rehearsed(board: Board) -> dict[str, dict[str, Any]]:

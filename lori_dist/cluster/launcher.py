@@ -1,5 +1,6 @@
 """One training in the processes that a launcher has started, with its result where a run looks for it."""
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from lori_dist.jobs import Job, check_inputs
 from lori_dist.training import preemption
 from lori_dist.training.train import Record, train
 from lori_dist.training.world import World, from_first
+
+log = logging.getLogger(__name__)
 
 Begun = tuple[Job, Attempt | None, dict[str, str]]  # without an attempt, the job is finished; digests of its needs
 
@@ -68,9 +71,11 @@ def _begin(run: Run, task: str) -> Begun:
     job = jobs.get(f"train-{task}")
     if job is None:
         raise ConfigError(f"multitask: the plan of {run.multitask.name} has no job for {task} alone; use `lori run`")
+    folder.check_entries(run.folder)
     if folder.finished(run.folder, job) is not None:
         return job, None, {}
-    folder.check_links(run.folder)
+    if (text := folder.superseded(run.folder, job)) is not None:
+        log.warning("%s", text)
     inputs = {}
     for need in job.needs:
         found = folder.finished(run.folder, jobs[need])

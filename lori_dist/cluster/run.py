@@ -50,6 +50,10 @@ def execute(run: Run, *, progress: Callable[[Progress], None] | None = None) -> 
     with storage.driving(run.output, run.name), folder.lock(run.folder) as owner:
         folder.clean(run.folder, scratch=[CHECKPOINTS, TRIED, ATTEMPTS])
         board = Board(run=run, jobs=jobs, progress=progress or (lambda event: None))
+        for text in board.superseded():
+            log.warning("%s", text)
+        if names := board.keep_report():
+            log.warning("%s: the earlier results' summary and report are kept as %s", run.folder, ", ".join(names))
         board.write()
         if board.unfinished():
             rows.check(run)

@@ -6,15 +6,19 @@ is in its file is not measured twice.
 """
 
 import json
+import logging
 import math
-import os
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lori_dist.atomic import append_json, write_text
 from lori_dist.errors import ConfigError
+from lori_dist.folder import is_sealed, read_lines, sealed
+
+log = logging.getLogger(__name__)
 
 Point = tuple[float, ...]
 Method = Generator[list[Point], list[float], None]
@@ -135,15 +139,21 @@ def _within(number: float, bounds: tuple[float, float]) -> float:
 
 
 def read(file: Path) -> dict[Point, float]:
-    """The scores in a file of JSON lines. A last line that was cut off is removed."""
-    if not file.exists():
-        return {}
-    text = file.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) < len(text):
-        os.truncate(file, len(whole))
-    records = [json.loads(line) for line in whole.splitlines()]
-    return {tuple(record["point"]): _score(record["score"]) for record in records}
+    """The scores in a file of JSON lines. Lines that are not whole, or not as they were written, are removed: what they
+    were of is measured again."""
+    records, num_bad = read_lines(file)
+    whole = [record for record in records if is_sealed(record) and _is_whole(record)]
+    num_bad += len(records) - len(whole)
+    if num_bad:
+        log.warning("%s: %d lines are damaged; what they were of is measured again", file, num_bad)
+        write_text(file, "".join(json.dumps(record) + "\n" for record in whole))
+    return {tuple(record["point"]): _score(record["score"]) for record in whole}
+
+
+def _is_whole(record: Mapping[str, Any]) -> bool:
+    point, score = record.get("point"), record.get("score", "")
+    numbers = [*point, *([] if score is None else [score])] if isinstance(point, list) else [None]
+    return all(isinstance(number, int | float) for number in numbers)
 
 
 def append(file: Path, point: Point, along: Sequence[Axis], metrics: Mapping[str, float], score: float) -> None:
@@ -151,10 +161,7 @@ def append(file: Path, point: Point, along: Sequence[Axis], metrics: Mapping[str
     finite = score if math.isfinite(score) else None
     shown = {task: value if math.isfinite(value) else None for task, value in metrics.items()}
     record = {"point": list(point), "weights": weights(point, along), "metrics": shown, "score": finite}
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(record) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+    append_json(file, sealed(record), flush=True)
 
 
 def _score(value: float | None) -> float:

@@ -45,7 +45,7 @@ def status(root: Path) -> dict[str, Any]:
     for name in states:
         if re.fullmatch(JOB_NAME, name) is None:
             raise JobError(f"{root / SUMMARY}: {name!r} is no job's name; the file is not one that `lori run` wrote")
-    folder.check_links(root)
+    folder.check_entries(root)
     return {
         "run": str(summary.get("run")),
         "folder": str(root),
@@ -168,7 +168,7 @@ def stop(root: Path, *, timeout: float) -> str | None:
     driver = folder.owner(root)
     if driver is None:
         return None
-    folder.check_links(root)
+    folder.check_entries(root)
     folder.request_stop(root, driver)
     end = time.monotonic() + timeout
     while folder.owner(root) == driver:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lori_dist.config import Run
+from lori_dist.files import open_regular, read_regular
 from lori_dist.jobs import Job, same_merges
 from lori_dist.scores import transfer
 
@@ -59,10 +60,26 @@ def path(run: Run, job: Job) -> Path:
 def attempts_of(partial: Path) -> list[dict[str, Any]]:
     """What became of each attempt at a job, from the folder in which it is being done."""
     try:
-        attempts: list[dict[str, Any]] = json.loads((partial / ATTEMPTS).read_text(encoding="utf-8"))["attempts"]
-    except (OSError, ValueError, KeyError):  # none yet
+        tree = json.loads(read_regular(partial / ATTEMPTS).decode())
+    except (OSError, ValueError, RecursionError):  # none yet, or damaged
         return []
-    return attempts
+    attempts = tree.get("attempts") if isinstance(tree, dict) else None
+    return [attempt for attempt in attempts if _is_attempt(attempt)] if isinstance(attempts, list) else []
+
+
+def _is_attempt(attempt: Any) -> bool:
+    """Whether it is what `cluster.attempts.History` writes."""
+    return (
+        isinstance(attempt, dict)
+        and type(attempt.get("number")) is int
+        and _is_number(attempt.get("started"))
+        and (attempt.get("seconds") is None or _is_number(attempt["seconds"]))
+        and isinstance(attempt.get("error"), str | None)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 LAST_BYTES = 2**16
@@ -72,7 +89,7 @@ LAST_BYTES = 2**16
 def last_steps(partial: Path) -> list[dict[str, Any]]:
     """The last records of a training that runs, from the end of its metrics; none before its first step."""
     try:
-        with (partial / METRICS).open("rb") as file:
+        with open_regular(partial / METRICS) as file:
             file.seek(0, os.SEEK_END)
             start = max(0, file.tell() - LAST_BYTES)
             file.seek(start)
@@ -81,6 +98,19 @@ def last_steps(partial: Path) -> list[dict[str, Any]]:
         return []
     records = []
     for line in lines[1:] if start else lines:
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
-    return records
+        with contextlib.suppress(ValueError, RecursionError):
+            records.append(json.loads(line.decode()))
+    return [record for record in records if is_step(record)]
+
+
+def is_step(record: Any) -> bool:
+    """Whether it is what a training writes of a step: a line may be damaged."""
+    return (
+        isinstance(record, dict)
+        and isinstance(record.get("phase"), str)
+        and all(type(record.get(key)) is int for key in ("step", "num_steps"))
+        and "loss" in record
+        and (record["loss"] is None or _is_number(record["loss"]))
+        and _is_number(record.get("time"))
+        and all(_is_number(record[key]) for key in ("steps_left", "tokens") if key in record)
+    )

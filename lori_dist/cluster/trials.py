@@ -30,6 +30,7 @@ def searched(run: Run, assignment: Assignment) -> Assignment:
     storage.put(run.output, run.name, f"{partial.name}/{TRIED}")
     try_ = remote(run, job, _try)
     along = search.axes(job.settings["tasks"], _projections(run, job) if settings["per"] == "projection" else None)
+    is_loss = settings["metric"] == "loss"
     known = search.read(partial / SEARCH)
 
     def measure(points: list[search.Point]) -> list[float]:
@@ -45,7 +46,7 @@ def searched(run: Run, assignment: Assignment) -> Assignment:
                 [done], _ = ray.wait(list(waiting), num_returns=1)
                 metrics = result(done)
                 point = waiting.pop(done)
-                known[point] = search.mean(metrics, lower_is_better=settings["metric"] == "loss")
+                known[point] = search.mean(metrics, lower_is_better=is_loss)
                 search.append(partial / SEARCH, point, along, metrics, known[point])
         finally:
             for left in waiting:

@@ -18,7 +18,7 @@ from lori_dist.cluster import schedule
 from lori_dist.cluster.connection import runtime_env
 from lori_dist.cluster.summary import ADAPTER
 from lori_dist.config import Run
-from lori_dist.errors import LoriError, Redacting, redacted
+from lori_dist.errors import LoriError, Redacting, print_anything, redacted
 from lori_dist.folder import Attempt
 from lori_dist.jobs import Job
 from lori_dist.training.metrics import recorded
@@ -340,6 +340,7 @@ def log_file(root: Path, job: Job, rank: int) -> Path:
 @contextlib.contextmanager
 def _logged(file: Path) -> Iterator[None]:
     """All that this process writes to its standard output and error, from C as well, goes to the end of a file."""
+    print_anything()
     file.parent.mkdir(parents=True, exist_ok=True)
     target = os.open(file, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
     kept = [(number, os.dup(number)) for number in (1, 2)]

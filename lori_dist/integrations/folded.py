@@ -17,8 +17,8 @@ from lori_dist.adapter.attach import foldable
 from lori_dist.adapter.experts import Expert
 from lori_dist.adapter.linear import is_conv1d
 from lori_dist.adapter.update import Update, split
+from lori_dist.atomic import complete, write_text
 from lori_dist.errors import AdapterError
-from lori_dist.integrations._folder import complete
 from lori_dist.integrations.model_card import UNKNOWN, Origin, text
 from lori_dist.tensors import PIECE_BYTES, Stored, metadata, stored, write
 from lori_dist.training.model_files import (
@@ -84,7 +84,7 @@ def export_folded(
         _copy_others(files[0].parent, partial, without={ADAPTER, INDEX} if files[0].name == SINGLE else {ADAPTER})
         _compare(base, partial, adapter, updated)
         name = str(adapter.base.get("name", run_model_path))
-        (partial / "README.md").write_text(text(adapter, name, origin, library="transformers"), encoding="utf-8")
+        write_text(partial / "README.md", text(adapter, name, origin, library="transformers"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -241,7 +241,7 @@ def _copy_others(base: Path, folder: Path, *, without: Collection[str]) -> None:
         if item.is_file() and item.suffix not in WEIGHTS:
             shutil.copyfile(item, folder / item.name)
         elif item.is_dir() and item.name == TEMPLATES:
-            shutil.copytree(item, folder / item.name)
+            shutil.copytree(item, folder / item.name, copy_function=shutil.copyfile)  # modes are the umask's
 
 
 def _refuse_other_base(base: config.Model, adapter: Adapter) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 from lori_dist.adapter import file
 from lori_dist.adapter.adapter import Adapter, Block
+from lori_dist.atomic import write_text
+from lori_dist.files import read_regular
 from lori_dist.jobs import sha256
 
 log = logging.getLogger(__name__)
@@ -47,8 +49,8 @@ def origin(adapter: Path) -> Origin:
 def _record(folder: Path) -> dict[str, Any]:
     path = folder / "job.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = json.loads(read_regular(path).decode())
+    except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
 
@@ -99,7 +101,7 @@ def write_of_run(summary: Mapping[str, Any], base_model_name: str) -> None:
             adapter = file.opened(path)
             base = str(adapter.base.get("name", base_model_name))
             card = text(adapter, base, origin(path), library="lori_dist")
-            path.with_name("README.md").write_text(card, encoding="utf-8")
+            write_text(path.with_name("README.md"), card)
         except Exception as error:
             log.warning("%s: no model card could be written: %s", name, error)
 

@@ -1,13 +1,14 @@
 """Adapters in the layout of LoRI's official code (juzhengz/LoRI): a LoRA folder of PEFT, with its mask beside it."""
 
+import io
 from pathlib import Path
 
 import torch
 
 from lori_dist.adapter.adapter import Adapter
+from lori_dist.atomic import complete, replacing
 from lori_dist.errors import AdapterError
 from lori_dist.integrations import peft
-from lori_dist.integrations._folder import complete
 from lori_dist.integrations._peft_rules import EXPERT
 from lori_dist.integrations._readback import compare_as_read
 from lori_dist.integrations.model_card import UNKNOWN, Origin
@@ -47,7 +48,10 @@ def export(adapter: Adapter, folder: Path, *, base_model_name: str, origin: Orig
     with complete(folder) as partial:
         peft.write(adapter, partial, list(adapter.shapes), base_model_name, origin)
         if adapter.kept < adapter.total:
-            torch.save(_mask(adapter), partial / f"{_sparsity(adapter)}_mask.pt")
+            written = io.BytesIO()  # torch's own error of a full disk is of no class to tell it by
+            torch.save(_mask(adapter), written)
+            with replacing(partial / f"{_sparsity(adapter)}_mask.pt") as file:
+                file.write(written.getbuffer())
         compare_as_read(partial, adapter)
 
 

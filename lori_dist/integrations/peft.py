@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lori_dist.adapter.adapter import Adapter, in_memory
+from lori_dist.atomic import complete, write_text
 from lori_dist.errors import AdapterError
 from lori_dist.integrations import _readback, model_card
-from lori_dist.integrations._folder import complete
 from lori_dist.integrations._peft_rules import EXPERT, refuse_bypassed, taken_for_experts
 from lori_dist.integrations.model_card import UNKNOWN, Origin
+from lori_dist.tensors import save
 
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt")
 """Model types whose linear layers are `Conv1D`, with a weight of (in_features, out_features)."""
@@ -59,10 +59,10 @@ def write(adapter: Adapter, folder: Path, modules: list[str], base_model_name: s
         is_inner = projection != "down_proj" and f"{experts}.down_proj" in fused
         tensors[f"base_model.model.{experts}{'.base_layer' if is_inner else ''}.lora_A.weight"] = a
         tensors[f"base_model.model.{experts}{'.base_layer' if is_inner else ''}.lora_B.weight"] = b
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     settings = _config(adapter, modules, _path_or_name(base_model_name), model_type)
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(model_card.text(adapter, base_model_name, origin), encoding="utf-8")
+    write_text(folder / "adapter_config.json", json.dumps(settings, indent=2) + "\n")
+    write_text(folder / "README.md", model_card.text(adapter, base_model_name, origin))
     _readback.compare(folder, adapter, base)
 
 

@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lori_dist import plugin, tensors
+from lori_dist import plugin
 from lori_dist.adapter import file, source
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.adapter.spool import Spool
 from lori_dist.adapter.update import Part, Update, blocks, split, told_apart
+from lori_dist.atomic import aside
 from lori_dist.merges import _weights
 from lori_dist.merges._inputs import check
 from lori_dist.merges._weights import Weight
@@ -100,7 +101,7 @@ def merge_files(
     given, shapes = _given(adapters, weights, _share(method, options, len(adapters))), _shapes(adapters)
     ranges, known = _ranges(list(shapes), num_ranges), _surveyed(adapters, shapes, method, options)
     with contextlib.ExitStack() as stack:
-        asides = [stack.enter_context(tensors.aside(out)) for _ in ranges]
+        asides = [stack.enter_context(aside(out)) for _ in ranges]
         merge_range = functools.partial(
             _merge_range, adapters, out, method=method, options=options, weights=given, known=known
         )
@@ -132,8 +133,8 @@ def _merge_range(
 
     adapters: opened, so small to send elsewhere. work: modules, and the file for tensors that are new.
     """
-    modules, aside = work
-    merge_module, spool, shapes = _bound(method, options), Spool(path=aside, out=out), _shapes(adapters)
+    modules, place = work
+    merge_module, spool, shapes = _bound(method, options), Spool(path=place, out=out), _shapes(adapters)
     share = _share(method, options, len(adapters))
     found: dict[str, Sequence[Part]] = {}
     for module in modules:

@@ -2,9 +2,9 @@
 
 A file is `<phase>-<step>.safetensors` with flat tensors `values`, `exp_avg` and `exp_avg_sq`, the modules' kept entries
 one after the other, and `digest`, 16 bytes over all the rest. Its metadata has one key, `lori`, with a JSON object:
-format, phase, step (updates done), skipped (steps besides, if any), modules (path -> entries, in the model's order) and
-origin (of what it is a state). Which rows a step takes and what random generators give follow from the origin's seed
-and the number of steps.
+format, phase, step (updates done), skipped (steps besides, if any), modules (path -> entries, in the model's order),
+origin (of what it is a state) and, if any, notes (what the loop of steps knows of those before). Which rows a step
+takes and what random generators give follow from the origin's seed and the number of steps.
 """
 
 import hashlib
@@ -25,7 +25,8 @@ from lori_dist.tensors import Stored, metadata, stored, write
 from lori_dist.training.engine import QUANTITIES, Engine, Quantity, State, entries, gather_in_turn
 from lori_dist.training.world import World
 
-FORMAT = "lori-checkpoint-2"
+FORMAT, UNORDERED = "lori-checkpoint-3", "lori-checkpoint-2"
+"""What is written, and what earlier versions wrote: its digest does not depend on the order of the modules."""
 KEY = "lori"
 DIGEST_BYTES = 16
 LISTED = 5
@@ -48,18 +49,19 @@ def save(
     still_mine: Callable[[], None] = lambda: None,
     skipped: int = 0,
     spare: int | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a checkpoint and deletes all but the newest `keep` of its phase. Every rank calls this; rank 0 writes.
 
     Rank 0 holds a piece at a time. The file appears by a rename: a kill at any byte leaves the previous
     checkpoints as they were. still_mine: called on rank 0 before anything is written. skipped: steps whose updates were
-    left out. spare: a step whose checkpoint stays.
+    left out. spare: a step whose checkpoint stays. notes: plain JSON that comes back with the state.
     """
     path = file_of(folder, phase, engine.num_steps + skipped)
     if world.rank == 0:
         still_mine()
         folder.mkdir(parents=True, exist_ok=True)
-    write_state(path, phase, engine, world, origin=origin, skipped=skipped)
+    write_state(path, phase, engine, world, origin=origin, skipped=skipped, notes=notes)
     if world.rank == 0:
         spared = None if spare is None else file_of(folder, phase, spare)
         cut_off = folder.glob(f".{phase}-*.partial")  # by a kill
@@ -103,6 +105,7 @@ def write_state(
     origin: Origin,
     quantities: Sequence[Quantity] = QUANTITIES,
     skipped: int = 0,
+    notes: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes an engine's state, or some quantities of it, to a file of any name. Every rank calls this; rank 0 writes,
     and holds some of it at a time."""
@@ -119,6 +122,7 @@ def write_state(
         **({"skipped": skipped} if skipped else {}),
         "modules": modules,
         "origin": dict(origin),
+        **({"notes": dict(notes)} if notes else {}),
     }
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]
     layout = {quantity: (torch.float32, (sum(modules.values()),)) for quantity in quantities}
@@ -152,7 +156,7 @@ def read(path: Path, phase: str, *, origin: Origin) -> State:
         else {}
         for quantity in QUANTITIES
     }
-    return State(step=header["step"], skipped=header.get("skipped", 0), **parts)
+    return State(step=header["step"], skipped=header.get("skipped", 0), notes=header.get("notes", {}), **parts)
 
 
 def check(path: Path, phase: str, *, origin: Origin) -> tuple[dict[str, int], Stored]:
@@ -202,7 +206,7 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
         found = stored(path)
         header = json.loads(metadata(path)[KEY])
         version, num_entries = header["format"], sum(header["modules"].values())
-    if version != FORMAT:
+    if version not in (FORMAT, UNORDERED):
         raise Damaged(f"{path}: is not of format {FORMAT}; it is damaged or was written by another version")
     if any(
         (found[quantity].shape, found[quantity].dtype) != ((num_entries,), torch.float32) for quantity in _held(found)
@@ -227,7 +231,9 @@ def _verify(path: Path, header: Mapping[str, Any], found: Mapping[str, Stored], 
 
 
 def _digest(header: Mapping[str, Any]) -> Any:
-    return hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=DIGEST_BYTES)
+    """Of the header: as it stands, for values belong to modules by their order."""
+    text = json.dumps(header, sort_keys=header["format"] == UNORDERED)
+    return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES)
 
 
 @contextmanager

@@ -48,8 +48,10 @@ def over_steps(
     steps in which they opposed each other there, depth: mean cosine in these, 0 if there are none}, the items in the
     order of the layers}.
     """
-    records, lines = list(records), list(lines)
     pairs = [(a, b) for place, a in enumerate(tasks) for b in tasks[place + 1 :]]
+    keys = ["+".join(pair) for pair in pairs]
+    records = [record for record in records if _is_whole(record.get("conflicts"), keys) and "removed" in record]
+    lines = [line for line in lines if _is_whole(line.get("cosines"), keys)]
 
     def of_pair(pair: tuple[str, str]) -> dict[str, Any]:
         key = "+".join(pair)
@@ -73,8 +75,14 @@ def over_steps(
     }
 
 
+def _is_whole(tree: Any, keys: Sequence[str]) -> bool:
+    """Whether what a file says of a step is of all pairs of tasks."""
+    return isinstance(tree, Mapping) and set(keys) <= set(tree)
+
+
 def _mean(values: Iterable[float]) -> float:
-    return _short(fmean(values))
+    """0 of none: of steps whose lines were lost."""
+    return _short(fmean(list(values) or [0.0]))
 
 
 def _short(value: float) -> float:

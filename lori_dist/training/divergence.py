@@ -3,7 +3,8 @@
 import math
 import statistics
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lori_dist.training.engine import StepResult
 from lori_dist.training.metrics import Record
@@ -28,6 +29,18 @@ class Divergence:
         self.losses = deque((line["loss"] for line in records if UPDATE not in line), maxlen=WINDOW)
         wrong = [UPDATE in line for line in reversed(records)]
         self.in_a_row = wrong.index(False) if False in wrong else len(wrong)
+
+    @classmethod
+    def noted(cls, spike: float | None, notes: Mapping[str, Any]) -> "Divergence":
+        """As it was when it gave its `notes`."""
+        made = cls(spike, [])
+        made.losses.extend(notes["losses"])
+        made.in_a_row = notes["in_a_row"]
+        return made
+
+    def notes(self) -> dict[str, Any]:
+        """What a training that resumes has to know, as plain JSON."""
+        return {"losses": list(self.losses) if self.spike is not None else [], "in_a_row": self.in_a_row}
 
     def accepts(self, result: StepResult) -> bool:
         """Whether its update is to be done."""

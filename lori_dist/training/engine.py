@@ -7,7 +7,7 @@ that have a default are its options.
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -61,6 +61,8 @@ class State:
     """Adam's second moment, as values."""
     steps: Mapping[str, int] = field(default_factory=dict)
     """Of several adapters: each one's steps."""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """What the loop of steps knows of those before, as plain JSON."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

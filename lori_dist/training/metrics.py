@@ -2,16 +2,20 @@
 
 import contextlib
 import json
-import os
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lori_dist.atomic import append_json, write_text
 from lori_dist.config import Run
+from lori_dist.folder import read_lines
 from lori_dist.training.trackers import forget, tracked
 
 METRICS = "metrics.jsonl"
+
+log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 """A line. `time`: when it was written, in seconds since 1970.
@@ -44,19 +48,31 @@ def recorded(run: Run, job: str, folder: Path) -> Iterator[Callable[[Record], No
 
 
 def append(folder: Path, record: Record) -> None:
-    with (folder / METRICS).open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(record) + "\n")
+    append_json(folder / METRICS, record)
 
 
 def read(folder: Path, name: str = METRICS) -> list[Record]:
-    """All lines of a file but one that a kill has cut short; none where there is no file."""
-    path = folder / name
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The records of a file, but for lines that are not whole, which a log line counts; none where there is no file."""
+    records, num_bad = read_lines(folder / name)
+    if num_bad:
+        log.warning(
+            "%s: %d %s not whole, as after a kill or a power cut; dropped",
+            folder / name,
+            num_bad,
+            "line is" if num_bad == 1 else "lines are",
+        )
+    return records
+
+
+def steps(folder: Path, name: str = METRICS) -> list[Record]:
+    """Those records that are of steps of a training."""
+    return [line for line in read(folder, name) if is_step(line)]
+
+
+def is_step(record: Record) -> bool:
+    return isinstance(record.get("phase"), str) and type(record.get("step")) is int
 
 
 def rewrite(folder: Path, records: Iterable[Record], name: str = METRICS) -> None:
     """Puts records in place of those that are there, at once."""
-    partial = folder / f".{name}.partial"
-    partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    os.replace(partial, folder / name)
+    write_text(folder / name, "".join(json.dumps(record) + "\n" for record in records))

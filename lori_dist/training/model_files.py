@@ -30,6 +30,8 @@ from transformers.utils import logging as transformers_logging
 from lori_dist import config
 from lori_dist.adapter.probe import probe
 from lori_dist.errors import ConfigError
+from lori_dist.files import require_regular
+from lori_dist.jobs import TEXTS, WEIGHTS
 from lori_dist.tensors import Stored, stored
 
 SINGLE = "model.safetensors"
@@ -252,6 +254,9 @@ def _sample(file: Path, digest: hashlib.blake2b) -> None:
 def loading(model: config.Model, part: str = "") -> Iterator[None]:
     """What goes wrong below is about the folder or name that the user gave; the libraries raise nearly any class."""
     try:
+        for file in Path(model.path).iterdir() if Path(model.path).is_dir() else ():
+            if file.suffix in (*TEXTS, *WEIGHTS):  # which the libraries open, and would wait for if it were a pipe
+                require_regular(file)
         with _without_bars():
             yield
     except ConfigError:

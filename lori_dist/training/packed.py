@@ -196,6 +196,8 @@ class Pack:
     gradients: Gradients
     done: dict[str, int]
     """Steps of each task."""
+    losses: dict[str, float | None]
+    """Of each task's last step."""
 
     @classmethod
     def build(
@@ -223,7 +225,17 @@ class Pack:
             for task, job in jobs.items():
                 rewind(job, steps[task], done[task])
         gradients = Gradients(routing=routing, world=world, max_norm=run.train.clip)
-        return cls(jobs=jobs, steps=steps, masks=masks, model=model, engine=engine, gradients=gradients, done=done)
+        losses = {task: state.notes.get("loss") if state else None for task, state in found.items()}
+        return cls(
+            jobs=jobs,
+            steps=steps,
+            masks=masks,
+            model=model,
+            engine=engine,
+            gradients=gradients,
+            done=done,
+            losses=losses,
+        )
 
     def run(self) -> dict[str, Outcome]:
         """Does all steps of all tasks. Returns those that failed."""
@@ -256,6 +268,7 @@ class Pack:
                 failed[task] = diverged(job, phase, self.done[task] + 1, problem, rates[task])
                 continue
             self.done[task] += 1
+            self.losses[task] = loss
             examples = [job.examples[0][row] for row in rows[task]]
             num_tokens = sum(len(example.prompt_ids) + len(example.response_ids) for example in examples)
             if job.world.rank == 0:
@@ -307,6 +320,7 @@ class Pack:
             origin={**origin_of(job, phase), "mask": digest_of(_of(self.masks, task))},
             keep=job.run.train.keep,
             still_mine=job.still_mine,
+            notes={"loss": self.losses[task]},
         )
 
     def _rate(self, task: str) -> float:
@@ -361,7 +375,7 @@ class Pack:
                 "total": adapter.total,
                 "bytes": path.stat().st_size,
                 "steps": phase.num_steps,
-                "loss": metrics.read(job.folder)[-1]["loss"],
+                "loss": self.losses[job.task],
                 "seconds": time.monotonic() - start,
             }
 

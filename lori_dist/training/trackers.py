@@ -2,13 +2,13 @@
 
 import contextlib
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from lori_dist import folder
 from lori_dist.config import Run
-from lori_dist.errors import JobError
+from lori_dist.errors import JobError, redacted
 
 if TYPE_CHECKING:  # a run without trackers does without accelerate
     from accelerate.tracking import GeneralTracker
@@ -34,8 +34,6 @@ ARGUMENTS: Mapping[str, Callable[[Run, str, int], dict[str, Any]]] = {
 """How each is told the name of the run, that of what it draws (a job, or a phase of one), and the step it begins at."""
 
 NOT_DRAWN = ("step", "num_steps", "steps_left", "time")
-SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
-"""In the names of environment variables whose values are nobody else's business."""
 
 
 @contextlib.contextmanager
@@ -78,8 +76,14 @@ def tracked(run: Run, job: str) -> Iterator[Callable[[Mapping[str, Any]], None]]
 
 
 def forget(run: Run, job: str) -> None:
-    """Takes away what TensorBoard has of an earlier job of this name, which is about to be done anew."""
-    shutil.rmtree(run.folder / TENSORBOARD / job, ignore_errors=True)
+    """Takes away what TensorBoard has of an earlier job of this name, which is about to be done again: the curves of a
+    finished one get the name under which its folder will be kept."""
+    curves = run.folder / TENSORBOARD / job
+    kept = curves.with_name(folder.next_kept(run.folder / job).name)
+    if folder.is_finished(run.folder / job) and curves.is_dir() and not kept.exists():
+        curves.rename(kept)
+    else:
+        shutil.rmtree(curves, ignore_errors=True)
 
 
 def _begin(name: str, run: Run, curve: str, step: int) -> "GeneralTracker":
@@ -116,14 +120,5 @@ def _told(name: str, kind: type[RuntimeError]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        found = without_secrets(f"{type(error).__name__}: {error}")
+        found = redacted(f"{type(error).__name__}: {error}")
         raise kind(f"trackers: {name} does not work ({found}); set it up, or leave it out of trackers") from None
-
-
-def without_secrets(text: str) -> str:
-    """The text with *** for every value of an environment variable that is called a key, token, secret or password,
-    and for names and passwords in addresses."""
-    secrets = {value for name, value in os.environ.items() if SECRET.search(name) and len(value) >= 6}
-    for value in sorted(secrets, key=len, reverse=True):
-        text = text.replace(value, "***")
-    return re.sub(r"(\w://)[^/\s@]+@", r"\1***@", text)

@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from lori_dist import config, plugin
 from lori_dist.adapter import file, source
 from lori_dist.adapter.adapter import Adapter, Spec
 from lori_dist.adapter.attach import attach, extract, projection_checksums, refuse_other_projections
+from lori_dist.atomic import append_json
 from lori_dist.config import Run, held_out, trained_as
 from lori_dist.errors import AdapterError, ConfigError, JobError
 from lori_dist.jobs import Job as Planned
@@ -151,22 +152,21 @@ def train(
         *calibration, last = phases_of(job)
         masks = _masks(job, calibration[0]) if calibration else None
         gc.collect()  # models and engines refer to themselves, and two bases may not fit
-        model, engine = _fit(job, last, masks)
+        model, engine, end = _fit(job, last, masks)
     adapter = write_adapter(folder / ADAPTER, model, engine, job)
     engine.close()
 
     def summary() -> dict[str, Any]:
         assert adapter is not None
-        records = metrics.read(folder)
         return {
             "kept": adapter.kept,
             "total": adapter.total,
             "bytes": (folder / ADAPTER).stat().st_size,
-            "steps": records[-1]["step"],
-            "loss": records[-1]["loss"],
+            "steps": end.step,
+            "loss": end.loss,
             "seconds": time.monotonic() - start,
             **_conflicts(job, model),
-            **_best(job, records),
+            **({"best": {"step": end.best.step, "loss": end.best.loss}} if run.train.early_stop is not None else {}),
         }
 
     return from_first(world, summary)
@@ -372,7 +372,7 @@ def is_calibrated(job: Job, phase: Phase) -> bool:
 
 
 def _calibrate(job: Job, phase: Phase, path: Path) -> None:
-    _, engine = _fit(job, phase, None)
+    _, engine, _ = _fit(job, phase, None)
     if job.world.rank == 0:
         job.still_mine()
     # Only B is needed from here on, and the moments are two thirds of the bytes.
@@ -382,14 +382,34 @@ def _calibrate(job: Job, phase: Phase, path: Path) -> None:
         checkpoint.delete(job.folder / CHECKPOINTS, CALIBRATE)
 
 
-def _fit(job: Job, phase: Phase, masks: Mapping[str, Tensor] | None) -> tuple[PreTrainedModel, Engine]:
-    """Trains the entries that masks keep, from zero or from the newest checkpoint. Returns what holds them."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class End:
+    """Where the steps of a phase are, or have ended. Goes into checkpoints: metrics.jsonl is for people, and may be
+    damaged."""
+
+    step: int = 0
+    """The last that was done."""
+    loss: float | None = None
+    """Of that step."""
+    best: Best = field(default_factory=Best)
+
+    @classmethod
+    def noted(cls, notes: Mapping[str, Any]) -> "End":
+        return cls(step=notes["step"], loss=notes["loss"], best=Best.noted(notes["best"]))
+
+    def notes(self, divergence: Divergence) -> dict[str, Any]:
+        loss = self.loss if self.loss is not None and math.isfinite(self.loss) else None
+        return {"step": self.step, "loss": loss, "best": self.best.notes(), "divergence": divergence.notes()}
+
+
+def _fit(job: Job, phase: Phase, masks: Mapping[str, Tensor] | None) -> tuple[PreTrainedModel, Engine, End]:
+    """Trains the entries that masks keep, from zero or from the newest checkpoint. Returns what holds them, and where
+    it ended."""
     built = _build(job, phase, masks)
     if job.world.rank == 0:
         rewind(job, phase, built.first)
         log.info("%s: %s", job.name, _announced(job, phase, built))
-    _do_steps(job, phase, built)
-    return built.model, built.engine
+    return built.model, built.engine, _do_steps(job, phase, built)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -402,6 +422,8 @@ class _Built:
     """That are trained."""
     first: int
     """Steps that were done before."""
+    notes: Mapping[str, Any]
+    """Of the checkpoint from which it resumes."""
     origin: Mapping[str, Any]
     tasks: Surgery | None
     mfu: flops.Utilisation
@@ -414,7 +436,7 @@ def _build(job: Job, phase: Phase, masks: Mapping[str, Tensor] | None) -> _Built
     reset_peak(job.world.device)
     origin = {**origin_of(job, phase), "mask": digest_of(masks)}
     found = checkpoint.newest(job.folder / CHECKPOINTS, phase.name, origin)
-    first = found.step + found.skipped if found else 0
+    first, notes = (found.step + found.skipped, found.notes) if found else (0, {})
     if found is None and job.start is not None:
         found = _state_of(job.start)
     agree(job.world, str(first), f"newest checkpoint in {job.folder}", "give an output folder that all ranks share")
@@ -427,7 +449,16 @@ def _build(job: Job, phase: Phase, masks: Mapping[str, Tensor] | None) -> _Built
     agree(job.world, json.dumps(checksums), "projection A", "install the same version of the program on all machines")
     if job.start is not None:
         refuse_other_projections(job.start.blocks[0], checksums)
-    return _Built(model=model, engine=engine, num_entries=num_entries, first=first, origin=origin, tasks=tasks, mfu=mfu)
+    return _Built(
+        model=model,
+        engine=engine,
+        num_entries=num_entries,
+        first=first,
+        notes=notes,
+        origin=origin,
+        tasks=tasks,
+        mfu=mfu,
+    )
 
 
 def _announced(job: Job, phase: Phase, built: _Built) -> str:
@@ -445,12 +476,13 @@ def _announced(job: Job, phase: Phase, built: _Built) -> str:
     )
 
 
-def _do_steps(job: Job, phase: Phase, built: _Built) -> None:
+def _do_steps(job: Job, phase: Phase, built: _Built) -> End:
     """Those that are left, to the last one, or until it ends early, with the best values."""
     train, engine, first, origin, tasks = job.run.train, built.engine, built.first, built.origin, built.tasks
-    divergence, best = from_first(job.world, lambda: _known(job, phase))
+    divergence, end = from_first(job.world, lambda: _known(job, phase, first, built.notes))
+    best = end.best
     if first == 0 and train.on_divergence == "rollback":
-        _save(job, phase, engine, 0, origin, best)
+        _save(job, phase, engine, origin, end, divergence)
     for step in range(first, phase.num_steps):
         if train.early_stop is not None and best.num_since >= train.early_stop:
             break
@@ -461,6 +493,7 @@ def _do_steps(job: Job, phase: Phase, built: _Built) -> None:
             losses = [_validation_loss(job, engine, examples) for examples in job.validation]
             record[validation.LOSS] = sum(losses) / len(losses)
             best = best.after(num_done, record[validation.LOSS])
+        end = End(step=num_done, loss=record["loss"], best=best)
         if job.world.rank == 0:
             if tasks is not None and tasks.conflicts is not None:
                 line = {"phase": phase.name, "step": num_done, "cosines": conflicts.of_layers(tasks.conflicts)}
@@ -471,14 +504,18 @@ def _do_steps(job: Job, phase: Phase, built: _Built) -> None:
         is_saved = is_due(job, phase, num_done) or (train.early_stop is not None and best.step == num_done)
         notice = notice_after(job, phase, num_done)
         if is_saved or notice:
-            _save(job, phase, engine, num_done, origin, best)
+            _save(job, phase, engine, origin, end, divergence)
         if notice > Notice.NODE:
             from_first(job.world, lambda: None)  # which may be writing, and ends with the first that ends
             raise preempted(notice, {job.task: (num_done, phase.num_steps, phase.name)})
     if train.early_stop is not None and best.step > 0:
         path = checkpoint.file_of(job.folder / CHECKPOINTS, phase.name, best.step)
         from_first(job.world, lambda: None)  # which may be writing it
-        engine.load(checkpoint.read(path, phase.name, origin=origin))
+        try:
+            engine.load(checkpoint.read(path, phase.name, origin=origin))
+        except checkpoint.Damaged as error:
+            raise JobError(f"{error}; it has the best values, so delete {job.folder} to train again") from error
+    return end
 
 
 def notice_after(job: Job, phase: Phase, num_done: int) -> Notice:
@@ -487,13 +524,17 @@ def notice_after(job: Job, phase: Phase, num_done: int) -> Notice:
     return Notice.NONE if is_last else of_any(job.told(), job.world)
 
 
-def _known(job: Job, phase: Phase) -> tuple[Divergence, Best]:
-    """From the steps that were done."""
-    records = [line for line in metrics.read(job.folder) if line["phase"] == phase.name]
-    return Divergence(job.run.train.spike, records), validation.best(records)
+def _known(job: Job, phase: Phase, first: int, notes: Mapping[str, Any]) -> tuple[Divergence, End]:
+    """From the steps that were done. Checkpoints of earlier versions have no notes: then from what the metrics say."""
+    spike = job.run.train.spike
+    if notes:
+        return Divergence.noted(spike, notes["divergence"]), End.noted(notes)
+    records = [line for line in metrics.steps(job.folder) if line["phase"] == phase.name and "loss" in line]
+    loss = records[-1].get("loss") if records else None
+    return Divergence(spike, records), End(step=first, loss=loss, best=validation.best(records))
 
 
-def _save(job: Job, phase: Phase, engine: Engine, num_done: int, origin: Mapping[str, Any], best: Best) -> None:
+def _save(job: Job, phase: Phase, engine: Engine, origin: Mapping[str, Any], end: End, divergence: Divergence) -> None:
     checkpoint.save(
         job.folder / CHECKPOINTS,
         phase.name,
@@ -502,8 +543,9 @@ def _save(job: Job, phase: Phase, engine: Engine, num_done: int, origin: Mapping
         origin=origin,
         keep=job.run.train.keep,
         still_mine=job.still_mine,
-        skipped=num_done - engine.num_steps,
-        spare=best.step if job.run.train.early_stop is not None else None,
+        skipped=end.step - engine.num_steps,
+        spare=end.best.step if job.run.train.early_stop is not None else None,
+        notes=end.notes(divergence),
     )
 
 
@@ -741,14 +783,13 @@ def is_due(job: Job, phase: Phase, num_done: int) -> bool:
 
 def append(job: Job, name: str, line: Mapping[str, Any]) -> None:
     job.still_mine()
-    with (job.folder / name).open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(line) + "\n")
+    append_json(job.folder / name, line)
 
 
 def rewind(job: Job, phase: Phase, first: int) -> None:
     """Drops what an earlier attempt wrote about steps that are done again."""
     for name in (METRICS,) if job.joint is None else (METRICS, conflicts.FILE):
-        lines = metrics.read(job.folder, name)
+        lines = metrics.steps(job.folder, name)
         kept = [line for line in lines if line["phase"] != phase.name or line["step"] <= first]
         if phase.name == CALIBRATE:
             kept = [line for line in kept if line["phase"] == CALIBRATE]
@@ -758,19 +799,12 @@ def rewind(job: Job, phase: Phase, first: int) -> None:
             forget(job.run, job.name)
 
 
-def _best(job: Job, records: Sequence[Record]) -> Record:
-    if job.run.train.early_stop is None:
-        return {}
-    found = validation.best(line for line in records if line["phase"] == TRAIN)
-    return {"best": {"step": found.step, "loss": found.loss}}
-
-
 def _conflicts(job: Job, model: nn.Module) -> Record:
     """Those of the last phase, over all of its steps."""
     if job.joint is None or job.joint.projection == "none":
         return {}
     records, lines = (
-        [line for line in metrics.read(job.folder, name) if line["phase"] == TRAIN]
+        [line for line in metrics.steps(job.folder, name) if line["phase"] == TRAIN]
         for name in (METRICS, conflicts.FILE)
     )
     return {"conflicts": conflicts.over_steps(job.joint.tasks, layers_of(model), records, lines)}

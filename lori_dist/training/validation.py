@@ -1,8 +1,9 @@
 """The loss on rows that are not trained on, while a training goes on, and which of its steps had the lowest."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,17 @@ class Best:
     loss: float = math.inf
     num_since: int = 0
     """Measurements after it."""
+
+    @classmethod
+    def noted(cls, notes: Mapping[str, Any]) -> "Best":
+        """As it was when it gave its `notes`."""
+        loss = math.inf if notes["loss"] is None else notes["loss"]
+        return cls(step=notes["step"], loss=loss, num_since=notes["num_since"])
+
+    def notes(self) -> dict[str, Any]:
+        """What a training that resumes has to know, as plain JSON."""
+        loss = self.loss if math.isfinite(self.loss) else None
+        return {"step": self.step, "loss": loss, "num_since": self.num_since}
 
     def after(self, step: int, loss: float) -> "Best":
         if loss < self.loss:

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from lori_dist.errors import JobError
@@ -114,7 +116,7 @@ def test_a_file_says_what_it_is(tmp_path: Path) -> None:
         shapes = {name: list(file.get_tensor(name).shape) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     assert key == "lori"
     assert json.loads(text) == {
-        "format": "lori-checkpoint-2",
+        "format": "lori-checkpoint-3",
         "phase": "train",
         "step": 5,
         "modules": {"b.x": 7, "a": 1, "b.c": 50},
@@ -209,6 +211,48 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     assert "continuing from the checkpoint before it" in caplog.text
     with pytest.raises(checkpoint.Damaged, match="damaged"):
         checkpoint.check(path, PHASE, origin=ORIGIN)
+
+
+def test_modules_in_another_order_are_damage(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Values belong to modules by their order alone."""
+    _, path = save(tmp_path, 5, 10)
+    reorder(path)
+    assert_is(newest(tmp_path), 5)
+    assert f"{path}: its content does not match its digest" in caplog.text
+    for read in (checkpoint.read, checkpoint.check):
+        with pytest.raises(checkpoint.Damaged, match="does not match its digest"):
+            read(path, PHASE, origin=ORIGIN)
+
+
+def reorder(path: Path) -> None:
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["lori"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    header["modules"] = dict(reversed(header["modules"].items()))
+    save_file(tensors, path, metadata={"lori": json.dumps(header)})
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """Its digest is over the header with sorted keys."""
+    [path] = save(tmp_path, 5)
+    with safe_open(path, framework="pt") as file:
+        header = {**json.loads(file.metadata()["lori"]), "format": "lori-checkpoint-2"}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    digest = hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=16)
+    for name in ("values", "exp_avg", "exp_avg_sq"):
+        digest.update(tensors[name].numpy().data)
+    tensors["digest"] = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+    save_file(tensors, path, metadata={"lori": json.dumps(header)})
+    assert_is(newest(tmp_path), 5)
+
+
+def test_notes_come_back_with_the_state(tmp_path: Path) -> None:
+    world = from_environment()
+    notes = {"loss": 0.1, "best": {"step": 3}}
+    checkpoint.save(tmp_path, PHASE, Holder(5, world), world, origin=ORIGIN, keep=1, notes=notes)
+    found = newest(tmp_path)
+    assert found is not None
+    assert found.notes == notes
 
 
 def test_if_all_are_damaged_training_starts_over_with_a_warning_for_each(

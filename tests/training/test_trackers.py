@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lori_dist import config
 from lori_dist.errors import JobError
-from lori_dist.training.trackers import ARGUMENTS, forget, tracked, without_secrets
+from lori_dist.training.trackers import ARGUMENTS, forget, tracked
 
 Curve = list[tuple[int, float]]
 
@@ -126,25 +126,6 @@ def test_what_went_wrong_before_is_not_hidden_by_a_tracker(run: config.Run) -> N
         write(step(1))
         raise ZeroDivisionError
     assert curves(run.folder / "tensorboard" / "train-math" / "train") == {"loss": [(1, 1.0)]}
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("key abcdef1234 refused", "key *** refused"),
-        ("abcdef1234 and longer-abcdef1234", "*** and ***"),
-        ("cannot reach https://me:pass@host:5000/api", "cannot reach https://***@host:5000/api"),
-        ("home and short", "home and short"),
-        ("https://host/a@b", "https://host/a@b"),
-    ],
-)
-def test_secrets_are_left_out(text: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        os,
-        "environ",
-        {"WANDB_API_KEY": "abcdef1234", "X_PASSWORD": "longer-abcdef1234", "HOME": "home", "A_TOKEN": "short"},
-    )
-    assert without_secrets(text) == told
 
 
 def test_the_trackers_are_those_of_accelerate() -> None:
