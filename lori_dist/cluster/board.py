@@ -11,7 +11,7 @@ from typing import Any
 from lori_dist import folder, storage
 from lori_dist.cluster import schedule
 from lori_dist.cluster.schedule import Resources
-from lori_dist.cluster.summary import ADAPTER, attempts_of, last_steps, summarize
+from lori_dist.cluster.summary import ADAPTER, attempts_of, last_saved, last_steps, summarize
 from lori_dist.config import Run
 from lori_dist.jobs import Job, dependents, path_lengths, ready
 
@@ -26,7 +26,7 @@ class Progress:
 
     job: str
     state: str
-    """`running`, `finished`, `failed` or `blocked`."""
+    """`running`, `interrupted`, `finished`, `failed` or `blocked`."""
     seconds: float
     num_done: int
     """Jobs that are finished."""
@@ -56,13 +56,17 @@ class Board:
     """Job that is done in one gang with others -> the first of these."""
 
     def __post_init__(self) -> None:
-        self.states = {job.name: {"state": "waiting"} for job in self.jobs}
+        self.states = {job.name: {"state": "waiting", **self._begun(job)} for job in self.jobs}
         for job in self.jobs:
             record = folder.finished(self.run.folder, job)
             if record is not None and record["inputs"] == self.inputs(job):
                 self.results[job.name] = record["result"]
                 self.made[job.name] = record["sha256"].get(ADAPTER, "")
                 self._change(job, "finished", cached=True, seconds=record["seconds"], attempts=record["attempts"])
+
+    def _begun(self, job: Job) -> dict[str, bool]:
+        """For `lori status`: whether the job's folder is what an attempt at this very job has left."""
+        return {"begun": True} if folder.begun(self.run.folder, job) else {}
 
     def inputs(self, job: Job) -> dict[str, str | None]:
         """What the job reads of others: it is done again where those were, and became something else."""
@@ -97,7 +101,8 @@ class Board:
             self.leaders[job.name] = jobs[0].name
             self.started[job.name] = time.monotonic()
             others = {key: [name for name in names if name != job.name] for key, names in together.items()}
-            self._change(job, "running", started=time.time(), **others)
+            saved = _saved(self.run, job) if self._begun(job) else {}
+            self._change(job, "running", started=time.time(), **others, **saved)
         self.write()
 
     def finish(self, job: Job, record: Mapping[str, Any]) -> None:
@@ -108,18 +113,21 @@ class Board:
 
     def interrupt(self) -> None:
         for job in self.named("running"):
-            self._change(job, "waiting")
+            self._change(job, "interrupted", **self._attempts(job), **_saved(self.run, job))
         with contextlib.suppress(OSError):  # a full disk must not hide what went wrong before
             self.write()
 
     def fail(self, job: Job, error: str) -> None:
-        attempts = attempts_of(self.run.folder / f"{folder.PARTIAL}{job.name}")
-        self._change(job, "failed", **self._started(job), seconds=self.seconds(job), error=error, attempts=attempts)
+        more = {**self._started(job), "seconds": self.seconds(job), "error": error, **self._attempts(job)}
+        self._change(job, "failed", **more)
         for blocked in dependents(self.jobs, self.names("failed")):
             if self.states[blocked.name]["state"] == "waiting":
                 out = self.names("failed") | self.names("blocked")
                 self._change(blocked, "blocked", seconds=0.0, needs=[name for name in blocked.needs if name in out])
         self.write()
+
+    def _attempts(self, job: Job) -> dict[str, Any]:
+        return {"attempts": attempts_of(self.run.folder / f"{folder.PARTIAL}{job.name}")}
 
     def _started(self, job: Job) -> dict[str, Any]:
         """When, in seconds since the epoch, as the run's timeline shows it, and with which others."""
@@ -162,6 +170,15 @@ class Board:
         )
 
 
+def _saved(run: Run, job: Job) -> dict[str, str]:
+    """From which step a training resumes, for people."""
+    found = last_saved(run.folder / f"{folder.PARTIAL}{job.name}") if job.kind == "train" else {}
+    if not found or found["step"] is None:
+        return {}
+    of = "" if found["num_steps"] is None else f" of {found['num_steps']}"
+    return {"saved": f"step {found['step']}{of} of phase {found['phase']}"}
+
+
 def _told(state: Mapping[str, Any]) -> str:
     match state:
         case {"state": "failed", "error": error}:
@@ -172,8 +189,11 @@ def _told(state: Mapping[str, Any]) -> str:
             return "was finished before"
         case {"state": "finished", "seconds": seconds}:
             return f"finished in {seconds:.1f} s"
-        case {"state": "running", "packed_with": others}:
-            return f"running, packed with {', '.join(others)}"
+        case {"state": "running"}:
+            packed = f", packed with {', '.join(state['packed_with'])}" if "packed_with" in state else ""
+            return f"running{packed}" + (f", resuming from {state['saved']}" if "saved" in state else "")
+        case {"state": "interrupted", "saved": saved}:
+            return f"interrupted; {saved} is saved"
     return str(state["state"])
 
 
