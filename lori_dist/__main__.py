@@ -46,6 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         message, code = told
         print(redacted(message if world_rank == "0" else f"rank {world_rank}: {message}"), file=sys.stderr)
+    finally:
+        if "torch" in sys.modules:
+            from lori_dist.cluster import scratch
+
+            scratch.remove_empty_cache()
     return int(code)
 
 
@@ -63,6 +68,20 @@ def _told(error: BaseException, verbose: bool) -> tuple[str, int] | None:
 # --- verbs -----------------------------------------------------------------------------------------------------------
 
 
+def _ended_by_sigterm(verb: Verb) -> Verb:
+    """A verb that ends with a line and its own exit code when SIGTERM comes, from its first import on."""
+
+    @functools.wraps(verb)
+    def called(arguments: argparse.Namespace) -> int | None:
+        from lori_dist.training import preemption
+
+        with preemption.raised_by_sigterm(""):
+            return verb(arguments)
+
+    return called
+
+
+@_ended_by_sigterm
 def run(arguments: argparse.Namespace) -> int | None:
     if arguments.address is not None:
         from lori_dist.cluster.submission import submit
@@ -169,6 +188,7 @@ def stop(arguments: argparse.Namespace) -> None:
     )
 
 
+@_ended_by_sigterm
 def compare(arguments: argparse.Namespace) -> None:
     from lori_dist.cluster import comparison
 

@@ -68,8 +68,7 @@ def connected(run: Run) -> Iterator[Callable[[], list[Resources]]]:
         _check_address(run.cluster.address)
         try:
             with preemption.raised_by_sigterm(f"{run.folder}: ") as raise_again:
-                with _ending_what_it_started(), _raising(run):
-                    url = _connect(run, place)
+                url = _connect(run, place)
                 raise_again()  # in place of Ray's own handler
                 _open.callback(ray.shutdown)
                 if url:
@@ -84,12 +83,22 @@ def connected(run: Run) -> Iterator[Callable[[], list[Resources]]]:
 
 def _connect(run: Run, place: Path | None) -> str | None:
     """Returns the dashboard's URL, if there is one. place: for a cluster that is started here."""
+    if place is not None:
+        try:
+            return _init(run, place)
+        except JobError as error:  # Ray's limits for its own start are half a minute and less
+            log.warning("%s: it is tried once more", error)
+    return _init(run, place)
+
+
+def _init(run: Run, place: Path | None) -> str | None:
     import ray
 
     # The dashboard's state API is what releases the CPUs of a gang whose controller died.
     own: dict[str, Any] = {"include_dashboard": True, "object_store_memory": OBJECT_STORE_BYTES}
     own = {**own, "dashboard_host": run.cluster.bind, "_temp_dir": str(place)} if place else {}
-    context = ray.init(address=run.cluster.address, log_to_driver=False, logging_level=logging.ERROR, **own)
+    with _raising(run), _ending_what_it_started():
+        context = ray.init(address=run.cluster.address, log_to_driver=False, logging_level=logging.ERROR, **own)
     url: str | None = context.dashboard_url
     return url
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import getpass
 import os
 import shutil
 import tempfile
@@ -64,6 +65,12 @@ def folder() -> Iterator[Path]:
     finally:
         os.close(descriptor)
         _remove(made)
+
+
+def remove_empty_cache() -> None:
+    """Removes the folder in TMPDIR that torch makes for compiled code when it is imported, if nothing is in it."""
+    with contextlib.suppress(OSError, KeyError):  # it is not empty, or was not made; the user has no name
+        (Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}").rmdir()
 
 
 def _places() -> Iterator[Path]:
