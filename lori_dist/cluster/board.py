@@ -113,7 +113,7 @@ class Board:
 
     def interrupt(self) -> None:
         for job in self.named("running"):
-            self._change(job, "interrupted", **self._attempts(job), **_saved(self.run, job))
+            self._change(job, "interrupted", **_saved(self.run, job))
         with contextlib.suppress(OSError):  # a full disk must not hide what went wrong before
             self.write()
 

@@ -34,6 +34,10 @@ LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 100 * 2**20
 """Adapters and rows go through files; Ray carries configurations."""
 
+NO_METRICS = {"RAY_enable_metrics_collection": "0", "DASHBOARD_METRIC_PORT": "-1", "AUTOSCALER_METRIC_PORT": "-1"}
+"""Ray's metrics answer whoever asks, with a token or without. No process can listen on port -1, which is why it is set:
+Ray notes that in its logs, and has no other way to turn these two off."""
+
 REACH_SECONDS = 10.0
 END_SECONDS = 5.0
 """For which the end of a cluster's processes is awaited, before they are killed."""
@@ -252,6 +256,7 @@ def _settings(run: Run, environment: Mapping[str, str], place: Path | None) -> d
         # Despite its name: without it, all sockets are loopback only.
         wanted["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0" if run.cluster.bind == LOOPBACK else "1"
         wanted["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+        wanted |= NO_METRICS
         mode = environment.get("RAY_AUTH_MODE")
         if mode is None or (mode == "token" and not _has_token(environment)):  # Ray would write one for all to read
             wanted.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)
