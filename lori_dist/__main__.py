@@ -73,6 +73,8 @@ def _ended_by_sigterm(verb: Verb) -> Verb:
 
     @functools.wraps(verb)
     def called(arguments: argparse.Namespace) -> int | None:
+        if getattr(arguments, "address", None) is not None:  # it only follows a job, which does not end with it
+            return verb(arguments)
         from lori_dist.training import preemption
 
         with preemption.raised_by_sigterm(""):

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,9 @@ from lori_dist.config import Run
 from lori_dist.jobs import Job, dependents, path_lengths, ready
 
 SUMMARY = "summary.json"
+
+ENDING = re.compile(r": ending, as (`lori stop` asks for it|SIGTERM came|train\.time_limit has passed)")
+"""In what a driver writes before it leaves its cluster, where it was told to end."""
 
 log = logging.getLogger(__name__)
 
