@@ -85,9 +85,12 @@ def _ended_by_sigterm(verb: Verb) -> Verb:
 
 @_ended_by_sigterm
 def run(arguments: argparse.Namespace) -> int | None:
+    from lori_dist.cluster import scratch
+
     if arguments.address is not None:
         from lori_dist.cluster.submission import submit
 
+        scratch.check()
         return submit(arguments.config, arguments.settings, arguments.address, dry_run=arguments.dry_run)
     described = config.load(arguments.config, arguments.settings)
     if arguments.dry_run:
@@ -210,8 +213,10 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def train(arguments: argparse.Namespace) -> None:
+    from lori_dist.cluster import scratch
     from lori_dist.cluster.member import member
 
+    scratch.check()
     with member(functools.partial(_told, verbose=arguments.verbose)) as watch:
         path, is_first = _train(arguments, watch)
         if is_first:
@@ -268,6 +273,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
         _check_writable(arguments.out, "--out")
     adapters = {str(path): path for path in arguments.adapter or ()} or _finished_adapters(described)
     models = {"base": None, **adapters}
+    from lori_dist.cluster import scratch
+
+    scratch.check()
     import torch
 
     from lori_dist import evaluation, progress
