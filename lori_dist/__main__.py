@@ -49,6 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         message, code = told
         print(redacted(message if world_rank == "0" else f"rank {world_rank}: {message}"), file=sys.stderr)
+    finally:
+        if "torch" in sys.modules:
+            from lori_dist.cluster import scratch
+
+            scratch.remove_empty_cache()
     return int(code)
 
 
@@ -66,10 +71,29 @@ def _told(error: BaseException, verbose: bool) -> tuple[str, int] | None:
 # --- verbs -----------------------------------------------------------------------------------------------------------
 
 
+def _ended_by_sigterm(verb: Verb) -> Verb:
+    """A verb that ends with a line and its own exit code when SIGTERM comes, from its first import on."""
+
+    @functools.wraps(verb)
+    def called(arguments: argparse.Namespace) -> int | None:
+        if getattr(arguments, "address", None) is not None:  # it only follows a job, which does not end with it
+            return verb(arguments)
+        from lori_dist.training import preemption
+
+        with preemption.raised_by_sigterm(""):
+            return verb(arguments)
+
+    return called
+
+
+@_ended_by_sigterm
 def run(arguments: argparse.Namespace) -> int | None:
+    from lori_dist.cluster import scratch
+
     if arguments.address is not None:
         from lori_dist.cluster.submission import submit
 
+        scratch.check()
         return submit(arguments.config, arguments.settings, arguments.address, dry_run=arguments.dry_run)
     described = config.load(arguments.config, arguments.settings)
     if arguments.dry_run:
@@ -175,6 +199,7 @@ def stop(arguments: argparse.Namespace) -> None:
     )
 
 
+@_ended_by_sigterm
 def compare(arguments: argparse.Namespace) -> None:
     from lori_dist.cluster import comparison
 
@@ -194,8 +219,10 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def train(arguments: argparse.Namespace) -> None:
+    from lori_dist.cluster import scratch
     from lori_dist.cluster.member import member
 
+    scratch.check()
     with member(functools.partial(_told, verbose=arguments.verbose)) as watch:
         path, is_first = _train(arguments, watch)
         if is_first:
@@ -254,6 +281,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
         _check_writable(arguments.out, "--out")
     adapters = {str(path): path for path in arguments.adapter or ()} or _finished_adapters(described)
     models = {"base": None, **adapters}
+    from lori_dist.cluster import scratch
+
+    scratch.check()
     import torch
 
     from lori_dist import evaluation, progress

@@ -147,14 +147,15 @@ def assert_equal(together: Adapter, alone: Adapter) -> None:
 
 
 @contextlib.contextmanager
-def ray_head(environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
+def ray_head(environment: Mapping[str, str], agent_port: int = 0) -> Iterator[dict[str, str]]:
     """A Ray cluster of two CPUs with token authentication. Gives what reaches it: the variables for clients."""
     place = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # a short name, as those of sockets must be
     (place / "token").write_text("a" * 64)
     secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(place / "token")}
     port, dashboard, client = free_port(), free_port(), free_port()
     words = f"start --head --block --disable-usage-stats --num-cpus 2 --temp-dir {place} --port {port} "
-    words += f"--dashboard-port {dashboard} --ray-client-server-port {client} --dashboard-agent-listen-port 0 "
+    words += f"--dashboard-port {dashboard} --ray-client-server-port {client} "
+    words += f"--dashboard-agent-listen-port {agent_port} "
     words += "--min-worker-port 0 --max-worker-port 0"
     command = [Path(sys.executable).with_name("ray"), *words.split()]
     with (place / "log").open("wb") as log:

@@ -30,6 +30,11 @@ def command(pid: int) -> str:
 
 def listening(pids: set[int]) -> set[str]:
     """The addresses on which processes accept TCP connections."""
+    return {host for host, _ in sockets(pids)}
+
+
+def sockets(pids: set[int]) -> set[tuple[str, int]]:
+    """Addresses and ports."""
     inodes = set()
     for pid in pids:
         for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
@@ -42,7 +47,8 @@ def listening(pids: set[int]) -> set[str]:
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             _, local, _, state, *_, inode = line.split()[:10]
             if state == "0A" and inode in inodes:
-                found.add(address(local.partition(":")[0]))
+                host, _, port = local.partition(":")
+                found.add((address(host), int(port, 16)))
     return found
 
 

@@ -22,6 +22,7 @@ BACKOFF_SECONDS = 1.0
 """Before a job is started again."""
 
 CUT_OFF = "cut off with its driver"
+STOPPED = "stopped with its run"
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +52,7 @@ def do(run: Run, job: Job, inputs: Mapping[str, Any], gangs: Gangs) -> dict[str,
                 mirror.pull(partial.name)
             failure = failure_of(error)
             log.debug("%s: attempt %d failed", job.name, assignment.attempt.number, exc_info=error)
-            if not gangs.is_ending:
-                history.end(failure.message)
+            history.end(STOPPED if gangs.is_ending and is_stop(failure) else failure.message)
             if gangs.is_ending or not schedule.retry(failure, number, run.cluster.retries):
                 raise JobError(described(run, job, failure)) from error
             again = f"it is started again ({number} of {run.cluster.retries})"
@@ -106,7 +106,12 @@ def _result(run: Run, assignment: Assignment, gangs: Gangs, history: "History") 
     if "search" in job.settings:
         assignment = trials.searched(run, assignment)
     function = {"merge": merge_adapters, "evaluate": evaluate_model}[job.kind]
-    return dict(gang.result(gang.remote(run, job, function)(assignment)))
+    return dict(gang.result(gang.remote(run, job, function)(assignment), gangs.stopping))
+
+
+def is_stop(failure: Failure) -> bool:
+    """Whether a job that failed while its run ended did so for that reason: it saved, or lost its processes."""
+    return "Stopped" in failure.types or not schedule.is_final(failure)
 
 
 def failure_of(error: Exception) -> Failure:

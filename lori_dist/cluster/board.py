@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,13 +13,16 @@ from typing import Any
 from lori_dist import folder, storage
 from lori_dist.cluster import schedule
 from lori_dist.cluster.schedule import Resources
-from lori_dist.cluster.summary import ADAPTER, attempts_of, last_steps, summarize
+from lori_dist.cluster.summary import ADAPTER, attempts_of, last_saved, last_steps, summarize
 from lori_dist.config import Run
 from lori_dist.errors import JobError
 from lori_dist.files import read_regular
 from lori_dist.jobs import Job, dependents, path_lengths, ready
 
 SUMMARY, EVALUATION = "summary.json", "evaluation.json"
+
+ENDING = re.compile(r": ending, as (`lori stop` asks for it|SIGTERM came|train\.time_limit has passed)")
+"""In what a driver writes before it leaves its cluster, where it was told to end."""
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +33,7 @@ class Progress:
 
     job: str
     state: str
-    """`running`, `finished`, `failed` or `blocked`."""
+    """`running`, `interrupted`, `finished`, `failed` or `blocked`."""
     seconds: float
     num_done: int
     """Jobs that are finished."""
@@ -59,7 +63,7 @@ class Board:
     """Job that is done in one gang with others -> the first of these."""
 
     def __post_init__(self) -> None:
-        self.states = {job.name: {"state": "waiting"} for job in self.jobs}
+        self.states = {job.name: {"state": "waiting", **self._begun(job)} for job in self.jobs}
         for job in self.jobs:
             record = folder.finished(self.run.folder, job)
             if record is not None:
@@ -91,6 +95,10 @@ class Board:
         """Of each unfinished job whose folder has a result of other settings: what differs, and what becomes of it."""
         found = (folder.superseded(self.run.folder, job) for job in self.unfinished())
         return [text for text in found if text is not None]
+
+    def _begun(self, job: Job) -> dict[str, bool]:
+        """For `lori status`: whether the job's folder is what an attempt at this very job has left."""
+        return {"begun": True} if folder.begun(self.run.folder, job) else {}
 
     def inputs(self, job: Job) -> dict[str, str | None]:
         """What the job reads of others: it is done again where those were, and became something else."""
@@ -125,7 +133,8 @@ class Board:
             self.leaders[job.name] = jobs[0].name
             self.started[job.name] = time.monotonic()
             others = {key: [name for name in names if name != job.name] for key, names in together.items()}
-            self._change(job, "running", started=time.time(), **others)
+            saved = _saved(self.run, job) if self._begun(job) else {}
+            self._change(job, "running", started=time.time(), **others, **saved)
         self.write()
 
     def finish(self, job: Job, record: Mapping[str, Any]) -> None:
@@ -136,18 +145,21 @@ class Board:
 
     def interrupt(self) -> None:
         for job in self.named("running"):
-            self._change(job, "waiting")
+            self._change(job, "interrupted", **_saved(self.run, job))
         with contextlib.suppress(OSError):  # a full disk must not hide what went wrong before
             self.write()
 
     def fail(self, job: Job, error: str) -> None:
-        attempts = attempts_of(self.run.folder / f"{folder.PARTIAL}{job.name}")
-        self._change(job, "failed", **self._started(job), seconds=self.seconds(job), error=error, attempts=attempts)
+        more = {**self._started(job), "seconds": self.seconds(job), "error": error, **self._attempts(job)}
+        self._change(job, "failed", **more)
         for blocked in dependents(self.jobs, self.names("failed")):
             if self.states[blocked.name]["state"] == "waiting":
                 out = self.names("failed") | self.names("blocked")
                 self._change(blocked, "blocked", seconds=0.0, needs=[name for name in blocked.needs if name in out])
         self.write()
+
+    def _attempts(self, job: Job) -> dict[str, Any]:
+        return {"attempts": attempts_of(self.run.folder / f"{folder.PARTIAL}{job.name}")}
 
     def _started(self, job: Job) -> dict[str, Any]:
         """When, in seconds since the epoch, as the run's timeline shows it, and with which others."""
@@ -212,6 +224,15 @@ def check_record(place: Path, job: Job, record: Mapping[str, Any]) -> None:
         raise JobError(f"{place / folder.FINISHED}: {problem}; restore it, or delete {place} to do the job again")
 
 
+def _saved(run: Run, job: Job) -> dict[str, str]:
+    """From which step a training resumes, for people."""
+    found = last_saved(run.folder / f"{folder.PARTIAL}{job.name}") if job.kind == "train" else {}
+    if not found or found["step"] is None:
+        return {}
+    of = "" if found["num_steps"] is None else f" of {found['num_steps']}"
+    return {"saved": f"step {found['step']}{of} of phase {found['phase']}"}
+
+
 def _told(state: Mapping[str, Any]) -> str:
     match state:
         case {"state": "failed", "error": error}:
@@ -222,8 +243,11 @@ def _told(state: Mapping[str, Any]) -> str:
             return "was finished before"
         case {"state": "finished", "seconds": seconds}:
             return f"finished in {seconds:.1f} s"
-        case {"state": "running", "packed_with": others}:
-            return f"running, packed with {', '.join(others)}"
+        case {"state": "running"}:
+            packed = f", packed with {', '.join(state['packed_with'])}" if "packed_with" in state else ""
+            return f"running{packed}" + (f", resuming from {state['saved']}" if "saved" in state else "")
+        case {"state": "interrupted", "saved": saved}:
+            return f"interrupted; {saved} is saved"
     return str(state["state"])
 
 

@@ -1,19 +1,23 @@
 """The connection to a run's Ray cluster, and what Ray finds in the environment."""
 
 import contextlib
+import getpass
 import logging
 import os
 import secrets
 import signal
 import socket
-import threading
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lori_dist.cluster import scratch
 from lori_dist.cluster.schedule import Resources
 from lori_dist.config import Run
-from lori_dist.errors import ConfigError, JobError, Preempted, is_secret
+from lori_dist.errors import ConfigError, JobError, is_secret
+from lori_dist.training import preemption
 
 # Ray is imported by functions, after the environment it reads while it is imported has been set.
 
@@ -30,16 +34,32 @@ LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 100 * 2**20
 """Adapters and rows go through files; Ray carries configurations."""
 
+NO_METRICS = {"RAY_enable_metrics_collection": "0", "DASHBOARD_METRIC_PORT": "-1", "AUTOSCALER_METRIC_PORT": "-1"}
+"""Ray's metrics answer whoever asks, with a token or without. No process can listen on port -1, which is why it is set:
+Ray notes that in its logs, and has no other way to turn these two off."""
+
 REACH_SECONDS = 10.0
+END_SECONDS = 5.0
+"""For which the end of a cluster's processes is awaited, before they are killed."""
+
+
+_open = contextlib.ExitStack()
+"""Ends the connection of this process, and removes its token file. Ray has one connection in a process."""
 
 
 @contextlib.contextmanager
 def connected(run: Run) -> Iterator[Callable[[], list[Resources]]]:
-    """A connection to the run's cluster. Gives what tells the nodes that it has now."""
+    """A connection to the run's cluster. Gives what tells the nodes that it has now.
+
+    That raises JobError once a local cluster has lost its own processes: no node can come back to it.
+    """
     local = run.cluster.address == "local"
     is_open = run.cluster.bind != LOOPBACK
     _check_authentication(run)
-    with _environment(_settings(run, os.environ)):
+    with (
+        scratch.folder() if local else contextlib.nullcontext() as place,
+        _environment(_settings(run, os.environ, place)),
+    ):
         import ray
 
         if ray.is_initialized():
@@ -50,25 +70,105 @@ def connected(run: Run) -> Iterator[Callable[[], list[Resources]]]:
                 f"import it later, or set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER={int(is_open)} before"
             )
         _check_address(run.cluster.address)
-        # The dashboard's state API is what releases the CPUs of a gang whose controller died.
-        own: dict[str, Any] = {"include_dashboard": True, "object_store_memory": OBJECT_STORE_BYTES}
-        own = {**own, "dashboard_host": run.cluster.bind} if local else {}
         try:
-            context = ray.init(address=run.cluster.address, log_to_driver=False, logging_level=logging.ERROR, **own)
-        except (ConnectionError, ray.exceptions.RayError) as error:
-            raise JobError(
-                f"cluster.address: no Ray cluster answers at {run.cluster.address!r} ({error}); start one with "
-                "`ray start --head`, or use `local`. Where it wants a token, set RAY_AUTH_TOKEN_PATH to "
-                "the file that has it"
-            ) from error
-        if context.dashboard_url:
-            # That of a cluster which outlives the run is looked up in logs as well.
-            log.log(logging.INFO if local else logging.WARNING, "Ray's dashboard: http://%s", context.dashboard_url)
-        try:
-            with _stopped_by_sigterm(run), _token_file(run) if is_open else contextlib.nullcontext():
-                yield _nodes
+            with preemption.raised_by_sigterm(f"{run.folder}: ") as raise_again:
+                url = _connect(run, place)
+                raise_again()  # in place of Ray's own handler
+                _open.callback(ray.shutdown)
+                if url:
+                    # That of a cluster which outlives the run is looked up in logs as well.
+                    log.log(logging.INFO if local else logging.WARNING, "Ray's dashboard: http://%s", url)
+                if is_open:
+                    _open.enter_context(_token_file(run))
+                yield _nodes_of_own if local else _nodes
         finally:
             disconnect()
+
+
+def _connect(run: Run, place: Path | None) -> str | None:
+    """Returns the dashboard's URL, if there is one. place: for a cluster that is started here."""
+    if place is not None:
+        try:
+            return _init(run, place)
+        except JobError as error:  # Ray's limits for its own start are half a minute and less
+            log.warning("%s: it is tried once more", error)
+    return _init(run, place)
+
+
+def _init(run: Run, place: Path | None) -> str | None:
+    import ray
+
+    # The dashboard's state API is what releases the CPUs of a gang whose controller died.
+    own: dict[str, Any] = {"include_dashboard": True, "object_store_memory": OBJECT_STORE_BYTES}
+    own = {**own, "dashboard_host": run.cluster.bind, "_temp_dir": str(place)} if place else {}
+    with _raising(run), _ending_what_it_started():
+        context = ray.init(address=run.cluster.address, log_to_driver=False, logging_level=logging.ERROR, **own)
+    url: str | None = context.dashboard_url
+    return url
+
+
+@contextlib.contextmanager
+def _raising(run: Run) -> Iterator[None]:
+    """Ray's errors while it starts or connects, as ours, each with its remedy."""
+    import ray
+
+    try:
+        yield
+    except SystemExit as error:  # how Ray's own handler of SIGTERM ends a process
+        raise preemption.Terminated from error
+    except Exception as error:
+        found = str(error).strip().partition("\n")[0] or type(error).__name__
+        if run.cluster.address == "local":
+            raise JobError(
+                f"cluster.address: Ray did not start on this machine ({found}); its processors, memory or disk may be "
+                "too busy or too full: try again when they are less so, or start a cluster with `ray start --head`, "
+                "and set cluster.address=auto"
+            ) from error
+        if not isinstance(error, ConnectionError | ray.exceptions.RayError | TimeoutError | RuntimeError):
+            raise
+        raise JobError(
+            f"cluster.address: no Ray cluster answers at {run.cluster.address!r} ({found}); start one with "
+            "`ray start --head`, or use `local`. Where it wants a token, set RAY_AUTH_TOKEN_PATH to "
+            "the file that has it"
+        ) from error
+
+
+@contextlib.contextmanager
+def _ending_what_it_started() -> Iterator[None]:
+    """Ends the processes of a cluster that does not come up. Ray itself leaves them to the end of this process."""
+    before = _children()
+    try:
+        yield
+    except BaseException:
+        import ray
+
+        ray.shutdown()
+        started = _children() - before
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for process in started & _children():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, number)
+            end = time.monotonic() + END_SECONDS
+            while started & _children() and time.monotonic() < end:
+                time.sleep(0.05)
+        raise
+
+
+def _children() -> set[int]:
+    """The processes that this one has started and that have not ended."""
+    found = set()
+    for path in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found |= set(map(int, path.read_text().split()))
+    return {process for process in found if not _has_ended(process)}
+
+
+def _has_ended(process: int) -> bool:
+    """Also if nobody has asked for its exit code yet."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 def _check_authentication(run: Run) -> None:
@@ -97,6 +197,20 @@ def _token_file(run: Run) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
+def _nodes_of_own() -> list[Resources]:
+    import ray
+
+    node = ray._private.worker._global_node
+    dead = [name for name, _ in node.dead_processes() if name in ("gcs_server", "raylet")] if node else []
+    if dead:
+        raise JobError(
+            f"cluster.address: Ray's {dead[0]} on this machine has ended: it was killed, or memory ran out. What was "
+            "saved is kept, and the same command resumes from there; if it happens again, lower cluster.workers or "
+            "what a worker takes"
+        )
+    return _nodes()
+
+
 def _nodes() -> list[Resources]:
     import ray
 
@@ -105,29 +219,6 @@ def _nodes() -> list[Resources]:
         for node in ray.nodes()
         if node["Alive"]
     ]
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
-
-
-@contextlib.contextmanager
-def _stopped_by_sigterm(run: Run) -> Iterator[None]:
-    """As by Ctrl-C: batch systems end jobs so, and Ray's own handler aborts with a dump of its stack."""
-    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
-        yield
-        return
-
-    def end(number: int, frame: object) -> None:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    except _Terminated:
-        raise Preempted(f"{run.folder}: ended by SIGTERM; the same command continues from here") from None
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: one set by C code
 
 
 def _check_address(address: str) -> None:
@@ -148,13 +239,11 @@ def _check_address(address: str) -> None:
 
 def disconnect() -> None:
     """Ends the connection to the cluster, and the cluster if it is our own."""
-    import ray
-
-    ray.shutdown()
+    _open.close()
 
 
-def _settings(run: Run, environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that Ray needs, apart from those that the user has set."""
+def _settings(run: Run, environment: Mapping[str, str], place: Path | None) -> dict[str, str]:
+    """The variables that Ray needs, apart from those that the user has set. place: of a cluster started here."""
     wanted = {
         "RAY_ENABLE_AUTO_CONNECT": "0",  # or a late call after the shutdown would start another cluster
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -167,13 +256,19 @@ def _settings(run: Run, environment: Mapping[str, str]) -> dict[str, str]:
         # Despite its name: without it, all sockets are loopback only.
         wanted["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0" if run.cluster.bind == LOOPBACK else "1"
         wanted["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+        wanted |= NO_METRICS
         mode = environment.get("RAY_AUTH_MODE")
         if mode is None or (mode == "token" and not _has_token(environment)):  # Ray would write one for all to read
             wanted.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)
     else:
         wanted["RAY_AUTH_MODE"] = authentication(environment)
         wanted["RAY_gcs_server_port_wait_time_s"] = "1"  # one try of 40 seconds, not twenty
-    return {name: value for name, value in wanted.items() if name not in environment}
+    kept = {name: value for name, value in wanted.items() if name not in environment}
+    if place is not None:
+        kept |= {"TMPDIR": str(place)}  # processes that are ended by a signal leave what they have there
+        if run.train.compile and "TORCHINDUCTOR_CACHE_DIR" not in environment:  # kept, as it saves the next run minutes
+            kept |= {"TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"}
+    return kept
 
 
 def authentication(environment: Mapping[str, str]) -> str:
@@ -191,12 +286,16 @@ def _has_token(environment: Mapping[str, str]) -> bool:
 
 @contextlib.contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
         yield
     finally:
-        for name in variables:
-            del os.environ[name]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 FORWARDED = (

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lori_dist import config, folder, rows, storage
-from lori_dist.cluster import schedule
+from lori_dist.cluster import schedule, scratch
 from lori_dist.cluster.attempts import failure_of
 from lori_dist.cluster.board import Board
 from lori_dist.cluster.connection import connected, runtime_env
@@ -30,6 +30,7 @@ def dry_run(run: Run) -> tuple[list[tuple[str, ...]], list[str]]:
     run = with_absolute_paths(run)
     if storage.is_url(run.output):
         raise ConfigError(f"output: {run.output!r} is a URL, and a dry run looks into folders only; give a path")
+    scratch.check()
     folder.check_free(run.folder)
     board = Board(run=run, jobs=planned(run), progress=lambda event: None)
     found = _rehearsed(board) if board.unfinished() else {}

@@ -23,7 +23,7 @@ from lori_dist.cluster import schedule
 from lori_dist.cluster.connection import runtime_env
 from lori_dist.cluster.schedule import Failure, Resources, Shape
 from lori_dist.config import Cluster, Run
-from lori_dist.errors import JobError
+from lori_dist.errors import JobError, Stopped
 from lori_dist.jobs import Job
 
 DIED = "the process died: it was killed, or its machine ran out of memory or was lost"
@@ -227,18 +227,23 @@ def variables(places: Sequence[Place]) -> list[dict[str, str]]:
 class Gang:
     """Processes that wait for a training."""
 
-    def __init__(self, shape: Shape, environment: Mapping[str, Any]) -> None:
-        """Raises Unplaced if there is no room now, Broken if the processes did not start."""
+    def __init__(
+        self, shape: Shape, environment: Mapping[str, Any], is_ending: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Raises Unplaced if there is no room now or the run is to end, Broken if the processes did not start."""
         import ray
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         self.shape = shape
+        self._is_ending = is_ending
         self._processes: list[Any] = []
         self._group = placement_group([_bundle(shape.part)] * shape.count, strategy=shape.placement.upper())
         try:
-            if not self._group.wait(PLACE_SECONDS):
-                raise Unplaced("no node has room")
+            end = time.monotonic() + PLACE_SECONDS
+            while not self._group.wait(POLL_SECONDS):
+                if time.monotonic() > end or is_ending():
+                    raise Unplaced("no node has room")
             amounts = {"num_cpus": shape.part.cpus, "num_gpus": shape.part.gpus}
             kind = ray.remote(**amounts, max_restarts=0, runtime_env=dict(environment))(Process)
             self._processes = [
@@ -259,7 +264,8 @@ class Gang:
         import ray
 
         try:
-            places = ray.get([process.place.remote() for process in self._processes], timeout=START_SECONDS)
+            calls = [process.place.remote() for process in self._processes]
+            places = _all_of(calls, time.monotonic() + START_SECONDS, self._is_ending)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
@@ -304,6 +310,21 @@ class Gang:
         gone = [process.__ray_ready__.remote() for process in self._processes]
         ray.wait(gone, num_returns=len(gone), timeout=END_SECONDS) if gone else None
         ray.util.remove_placement_group(self._group)
+
+
+def _all_of(calls: Sequence[Any], end: float, is_ending: Callable[[], bool]) -> list[Any]:
+    """What calls return. Raises the error of the first that fails, and Unplaced if the run is to end."""
+    import ray
+
+    waiting = list(calls)
+    while waiting:
+        if is_ending():
+            raise Unplaced("the run ends")
+        done, waiting = ray.wait(waiting, timeout=POLL_SECONDS)
+        ray.get(done)
+        if waiting and time.monotonic() > end:
+            raise ray.exceptions.GetTimeoutError(f"no answer for {START_SECONDS:g} s")
+    return list(ray.get(list(calls)))
 
 
 def _said(error: Exception) -> str:
@@ -386,8 +407,8 @@ class Gangs:
     def take(self, job: Job, cluster: Cluster) -> Gang:
         """A gang for a training, as soon as there is room for one, one that waits or a new one.
 
-        Raises JobError if the cluster's nodes are too few for it for longer than cluster.patience, or the run is to
-        end; Broken if its processes end while they start, again and again.
+        Raises JobError if the cluster's nodes are too few for it for longer than cluster.patience, Stopped if the run
+        is to end; Broken if its processes end while they start, again and again.
         """
         enough = time.monotonic()
         num_starts = 0
@@ -397,7 +418,7 @@ class Gangs:
             if shape is not None:
                 enough = time.monotonic()
                 try:
-                    return self._waiting(shape) or Gang(shape, self.environment)
+                    return self._waiting(shape) or Gang(shape, self.environment, lambda: self.is_ending)
                 except Unplaced as error:
                     log.info("%s: waits for room (%s)", job.name, error)
                 except Broken:  # a node may have been lost at that moment
@@ -407,7 +428,7 @@ class Gangs:
             elif time.monotonic() - enough > cluster.patience:
                 raise JobError(f"{schedule.no_room(job, cluster, nodes)} (waited {cluster.patience:g} s for more)")
             self.stopping.wait(POLL_SECONDS)
-        raise JobError("stopped")
+        raise Stopped("the run ends")
 
     def give_back(self, gang: Gang) -> None:
         with self._lock:
@@ -428,7 +449,7 @@ class Gangs:
             self._idle.remove(found)
         try:
             found.meet()
-        except Broken as error:
+        except (Broken, Unplaced) as error:
             log.debug("a gang that waited has gone", exc_info=error)
             found.close()
             return None
@@ -448,10 +469,13 @@ def remote(run: Run, job: Job, function: Callable[..., Any]) -> Callable[..., An
     return functools.partial(task.remote, 0, function)
 
 
-def result(reference: Any) -> Any:
-    """What a task returned. Waits for its end. Raises Broken with its failure."""
+def result(reference: Any, stopping: threading.Event | None = None) -> Any:
+    """What a task returned. Waits for its end. Raises Broken with its failure, or once `stopping` is set."""
     import ray
 
+    while stopping is not None and not ray.wait([reference], timeout=POLL_SECONDS)[0]:
+        if stopping.is_set():
+            raise Broken(Failure(rank=None, time=time.time(), types=(), message="stopped"))
     try:
         outcome: Outcome = ray.get(reference)
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.LocalRayletDiedError):

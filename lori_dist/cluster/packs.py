@@ -7,7 +7,7 @@ from typing import Any
 
 from lori_dist import config, folder
 from lori_dist.cluster import gang, schedule
-from lori_dist.cluster.attempts import BACKOFF_SECONDS, History, described, failure_of, publish
+from lori_dist.cluster.attempts import BACKOFF_SECONDS, STOPPED, History, described, failure_of, is_stop, publish
 from lori_dist.cluster.gang import Gangs
 from lori_dist.cluster.work import Assignment, evaluate_models, log_file, train_rank_of_pack
 from lori_dist.config import Run
@@ -44,14 +44,13 @@ def do(
             if jobs[0].kind == "train":
                 outcomes = _trained(run, assignments, histories, gangs)
             else:
-                outcomes = _evaluated(run, assignments, histories)
+                outcomes = _evaluated(run, assignments, histories, gangs)
             break
         except Exception as error:
             failure = failure_of(error)
             log.debug("%s: attempt %d failed", jobs[0].name, number, exc_info=error)
-            if not gangs.is_ending:
-                for history in histories:
-                    history.end(failure.message)
+            for history in histories:
+                history.end(STOPPED if gangs.is_ending and is_stop(failure) else failure.message)
             if gangs.is_ending or not schedule.retry(failure, number, run.cluster.retries):
                 raise JobError(described(run, jobs[0], failure)) from error
             again = f"they are started again ({number} of {run.cluster.retries})"
@@ -86,7 +85,10 @@ def _trained(
     return outcomes
 
 
-def _evaluated(run: Run, assignments: Sequence[Assignment], histories: Sequence[History]) -> dict[str, dict[str, Any]]:
+def _evaluated(
+    run: Run, assignments: Sequence[Assignment], histories: Sequence[History], gangs: Gangs
+) -> dict[str, dict[str, Any]]:
     for history in histories:
         history.begin(workers=1)
-    return dict(gang.result(gang.remote(run, assignments[0].job, evaluate_models)(list(assignments))))
+    call = gang.remote(run, assignments[0].job, evaluate_models)(list(assignments))
+    return dict(gang.result(call, gangs.stopping))

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lori_dist import folder, plugin, rows, storage, tables
-from lori_dist.cluster import attempts, packs, schedule
+from lori_dist.cluster import attempts, packs, schedule, scratch
 from lori_dist.cluster.board import Board, Progress
-from lori_dist.cluster.connection import connected, disconnect, runtime_env
+from lori_dist.cluster.connection import TOKEN_FILE, connected, disconnect, runtime_env
 from lori_dist.cluster.gang import Gangs
 from lori_dist.cluster.schedule import Resources
 from lori_dist.cluster.summary import ATTEMPTS, CHECKPOINTS
@@ -31,6 +31,8 @@ from lori_dist.training import preemption
 
 POLL_SECONDS = 1.0
 STOP_SECONDS = 15.0
+LEAVE_SECONDS = 5.0
+"""In which watchers of jobs see that the run ends."""
 SAVE_SECONDS = 60.0
 """For which a run that is to end waits until its trainings have saved: some steps. Batch systems may give less."""
 
@@ -45,9 +47,15 @@ def execute(run: Run, *, progress: Callable[[Progress], None] | None = None) -> 
     is working on the run, or when jobs failed, after all others that did not need them are done; Stopped after
     `lori stop`, and Preempted, which is one, after SIGTERM or train.time_limit. Then what is in training is saved.
     """
-    run = with_absolute_paths(run)
+    with preemption.raised_by_sigterm(f"{run.folder}: "):
+        return _execute(with_absolute_paths(run), progress)
+
+
+def _execute(run: Run, progress: Callable[[Progress], None] | None) -> dict[str, Any]:
+    scratch.check()
     jobs = planned(run)
     with storage.driving(run.output, run.name), folder.lock(run.folder) as owner:
+        (run.folder / TOKEN_FILE).unlink(missing_ok=True)  # of a driver that was killed
         folder.clean(run.folder, scratch=[CHECKPOINTS, TRIED, ATTEMPTS])
         board = Board(run=run, jobs=jobs, progress=progress or (lambda event: None))
         for text in board.superseded():
@@ -132,12 +140,15 @@ def _work(board: Board, nodes: Callable[[], Sequence[Resources]], owner: str) ->
             for job in list(left.values()):
                 end(job, f"{type(error).__name__}: {error}")
 
+    reason = "it cannot continue"
     try:
         room = time.monotonic()
         while board.named("running") or board.ready():
             if folder.stop_requested(board.run.folder, owner):
+                reason = "`lori stop` asks for it"
                 raise Stopped(f"{board.run.folder}: ended by `lori stop`; the same command continues from here")
             if limit is not None and preemption.age() > limit:
+                reason = "train.time_limit has passed"
                 raise Preempted(
                     f"{board.run.folder}: ended, as train.time_limit has passed; the same command continues from here"
                 )
@@ -164,18 +175,28 @@ def _work(board: Board, nodes: Callable[[], Sequence[Resources]], owner: str) ->
                 board.fail(job, outcome)
             else:
                 board.finish(job, outcome)
+    except KeyboardInterrupt as interrupt:
+        reason = "SIGTERM came" if isinstance(interrupt, preemption.Terminated) else "Ctrl-C was pressed"
+        raise
     finally:
         gangs.asked.set()
         if board.named("running"):
-            log.warning("%s: stopped; the same command continues from here", board.run.name)
+            log.warning("%s: ending, as %s; what is in training is saved first", board.run.name, reason)
             with contextlib.suppress(KeyboardInterrupt):  # a second one: at once
                 _await_saved(board, watchers, ended)
             board.interrupt()  # first, as Ray may end the driver of a job that has left it
             gangs.stopping.set()
+            with contextlib.suppress(KeyboardInterrupt):
+                _join(watchers, LEAVE_SECONDS)  # or Ray may abort this process, as it goes while they use it
             disconnect()  # which ends what the watchers wait for
         gangs.stopping.set()
-        for watcher in watchers:
-            watcher.join(timeout=STOP_SECONDS)
+        _join(watchers, STOP_SECONDS)
+
+
+def _join(watchers: Sequence[threading.Thread], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    for watcher in watchers:
+        watcher.join(timeout=max(0.0, end - time.monotonic()))
 
 
 def _await_saved(

@@ -11,7 +11,7 @@ from typing import Any
 
 from lori_dist import config, folder
 from lori_dist.cluster.board import SUMMARY
-from lori_dist.cluster.summary import attempts_of, last_steps
+from lori_dist.cluster.summary import attempts_of, last_saved, last_steps
 from lori_dist.errors import ConfigError, JobError
 
 POLL_SECONDS = 0.2
@@ -35,9 +35,10 @@ def status(root: Path) -> dict[str, Any]:
     `run`, `folder`, `driver` (the process that works on it, or None), `stopping` (whether it has been asked to end) and
     `jobs`. Of each job, in the plan's order: `name`, `state` (waiting, running, finished, failed, blocked, or
     interrupted: it ran, and its driver has gone), `needs`, `seconds`, `attempts` (how many; 0 where it was finished
-    before), `error` (of the last attempt that has ended with one) and, of a training that runs, `phase`, `step`,
-    `num_steps`, `steps_per_second`, `tokens_per_second` and `eta_seconds`, until its end. None where that is not known.
-    Raises JobError if there is no run in the folder.
+    before), `error` (of a job that is not finished: of its last attempt that has ended with one) and, of a training,
+    `phase`, `step` and `num_steps`: the last step that it has done; of one that does not run, `saved_step`: the step of
+    that phase from which it resumes; of one that runs, `steps_per_second`, `tokens_per_second` and `eta_seconds`, until
+    its end. None where that is not known. Raises JobError if there is no run in the folder.
     """
     driver = folder.owner(root)  # before the summary, which a driver writes before it goes
     summary = _summary(root)
@@ -81,6 +82,12 @@ def _job(root: Path, name: str, state: Mapping[str, Any], needs: list[str], *, i
     now = str(state.get("state"))
     if now == "running" and not is_alive:
         now = "interrupted"
+    if now == "running":
+        steps = _running(last_steps(partial))
+    elif now == "interrupted" or state.get("begun"):  # else the folder may be that of other settings
+        steps = _reached(partial)
+    else:
+        steps = {}
     began = state.get("started")
     passed = round(time.time() - began, 3) if now == "running" and isinstance(began, int | float) else None
     return {
@@ -89,24 +96,39 @@ def _job(root: Path, name: str, state: Mapping[str, Any], needs: list[str], *, i
         "needs": list(needs),
         "seconds": state.get("seconds", passed),
         "attempts": len(attempts),
-        "error": state.get("error") or (errors[-1] if errors else None),
-        **_steps(last_steps(partial) if now in ("running", "interrupted") else [], is_running=now == "running"),
+        "error": state.get("error") or (errors[-1] if errors and now != "finished" else None),
+        **dict.fromkeys(STEP_KEYS),
+        **steps,
     }
 
 
-def _steps(records: list[dict[str, Any]], *, is_running: bool) -> dict[str, Any]:
+STEP_KEYS = (
+    *("phase", "step", "num_steps", "saved_step"),
+    *("steps_per_second", "tokens_per_second", "eta_seconds"),
+)
+
+
+def _reached(partial: Path) -> dict[str, Any]:
+    """How far a training that was interrupted has come, and where it resumes."""
+    saved = last_saved(partial)
+    records = last_steps(partial)
+    if not records:
+        return {**saved, "saved_step": saved["step"]} if saved else {}
+    last = {key: records[-1][key] for key in ("phase", "step", "num_steps")}
+    return {**last, "saved_step": saved["step"] if saved.get("phase") == last["phase"] else 0}
+
+
+def _running(records: list[dict[str, Any]]) -> dict[str, Any]:
     """How far a training is, and how fast: by the median time from one step to the next, so that a restart or a
     checkpoint among the last steps does not count."""
-    found: dict[str, Any] = dict.fromkeys(("phase", "step", "num_steps"))
-    found |= dict.fromkeys(("steps_per_second", "tokens_per_second", "eta_seconds"))
     if not records:
-        return found
+        return {}
     last = records[-1]
-    found |= {key: last.get(key) for key in ("phase", "step", "num_steps")}
-    steps = [record for record in records if record.get("phase") == last.get("phase") and "time" in record]
+    found: dict[str, Any] = {key: last[key] for key in ("phase", "step", "num_steps")}
+    steps = [record for record in records if record["phase"] == last["phase"]]
     gaps = [after["time"] - before["time"] for before, after in itertools.pairwise(steps)]
     pace = statistics.median(gaps) if gaps else 0.0
-    if is_running and pace > 0.0:
+    if pace > 0.0:
         found["steps_per_second"] = 1 / pace
         found["eta_seconds"] = round(last["steps_left"] * pace, 1)
         if all("tokens" in record for record in steps):
@@ -134,7 +156,7 @@ def _row(job: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         job["name"],
         job["state"],
-        "" if job["step"] is None else f"{job['phase']} {job['step']}/{job['num_steps']}",
+        _progress(job),
         _duration(job["seconds"]),
         _duration(job["eta_seconds"]),
         speed,
@@ -142,6 +164,16 @@ def _row(job: Mapping[str, Any]) -> tuple[str, ...]:
         ", ".join(job["needs"]),
         (job["error"] or "").partition("\n")[0],
     )
+
+
+def _progress(job: Mapping[str, Any]) -> str:
+    if job["step"] is None:
+        return ""
+    of = "" if job["num_steps"] is None else f"/{job['num_steps']}"
+    done = f"{job['phase']} {job['step']}{of}"
+    if job["saved_step"] is None:
+        return done
+    return f"{done}, saved" if job["saved_step"] == job["step"] else f"{done}, {job['saved_step'] or 'none'} saved"
 
 
 def _duration(seconds: float | None) -> str:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import re
 import secrets
 import shlex
 import signal
@@ -15,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from lori_dist import config
+from lori_dist.cluster.board import ENDING
 from lori_dist.cluster.connection import authentication
-from lori_dist.errors import ConfigError, JobError
+from lori_dist.errors import ConfigError, JobError, Stopped
 
 # Ray is imported by functions, as it takes a second.
+
+log = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -28,6 +32,11 @@ CONFIG = "run.yaml"
 PATIENCE_SECONDS = 300.0
 """For which the cluster may be out of reach while its job is followed."""
 RETRY_SECONDS = 2.0
+SUBMIT_SECONDS = 60.0
+"""For which a job is submitted again that the cluster cannot take yet."""
+STOPPED_CODE = 3
+TAIL = 4000
+"""Characters of a job's log, in which its last message stands."""
 POLL_SECONDS = 0.2
 """Between two looks at whether Ctrl-C was pressed."""
 
@@ -55,8 +64,7 @@ def submit(path: str, overrides: list[str], address: str, *, dry_run: bool = Fal
             "excludes": ["__pycache__"],
         }
         command = f"python -m lori_dist run {CONFIG} cluster.address=auto{' --dry-run' * dry_run}"
-        with _told(address):
-            client.submit_job(entrypoint=command, submission_id=job, runtime_env=environment)
+        _submitted(client, address, entrypoint=command, submission_id=job, runtime_env=environment)
     print(f"{job}: {address.rstrip('/')}/#/jobs/{job}", flush=True)
     try:
         return _followed(client, job, address)
@@ -81,6 +89,22 @@ def _client(address: str) -> Any:
         return JobSubmissionClient(address)
 
 
+def _submitted(client: Any, address: str, **job: Any) -> None:
+    """Submits a job, again while the cluster says that it cannot take one yet."""
+    end = time.monotonic() + SUBMIT_SECONDS
+    while True:
+        with _told(address):
+            try:
+                client.submit_job(**job)
+            except RuntimeError as error:
+                if "try again later" not in str(error).lower() or time.monotonic() > end:
+                    raise
+                log.info("--address: %s cannot take the job yet (%s)", address, _found(error))
+            else:
+                return
+        time.sleep(RETRY_SECONDS)
+
+
 @contextmanager
 def _told(address: str) -> Iterator[None]:
     from ray.exceptions import RayError
@@ -88,21 +112,31 @@ def _told(address: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, OSError, RayError) as error:  # requests' own are OSErrors
-        found = str(error).strip().partition("\n")[0]
-        raise JobError(
-            f"--address: {address} does not take the job ({found}); give the address of a Ray cluster's dashboard. "
-            "Where it wants a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
-        ) from error
+        found = _found(error)
+        if re.search(r"try again later", found, re.IGNORECASE):
+            remedy = "its nodes may still be starting, or the port of its agents is taken; see `ray status` there"
+        elif re.search(r"auth|token|\b40[13]\b", found, re.IGNORECASE):
+            remedy = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file that has its token"
+        else:
+            remedy = "give the address of a Ray cluster's dashboard, as `ray start --head` prints it"
+        raise JobError(f"--address: {address} does not take the job ({found}); {remedy}") from error
+
+
+def _found(error: Exception) -> str:
+    """The line of an error that says what is wrong. Ray's may begin with lines that only lead to a traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    last = next((line for line in lines if "try again later" in line.lower()), None)
+    return (last or lines[0] if lines else type(error).__name__)[:300]
 
 
 def _followed(client: Any, job: str, address: str) -> int:
     """The job's exit code, at its end. A lost connection is made again."""
-    log = _Log()
+    said = _Log()
     lost = None
     while True:
         try:
             with _interruptions() as interrupted:
-                asyncio.run(log.follow(client, job, interrupted))
+                asyncio.run(said.follow(client, job, interrupted))
             state = client.get_job_info(job)
             lost = None
         except Exception as error:  # of requests, aiohttp and Ray: they have no class in common
@@ -114,7 +148,7 @@ def _followed(client: Any, job: str, address: str) -> int:
                 ) from error
         else:
             if state.status.is_terminal():
-                return _code(job, state)
+                return _code(job, state, said.tail)
         time.sleep(RETRY_SECONDS)
 
 
@@ -142,6 +176,8 @@ class _Log:
 
     def __init__(self) -> None:
         self._num_shown = 0
+        self.tail = ""
+        """The end of it."""
 
     async def follow(self, client: Any, job: str, interrupted: Callable[[], bool]) -> None:
         """Writes what is new until the job ends, or it is interrupted."""
@@ -163,11 +199,17 @@ class _Log:
             sys.stdout.write(new)
             sys.stdout.flush()
             self._num_shown = max(self._num_shown, place)
+            self.tail = (self.tail + new)[-TAIL:]
 
 
-def _code(job: str, state: Any) -> int:
+def _code(job: str, state: Any, tail: str) -> int:
+    """tail: the end of what the job has written. Raises Stopped, whose exit code is 3, if the job was stopped: Ray may
+    end a driver that has left its cluster before that has an exit code of its own."""
     if state.status.value == "SUCCEEDED":
         return 0
-    if state.driver_exit_code:
-        return int(state.driver_exit_code) if state.driver_exit_code > 0 else 128 - int(state.driver_exit_code)
-    raise JobError(f"{job}: {state.status.value.lower()} ({state.message}); the same run again goes on from there")
+    code = int(state.driver_exit_code or 0)
+    if code != STOPPED_CODE and (state.status.value == "STOPPED" or (code != 2 and ENDING.search(tail))):
+        raise Stopped(f"{job}: was stopped; the same command continues from there")
+    if code:
+        return code if code > 0 else 128 - code
+    raise JobError(f"{job}: {state.status.value.lower()} ({state.message}); the same command continues from there")

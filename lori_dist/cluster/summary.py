@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from lori_dist.scores import transfer
 
 ADAPTER, METRICS, CHECKPOINTS = "adapter.safetensors", "metrics.jsonl", "checkpoints"
 """What trainings have in their folders. Stands here so that the driver of a run does without torch."""
+CALIBRATED, CALIBRATE, TRAIN = "calibrated.safetensors", "calibrate", "train"
+"""What a finished calibration leaves, and the names of a training's phases, in their order."""
 ATTEMPTS = "attempts.json"
 """In an unfinished job's folder: what became of each attempt at it."""
 
@@ -87,7 +90,10 @@ LAST_BYTES = 2**16
 
 
 def last_steps(partial: Path) -> list[dict[str, Any]]:
-    """The last records of a training that runs, from the end of its metrics; none before its first step."""
+    """The records of the last steps of a training, from the end of its metrics; none before its first step.
+
+    Records of another kind are left out: merges, evaluations and searches write theirs to a file of the same name.
+    """
     try:
         with open_regular(partial / METRICS) as file:
             file.seek(0, os.SEEK_END)
@@ -108,9 +114,24 @@ def is_step(record: Any) -> bool:
     return (
         isinstance(record, dict)
         and isinstance(record.get("phase"), str)
-        and all(type(record.get(key)) is int for key in ("step", "num_steps"))
+        and all(type(record.get(key)) is int for key in ("step", "num_steps", "steps_left"))
         and "loss" in record
         and (record["loss"] is None or _is_number(record["loss"]))
         and _is_number(record.get("time"))
-        and all(_is_number(record[key]) for key in ("steps_left", "tokens") if key in record)
+        and ("tokens" not in record or _is_number(record["tokens"]))
     )
+
+
+def last_saved(partial: Path) -> dict[str, Any]:
+    """Where a training resumes: `phase`, `step` and `num_steps`, None where its records do not say. Empty if nothing is
+    saved. From the names of its files: nobody has to read a checkpoint to show it."""
+    num_steps = {step["phase"]: step["num_steps"] for step in last_steps(partial)}
+    names = sorted(path.name for path in (partial / CHECKPOINTS).glob("[!.]*"))
+    found = [match for name in names if (match := re.fullmatch(r"(\w+)-(\d+)\.safetensors", name))]
+    steps: dict[str, int | None] = {match[1]: int(match[2]) for match in found}
+    if TRAIN not in steps and (partial / CALIBRATED).exists():
+        steps = {CALIBRATE: num_steps.get(CALIBRATE)}
+    for phase in (TRAIN, CALIBRATE):
+        if phase in steps:
+            return {"phase": phase, "step": steps[phase], "num_steps": num_steps.get(phase)}
+    return {}

@@ -18,7 +18,7 @@ from lori_dist.cluster import schedule
 from lori_dist.cluster.connection import runtime_env
 from lori_dist.cluster.summary import ADAPTER
 from lori_dist.config import Run
-from lori_dist.errors import LoriError, Redacting, print_anything, redacted
+from lori_dist.errors import LoriError, Redacting, Stopped, print_anything, redacted
 from lori_dist.folder import Attempt
 from lori_dist.jobs import Job
 from lori_dist.training.metrics import recorded
@@ -293,6 +293,9 @@ def working(assignment: Assignment, rank: int) -> Iterator[Run]:
                 "%s: attempt %d, rank %d, process %d", assignment.job.name, assignment.attempt.number, rank, os.getpid()
             )
             yield config.validate(assignment.tree)
+        except Stopped as stopped:
+            log.info("%s", stopped)
+            raise
         except BaseException:
             print(redacted(traceback.format_exc()), end="", file=sys.stderr)
             raise

@@ -393,12 +393,25 @@ class _FrozenLinear(torch.autograd.Function):
         return grad @ ctx.weight, None, None  # which DeepSpeed has gathered again
 
 
+def init_distributed(backend: str | None, **options: Any) -> None:
+    """DeepSpeed's own, which compiles nothing for gloo. backend: None for that of the accelerator."""
+    if deepspeed.get_accelerator().device_name() == "cpu":
+        _build_nothing_for_gloo()
+        backend = backend or "gloo"
+    deepspeed.init_distributed(backend, **options)
+
+
+def _build_nothing_for_gloo() -> None:
+    """Keeps DeepSpeed on CPUs from a build that takes minutes on a busy machine, or waits for ever for one that was
+    killed. Gloo does without it: it is for tensors in the memory that ranks share."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def _prepare(world: World) -> None:
     # Its way of saying which device, asked for also where there is no launcher.
     os.environ["LOCAL_RANK"] = str(world.local_rank if world.device.index is None else world.device.index)
     if world.device.type == "cpu":
-        # Gloo does all there is to do; this would compile for a minute, or wait for ever for a killed compiler.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _build_nothing_for_gloo()
     # Without this, each rank hears of every part that is set up and of every collective that torch has renamed.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     renamed = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"

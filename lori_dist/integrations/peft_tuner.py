@@ -46,11 +46,14 @@ from lori_dist.adapter.lori_folder import are_positions
 from lori_dist.adapter.projection import GENERATOR, checksum
 from lori_dist.errors import AdapterError
 from lori_dist.integrations import model_card
+from lori_dist.integrations.deepspeed import release_locks
 
 log = logging.getLogger(__name__)
 
 if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):  # without it, positions would be lost on save
     raise ImportError("lori_dist.integrations.peft_tuner: needs peft 0.21 or newer; pip install 'peft>=0.21'")
+
+release_locks()  # a trainer with DeepSpeed would wait for them, for ever, when it compiles its optimizer
 
 IN_FILES = "LORI: needs `pip install lori_dist[peft]` and `import lori_dist.integrations.peft_tuner`"
 """The type that adapter_config.json names. Where this file was not imported, PEFT raises a KeyError of this text."""

@@ -83,6 +83,37 @@ def of_process(limit: float | None) -> Iterator[Told]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: one set by C code
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+@contextlib.contextmanager
+def raised_by_sigterm(where: str) -> Iterator[Callable[[], None]]:
+    """Raises Preempted when SIGTERM comes, as Ctrl-C raises KeyboardInterrupt: batch systems end jobs so, and Ray's own
+    handler aborts with a dump of its stack. Gives what sets the handler again, where a library has set its own.
+
+    where: begins the message.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+        yield lambda: None
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise Terminated
+
+    def install() -> None:
+        signal.signal(signal.SIGTERM, end)
+
+    before = signal.getsignal(signal.SIGTERM)
+    install()
+    try:
+        yield install
+    except Terminated:
+        raise Preempted(f"{where}ended by SIGTERM; the same command continues from here") from None
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: one set by C code
+
+
 def age() -> float:
     """Seconds since this process began."""
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])

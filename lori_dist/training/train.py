@@ -788,6 +788,8 @@ def append(job: Job, name: str, line: Mapping[str, Any]) -> None:
 
 def rewind(job: Job, phase: Phase, first: int) -> None:
     """Drops what an earlier attempt wrote about steps that are done again."""
+    if first:
+        log.info("%s: resuming from step %d of %d of phase %s", job.name, first, phase.num_steps, phase.name)
     for name in (METRICS,) if job.joint is None else (METRICS, conflicts.FILE):
         lines = metrics.steps(job.folder, name)
         kept = [line for line in lines if line["phase"] != phase.name or line["step"] <= first]

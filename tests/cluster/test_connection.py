@@ -1,5 +1,6 @@
 """Who can connect with a cluster of a run's own."""
 
+import http.client
 import json
 import os
 import stat
@@ -18,7 +19,7 @@ from lori_dist import config
 from lori_dist.cluster.connection import TOKEN_FILE, connected
 from lori_dist.errors import ConfigError
 from tests.launching import environment_of, make_task
-from tests.processes import descendants, listening
+from tests.processes import descendants, sockets
 
 pytestmark = pytest.mark.ray
 
@@ -51,8 +52,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def cluster(folder: Path, *settings: str) -> Iterator[tuple[dict[str, str], set[str]]]:
-    """The addresses of a run's own cluster, and those on which its processes listen."""
+def cluster(folder: Path, *settings: str) -> Iterator[tuple[dict[str, str], set[tuple[str, int]]]]:
+    """The addresses of a run's own cluster, and addresses and ports on which its processes listen."""
     environment = {name: text for name, text in environment_of(folder).items() if not name.startswith("RAY_")}
     with (
         (folder / "log").open("w") as log,
@@ -69,7 +70,7 @@ def cluster(folder: Path, *settings: str) -> Iterator[tuple[dict[str, str], set[
             assert process.stdout is not None
             line = process.stdout.readline()
             assert line, (folder / "log").read_text()
-            yield json.loads(line), listening(descendants(process.pid) | {process.pid})
+            yield json.loads(line), sockets(descendants(process.pid) | {process.pid})
         finally:
             assert process.stdin is not None
             process.stdin.close()
@@ -87,6 +88,30 @@ def asked(dashboard: str, path: str, token: str | None = None, **request: Any) -
         return int(error.code)
 
 
+HTTP_PATHS = ("/", "/metrics", "/api/jobs/", "/api/cluster_status", "/nodes?view=summary", "/logs")
+CALLS = ("CoreWorkerService/Exit", "NodeManagerService/GetNodeStats", "NodeInfoGcsService/GetAllNodeInfo")
+
+
+def answered_without_a_token(found: set[tuple[str, int]]) -> Iterator[tuple[str, int]]:
+    """What HTTP servers answer: path and status. Other servers are of gRPC, and answer no call that Ray has."""
+    import grpc
+
+    for address, port in found:
+        host = "127.0.0.1" if set(address) <= set("0.") else address
+        for path in HTTP_PATHS:
+            try:
+                yield path, asked(f"{host}:{port}", path)
+            except http.client.BadStatusLine:
+                break
+        else:
+            continue
+        with grpc.insecure_channel(f"{host}:{port}") as channel:
+            for call in CALLS:
+                with pytest.raises(grpc.RpcError) as refused:
+                    channel.unary_unary(f"/ray.rpc.{call}")(b"", timeout=60)
+                assert refused.value.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED)
+
+
 def joined(gcs: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {name: text for name, text in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_gcs_server_port_wait_time_s": "1", **variables}
@@ -96,17 +121,20 @@ def joined(gcs: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_by_default_only_this_machine_connects_and_only_with_the_token(folder: Path) -> None:
-    with cluster(folder) as (addresses, sockets):
-        assert sockets
-        assert {address for address in sockets if not address.startswith("127.") and address != "::1"} == set()
+    with cluster(folder) as (addresses, found):
+        assert found
+        assert {address for address, _ in found if not address.startswith("127.") and address != "::1"} == set()
         assert asked(addresses["dashboard"], "/api/jobs/") == 401
         assert not (folder / "runs" / "demo" / TOKEN_FILE).exists()
 
 
 def test_a_cluster_that_others_reach_wants_the_token_of_a_file_of_one_s_own(folder: Path) -> None:
     file = folder / "runs" / "demo" / TOKEN_FILE
-    with cluster(folder, "cluster.bind=0.0.0.0") as (addresses, sockets):
-        assert "0.0.0.0" in sockets or "0" * 32 in sockets
+    with cluster(folder, "cluster.bind=0.0.0.0") as (addresses, found):
+        assert {"0.0.0.0", "0" * 32} & {address for address, _ in found}
+        assert {path for path, status in answered_without_a_token(found) if status != 401} == {"/"}, (
+            "the page to log in"
+        )
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         token = file.read_text()
         job = {"data": b'{"entrypoint": "touch taken"}', "method": "POST"}

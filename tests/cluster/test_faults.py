@@ -21,6 +21,7 @@ from tests.cluster.trained import (
     last_step,
     process_of,
 )
+from tests.processes import command, descendants
 from tests.raylets import Nodes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -56,6 +57,24 @@ def test_a_driver_killed_while_it_publishes_leaves_nothing_half(tmp_path: Path) 
         driver.process.wait()
     with driven(run, tmp_path) as driver:
         assert driver.ends() == 0, driver.said()
+    assert_undisturbed(run, tmp_path, world_size=1)
+
+
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+def test_a_cluster_of_its_own_that_is_killed_ends_the_run_at_once(tmp_path: Path, name: str) -> None:
+    """No node can come back to it, so nothing is waited for."""
+    run = described(tmp_path, workers=1, patience=3600)
+    with driven(run, tmp_path) as driver:
+        driver.until(lambda: at(run, "train", 15))
+        [process] = [
+            pid for pid in descendants(driver.process.pid) if command(pid).split(" ")[0].endswith(f"/{name}/{name}")
+        ]
+        os.kill(process, signal.SIGKILL)
+        assert driver.process.wait(timeout=120) == 1
+        assert "on this machine has ended: it was killed, or memory ran out" in driver.said()
+    with driven(run, tmp_path) as driver:
+        assert driver.ends() == 0, driver.said()
+    assert attempts(run)[-1]["resumed_at"]["step"] >= 10
     assert_undisturbed(run, tmp_path, world_size=1)
 
 

@@ -5,36 +5,74 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from lori_dist import config
+from lori_dist.cluster.attempts import STOPPED
 from lori_dist.cluster.gang import DIED
+from lori_dist.cluster.status import status
 from lori_dist.config import Calibrate
 from tests.cluster.trained import assert_undisturbed, attempts, described, driven, last_step
+from tests.processes import command, descendants
 from tests.raylets import ENVIRONMENT, RAY, Nodes
 
 pytestmark = pytest.mark.ray
 
 
-def test_a_run_that_is_ended_does_no_step_twice(tmp_path: Path) -> None:
-    """Without checkpoints but that of a training that is asked to save."""
+def test_a_run_that_is_ended_does_no_step_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without checkpoints but that of a training that is asked to save. In a TMPDIR that is too long for sockets."""
+    place = tmp_path / ("scratch_of_a_job_on_some_cluster/" * 3)
+    place.mkdir(parents=True)
+    monkeypatch.setenv("TMPDIR", str(place))
     run = changed(described(tmp_path, workers=2, cpus_per_worker=0.5), calibrate=10, train=200)
     with driven(run, tmp_path) as driver:
         driver.until(lambda: last_step(run)[0] == "train" and last_step(run)[1] >= 5)
         driver.process.send_signal(signal.SIGTERM)
         assert driver.ends() == 3, driver.said()
         assert f"{run.folder}: ended by SIGTERM; the same command continues from here\n" in driver.said()
+    assert list(place.iterdir()) == []
+    stopped = status(run.folder)["jobs"][0]
+    assert (stopped["state"], stopped["phase"], stopped["error"]) == ("interrupted", "train", STOPPED)
+    assert stopped["step"] == stopped["saved_step"] >= 5
     with driven(run, tmp_path) as driver:
         assert driver.ends() == 0, driver.said()
     lines = (run.folder / "train-copy" / "metrics.jsonl").read_text().splitlines()
     found = [(record["phase"], record["step"]) for record in map(json.loads, lines)]
     steps = [(phase, step) for phase, count in (("calibrate", 10), ("train", 200)) for step in range(1, count + 1)]
     assert found == steps
+    assert status(run.folder)["jobs"][0]["error"] is None
+    log = "".join(path.read_text() for path in (run.folder / "logs").iterdir())
+    assert "Traceback" not in log
+    assert log.count(f"train-copy: resuming from step {stopped['step']} of 200 of phase train") == 1
+    assert list(place.iterdir()) == []
     first, second = attempts(run)
     assert second["resumed_at"] == first["reached"]
     assert_undisturbed(run, tmp_path, world_size=2)
+
+
+@pytest.mark.parametrize("begun", ["gcs_server", "raylet"])
+def test_sigterm_while_ray_starts_ends_with_a_line_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: str
+) -> None:
+    place = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
+    monkeypatch.setenv("TMPDIR", str(place))
+    run = described(tmp_path)
+    with driven(run, tmp_path) as driver:
+        family = driver.until(lambda: has_begun(driver.process.pid, begun))
+        driver.process.send_signal(signal.SIGTERM)
+        assert driver.ends() == 3, driver.said()
+    assert driver.said() == f"{run.folder}: ended by SIGTERM; the same command continues from here\n"
+    assert [command(pid) for pid in family if command(pid)] == []
+    place.rmdir()  # nothing is in it
+
+
+def has_begun(driver: int, name: str) -> set[int]:
+    """The processes of a driver, once one of Ray's is among them."""
+    family = descendants(driver)
+    return family if any(name in command(pid).partition(" ")[0] for pid in family) else set()
 
 
 def changed(run: config.Run, *, calibrate: int, train: int) -> config.Run:

@@ -27,7 +27,7 @@ from lori_dist.adapter import file
 from lori_dist.cluster import work
 from lori_dist.cluster.attempts import CUT_OFF
 from lori_dist.cluster.board import Progress
-from lori_dist.cluster.connection import connected
+from lori_dist.cluster.connection import TOKEN_FILE, connected
 from lori_dist.cluster.gang import DIED
 from lori_dist.cluster.run import execute
 from lori_dist.errors import AdapterError, ConfigError, JobError
@@ -347,6 +347,8 @@ def _pid(_: object) -> int:
 
 def test_a_gang_larger_than_the_cluster_is_refused_before_anything_starts(run: config.Run, tmp_path: Path) -> None:
     large = dataclasses.replace(run.cluster, workers=10_000)
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / TOKEN_FILE).write_text("of a driver that was killed")
     with pytest.raises(ConfigError, match=r"cluster.workers: train-copy takes 10000 x \(0.5 CPUs\), the cluster has"):
         execute(dataclasses.replace(run, cluster=large, output=str(tmp_path)))
     assert {path.name for path in (tmp_path / "demo").iterdir()} == {".lock", "summary.json"}

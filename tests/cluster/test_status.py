@@ -86,6 +86,72 @@ def test_without_a_driver_what_ran_is_interrupted(run: Path) -> None:
     assert job(found, "train-math")["eta_seconds"] is None
 
 
+MEASURED = [{"metric": "loss", "task": "copy", "value": 1.0, "seconds": 2.0, "time": at} for at in (100.0, 102.0)]
+MERGED = {"kept": 1, "total": 2, "density": 0.5, "bytes": 3, "rank": 4, "seconds": 1.0, "time": 100.0}
+
+
+@pytest.mark.parametrize("records", [MEASURED, [MERGED, MERGED], [1, None, [2], "three", {"step": "4", "time": "5"}]])
+@pytest.mark.parametrize("state", ["running", "interrupted", "waiting", "finished", "failed"])
+def test_records_that_are_none_of_steps_are_no_progress(
+    run: Path, state: str, records: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / ".partial-train-math" / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    summary = json.loads((run / "summary.json").read_text())
+    summary["jobs"]["train-math"]["state"] = state
+    (run / "summary.json").write_text(json.dumps(summary))
+    with folder.lock(run):
+        found = job(status(run), "train-math")
+        assert main(["status", str(run), "--json"]) == 0
+    assert (found["state"], found["step"], found["eta_seconds"]) == (state, None, None)
+
+
+@pytest.mark.parametrize(
+    ("saved", "shown"),
+    [
+        ([], "train 6/50, none saved"),
+        (["calibrated.safetensors"], "train 6/50, none saved"),
+        (["checkpoints/train-00000004.safetensors", "checkpoints/.train-00000006.partial"], "train 6/50, 4 saved"),
+        (["checkpoints/train-00000004.safetensors", "checkpoints/train-00000006.safetensors"], "train 6/50, saved"),
+    ],
+)
+@pytest.mark.parametrize("state", ["running", "interrupted"])
+def test_an_interrupted_training_says_what_is_saved(
+    run: Path, state: str, saved: list[str], shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether its driver could write that it ended, or was killed."""
+    partial = run / ".partial-train-math"
+    (partial / "checkpoints").mkdir()
+    for name in saved:
+        (partial / name).touch()
+    summary = json.loads((run / "summary.json").read_text())
+    summary["jobs"]["train-math"]["state"] = state
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert main(["status", str(run)]) == 0
+    line = capsys.readouterr().out.splitlines()[3]
+    assert line.split()[:2] == ["train-math", "interrupted"]
+    assert shown in line
+
+
+def test_progress_of_other_settings_is_not_shown_and_that_of_these_is(run: Path) -> None:
+    (run / ".partial-train-math" / "checkpoints").mkdir()
+    (run / ".partial-train-math" / "checkpoints" / "train-00000006.safetensors").touch()
+    for begun, step in ((False, None), (True, 6)):
+        summary = json.loads((run / "summary.json").read_text())
+        summary["jobs"]["train-math"] = {"state": "waiting", **({"begun": True} if begun else {})}
+        (run / "summary.json").write_text(json.dumps(summary))
+        found = job(status(run), "train-math")
+        assert (found["state"], found["step"], found["saved_step"]) == ("waiting", step, step)
+
+
+def test_a_finished_job_has_no_error_of_an_earlier_attempt(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    attempts = [{"number": 1, "error": "cut off with its driver"}, {"number": 2, "error": None}]
+    summary["jobs"]["train-math"] = {"state": "finished", "seconds": 3.0, "attempts": attempts}
+    (run / "summary.json").write_text(json.dumps(summary))
+    found = job(status(run), "train-math")
+    assert (found["attempts"], found["error"]) == (2, None)
+
+
 def test_the_command_prints_a_table_or_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", str(run)]) == 0
     first, _, titles, *lines = capsys.readouterr().out.splitlines()

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,8 +16,9 @@ from typing import Any
 import pytest
 
 from lori_dist.__main__ import main
+from lori_dist.cluster import submission
 from lori_dist.config import load
-from lori_dist.errors import ConfigError
+from lori_dist.errors import ConfigError, JobError
 from tests.launching import ROOT, environment_of, make_task, ray_head
 
 DEADLINE = 240.0
@@ -143,7 +145,9 @@ def test_a_run_goes_on_without_its_client_and_ends_when_told(story: dict[str, An
     assert story["alone"]["driver"] == story["working"]["driver"]
     assert story["stop"].returncode == 0, story["stop"].stdout
     assert story["stopped"]["driver"] is None
-    assert story["stopped"]["jobs"][0]["state"] == "waiting"
+    stopped = story["stopped"]["jobs"][0]
+    assert stopped["state"] == "interrupted"
+    assert stopped["saved_step"] == stopped["step"] >= training["step"]
 
 
 @pytest.mark.ray
@@ -182,6 +186,39 @@ def test_a_run_s_end_is_its_client_s(head: dict[str, str], folder: Path) -> None
     wanting = ended(words, folder / "client", head)
     assert wanting.returncode == 2
     assert "tasks.math.test: there is no file '/nowhere.jsonl'" in wanting.stdout
+
+
+@pytest.mark.ray
+def test_a_job_that_ray_is_told_to_stop_ends_its_client_as_lori_stop_does(head: dict[str, str], folder: Path) -> None:
+    words = [*LORI, "run", "mine.yaml", *settings(folder, "name=halted"), "--address", head["RAY_ADDRESS"]]
+    with started(words, folder / "halted", head) as client:
+        end = time.monotonic() + DEADLINE
+        while "Running entrypoint" not in (said := (folder / "halted").read_text()):
+            assert client.poll() is None, said
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        ray = [str(Path(sys.executable).with_name("ray")), "job", "stop", "--no-wait", said.partition(":")[0]]
+        assert ended(ray, folder / "client", head).returncode == 0
+        assert client.wait(60) == 3, (folder / "halted").read_text()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_cluster_that_cannot_take_a_job_yet_is_asked_again_and_its_answer_is_passed_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program has the port of its agent."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with ray_head(environment_of(folder), agent_port=port) as variables:
+            for name, value in variables.items():
+                monkeypatch.setenv(name, value)
+            monkeypatch.chdir(folder / "client")
+            monkeypatch.setattr(submission, "SUBMIT_SECONDS", 3.0)
+            monkeypatch.setattr(submission, "RETRY_SECONDS", 1.0)
+            with pytest.raises(JobError, match="try again later") as refused:
+                submission.submit("mine.yaml", settings(folder), variables["RAY_ADDRESS"])
+    assert "token" not in str(refused.value)
 
 
 @pytest.mark.ray

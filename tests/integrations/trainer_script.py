@@ -37,9 +37,9 @@ def main(how: dict[str, Any]) -> Trainer:
     resume: whether to go on from the last checkpoint. args: of TrainingArguments. trl: whether SFTTrainer trains."""
     stage = how.get("args", {}).get("deepspeed", {}).get("zero_optimization", {}).get("stage")
     if stage == 3:  # else transformers takes the world for one process, on CPU
-        import deepspeed
+        from lori_dist.integrations.deepspeed import init_distributed
 
-        deepspeed.init_distributed("gloo")
+        init_distributed("gloo")
     args = _sft_config(how) if how.get("trl") else TrainingArguments(**arguments(how))
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(how["model"]), LoriConfig(**CONFIG))
     if "dense" in how:
