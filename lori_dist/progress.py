@@ -58,7 +58,7 @@ def of_training(task: str) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     step in every `SECONDS_BETWEEN_LINES`.
     """
     gaps: deque[float] = deque(maxlen=STEPS_OF_A_PACE)
-    last = {"phase": "", "step": 0, "time": 0.0, "line": float("-inf")}
+    last: dict[str, Any] = {"phase": "", "step": 0, "time": 0.0, "line": float("-inf")}
 
     def show(record: Mapping[str, Any]) -> None:
         now, phase, step, num_steps = time.monotonic(), record["phase"], record["step"], record["num_steps"]

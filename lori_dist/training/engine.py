@@ -166,9 +166,9 @@ def held_of_base(model: nn.Module) -> tuple[int, int]:
     for parameter in model.parameters():
         if parameter.requires_grad:
             continue
-        shard = getattr(parameter, "ds_tensor", None)
+        shard: Any = getattr(parameter, "ds_tensor", None)
         if shard is not None:
-            held, total = held + shard.numel(), total + parameter.ds_numel
+            held, total = held + shard.numel(), total + int(getattr(parameter, "ds_numel"))  # noqa: B009
         else:
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             held, total = held + local.numel(), total + parameter.numel()

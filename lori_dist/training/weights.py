@@ -47,6 +47,11 @@ class Weights(Protocol):
 # --- from files ------------------------------------------------------------------------------------------------------
 
 
+def attention_of(model: config.Model) -> dict[str, str]:
+    """What transformers takes when it makes a model, for `model.attention`."""
+    return {} if model.attention is None else {"attn_implementation": model.attention}
+
+
 def skeleton(model: config.Model) -> tuple[PreTrainedModel, Weights]:
     """The base in evaluation mode, its parameters on the meta device, its buffers real; and its weights.
 
@@ -57,7 +62,7 @@ def skeleton(model: config.Model) -> tuple[PreTrainedModel, Weights]:
         settings = settings_of(model)
         if getattr(settings, "quantization_config", None) is not None:
             raise ConfigError(f"model.path: {model.path!r} is quantised, which is not supported; give the base itself")
-        attention = {} if model.attention is None else {"attn_implementation": model.attention}
+        attention = attention_of(model)
         made = without_weights(settings, dtype, trust_remote_code=model.trust_remote_code, **attention)
         _keep_exact(made, dtype)
         weights = _Files(made, stored_weights(model))
