@@ -100,8 +100,8 @@ def run(arguments: argparse.Namespace) -> int | None:
         _show_dry_run(described)
         return None
     from lori_dist import progress
-    from lori_dist.cluster.board import SUMMARY
     from lori_dist.cluster.run import execute
+    from lori_dist.cluster.summary import SUMMARY
     from lori_dist.evaluation._table import table
 
     with progress.of_run() as show_progress:

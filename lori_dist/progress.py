@@ -29,24 +29,42 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def of_run() -> Iterator[Callable[[Progress], None]]:
-    """Gives what `cluster.run.execute` reports to: how many jobs are done, and where each running one is."""
+    """Gives what `cluster.run.execute` reports to. Shows how many jobs are done, and of each training that runs its
+    phase, step, loss, tokens/s and the time that is left.
+
+    On a terminal that is a bar. Else it is lines of the log, every `SECONDS_BETWEEN_LINES`; that a job has started or
+    ended is in the log in either case.
+    """
     running: dict[str, str] = {}
+    last = time.monotonic()
 
     def show(event: Progress) -> None:
-        running.pop(event.job, None)
+        nonlocal last
         if event.state == "running":
-            running[event.job] = _told(event)
+            running[event.job] = _described(event)
+        else:
+            running.pop(event.job, None)
         bar.total, bar.n = event.num_jobs, event.num_done
         bar.set_description_str("".join(f" | {text}" for text in running.values()))
+        if bar.disable and running and time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            log.info("%d of %d jobs are done; running: %s", event.num_done, event.num_jobs, "; ".join(running.values()))
 
     with _bar("{n_fmt}/{total_fmt} jobs [{elapsed}]{desc}") as bar:
         yield show
 
 
-def _told(event: Progress) -> str:
-    steps = f" {event.phase} {event.step}/{event.num_steps}" if event.num_steps else ""
-    loss = f" loss {event.loss:.3f}" if event.loss is not None else ""
-    return f"{event.job}{steps}{loss}"
+def _described(event: Progress) -> str:
+    words = [event.job]
+    if event.num_steps:
+        words.append(f"{event.phase} {event.step}/{event.num_steps}")
+    if event.loss is not None:
+        words.append(f"loss {event.loss:.3f}")
+    if event.tokens_per_second is not None:
+        words.append(f"{event.tokens_per_second:,.0f} tokens/s")
+    if event.eta_seconds is not None:
+        words.append(f"{duration(event.eta_seconds)} left")
+    return " ".join(words)
 
 
 @contextmanager

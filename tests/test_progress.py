@@ -26,7 +26,8 @@ from lori_dist import progress
 from lori_dist.cluster.board import Progress
 with progress.of_run() as show:
     about = dict(state="running", seconds=1.0, num_done=1, num_jobs=4)
-    show(Progress(job="train-math", phase="train", step=7, num_steps=9, loss=0.5, **about))
+    speed = dict(tokens_per_second=5000.0, eta_seconds=65.0)
+    show(Progress(job="train-math", phase="train", step=7, num_steps=9, loss=0.5, **speed, **about))
 """
 EVALUATION = """
 from lori_dist import progress
@@ -57,7 +58,7 @@ def on_a_terminal(program: str) -> str:
     ("program", "told"),
     [
         (TRAINING, ["math: calibrate loss 2.000 1/3", "math: train loss 1.250 3/5", "12,346 tokens/s, 1:00:01 left"]),
-        (RUN, ["1/4 jobs", "train-math train 7/9 loss 0.500"]),
+        (RUN, ["1/4 jobs", "train-math train 7/9 loss 0.500 5,000 tokens/s 0:01:05 left"]),
         (EVALUATION, ["merged: loss of math 4/6"]),
     ],
     ids=["training", "run", "evaluation"],
@@ -79,6 +80,16 @@ def test_a_file_gets_lines_of_a_phase_s_first_and_last_step() -> None:
     ]
     assert lines[0].endswith("step 1 of 3, loss 2.000, 12,346 tokens/s, 1:00:01 left")
     assert lines[-1].endswith("0:00:00 left")
+
+
+def test_a_file_gets_lines_of_a_run_now_and_then() -> None:
+    program = "import logging; logging.basicConfig(level=logging.INFO, format='%(message)s')" + RUN.replace(
+        "with progress", "progress.SECONDS_BETWEEN_LINES = 0.0\nwith progress"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stderr == (
+        "1 of 4 jobs are done; running: train-math train 7/9 loss 0.500 5,000 tokens/s 0:01:05 left\n"
+    )
 
 
 @pytest.mark.parametrize("program", [RUN, EVALUATION], ids=["run", "evaluation"])

@@ -13,13 +13,13 @@ from typing import Any
 from lori_dist import folder, storage
 from lori_dist.cluster import schedule
 from lori_dist.cluster.schedule import Resources
-from lori_dist.cluster.summary import ADAPTER, attempts_of, last_saved, last_steps, summarize
+from lori_dist.cluster.summary import ADAPTER, SUMMARY, attempts_of, last_saved, last_steps, speed, summarize
 from lori_dist.config import Run
 from lori_dist.errors import JobError
 from lori_dist.files import read_regular
 from lori_dist.jobs import Job, dependents, path_lengths, ready
 
-SUMMARY, EVALUATION = "summary.json", "evaluation.json"
+EVALUATION = "evaluation.json"
 
 ENDING = re.compile(r": ending, as (`lori stop` asks for it|SIGTERM came|train\.time_limit has passed)")
 """In what a driver writes before it leaves its cluster, where it was told to end."""
@@ -43,6 +43,9 @@ class Progress:
     step: int = 0
     num_steps: int = 0
     loss: float | None = None
+    tokens_per_second: float | None = None
+    eta_seconds: float | None = None
+    """Until the end of the training."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -252,6 +255,10 @@ def _told(state: Mapping[str, Any]) -> str:
 
 
 def _last_step(root: Path, job: Job) -> dict[str, Any]:
-    """Where a training is."""
+    """Where a training is, and how fast."""
     steps = last_steps(root / f"{folder.PARTIAL}{job.name}")
-    return {key: steps[-1][key] for key in ("phase", "step", "num_steps", "loss")} if steps else {}
+    if not steps:
+        return {}
+    found = speed(steps)
+    shown = ("phase", "step", "num_steps", "tokens_per_second", "eta_seconds")
+    return {"loss": steps[-1]["loss"], **{key: found[key] for key in shown if key in found}}

@@ -1,17 +1,14 @@
 """Where a run is, and its end on request, from its files alone: from any machine that sees them, and without Ray."""
 
-import itertools
 import json
 import re
-import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lori_dist import config, folder
-from lori_dist.cluster.board import SUMMARY
-from lori_dist.cluster.summary import attempts_of, last_saved, last_steps
+from lori_dist.cluster.summary import SUMMARY, attempts_of, last_saved, last_steps, speed
 from lori_dist.errors import ConfigError, JobError
 
 POLL_SECONDS = 0.2
@@ -83,7 +80,7 @@ def _job(root: Path, name: str, state: Mapping[str, Any], needs: list[str], *, i
     if now == "running" and not is_alive:
         now = "interrupted"
     if now == "running":
-        steps = _running(last_steps(partial))
+        steps = speed(last_steps(partial))
     elif now == "interrupted" or state.get("begun"):  # else the folder may be that of other settings
         steps = _reached(partial)
     else:
@@ -116,24 +113,6 @@ def _reached(partial: Path) -> dict[str, Any]:
         return {**saved, "saved_step": saved["step"]} if saved else {}
     last = {key: records[-1][key] for key in ("phase", "step", "num_steps")}
     return {**last, "saved_step": saved["step"] if saved.get("phase") == last["phase"] else 0}
-
-
-def _running(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """How far a training is, and how fast: by the median time from one step to the next, so that a restart or a
-    checkpoint among the last steps does not count."""
-    if not records:
-        return {}
-    last = records[-1]
-    found: dict[str, Any] = {key: last[key] for key in ("phase", "step", "num_steps")}
-    steps = [record for record in records if record["phase"] == last["phase"]]
-    gaps = [after["time"] - before["time"] for before, after in itertools.pairwise(steps)]
-    pace = statistics.median(gaps) if gaps else 0.0
-    if pace > 0.0:
-        found["steps_per_second"] = 1 / pace
-        found["eta_seconds"] = round(last["steps_left"] * pace, 1)
-        if all("tokens" in record for record in steps):
-            found["tokens_per_second"] = statistics.fmean(record["tokens"] for record in steps) / pace
-    return found
 
 
 # --- for people ------------------------------------------------------------------------------------------------------

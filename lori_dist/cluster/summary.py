@@ -1,9 +1,11 @@
 """summary.json: what a run did, for programs."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
+import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from lori_dist.files import open_regular, read_regular
 from lori_dist.jobs import Job, same_merges
 from lori_dist.scores import transfer
 
+SUMMARY = "summary.json"
+"""In a run's folder."""
 ADAPTER, METRICS, CHECKPOINTS = "adapter.safetensors", "metrics.jsonl", "checkpoints"
 """What trainings have in their folders. Stands here so that the driver of a run does without torch."""
 CALIBRATED, CALIBRATE, TRAIN = "calibrated.safetensors", "calibrate", "train"
@@ -120,6 +124,24 @@ def is_step(record: Any) -> bool:
         and _is_number(record.get("time"))
         and ("tokens" not in record or _is_number(record["tokens"]))
     )
+
+
+def speed(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """How far a training is, and how fast: by the median time from one step to the next, so that a restart or a
+    checkpoint among the last steps does not count."""
+    if not records:
+        return {}
+    last = records[-1]
+    found: dict[str, Any] = {key: last[key] for key in ("phase", "step", "num_steps")}
+    steps = [record for record in records if record["phase"] == last["phase"]]
+    gaps = [after["time"] - before["time"] for before, after in itertools.pairwise(steps)]
+    pace = statistics.median(gaps) if gaps else 0.0
+    if pace > 0.0:
+        found["steps_per_second"] = 1 / pace
+        found["eta_seconds"] = round(last["steps_left"] * pace, 1)
+        if all("tokens" in record for record in steps):
+            found["tokens_per_second"] = statistics.fmean(record["tokens"] for record in steps) / pace
+    return found
 
 
 def last_saved(partial: Path) -> dict[str, Any]:
