@@ -95,6 +95,10 @@ def test_launched_ranks_train_together(launcher: Launcher, alone: Adapter, folde
     path = tmp_path / "demo" / "train-math" / "adapter.safetensors"
     assert launched.output.count(f"{path}\n") == 1
     assert sorted(file.name for file in tmp_path.glob("mask-*")) == ["mask-0-of-2"]
+    assert "library_name: lori_dist" in path.with_name("README.md").read_text()
+    log = (tmp_path / "demo" / "logs" / "train-math.rank0.log").read_text()
+    assert ": phase calibrate, 3 steps of " in log
+    assert re.search(r"math: train step 2 of 2, loss \d+\.\d+, [\d,]+ tokens/s, 0:00:00 left", log)
     assert_equal(load_adapter(path), alone)
 
 

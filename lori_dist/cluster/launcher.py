@@ -1,17 +1,19 @@
 """One training in the processes that a launcher has started, with its result where a run looks for it."""
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lori_dist import folder, plugin
 from lori_dist.cluster.attempts import History
 from lori_dist.cluster.run import with_absolute_paths
-from lori_dist.cluster.summary import ADAPTER, ATTEMPTS, CHECKPOINTS, path
+from lori_dist.cluster.summary import ADAPTER, ATTEMPTS, CHECKPOINTS, LOG_FORMAT, log_file, path
 from lori_dist.config import Run
-from lori_dist.errors import ConfigError, JobError, Preempted
+from lori_dist.errors import ConfigError, JobError, Preempted, Redacting
 from lori_dist.folder import Attempt
+from lori_dist.integrations import model_card
 from lori_dist.jobs import Job, check_inputs
 from lori_dist.training import preemption
 from lori_dist.training.train import Record, train
@@ -33,6 +35,14 @@ def train_task(run: Run, task: str, world: World, *, progress: Callable[[Record]
     job, attempt, inputs = from_first(world, lambda: _begin(run, task))
     if attempt is None:
         return path(run, job)
+    with _logged(log_file(run.folder, job, world.rank)):
+        return _train(run, task, world, (job, attempt, inputs), progress)
+
+
+def _train(
+    run: Run, task: str, world: World, begun: tuple[Job, Attempt, dict[str, str]], progress: Callable[[Record], None]
+) -> Path:
+    job, attempt, inputs = begun
     start = time.monotonic()
     if world.rank == 0:
         history = History(attempt.partial, attempt.number)
@@ -62,7 +72,23 @@ def train_task(run: Run, task: str, world: World, *, progress: Callable[[Record]
         attempt.check()
         check_inputs(run, job)
         folder.publish(run.folder, job, record, scratch=[CHECKPOINTS, ATTEMPTS])
+        model_card.write_beside(path(run, job), run.model.path)
     return path(run, job)
+
+
+@contextlib.contextmanager
+def _logged(file: Path) -> Iterator[None]:
+    """What this package logs goes to the end of a file as well."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace", delay=True)
+    handler.setFormatter(Redacting(LOG_FORMAT))
+    package = logging.getLogger("lori_dist")
+    package.addHandler(handler)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        handler.close()
 
 
 def _begin(run: Run, task: str) -> Begun:

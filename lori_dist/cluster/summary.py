@@ -64,6 +64,15 @@ def path(run: Run, job: Job) -> Path:
     return run.folder / job.name / ADAPTER
 
 
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+"""Of the lines in a run's logs."""
+
+
+def log_file(root: Path, job: Job, rank: int) -> Path:
+    """Where a rank of a job writes what it has to say."""
+    return root / "logs" / (f"{job.name}.rank{rank}.log" if job.kind == "train" else f"{job.name}.log")
+
+
 def attempts_of(partial: Path) -> list[dict[str, Any]]:
     """What became of each attempt at a job, from the folder in which it is being done."""
     try:

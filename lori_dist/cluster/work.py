@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lori_dist import config, folder, storage
 from lori_dist.cluster import schedule
 from lori_dist.cluster.connection import runtime_env
-from lori_dist.cluster.summary import ADAPTER
+from lori_dist.cluster.summary import ADAPTER, LOG_FORMAT, log_file
 from lori_dist.config import Run
 from lori_dist.errors import LoriError, Redacting, Stopped, print_anything, redacted
 from lori_dist.folder import Attempt
@@ -336,10 +336,6 @@ def _pushing(run: Run, assignment: Assignment) -> Callable[[dict[str, Any]], Non
     return push
 
 
-def log_file(root: Path, job: Job, rank: int) -> Path:
-    return root / "logs" / (f"{job.name}.rank{rank}.log" if job.kind == "train" else f"{job.name}.log")
-
-
 @contextlib.contextmanager
 def _logged(file: Path) -> Iterator[None]:
     """All that this process writes to its standard output and error, from C as well, goes to the end of a file."""
@@ -348,7 +344,7 @@ def _logged(file: Path) -> Iterator[None]:
     target = os.open(file, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
     kept = [(number, os.dup(number)) for number in (1, 2)]
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Redacting("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(Redacting(LOG_FORMAT))
     package = logging.getLogger("lori_dist")
     level, propagate = package.level, package.propagate
     package.addHandler(handler)

@@ -91,19 +91,25 @@ def text(adapter: Adapter, base_model_name: str, origin: Origin, *, library: str
 
 
 def write_of_run(summary: Mapping[str, Any], base_model_name: str) -> None:
-    """A README.md beside the adapter of every finished training and merge of a run. A run does not fail by its cards.
+    """Writes a model card beside the adapter of every finished training and merge of a run.
 
     summary: what is in summary.json.
     """
-    for name, made in {**summary["adapters"], **summary["merges"]}.items():
-        path = Path(made["path"])
-        try:
-            adapter = file.opened(path)
-            base = str(adapter.base.get("name", base_model_name))
-            card = text(adapter, base, origin(path), library="lori_dist")
-            write_text(path.with_name("README.md"), card)
-        except Exception as error:
-            log.warning("%s: no model card could be written: %s", name, error)
+    for made in {**summary["adapters"], **summary["merges"]}.values():
+        write_beside(Path(made["path"]), base_model_name)
+
+
+def write_beside(path: Path, base_model_name: str) -> None:
+    """Writes README.md beside an adapter file. A card that cannot be written is a warning, and no work is lost.
+
+    base_model_name: for an adapter that does not name its base.
+    """
+    try:
+        adapter = file.opened(path)
+        base = str(adapter.base.get("name", base_model_name))
+        write_text(path.with_name("README.md"), text(adapter, base, origin(path), library="lori_dist"))
+    except Exception as error:
+        log.warning("%s: no model card could be written: %s", path, error)
 
 
 def _row(block: Block) -> str:
