@@ -1,5 +1,6 @@
 """Rows in batches that need little padding, or none where the model would see it."""
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -65,18 +66,20 @@ def left_padded(rows: Sequence[Ids], pad: int) -> tuple[Tensor, Tensor]:
 def _written(model: PreTrainedModel, rows: Sequence[Ids], pad: int, *, steps: int) -> list[Tensor]:
     """The first row's logits, fp32, of each token that is written after it."""
     input_ids, attention_mask = left_padded(rows, pad)
-    found = model.generate(
-        input_ids=put(input_ids, model.device),
-        attention_mask=put(attention_mask, model.device),
-        generation_config=GenerationConfig(
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=pad,
-            max_new_tokens=steps,
-            output_logits=True,
-            return_dict_in_generate=True,
-        ),
+    settings = GenerationConfig(
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=pad,
+        max_new_tokens=steps,
+        output_logits=True,
+        return_dict_in_generate=True,
     )
+    with without_settings(model):
+        found = model.generate(
+            input_ids=put(input_ids, model.device),
+            attention_mask=put(attention_mask, model.device),
+            generation_config=settings,
+        )
     return [step[0].float() for step in found.logits]
 
 
@@ -89,3 +92,14 @@ def _read(model: PreTrainedModel, rows: Sequence[Ids], pad: int) -> list[Tensor]
         input_ids=put(input_ids, model.device), attention_mask=put(attention_mask, model.device), use_cache=False
     )
     return [output.logits[0, len(rows[0]) - 1].float()]
+
+
+@contextlib.contextmanager
+def without_settings(model: PreTrainedModel) -> Iterator[None]:
+    """`generate` fills what a call leaves open with the base's own settings: sampling, penalties, minimum lengths."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own

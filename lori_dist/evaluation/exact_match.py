@@ -1,14 +1,13 @@
 """Share of rows whose response the model writes itself."""
 
-import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lori_dist.errors import ConfigError
 from lori_dist.evaluation import Subject
-from lori_dist.evaluation._batches import by_length, hides_padding, left_padded
+from lori_dist.evaluation._batches import by_length, hides_padding, left_padded, without_settings
 from lori_dist.training.data import Example, pad_id
 from lori_dist.training.device import put
 from lori_dist.training.model import num_positions
@@ -63,7 +62,7 @@ def complete(subject: Subject) -> list[str]:
         pad_token_id=pad,
         max_new_tokens=subject.max_new_tokens,
     )
-    with _without_settings(subject.model):
+    with without_settings(subject.model):
         is_padded = subject.batch_size == 1 or hides_padding(
             subject.model, prompts, pad, "left", steps=subject.max_new_tokens
         )
@@ -117,14 +116,3 @@ def _eos(subject: Subject) -> list[int]:
 def _until(tokens: list[int], eos: Sequence[int]) -> list[int]:
     end = next((place for place, token in enumerate(tokens) if token in eos), len(tokens))
     return tokens[:end]
-
-
-@contextlib.contextmanager
-def _without_settings(model: PreTrainedModel) -> Iterator[None]:
-    """`generate` fills what a call leaves open with the base's own settings: sampling, penalties, minimum lengths."""
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own

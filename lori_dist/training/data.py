@@ -102,20 +102,20 @@ def read(
     prefix = f"{where}: " if where else ""
     if not tokenizer.chat_template:
         raise ConfigError(f"{prefix}model.path: the tokenizer has no chat template, which template.messages needs")
-    found = []
+    found, bos = [], str(tokenizer.bos_token) if tokens.adds_bos(tokenizer) else ""
     for number, messages in enumerate(texts, start=1):
         try:
-            found.append(_of_messages(cast(Sequence[rows.Message], messages), tokenizer, template.date))
+            found.append(_of_messages(cast(Sequence[rows.Message], messages), tokenizer, template.date, bos))
         except Exception as error:  # templates raise errors of their own
             raise ConfigError(f"{prefix}{path}: row {number}: the chat template refuses it ({error})") from error
     return found
 
 
 def _of_messages(
-    messages: Sequence[rows.Message], tokenizer: PreTrainedTokenizerBase, date: str | None
+    messages: Sequence[rows.Message], tokenizer: PreTrainedTokenizerBase, date: str | None, bos: str
 ) -> tuple[str, str]:
     """All but the last as prompt, and what the last adds to their text as response. date: what the template takes for
-    today, or its text would be another one tomorrow."""
+    today, or its text would be another one tomorrow. bos: what is left out, as the tokenizer adds it."""
     today = datetime.date.fromisoformat(date or rows.DATE)
     template, named = tokenizer.get_chat_template(), dict[str, Any]()
     if "strftime_now" in template:
@@ -135,9 +135,7 @@ def _of_messages(
     if not whole.startswith(prompt):
         raise ConfigError("it changes what was before when an answer follows, so the answer cannot be told from it")
     response, eos = whole[len(prompt) :].rstrip("\n"), str(tokenizer.eos_token)
-    if tokenizer.bos_token and tokens.adds_bos(tokenizer):
-        prompt = prompt.removeprefix(tokenizer.bos_token)
-    return prompt, response.removesuffix(eos)
+    return prompt.removeprefix(bos), response.removesuffix(eos)
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------

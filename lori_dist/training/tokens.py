@@ -42,7 +42,7 @@ def pairs(rows: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[tupl
     if _is_additive(tokenizer):
         prompts = prompt_ids([prompt for prompt, _ in rows], tokenizer)
         return list(zip(prompts, _tokens([response for _, response in rows], tokenizer), strict=True))
-    split = _by_offsets if tokenizer.is_fast else _by_prefix
+    split = _by_offsets if _has_offsets(tokenizer) else _by_prefix
     found = []
     for (prompt, _), (first, second) in zip(rows, split(rows, tokenizer), strict=True):
         if not before and not first:
@@ -140,10 +140,14 @@ def _by_prefix(rows: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> Iter
 
 def _is_additive(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether its tokens of two texts, one after the other, are the text of both: that of a byte-level tokenizer."""
-    if not tokenizer.is_fast:
+    if not _has_offsets(tokenizer):
         return False
     backend: Any = tokenizer.backend_tokenizer
     return texts.is_byte_level(_described(backend.normalizer), _described(backend.pre_tokenizer))
+
+
+def _has_offsets(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return bool(getattr(tokenizer, "is_fast", False))  # that of mistral-common says nothing
 
 
 def _described(part: Any) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizer, PreTrainedTokenizer
 from lori_dist import config
 from lori_dist.errors import ConfigError
 from lori_dist.jobs import evaluate_job, train_job
-from lori_dist.training.data import encode
+from lori_dist.training.data import encode, read
 from lori_dist.training.tokens import continuation, pairs, prompt_ids, warn_of_blanks
 
 SPECIALS = ["<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>"]
@@ -239,6 +239,27 @@ def test_a_prompt_that_ends_with_a_blank_is_warned_of_once(name: str, caplog: py
             encode([("a review", " x"), ("a review: ", "positive")], tokenizer, 64, where=f"tasks.{name}.{part}")
     [record] = caplog.records
     assert record.getMessage().startswith(f"tasks.{name}.template: the prompt ends with a blank")
+
+
+CHAT = """{% for m in messages %}{{ "<|user|>" if m.role == "user" else "<|reply|>" }}
+{{ m.content + eos_token }}
+{% endfor %}{% if add_generation_prompt %}{{ "<|reply|>\n" }}{% endif %}"""
+
+
+@pytest.mark.parametrize("name", ["prepend", "first", "always", "prefix"])
+def test_a_chats_answer_begins_without_a_blank(tmp_path: Path, name: str) -> None:
+    tokenizer = MAKERS[name]()
+    tokenizer.chat_template = CHAT
+    messages = [{"role": "user", "content": "once"}, {"role": "assistant", "content": "upon"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"chat": messages}))
+    [row] = read(str(path), config.Template(messages="chat"), tokenizer=tokenizer)
+    [example] = encode([row], tokenizer, 99)
+    assert row[1] == "upon"
+    assert continuation(example.prompt_ids, example.response_ids[:-1], tokenizer) == "upon"
+    text = tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert (example.prompt_ids + example.response_ids)[len(bos_of(tokenizer)) :] == tuple(whole)
 
 
 def described(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> config.Run:
