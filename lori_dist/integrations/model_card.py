@@ -9,6 +9,7 @@ from typing import Any
 
 from lori_dist.adapter import file
 from lori_dist.adapter.adapter import Adapter, Block
+from lori_dist.files import parse_json, read_regular
 from lori_dist.jobs import sha256
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def origin(adapter: Path) -> Origin:
 def _record(folder: Path) -> dict[str, Any]:
     path = folder / "job.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parse_json(read_regular(path))
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
