@@ -90,9 +90,9 @@ def check_settings(config: Mapping[str, Any], *, is_saved: bool) -> None:
     check_choice(f"{CONFIG}: projection_dtype", config["projection_dtype"], PROJECTION_DTYPES)
     for field in ("shapes", "checksums", "kept"):
         found = config.get(field)
-        if not found and (not is_saved or field == "kept"):
+        if found is None and (not is_saved or field == "kept"):
             continue
-        if found is None or found == {}:
+        if found is None or (found == {} and is_saved and field != "kept"):
             raise AdapterError(f"{CONFIG}: {field} is missing; save the adapter again with this version")
         require(isinstance(found, dict), f"{CONFIG}: {field}", found, "an object")
     for module, shape in (config.get("shapes") or {}).items():

@@ -10,7 +10,7 @@ from typing import Any
 from lori_dist.adapter import file
 from lori_dist.adapter.adapter import Adapter, Block
 from lori_dist.atomic import write_text
-from lori_dist.files import read_regular
+from lori_dist.files import parse_json, read_regular
 from lori_dist.jobs import sha256
 
 log = logging.getLogger(__name__)
@@ -49,8 +49,8 @@ def origin(adapter: Path) -> Origin:
 def _record(folder: Path) -> dict[str, Any]:
     path = folder / "job.json"
     try:
-        record = json.loads(read_regular(path).decode())
-    except (OSError, ValueError, RecursionError):
+        record = parse_json(read_regular(path))
+    except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
 

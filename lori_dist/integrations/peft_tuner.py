@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from lori_dist.adapter import lori_folder, patterns, source
 from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec
+from lori_dist.adapter.checks import require
 from lori_dist.adapter.linear import Delta, features, is_conv1d
 from lori_dist.adapter.lori_folder import are_positions
 from lori_dist.adapter.projection import GENERATOR, checksum
@@ -118,9 +119,11 @@ class LoriConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.is_from_file = getattr(self, "peft_type", None) == IN_FILES
+        self.is_from_file = getattr(self, "peft_type", None) is not None  # which nobody gives in a program
         """Whether an adapter_config.json has given these values."""
         self.peft_type = LORI
+        if self.is_from_file and self.lori_alpha is None:
+            raise AdapterError("adapter_config.json: lori_alpha is missing; save the adapter again")
         if self.lora_alpha is not None and self.lori_alpha not in (None, self.lora_alpha):
             raise AdapterError(
                 f"lora_alpha: got {self.lora_alpha!r}, and {self.lori_alpha!r} as lori_alpha, which is the same "
@@ -137,6 +140,8 @@ class LoriConfig(PeftConfig):
             self.target_modules = "all-linear"
         if self.is_from_file:
             lori_folder.check_settings(vars(self), is_saved=False)
+            _check_names(self)
+            self.checksums, self.shapes, self.kept = self.checksums or {}, self.shapes or {}, self.kept or {}
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # which PEFT's matching expects
         if isinstance(self.exclude_modules, list):
@@ -332,6 +337,8 @@ class LoriModel(BaseTuner):
         if config.is_from_file:
             _refuse_endless(config, [name for name, _ in model.named_modules()])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if config.is_from_file and config.inference_mode:
+            _refuse_left_out(model, config, adapter_name)
 
     @staticmethod
     def _check_target_module_exists(config: LoriConfig, key: str) -> Any:
@@ -409,6 +416,8 @@ class LoriModel(BaseTuner):
             layer.add(adapter_name, config.spec(), index)
             _check(config, layer, adapter_name, is_wanted=config.is_from_file)
             _check_values(layer, adapter_name, name, state_dict)
+        if config.is_from_file:
+            _refuse_left_out(model, config, adapter_name)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
@@ -518,20 +527,41 @@ def _check(config: LoriConfig, layer: LoriLinear, adapter_name: str, *, is_wante
         )
 
 
+NAMES = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save")
+
+
+def _check_names(config: LoriConfig) -> None:
+    """Raises AdapterError for a wrong type in a file, where PEFT expects names or numbers of layers."""
+    for name in NAMES:
+        found = getattr(config, name)
+        fits = found is None or isinstance(found, str) or _are(found, str)
+        require(fits, f"adapter_config.json: {name}", found, "a text or an array of texts")
+    layers = config.layers_to_transform
+    require(layers is None or _are([layers], int) or _are(layers, int), "layers_to_transform", layers, "integers")
+
+
+def _are(found: Any, kind: type) -> bool:
+    return isinstance(found, list) and all(type(item) is kind for item in found)
+
+
 def _refuse_endless(config: LoriConfig, paths: list[str]) -> None:
     """Raises AdapterError for a pattern in a file that could take for ever to match the model's paths."""
-    for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+    for name in NAMES:
         found = getattr(config, name)
-        if found is None or found == "all-linear":
-            continue
-        is_pattern = isinstance(found, str) or name in ("layers_pattern", "modules_to_save")
-        texts = [found] if isinstance(found, str) else found
-        if not isinstance(texts, list | set | tuple) or not all(isinstance(text, str) for text in texts):
-            raise AdapterError(
-                f"adapter_config.json: {name} is not a text or an array of texts; save the adapter again"
-            )
-        if is_pattern:
-            patterns.check(f"adapter_config.json: {name}", list(texts), paths)
+        if isinstance(found, str) and found != "all-linear":
+            patterns.check(f"adapter_config.json: {name}", [found], paths)
+        elif found and name in ("layers_pattern", "modules_to_save"):
+            patterns.check(f"adapter_config.json: {name}", list(found), paths)
+
+
+def _refuse_left_out(model: nn.Module, config: LoriConfig, adapter_name: str) -> None:
+    """Raises AdapterError for a module of a saved adapter that is not adapted here: PEFT would drop its tensors."""
+    adapted = {layer.path for layer in _layers(model, adapter_name).values()}
+    if left_out := sorted(config.checksums.keys() - adapted):
+        raise AdapterError(
+            f"{left_out[0]}: the adapter was trained on this module, which is not adapted here; adapter_config.json "
+            "was changed, or is of another model"
+        )
 
 
 def _refuse_tied(model: nn.Module) -> None:

@@ -394,3 +394,34 @@ def test_a_saved_folder_has_a_model_card(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nMy own words.\n")
     wrapped.save_pretrained(tmp_path)
     assert "My own words." in (tmp_path / "README.md").read_text()
+
+
+HOSTILE: dict[str, list[object]] = {
+    "r": ["4", True, 0, None, [], 10**400],
+    "lori_alpha": ["4", True, 0, None, -1.0, {}],
+    "seed": ["0", True, -1, 2**64, 0.5, None],
+    "projection_dtype": ["float33", "int8", "load", 5, None, "float16"],
+    "checksums": [0, [], "x", {"model.layers.0.mlp.up_proj": 5}],
+    "shapes": [0, [], {"model.layers.0.mlp.up_proj": [1]}, {"model.layers.0.mlp.up_proj": [True, 2**70]}],
+    "kept": [0, [], {"model.layers.0.mlp.up_proj": -1}, {"model.layers.0.mlp.up_proj": True}],
+    "target_modules": [5, [5], [[]], "(a+)+", ["q_proj"]],
+    "exclude_modules": [5, [[]], "(.*)*x", ["q_proj"]],
+    "layers_to_transform": [True, "1", 0.5, ["1"], 0],
+    "modules_to_save": [5, [None], ["(a+)+"]],
+    "lora_dropout": ["0", True, 1, None],
+    "bias": ["all", None, 0],
+    "generator": ["other", 0, None],
+}
+
+
+def test_a_configuration_that_somebody_else_wrote_is_refused_or_loads_right(tmp_path: Path) -> None:
+    wrapped = peft_model(density=0.1, target_modules=["q_proj", "up_proj"])
+    wrapped.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    for key, values in HOSTILE.items():
+        for value in values:
+            file.write_text(json.dumps({**config, key: value}))
+            with pytest.raises(AdapterError):
+                PeftModel.from_pretrained(tiny_llama(), tmp_path)
+                pytest.fail(f"{key}: {value!r} was taken")
