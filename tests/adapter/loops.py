@@ -241,7 +241,7 @@ def from_meta() -> dict[str, Any]:
     from lori_dist.training.weights import base_parameters
     from tests.models import on_meta
 
-    model, weights = on_meta(tiny_llama())
+    model, weights = on_meta(tiny_llama().requires_grad_(False))
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     shard(model)
     attach(model, SPEC)
