@@ -62,7 +62,7 @@ LIBRARIES = {
     "integrations": {"torch", "safetensors", "numpy", "transformers", "accelerate"},
     "benchmarks": {"torch", "numpy", "transformers"},
     "plan/picture.py": {"matplotlib"},
-    "plan": {"torch", "transformers"},
+    "plan": {"torch", "numpy", "transformers"},
     "report/plots.py": {"matplotlib"},
     "report/timeline.py": {"matplotlib"},
     "report": set(),

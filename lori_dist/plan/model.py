@@ -13,8 +13,8 @@ from lori_dist.adapter.adapter import Adapter, Spec
 from lori_dist.adapter.attach import attach, trainable_projections
 from lori_dist.adapter.experts import is_experts
 from lori_dist.config import FLASH, Run
-from lori_dist.engines._cost import Counted
 from lori_dist.errors import ConfigError
+from lori_dist.training.cost import Counted
 from lori_dist.training.flops import attention, per_token
 from lori_dist.training.model import attention as attention_of
 from lori_dist.training.model import blocks, loading
@@ -101,7 +101,7 @@ def _key_values(settings: Any) -> int:
 def _of_delta(delta: Any) -> int:
     """Operations of training on a token: A x, B (A x) and their gradients, of which A has one where it is trained."""
     down, up = 2 * delta.rank * delta.in_features, 2 * delta.rank * delta.out_features
-    return down * (2 + (delta.trained_a is not None)) + up * 3
+    return int(down * (2 + (delta.trained_a is not None)) + up * 3)
 
 
 def _spec_of(adapter: Adapter) -> Spec:
