@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lori_dist.config import Train
-from lori_dist.engines._cost import FP32, Collective, Counted, Held, Kind, Load
+from lori_dist.training.cost import FP32, Collective, Counted, Held, Kind, Load
 from lori_dist.training.data import Batch
 from lori_dist.training.engine import (
     Accept,

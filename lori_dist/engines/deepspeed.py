@@ -34,8 +34,8 @@ from deepspeed.utils import (
 
 from lori_dist.adapter.experts import AdaptedExperts
 from lori_dist.config import Train
-from lori_dist.engines._cost import FP32, Collective, Counted, Held, Kind, Load, Owner
 from lori_dist.errors import ConfigError
+from lori_dist.training.cost import FP32, Collective, Counted, Held, Kind, Load, Owner
 from lori_dist.training.data import Batch
 from lori_dist.training.engine import (
     Accept,

@@ -12,8 +12,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor
 
 from lori_dist.config import Train
-from lori_dist.engines._cost import FP32, Collective, Counted, Held, Kind, Load, Owner
 from lori_dist.errors import ConfigError, JobError
+from lori_dist.training.cost import FP32, Collective, Counted, Held, Kind, Load, Owner
 from lori_dist.training.data import Batch
 from lori_dist.training.engine import (
     Accept,

@@ -13,8 +13,8 @@ from lori_dist.adapter.adapter import Adapter, Spec
 from lori_dist.adapter.attach import attach, trainable_projections
 from lori_dist.adapter.experts import is_experts
 from lori_dist.config import FLASH, Run
-from lori_dist.engines._cost import Counted
 from lori_dist.errors import ConfigError
+from lori_dist.training.cost import Counted
 from lori_dist.training.flops import attention, per_token
 from lori_dist.training.model import blocks
 from lori_dist.training.model_files import check_causal, loading, made_from, settings_of

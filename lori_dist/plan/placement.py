@@ -8,8 +8,8 @@ from typing import Any
 
 from lori_dist import plugin
 from lori_dist.config import Choice
-from lori_dist.engines._cost import FP32, Collective, Counted, Held, Load
 from lori_dist.errors import ConfigError
+from lori_dist.training.cost import FP32, Collective, Counted, Held, Load
 
 MEMORY = (
     "base", "gathered", "projections", "positions", "values", "gradients", "moments", "activations", "logits",

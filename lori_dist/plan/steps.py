@@ -14,11 +14,11 @@ from lori_dist.adapter import source
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.cluster import schedule
 from lori_dist.config import FLASH, Run, Train, held_out, trained_as
-from lori_dist.engines._cost import Counted
 from lori_dist.errors import AdapterError, ConfigError
 from lori_dist.jobs import Job, order
 from lori_dist.plan.rows import Counter, Lengths
 from lori_dist.training import data
+from lori_dist.training.cost import Counted
 from lori_dist.training.data import Example
 from lori_dist.training.flops import BACKWARD, Attention, of_attention
 from lori_dist.training.train import CALIBRATE, Phase, phases

@@ -88,7 +88,10 @@ def test_a_configuration_fits_the_machines_its_header_names(
     [own] = [one for one in found["placements"] if one["engine"] == {"name": engine.name, **engine.options}]
     assert own["fits_with_checkpointing"]
     assert load(name).train.activation_checkpointing
-    assert own["name"] in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert own["name"] in printed
+    assert "TFLOP/s each, of which 50% are reached" in printed and "10% of memory lost to fragmentation" in printed
+    assert ("(assumed, as there is no --gpu)" in printed) == ("--gpu" not in planned)
     assert main([*planned[1:], "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == found
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
@@ -250,7 +253,7 @@ def test_entries_of_earlier_tasks_are_there_too() -> None:
 # --- engines outside the package -------------------------------------------------------------------------------------
 
 OWN = """
-from lori_dist.engines._cost import Collective, Held
+from lori_dist.training.cost import Collective, Held
 
 def build(model, weights, train, world, *, state, width: int = 1):
     raise NotImplementedError
@@ -422,6 +425,18 @@ def test_what_cannot_be_counted_is_refused(tmp_path: Path, settings: dict[str, A
     (tmp_path / "config.json").write_text(json.dumps({**sizes, **settings}))
     with pytest.raises(ConfigError, match=message):
         plan(load("llama-3-8b", f"model.path={tmp_path}"), hardware(gpus=1, nodes=1))
+
+
+def test_help_lists_the_devices_and_the_table_speaks_of_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    listed = " ".join(capsys.readouterr().out.split())
+    assert f"devices: {', '.join(DEVICES)}" in listed
+    assert main(["plan", "configs/quickstart.yaml", "--gpus", "1", "--gpu", "4090", "--price", "1", "merges={}"]) == 0
+    printed = capsys.readouterr().out
+    assert "1 GPU as rtx-4090: 24 GiB and 165 TFLOP/s" in printed
+    assert "1 rank on 1 node" in printed and "cost, USD" in printed
+    assert "train.max_length=35 takes less" in printed
 
 
 def test_a_size_without_a_unit_is_in_gib(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """What an engine says of its own cost: bytes that a rank holds, and what ranks send each other in a step.
 
-Beside `build`, an engine's file may define `memory(model, load, ...) -> Held` and `traffic(model, load, ...) ->
-list[Collective]`, which take the options of `build`; a plan adds up what they say. With `placements(ranks, nodes)` it
-gives the options that are worth a plan of their own.
+Beside `build`, an engine's file may define `memory(model, load) -> Held` and `traffic(model, load) ->
+list[Collective]`, which take the options of `build` as keywords; a plan adds up what they say, of engines outside the
+package too. With `placements(ranks, nodes)`, which gives dictionaries of options, it proposes what is worth a row in
+every plan.
 """
 
 from dataclasses import dataclass
