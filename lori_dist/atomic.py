@@ -92,16 +92,18 @@ def complete(folder: Path) -> Iterator[Path]:
             partial.replace(folder)
             flush_folder(folder.parent)
         except OSError as error:
-            where, reason = Path(error.filename or folder), error.strerror or str(error)
-            if where.is_relative_to(partial):
-                where = folder / where.relative_to(partial)
-            raise AdapterError(
-                f"{where}: {reason[:1].lower()}{reason[1:]}; {folder} was not written, and nothing of it is left. "
-                "Mend that, such as by freeing space, or give another folder"
-            ) from error
+            raise AdapterError(_not_written(error, partial, folder)) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _not_written(error: OSError, partial: Path, folder: Path) -> str:
+    where, remedy = Path(str(error.filename or partial)), "check it and try again"
+    if where.is_relative_to(partial):
+        where, remedy = folder / where.relative_to(partial), "free space there, or give another folder"
+    reason = error.strerror or str(error)
+    return f"{where}: {reason[:1].lower()}{reason[1:]}; {folder} was not written, nothing of it is left; {remedy}"
 
 
 def _refuse_used(folder: Path) -> None:

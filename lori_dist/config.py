@@ -23,6 +23,7 @@ import yaml
 
 from lori_dist import plugin, storage, tables
 from lori_dist.errors import ConfigError
+from lori_dist.files import read_regular
 
 Name = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 """Names become folder names: nothing in them can leave the run's folder."""
@@ -1182,7 +1183,7 @@ def _packed_rows(run: Run) -> Iterator[str]:
     if run.multitask.name == "joint":
         yield "train.pack: is given with multitask joint, which tells tasks apart by their rows; leave one out"
     with contextlib.suppress(OSError, ValueError, AttributeError):  # the job says what is wrong with config.json
-        settings = json.loads((Path(run.model.path) / "config.json").read_text(encoding="utf-8"))
+        settings = json.loads(read_regular(Path(run.model.path) / "config.json"))
         yield from unpackable(str(settings.get("model_type")))
 
 
@@ -1257,7 +1258,7 @@ def _positions(run: Run) -> Iterator[str]:
     if "exact_match" not in run.evaluate.metrics:
         return
     with contextlib.suppress(OSError, ValueError, AttributeError):  # the job says what is wrong with config.json
-        settings = json.loads((Path(run.model.path) / "config.json").read_text(encoding="utf-8"))
+        settings = json.loads(read_regular(Path(run.model.path) / "config.json"))
         positions, asked = settings.get("max_position_embeddings"), run.evaluate.max_new_tokens
         if isinstance(positions, int) and asked >= positions:
             yield f"evaluate.max_new_tokens: {asked} was given, the model has {positions} positions; give less"

@@ -45,6 +45,8 @@ def finished(root: Path, job: Job) -> dict[str, Any] | None:
     again = f"delete {place} to do the job again"
     if not is_sealed(record) or not all(isinstance(record.get(key), dict) for key in ("files", "sha256")):
         raise JobError(f"{place / FINISHED}: was changed since the job was finished; restore it, or {again}")
+    if record["sha256"].keys() != record["files"].keys():
+        raise JobError(f"{place / FINISHED}: was changed since the job was finished; restore it, or {again}")
     sizes = _sizes(place)
     for name, size in record["files"].items():
         if sizes.get(name) != size:
@@ -317,13 +319,20 @@ def check_entries(root: Path) -> None:
     pipe, a socket or a device, a folder where a file belongs, a file where a folder does."""
     inside = (Path(place) / name for place, folders, files in os.walk(root) for name in (*folders, *files))
     for place in itertools.chain([root], inside):
-        if place.is_symlink() and (place == root or not place.resolve().is_relative_to(root.resolve())):
+        if place.is_symlink() and (place == root or not _leads_inside(place, root)):
             raise JobError(
                 f"{str(place)!r}: is a link to {os.readlink(place)!r}, out of the run's folder, and nothing is written "
                 "there; delete it, or make the real folder the `output`"
             )
         if place != root and _is_own(place.relative_to(root)):
             _check_kind(place)
+
+
+def _leads_inside(link: Path, root: Path) -> bool:
+    try:
+        return link.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):  # links in a circle
+        return False
 
 
 def _is_own(name: Path) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from lori_dist import folder
 from lori_dist.adapter import file
 from lori_dist.adapter.adapter import Adapter
-from lori_dist.atomic import write_text
+from lori_dist.atomic import naming, write_text
 from lori_dist.errors import AdapterError
 from lori_dist.interference import interference
 from lori_dist.scores import Evaluation, drops
@@ -65,7 +65,8 @@ def write(
     drawn = list(plots(report))
     over_time = timeline(of_jobs) if of_jobs else None
     for plot in [*drawn, *([over_time] if over_time else [])]:
-        plot.save(out / f"{PICTURES}{plot.name}.png")
+        with naming(out / f"{PICTURES}{plot.name}.png"):
+            plot.save(out / f"{PICTURES}{plot.name}.png")
     write_text(out / PAGE, page(report, drawn, of_jobs, over_time))
     folder.write_json(out / JSON, report)
     return report
