@@ -38,6 +38,9 @@ NO_METRICS = {"RAY_enable_metrics_collection": "0", "DASHBOARD_METRIC_PORT": "-1
 """Ray's metrics answer whoever asks, with a token or without. No process can listen on port -1, which is why it is set:
 Ray notes that in its logs, and has no other way to turn these two off."""
 
+RAY = "r"
+"""Ray's folder in that of temporary files. Ray lets everybody in there; the one above is the user's own."""
+
 REACH_SECONDS = 10.0
 END_SECONDS = 5.0
 """For which the end of a cluster's processes is awaited, before they are killed."""
@@ -100,7 +103,7 @@ def _init(run: Run, place: Path | None) -> str | None:
 
     # The dashboard's state API is what releases the CPUs of a gang whose controller died.
     own: dict[str, Any] = {"include_dashboard": True, "object_store_memory": OBJECT_STORE_BYTES}
-    own = {**own, "dashboard_host": run.cluster.bind, "_temp_dir": str(place)} if place else {}
+    own = {**own, "dashboard_host": run.cluster.bind, "_temp_dir": str(place / RAY)} if place else {}
     with _raising(run), _ending_what_it_started():
         context = ray.init(address=run.cluster.address, log_to_driver=False, logging_level=logging.ERROR, **own)
     url: str | None = context.dashboard_url

@@ -17,7 +17,7 @@ LOCK = ".lock"
 """In each folder. Its process holds it, so that the next one knows what a killed process has left."""
 
 LONGEST = 40
-"""Bytes of a folder's path. A socket's may have 107, of which Ray needs up to 64 and Python's multiprocessing 32."""
+"""Bytes of a folder's path. A socket's may have 107, of which Ray needs up to 66 and Python's multiprocessing 32."""
 
 COMMON = ("/tmp", "/var/tmp", "/dev/shm")
 """Where a folder is made if TMPDIR is too long."""

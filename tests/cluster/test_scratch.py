@@ -40,8 +40,9 @@ def test_a_socket_of_ray_s_fits_whatever_tmpdir_is(
     monkeypatch.setenv(variable, str(long))
     monkeypatch.setattr(tempfile, "tempdir", None)
     with scratch.folder() as place, socket.socket(socket.AF_UNIX) as listening:
-        (place / "session_2026-11-28_21-16-57_262673_4194304" / "sockets").mkdir(parents=True)
-        listening.bind(str(place / "session_2026-11-28_21-16-57_262673_4194304" / "sockets" / "plasma_store"))
+        sockets = place / "r" / "session_2026-11-28_21-16-57_262673_4194304" / "sockets"
+        sockets.mkdir(parents=True)
+        listening.bind(str(sockets / "plasma_store"))
         assert place.stat().st_mode & 0o777 == 0o700
     assert not place.exists()
     assert list(long.iterdir()) == []
