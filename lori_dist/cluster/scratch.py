@@ -5,6 +5,7 @@ import fcntl
 import getpass
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ LONGEST = 40
 COMMON = ("/tmp", "/var/tmp", "/dev/shm")
 """Where a folder is made if TMPDIR is too long."""
 
+END_SECONDS = 3.0
+"""For which the end of processes is awaited, before they are asked to, and before they are killed."""
 REMOVE_SECONDS = 5.0
 """For which processes that end may still write while their folder is removed."""
 
@@ -51,7 +54,7 @@ def _problem(place: Path) -> str | None:
 def folder() -> Iterator[Path]:
     """A new folder of this process's own, removed at the end with all that is in it.
 
-    In RAY_TMPDIR or TMPDIR if sockets fit there, or else in /tmp or the like. What processes that were killed have left
+    Processes that are started with it as their TMPDIR end with it. It is in RAY_TMPDIR or TMPDIR if sockets fit there, or else in /tmp or the like. What processes that were killed have left
     in these places is removed first. Raises ConfigError if RAY_TMPDIR or TMPDIR cannot be written, JobError if no place
     is short enough.
     """
@@ -63,8 +66,35 @@ def folder() -> Iterator[Path]:
     try:
         yield made
     finally:
+        end_processes(made)
         os.close(descriptor)
         _remove(made)
+
+
+def end_processes(place: Path) -> None:
+    """Waits a moment for the end of the processes whose TMPDIR a folder is, then asks them to end, then kills them."""
+    for number in (0, signal.SIGTERM, signal.SIGKILL):  # 0 does nothing
+        end = time.monotonic() + END_SECONDS
+        left = _processes(place)
+        for process in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
+        while left and time.monotonic() < end:
+            time.sleep(0.1)
+            left = _processes(place)
+        if not left:
+            return
+
+
+def _processes(place: Path) -> set[int]:
+    """Of this user; those that have ended, but whose parent has not asked how, have no environment any more."""
+    found = set()
+    wanted = f"\0TMPDIR={place}\0".encode()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # another user's, or it has just ended
+            if wanted in b"\0" + path.read_bytes():
+                found.add(int(path.parent.name))
+    return found
 
 
 def remove_empty_cache() -> None:
@@ -106,6 +136,7 @@ def _remove_leftovers(place: Path) -> None:
             descriptor = os.open(left / LOCK, os.O_RDWR | os.O_NOFOLLOW)
             try:
                 if _locked(descriptor):
+                    end_processes(left)
                     shutil.rmtree(left, ignore_errors=True)
             finally:
                 os.close(descriptor)

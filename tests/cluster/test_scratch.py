@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,6 +75,19 @@ def test_a_tmpdir_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("TMPDIR", "/proc")
     with pytest.raises(ConfigError, match=r"^TMPDIR: '/proc' cannot be written \("):
         scratch.check()
+
+
+def test_what_processes_still_write_is_removed_too(short: Path) -> None:
+    writer = "import os, sys\nwhile True:\n os.makedirs(sys.argv[1], exist_ok=True)"
+    with scratch.folder() as place:
+        command = ["sh", "-c", 'trap "" TERM; exec "$@"', "sh", sys.executable, "-c", writer, str(place / "more")]
+        with subprocess.Popen(command, env={"TMPDIR": str(place)}) as process:
+            while not (place / "more").exists():
+                assert process.poll() is None
+            threading.Timer(0.1, process.wait).start()
+            scratch.end_processes(place)
+        assert process.returncode == -signal.SIGKILL
+    assert list(short.iterdir()) == []
 
 
 def test_what_a_killed_process_left_is_removed_and_what_one_works_in_is_not(short: Path) -> None:
