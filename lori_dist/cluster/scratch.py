@@ -54,9 +54,9 @@ def _problem(place: Path) -> str | None:
 def folder() -> Iterator[Path]:
     """A new folder of this process's own, removed at the end with all that is in it.
 
-    Processes that are started with it as their TMPDIR end with it. It is in RAY_TMPDIR or TMPDIR if sockets fit there, or else in /tmp or the like. What processes that were killed have left
-    in these places is removed first. Raises ConfigError if RAY_TMPDIR or TMPDIR cannot be written, JobError if no place
-    is short enough.
+    It is in RAY_TMPDIR or TMPDIR if sockets fit there, or else in /tmp or the like. What processes that were killed have
+    left in these places is removed first. Processes that are started with it as their TMPDIR end with it. Raises
+    ConfigError if RAY_TMPDIR or TMPDIR cannot be written, JobError if no place is short enough.
     """
     check()
     places = [place for place in _places() if len(os.fsencode(place)) + 1 + len(PREFIX) + 8 <= LONGEST]
@@ -66,14 +66,15 @@ def folder() -> Iterator[Path]:
     try:
         yield made
     finally:
-        end_processes(made)
+        end_processes(made, wait=True)
         os.close(descriptor)
         _remove(made)
 
 
-def end_processes(place: Path) -> None:
-    """Waits a moment for the end of the processes whose TMPDIR a folder is, then asks them to end, then kills them."""
-    for number in (0, signal.SIGTERM, signal.SIGKILL):  # 0 does nothing
+def end_processes(place: Path, *, wait: bool = False) -> None:
+    """Asks the processes whose TMPDIR a folder is to end, and kills those that do not. wait: before that, a moment for
+    those that end by themselves."""
+    for number in (*([0] if wait else []), signal.SIGTERM, signal.SIGKILL):  # 0 does nothing
         end = time.monotonic() + END_SECONDS
         left = _processes(place)
         for process in left:
