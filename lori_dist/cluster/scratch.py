@@ -54,7 +54,7 @@ def _problem(place: Path) -> str | None:
 def folder() -> Iterator[Path]:
     """A new folder of this process's own, removed at the end with all that is in it.
 
-    It is in RAY_TMPDIR or TMPDIR if sockets fit there, or else in /tmp or the like. What processes that were killed have
+    It is in RAY_TMPDIR or TMPDIR if sockets fit there, or else in /tmp or the like. What killed processes have
     left in these places is removed first. Processes that are started with it as their TMPDIR end with it. Raises
     ConfigError if RAY_TMPDIR or TMPDIR cannot be written, JobError if no place is short enough.
     """
