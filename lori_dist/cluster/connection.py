@@ -5,10 +5,8 @@ import getpass
 import logging
 import os
 import secrets
-import signal
 import socket
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,9 +36,10 @@ NO_METRICS = {"RAY_enable_metrics_collection": "0", "DASHBOARD_METRIC_PORT": "-1
 """Ray's metrics answer whoever asks, with a token or without. No process can listen on port -1, which is why it is set:
 Ray notes that in its logs, and has no other way to turn these two off."""
 
+RAY = "r"
+"""Ray's folder in that of temporary files. Ray lets everybody in there; the one above is the user's own."""
+
 REACH_SECONDS = 10.0
-END_SECONDS = 5.0
-"""For which the end of a cluster's processes is awaited, before they are killed."""
 
 
 _open = contextlib.ExitStack()
@@ -100,9 +99,15 @@ def _init(run: Run, place: Path | None) -> str | None:
 
     # The dashboard's state API is what releases the CPUs of a gang whose controller died.
     own: dict[str, Any] = {"include_dashboard": True, "object_store_memory": OBJECT_STORE_BYTES}
-    own = {**own, "dashboard_host": run.cluster.bind, "_temp_dir": str(place)} if place else {}
-    with _raising(run), _ending_what_it_started():
-        context = ray.init(address=run.cluster.address, log_to_driver=False, logging_level=logging.ERROR, **own)
+    own = {**own, "dashboard_host": run.cluster.bind, "_temp_dir": str(place / RAY)} if place else {}
+    with _raising(run):
+        try:
+            context = ray.init(address=run.cluster.address, log_to_driver=False, logging_level=logging.ERROR, **own)
+        except BaseException:
+            ray.shutdown()
+            if place is not None:
+                scratch.end_processes(place)  # which Ray would leave to the end of this process
+            raise
     url: str | None = context.dashboard_url
     return url
 
@@ -131,44 +136,6 @@ def _raising(run: Run) -> Iterator[None]:
             "`ray start --head`, or use `local`. Where it wants a token, set RAY_AUTH_TOKEN_PATH to "
             "the file that has it"
         ) from error
-
-
-@contextlib.contextmanager
-def _ending_what_it_started() -> Iterator[None]:
-    """Ends the processes of a cluster that does not come up. Ray itself leaves them to the end of this process."""
-    before = _children()
-    try:
-        yield
-    except BaseException:
-        import ray
-
-        ray.shutdown()
-        started = _children() - before
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            for process in started & _children():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, number)
-            end = time.monotonic() + END_SECONDS
-            while started & _children() and time.monotonic() < end:
-                time.sleep(0.05)
-        raise
-
-
-def _children() -> set[int]:
-    """The processes that this one has started and that have not ended."""
-    found = set()
-    for path in Path("/proc/self/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            found |= set(map(int, path.read_text().split()))
-    return {process for process in found if not _has_ended(process)}
-
-
-def _has_ended(process: int) -> bool:
-    """Also if nobody has asked for its exit code yet."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
 
 
 def _check_authentication(run: Run) -> None:

@@ -5,6 +5,7 @@ import fcntl
 import getpass
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,11 +18,13 @@ LOCK = ".lock"
 """In each folder. Its process holds it, so that the next one knows what a killed process has left."""
 
 LONGEST = 40
-"""Bytes of a folder's path. A socket's may have 107, of which Ray needs up to 64 and Python's multiprocessing 32."""
+"""Bytes of a folder's path. A socket's may have 107, of which Ray needs up to 66 and Python's multiprocessing 32."""
 
 COMMON = ("/tmp", "/var/tmp", "/dev/shm")
 """Where a folder is made if TMPDIR is too long."""
 
+END_SECONDS = 3.0
+"""For which the end of processes is awaited, before they are asked to, and before they are killed."""
 REMOVE_SECONDS = 5.0
 """For which processes that end may still write while their folder is removed."""
 
@@ -51,9 +54,9 @@ def _problem(place: Path) -> str | None:
 def folder() -> Iterator[Path]:
     """A new folder of this process's own, removed at the end with all that is in it.
 
-    In RAY_TMPDIR or TMPDIR if sockets fit there, or else in /tmp or the like. What processes that were killed have left
-    in these places is removed first. Raises ConfigError if RAY_TMPDIR or TMPDIR cannot be written, JobError if no place
-    is short enough.
+    It is in RAY_TMPDIR or TMPDIR if sockets fit there, or else in /tmp or the like. What killed processes have
+    left in these places is removed first. Processes that are started with it as their TMPDIR end with it. Raises
+    ConfigError if RAY_TMPDIR or TMPDIR cannot be written, JobError if no place is short enough.
     """
     check()
     places = [place for place in _places() if len(os.fsencode(place)) + 1 + len(PREFIX) + 8 <= LONGEST]
@@ -63,8 +66,36 @@ def folder() -> Iterator[Path]:
     try:
         yield made
     finally:
+        end_processes(made, wait=True)
         os.close(descriptor)
         _remove(made)
+
+
+def end_processes(place: Path, *, wait: bool = False) -> None:
+    """Asks the processes whose TMPDIR a folder is to end, and kills those that do not. wait: before that, a moment for
+    those that end by themselves."""
+    for number in (*([0] if wait else []), signal.SIGTERM, signal.SIGKILL):  # 0 does nothing
+        end = time.monotonic() + END_SECONDS
+        left = _processes(place)
+        for process in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
+        while left and time.monotonic() < end:
+            time.sleep(0.1)
+            left = _processes(place)
+        if not left:
+            return
+
+
+def _processes(place: Path) -> set[int]:
+    """Of this user; those that have ended, but whose parent has not asked how, have no environment any more."""
+    found = set()
+    wanted = f"\0TMPDIR={place}\0".encode()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # another user's, or it has just ended
+            if wanted in b"\0" + path.read_bytes():
+                found.add(int(path.parent.name))
+    return found
 
 
 def remove_empty_cache() -> None:
@@ -106,6 +137,7 @@ def _remove_leftovers(place: Path) -> None:
             descriptor = os.open(left / LOCK, os.O_RDWR | os.O_NOFOLLOW)
             try:
                 if _locked(descriptor):
+                    end_processes(left)
                     shutil.rmtree(left, ignore_errors=True)
             finally:
                 os.close(descriptor)

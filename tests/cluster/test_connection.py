@@ -32,7 +32,8 @@ with connected(config.load("mine.yaml", sys.argv[1:])) as nodes:
     import ray
     context = ray.get_runtime_context()
     dashboard = ray._private.worker.global_worker.node.address_info["webui_url"]
-    print(json.dumps({"gcs": context.gcs_address, "dashboard": dashboard}), flush=True)
+    session = ray._private.worker._global_node.get_session_dir_path()
+    print(json.dumps({"gcs": context.gcs_address, "dashboard": dashboard, "session": session}), flush=True)
     sys.stdin.read()
 """
 CLIENT = """
@@ -123,6 +124,7 @@ def joined(gcs: str, **variables: str) -> subprocess.CompletedProcess[str]:
 def test_by_default_only_this_machine_connects_and_only_with_the_token(folder: Path) -> None:
     with cluster(folder) as (addresses, found):
         assert found
+        assert any(stat.S_IMODE(parent.stat().st_mode) == 0o700 for parent in Path(addresses["session"]).parents)
         assert {address for address, _ in found if not address.startswith("127.") and address != "::1"} == set()
         assert asked(addresses["dashboard"], "/api/jobs/") == 401
         assert not (folder / "runs" / "demo" / TOKEN_FILE).exists()

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,7 @@ def test_sigterm_while_ray_starts_ends_with_a_line_and_leaves_nothing(
 
 def has_begun(driver: int, name: str) -> set[int]:
     """The processes of a driver, once one of Ray's is among them."""
+    time.sleep(0.05)
     family = descendants(driver)
     return family if any(name in command(pid).partition(" ")[0] for pid in family) else set()
 

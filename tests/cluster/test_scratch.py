@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,8 +41,9 @@ def test_a_socket_of_ray_s_fits_whatever_tmpdir_is(
     monkeypatch.setenv(variable, str(long))
     monkeypatch.setattr(tempfile, "tempdir", None)
     with scratch.folder() as place, socket.socket(socket.AF_UNIX) as listening:
-        (place / "session_2026-11-28_21-16-57_262673_4194304" / "sockets").mkdir(parents=True)
-        listening.bind(str(place / "session_2026-11-28_21-16-57_262673_4194304" / "sockets" / "plasma_store"))
+        sockets = place / "r" / "session_2026-11-28_21-16-57_262673_4194304" / "sockets"
+        sockets.mkdir(parents=True)
+        listening.bind(str(sockets / "plasma_store"))
         assert place.stat().st_mode & 0o777 == 0o700
     assert not place.exists()
     assert list(long.iterdir()) == []
@@ -73,6 +75,19 @@ def test_a_tmpdir_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("TMPDIR", "/proc")
     with pytest.raises(ConfigError, match=r"^TMPDIR: '/proc' cannot be written \("):
         scratch.check()
+
+
+def test_what_processes_still_write_is_removed_too(short: Path) -> None:
+    writer = "import os, sys\nwhile True:\n os.makedirs(sys.argv[1], exist_ok=True)"
+    with scratch.folder() as place:
+        command = ["sh", "-c", 'trap "" TERM; exec "$@"', "sh", sys.executable, "-c", writer, str(place / "more")]
+        with subprocess.Popen(command, env={"TMPDIR": str(place)}) as process:
+            while not (place / "more").exists():
+                assert process.poll() is None
+            threading.Timer(0.1, process.wait).start()
+            scratch.end_processes(place)
+        assert process.returncode == -signal.SIGKILL
+    assert list(short.iterdir()) == []
 
 
 def test_what_a_killed_process_left_is_removed_and_what_one_works_in_is_not(short: Path) -> None:
