@@ -811,9 +811,9 @@ def _made(section: type, value: Any, place: Place, problems: dict[Place, str]) -
             continue
         if content is not ABSENT:
             object.__setattr__(made, item.name, content)
-    for key in strange:
-        known = f"there are {', '.join(kinds)}.{plugin.nearest(key, kinds)}"
-        problems.setdefault((*place, key), f"there is no such key; {known}")
+    for key, meant in strange.items():
+        near = "" if meant is None else f" Did you mean {meant!r}?"
+        problems.setdefault((*place, key), f"there is no such key; there are {', '.join(kinds)}.{near}")
     return made
 
 
