@@ -761,7 +761,7 @@ def _is_choice(place: Sequence[str]) -> bool:
             kind = _kind_of(kind.sections)
         else:
             kind = _kinds(kind.section).get(part) if kind is not None and kind.section is not None else None
-    return kind is not None and kind.is_choice
+    return kind is not None and kind.methods is not None
 
 
 # --- what is wrong, all at once --------------------------------------------------------------------------------------
@@ -826,8 +826,11 @@ def _made(section: type, value: Any, place: Place, problems: dict[Place, str]) -
         problems.setdefault(place, f"{_found(value)} was given; wanted a mapping, key: value")
         return made
     kinds = _kinds(section)
+    strange = {key: plugin.closest(key, kinds) for key in value if key not in kinds}
     for item in fields(section):
         where = (*place, item.name)
+        if item.name not in value and item.name in strange.values():
+            continue  # it is there, misspelt
         if item.name in value:
             content = _value_of(section, item.name, value[item.name], where, problems)
         elif item.default is not MISSING:
@@ -839,10 +842,9 @@ def _made(section: type, value: Any, place: Place, problems: dict[Place, str]) -
             continue
         if content is not ABSENT:
             object.__setattr__(made, item.name, content)
-    for key in value:
-        if key not in kinds:
-            known = f"there are {', '.join(kinds)}.{plugin.nearest(key, kinds)}"
-            problems.setdefault((*place, key), f"there is no such key; {known}")
+    for key, meant in strange.items():
+        near = "" if meant is None else f" Did you mean {meant!r}?"
+        problems.setdefault((*place, key), f"there is no such key; there are {', '.join(kinds)}.{near}")
     return made
 
 
@@ -865,6 +867,14 @@ def _value_of(section: type, key: str, value: Any, place: Place, problems: dict[
         for below, errors in _places(error).items():
             problems.setdefault((*place, *below), _problem(errors))
         return ABSENT
+    if kind.methods is not None:
+        path = ".".join(place)
+        try:
+            plugin.find(kind.methods.folder, content.name, kind.methods.role, path).bind(content.options, path)
+        except ConfigError as error:
+            lines = [line.partition(": ") for line in str(error).split("\n")]
+            problems.update({tuple(where.split(".")): problem for where, _, problem in lines})
+            return ABSENT
     is_usable = kind.sections is not None or not any(other[: len(place)] == place for other in problems)
     return content if is_usable else ABSENT
 
@@ -876,7 +886,7 @@ class _Kind(typing.NamedTuple):
     section: Any = None
     sections: Any = None
     is_optional: bool = False
-    is_choice: bool = False
+    methods: Methods | None = None
 
 
 @functools.cache
@@ -894,7 +904,9 @@ def _kind_of(hint: Any) -> _Kind:
         return _Kind(hint, section=plain)
     if typing.get_origin(plain) is types.UnionType and _is_section(inner[0]):
         return _Kind(hint, section=inner[0], is_optional=True)
-    return _Kind(hint, is_choice=plain is Choice)
+    return _Kind(
+        hint, methods=next((part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Methods)), None)
+    )
 
 
 @functools.cache
@@ -964,33 +976,12 @@ def _wanted(error: Any) -> str:
             return str(error["msg"]).replace("Input should be", "it should be")
 
 
-def _method(methods: Methods, choice: Choice, path: str) -> Iterator[str]:
-    try:
-        plugin.find(methods.folder, choice.name, methods.role, path).bind(choice.options, path)
-    except ConfigError as error:
-        yield from str(error).split("\n")
-
-
-def _mask(run: Run) -> Iterator[str]:
-    yield from _method(MASKS, run.adapter.mask, "adapter.mask")
-
-
-def _engine(run: Run) -> Iterator[str]:
-    yield from _method(ENGINES, run.train.engine, "train.engine")
-
-
-def _multitask(run: Run) -> Iterator[str]:
-    yield from _method(PLANS, run.multitask, "multitask")
-
-
-def _methods_of_merges(run: Run) -> Iterator[str]:
-    for name, merge in run.merges.items():
-        yield from _method(MERGES, merge.method, f"merges.{name}.method")
-
-
 def _metrics(run: Run) -> Iterator[str]:
     for metric in run.evaluate.metrics:
-        yield from _method(Methods("evaluation", "score"), Choice(name=metric), "evaluate.metrics")
+        try:
+            plugin.find("evaluation", metric, "score", "evaluate.metrics")
+        except ConfigError as error:
+            yield str(error)
 
 
 def _projections(run: Run) -> Iterator[str]:
@@ -1502,10 +1493,6 @@ def _trackers(run: Run) -> Iterator[str]:
 
 
 RULES: tuple[Rule, ...] = (
-    _mask,
-    _engine,
-    _multitask,
-    _methods_of_merges,
     _metrics,
     _projections,
     _saved,
@@ -1541,7 +1528,6 @@ OF_THIS_MACHINE = (_files, _model, _output, _in_a_job, _trackers, _attention_is_
 """What is so for this machine alone."""
 
 EACH = {
-    _methods_of_merges: "merges",
     _lengths_of_tasks: "tasks",
     _validation_rows: "tasks",
     _tasks: "tasks",

@@ -179,8 +179,13 @@ def _read(folder: str, name: str, role: str, path: str, source: Path, changed: i
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """ " Did you mean 'x'?" for the closest valid name, or an empty string."""
-    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    found = closest(name, valid)
+    return f" Did you mean {found!r}?" if found is not None else ""
+
+
+def closest(name: str, valid: Iterable[str]) -> str | None:
+    """The valid name that looks most like `name`, or None if none does."""
+    return next(iter(difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)), None)
 
 
 def _choices(name: str, valid: Iterable[str], verb: str) -> str:

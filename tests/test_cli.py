@@ -20,7 +20,7 @@ from lori_dist.training.model import identity
 from tests.models import tiny_llama
 from tests.tokenizers import save
 
-VERBS = ("run", "status", "stop", "train", "merge", "evaluate", "export", "report", "show", "bench")
+VERBS = ("run", "status", "stop", "train", "merge", "evaluate", "export", "report", "show", "schema", "bench")
 YAML = """
 name: demo
 output: runs

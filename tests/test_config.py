@@ -454,8 +454,8 @@ def test_an_unknown_option_is_found_in_every_method() -> None:
     wanted = [
         r"adapter\.mask\.sed: random has no such option; it takes seed\. Did you mean 'seed'\?",
         r"train\.engine\.stge: deepspeed has no such option; it takes .*stage.*\. Did you mean 'stage'\?",
-        r"multitask\.zzz: independent has no such option; it takes .*\.",
         r"merges\.all\.method\.x: linear has no such option; it takes none\.",
+        r"multitask\.zzz: independent has no such option; it takes .*\.",
     ]
     assert [bool(re.fullmatch(*pair)) for pair in zip(wanted, found, strict=True)] == [True] * 4
 
@@ -479,21 +479,20 @@ clustr: {}
     found = problems(text)
     assert [line.partition(": ")[0] for line in found] == [
         "name",
-        "model.path",
         "model.dtype",
         "model.pth",
         "tasks.code.test",
         "adapter.targets",
         "adapter.density",
+        "adapter.mask",
         "adapter.rnk",
         "train.engine.name",
         "train.lr",
         "train.schedule",
         "train.betas.1",
+        "merges.nlu.method",
         "cluster",
         "clustr",
-        "adapter.mask",
-        "merges.nlu.method",
         "evaluate.metrics",
         "train.steps, train.epochs",
         "tasks.nlu.test",
@@ -550,6 +549,7 @@ print(sorted({"torch", "transformers", "numpy", "ray", "deepspeed"} & set(sys.mo
         ("evaluate.metrics=[]", "evaluate.metrics: .*"),
         ("evaluate.max_new_tokens=128", "evaluate.max_new_tokens: 128 was given, the model has 128 positions; .*"),
         ("output=rows.jsonl/x", "output: .* cannot be made, as .*rows.jsonl' is no folder that can be written to; .*"),
+        ("train={stesp: 10}", "train.stesp: there is no such key; there are engine, steps, .* Did you mean 'steps'?"),
         ("merges.all.weights={nlu: 1, code: x}", "merges.all.weights.code: 'x' was given; it should be a valid .*"),
         ("tasks.nlu.template.prompt='{}'", "tasks.nlu.template.prompt: {} is no field; use plain names .*"),
         (
@@ -831,6 +831,24 @@ def test_only_true_mistakes_are_listed_for_every_wrong_value_at_every_key_and_fo
         if wrong and others:
             kept = [mended(change, whole) for change in changes if change[0] not in wrong or is_named(change)]
             assert set(others) <= set(mistakes(changed(whole, kept))), (changes, found)
+
+
+def test_a_misspelt_key_is_one_mistake_wherever_it_stands() -> None:
+    """Not also that the right key is missing, or what a rule makes of its default."""
+    run = config.validate({**WHOLE, "train": {"steps": 10, "compile": True}, "multitask": {"name": "independent"}})
+    whole = config.dump(run)
+    for path, section in sections(run):
+        for item in fields(section):
+            wrong = copy.deepcopy(whole)
+            holder = functools.reduce(lambda tree, key: tree[key], path, wrong)
+            misspelt = f"{item.name}x"
+            holder[misspelt] = holder.pop(item.name)
+            (found,) = mistakes(wrong)
+            assert found.startswith(f"{'.'.join((*path, misspelt))}: there is no such key; ")
+            assert found.endswith(f"Did you mean {item.name!r}?")
+    joint = {"train": {"steps": 10, "compile": True}, "multitask": {"name": "joint", "projecton": "none"}, "merges": {}}
+    (found,) = mistakes({**yaml.safe_load(MINIMAL), **joint})
+    assert found.startswith("multitask.projecton: joint has no such option; ")
 
 
 def test_any_override_ends_in_a_run_or_an_error_that_names_it(place: Path) -> None:
