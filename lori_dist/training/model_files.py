@@ -5,6 +5,7 @@ that a folder means the same model to all of them, and code in it runs in all of
 """
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import json
@@ -13,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-import filelock
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -75,7 +75,8 @@ def made_from(settings: PretrainedConfig, *, trust_remote_code: bool = False, **
         auto_of_images: Any = AutoModelForImageTextToText
         if type(settings) in auto_of_images._model_mapping:
             auto = auto_of_images
-    return cast(PreTrainedModel, auto.from_config(settings, trust_remote_code=trust_remote_code, **more))
+    with _one_process() if is_own else contextlib.nullcontext():
+        return cast(PreTrainedModel, auto.from_config(settings, trust_remote_code=trust_remote_code, **more))
 
 
 def check_causal(made: PreTrainedModel, model: config.Model) -> None:
@@ -116,17 +117,24 @@ def generation_settings(model: config.Model) -> GenerationConfig | None:
 
 @contextlib.contextmanager
 def _own_code(model: config.Model) -> Iterator[None]:
-    """Around calls of transformers that may run code of the model's own, if model.trust_remote_code says so.
-
-    transformers copies that code to a folder of the user's and imports it from there: ranks that start together would
-    import what another one is just writing.
-    """
+    """Around calls of transformers that may run code of the model's own, if model.trust_remote_code says so."""
     if not model.trust_remote_code:
         yield
         return
     _say_that_code_runs(model.path)
-    Path(HF_MODULES_CACHE).mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(Path(HF_MODULES_CACHE) / ".lori.lock"):
+    with _one_process():
+        yield
+
+
+@contextlib.contextmanager
+def _one_process() -> Iterator[None]:
+    """transformers copies a model's code to a folder of the user's and imports it from there: of ranks that start
+    together, one would import what another is just writing."""
+    folder = Path(HF_MODULES_CACHE)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lori.lock").open("w") as file:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
