@@ -101,7 +101,7 @@ class LoriConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     """Trained in full, and saved."""
     lora_alpha: float | None = None
-    """Another name of lori_alpha, as `LoraConfig` has it."""
+    """Another name of lori_alpha, as `LoraConfig` has it; None once the configuration is made."""
     lora_dropout: float = 0.0
     """Share of the entries of A's input that are zeroed in training, the others scaled up, as in `LoraConfig`."""
     bias: str = "none"
@@ -119,7 +119,7 @@ class LoriConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.is_from_file = getattr(self, "peft_type", None) is not None  # which nobody gives in a program
+        self.is_from_file = type(getattr(self, "peft_type", None)) is str  # in a program it is None, or LORI
         """Whether an adapter_config.json has given these values."""
         self.peft_type = LORI
         if self.is_from_file and self.lori_alpha is None:
@@ -130,7 +130,7 @@ class LoriConfig(PeftConfig):
                 "setting; set only one of them"
             )
         given = self.lori_alpha if self.lora_alpha is None else self.lora_alpha
-        self.lori_alpha = self.lora_alpha = ALPHA if given is None else given
+        self.lori_alpha, self.lora_alpha = ALPHA if given is None else given, None
         if self.bias != "none":
             raise AdapterError(f"bias: got {self.bias!r}, and no bias is trained here; remove it, or set it to 'none'")
         is_share = isinstance(self.lora_dropout, int | float) and not isinstance(self.lora_dropout, bool)
@@ -541,7 +541,7 @@ def _check_names(config: LoriConfig) -> None:
 
 
 def _are(found: Any, kind: type) -> bool:
-    return isinstance(found, list) and all(type(item) is kind for item in found)
+    return isinstance(found, list | set) and all(type(item) is kind for item in found)
 
 
 def _refuse_endless(config: LoriConfig, paths: list[str]) -> None:

@@ -1,5 +1,6 @@
 """LoRI through PEFT's own calls."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -271,7 +272,9 @@ def test_no_targets_are_all_linear_layers() -> None:
 
 def test_alpha_has_the_name_that_lora_has() -> None:
     assert LoriConfig(lora_alpha=3).spec() == LoriConfig(lori_alpha=3).spec() != LoriConfig().spec()
-    assert LoriConfig(lora_alpha=3, bias="none", lora_dropout=0.1).to_dict()["lori_alpha"] == 3
+    config = LoriConfig(lora_alpha=3, bias="none", lora_dropout=0.1, target_modules=["q_proj"])
+    assert config.to_dict()["lori_alpha"] == 3
+    assert dataclasses.replace(config, lori_alpha=5.0).spec().alpha == 5.0
 
 
 def test_dropout_is_that_of_lora() -> None:
