@@ -260,6 +260,11 @@ def sparsify(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     layers, spec = _attached(model), getattr(model, ATTACHED)
     if not isinstance(spec, Spec) or any(delta.index is not None for _, delta in _deltas(layers)):
         raise AdapterError("model: has no dense adapter that is trained; attach(model, spec) without masks first")
+    if sharded.has_engine(model):
+        raise AdapterError(
+            "model: is trained by an engine of DeepSpeed, which does not take new parameters; call engine.destroy() "
+            "first, and deepspeed.initialize after sparsify"
+        )
     _refuse_other_modules(masks, layers)
     positions = {path: _positions(path, masks, (delta.out_features, delta.rank)) for path, delta in _deltas(layers)}
     sharded.reshard(model)

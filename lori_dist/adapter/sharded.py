@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -54,12 +55,23 @@ def refuse_late(model: nn.Module) -> None:
             "model: attach was called inside deepspeed.zero.Init, which would cast and partition what it makes; call "
             "it after that context, with the model made there"
         )
-    is_engine = "DeepSpeedEngine" in names
-    if is_engine or any(hasattr(p, "_hp_mapping") or hasattr(p, "_z3_optimizer") for p in model.parameters()):
+    if "DeepSpeedEngine" in names or has_engine(model):
         raise AdapterError(
             "model: was given to deepspeed.initialize already, whose optimizer does not take new parameters; attach "
             "first, then call deepspeed.initialize (after engine.destroy(), if there was an engine)"
         )
+
+
+def has_engine(model: nn.Module) -> bool:
+    """Whether an engine of DeepSpeed trains a part of it at stage 1 to 3, which engine.destroy() ends."""
+    return any(map(_is_live, model.parameters()))
+
+
+def _is_live(parameter: Tensor) -> bool:
+    if getattr(parameter, "_hp_mapping", None) is not None:
+        return True
+    optimizer = getattr(parameter, "_z3_optimizer", None)
+    return optimizer is not None and bool(getattr(optimizer, "ipg_buckets", True))
 
 
 # --- whole tensors ---------------------------------------------------------------------------------------------------
@@ -69,7 +81,7 @@ def refuse_late(model: nn.Module) -> None:
 def full(tensor: Tensor) -> Tensor:
     """All entries of a parameter, on the CPU, a copy. A collective where it is sharded: every rank calls it.
 
-    DeepSpeed's float32 copy, where it trains one in another dtype.
+    float32 where it is trained: DeepSpeed's own copy, as long as the engine is there, where it computes in half of it.
     """
     found: Any = tensor
     if isinstance(tensor, DTensor):
@@ -80,9 +92,14 @@ def full(tensor: Tensor) -> Tensor:
             return cast(Tensor, optimizer.get_full_hp_param(tensor)).detach().to("cpu", copy=True).view(found.ds_shape)
         with _gathered(tensor):
             return tensor.detach().to("cpu", copy=True)
-    if hasattr(tensor, "_hp_mapping"):
-        return cast(Tensor, found.get_full_hp_param()).detach().to("cpu", copy=True).view(tensor.shape)
-    return tensor.detach().to("cpu", copy=True)
+    if hasattr(tensor, "_hp_mapping") and tensor.dtype.itemsize < 4:
+        # None where another rank has all of it, and on all of them once the engine is destroyed.
+        owners = torch.tensor(int(found._hp_mapping is not None), device=tensor.device)
+        dist.all_reduce(owners)
+        if owners.item():
+            return cast(Tensor, found.get_full_hp_param()).detach().to("cpu", copy=True).view(tensor.shape)
+    exact = torch.promote_types(tensor.dtype, torch.float32) if tensor.requires_grad else tensor.dtype
+    return tensor.detach().to("cpu", exact, copy=True)
 
 
 @torch.no_grad()

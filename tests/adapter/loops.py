@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from lori_dist import Adapter, Spec, attach, dense, detach, extract, sparsify, trainable
 from lori_dist.adapter.adapter import in_memory
+from lori_dist.errors import AdapterError
 from lori_dist.masks.magnitude import mask
 from tests.models import tiny_llama
 
@@ -171,7 +173,17 @@ def zero(stage: int, how: str) -> dict[str, Any]:
                 norms.append(engine.get_global_grad_norm())
             return [] if None in norms else list(map(float, norms))
 
-        return both_phases(model, train, lambda: engines[-1].destroy())
+        def between() -> None:
+            if stage:
+                with pytest.raises(AdapterError, match=r"^model: is trained by an engine of DeepSpeed"):
+                    sparsify(model, {})
+                with pytest.raises(AdapterError, match=r"^model: was given to deepspeed.initialize already"):
+                    attach(engines[-1], SPEC)
+            before = extract(engines[-1], name="math")
+            engines[-1].destroy()
+            assert torch.equal(values_of(extract(model, name="math")), values_of(before))
+
+        return both_phases(model, train, between)
 
 
 # --- what else a loop does with FSDP2 --------------------------------------------------------------------------------
