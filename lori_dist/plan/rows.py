@@ -1,6 +1,5 @@
 """How many tokens rows have: counted with the model's tokenizer, in all rows or in some."""
 
-import itertools
 import json
 import os
 import tempfile
@@ -55,8 +54,11 @@ class Counter:
         self.run, self.row_tokens = run, row_tokens
         self.found: dict[tuple[str, str], Lengths] = {}
         self.tokenizer = None if row_tokens is not None else _tokenizer(run)
-        files = sum(1 for task in run.tasks.values() for _ in config.files(task))
-        self.bytes, self.seconds = max(1, BYTES // files), SECONDS / files
+        paths = [path for task in run.tasks.values() for _, path in config.files(task)]
+        sizes = [BYTES if tables.is_hub(path) else os.path.getsize(path) for path in paths]
+        # Of each file, where all are more than may be read.
+        self.bytes = BYTES if sum(sizes) <= BYTES else max(1, BYTES // len(paths))
+        self.seconds = SECONDS / len(paths)
 
     def of(self, task: str, part: str, path: str, *, needs_number: bool = True) -> Lengths:
         """Of a file of a task. part: its place there, for messages. needs_number: whether how many rows there are
@@ -170,8 +172,3 @@ def said(found: Sequence[Lengths], model: str) -> str:
 
 def _mean(found: Sequence[Lengths]) -> float:
     return sum(one.number * one.mean for one in found) / sum(one.number for one in found)
-
-
-def pairs_of(parts: Sequence[Lengths], shares: Sequence[float]) -> list[tuple[npt.NDArray[np.int64], float]]:
-    """What batches are drawn from: of each file its lengths and its share."""
-    return [(one.tokens, share) for one, share in itertools.zip_longest(parts, shares) if one is not None]
