@@ -81,7 +81,7 @@ def probe(model: nn.Module) -> Probe:
 
     It is kept, so that a second call for the same configuration costs nothing.
     """
-    settings = getattr(model, "config", None)
+    settings: Any = getattr(model, "config", None)
     if not hasattr(settings, "to_dict") or getattr(model, "main_input_name", None) != "input_ids":
         return NOTHING
     key = type(model), json.dumps(settings.to_dict(), sort_keys=True, default=str)
