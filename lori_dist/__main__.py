@@ -195,7 +195,7 @@ def stop(arguments: argparse.Namespace) -> None:
     root = status.folder_of(arguments.run, arguments.settings)
     driver = status.stop(root, timeout=arguments.timeout)
     print(
-        f"{root}: " + ("nobody works on it" if driver is None else f"{driver} has ended; `lori run` goes on from here")
+        f"{root}: " + ("nobody works on it" if driver is None else f"{driver} has ended; `lori run` resumes from here")
     )
 
 
@@ -371,7 +371,7 @@ def _tree(path: Path, where: str) -> dict[str, Any]:
         raise ConfigError(f"{where}: {str(path)!r} does not exist; `lori run` and `lori evaluate` write it") from error
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
-            f"{where}: {str(path)!r} is no JSON file ({error}); give the summary.json of a run"
+            f"{where}: {str(path)!r} is not a JSON file ({error}); give the summary.json of a run"
         ) from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{where}: {str(path)!r} holds no object; give the summary.json of a run")
@@ -463,9 +463,7 @@ def _weights(text: str | None, num_adapters: int) -> "list[Weight] | None":
             "--weights",
         )
     except ConfigError as error:
-        raise ConfigError(
-            f"--weights: {text!r} was given; write numbers and commas, such as 0.7,0.3 ({error})"
-        ) from error
+        raise ConfigError(f"--weights: got {text!r}; write numbers and commas, such as 0.7,0.3 ({error})") from error
     weights: list[Weight] = [*merge.weights] if isinstance(merge.weights, tuple) else []
     if len(weights) != num_adapters:
         raise ConfigError(f"--weights: {len(weights)} given for {num_adapters} adapters; give one per adapter")
@@ -651,7 +649,7 @@ examples:
     verb = _add(
         verbs,
         stop,
-        "end a run, so that the same command goes on from there",
+        "end a run, so that the same command resumes from there",
         f"""\
 Asks the process that works on a run to end, through the run's folder, and waits until it has. That process ends its
 jobs, once trainings have saved, and exits with code 3.

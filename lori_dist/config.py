@@ -711,7 +711,7 @@ def _usable(value: Any, place: Place, problems: dict[Place, str]) -> Any:
         for key, item in value.items():
             below = (*place, key if isinstance(key, str) and not UNUSABLE.search(key) else _found(key))
             if below[-1] is not key:
-                wrong = "has a character that text cannot have" if isinstance(key, str) else "is no text"
+                wrong = "has a character that text cannot have" if isinstance(key, str) else "is not a text"
                 problems[below] = f"the key {wrong}; {'remove it' if isinstance(key, str) else 'put it in quotes'}"
             made[below[-1]] = _usable(item, below, problems)
         return made
@@ -990,10 +990,10 @@ def _projections(run: Run) -> Iterator[str]:
     if run.adapter.share_projection:
         yield (
             "adapter.share_projection: makes one A for all tasks, and with adapter.projection trained each adapter "
-            "gets its own; leave one out"
+            "gets its own; set only one"
         )
     if run.adapter.dtype != "float32":
-        yield f"adapter.dtype: {run.adapter.dtype} was given, and a trained A is float32; leave it out"
+        yield f"adapter.dtype: got {run.adapter.dtype}, and a trained A is float32; remove it"
 
 
 def _quantized(run: Run) -> Iterator[str]:
@@ -1017,13 +1017,13 @@ def _attention(run: Run) -> Iterator[str]:
         return
     if run.model.dtype == "float32":
         yield (
-            f"model.attention: {attention} was given, which computes in half precision, and model.dtype is float32; "
+            f"model.attention: got {attention}, which computes in half precision, and model.dtype is float32; "
             "set that to bfloat16, or use sdpa"
         )
     if run.train.pack:
         yield (
-            f"model.attention: {attention} was given, which lets packed rows see each other in a batch of several "
-            "sequences; leave out train.pack, or use sdpa"
+            f"model.attention: got {attention}, which lets packed rows see each other in a batch of several "
+            "sequences; remove train.pack, or use sdpa"
         )
 
 
@@ -1043,13 +1043,13 @@ def _compiled(run: Run) -> Iterator[str]:
     if engine.name == "deepspeed" and engine.options.get("stage") == 3:
         yield (
             "train.compile: is given with stage 3 of deepspeed, whose hooks around each layer leave too little of a "
-            "block to compile; leave it out, or use fsdp"
+            "block to compile; remove it, or use fsdp"
         )
     if run.cluster.packing != "off":
-        yield "train.compile: is given with cluster.packing, whose layers are told each batch's tasks; leave one out"
+        yield "train.compile: is given with cluster.packing, whose layers are told each batch's tasks; set only one"
     if run.multitask.name == "joint" and run.multitask.options.get("projection") != "none":
         yield (
-            "train.compile: is given with multitask joint, whose layers keep each task's gradient apart; leave it out, "
+            "train.compile: is given with multitask joint, whose layers keep each task's gradient apart; remove it, "
             "or set multitask.projection to none"
         )
 
@@ -1060,12 +1060,12 @@ def _saved(run: Run) -> Iterator[str]:
     if run.multitask.name != "independent":
         yield (
             f"adapter.modules_to_save: is given with multitask {run.multitask.name}, where tasks would share what is "
-            "trained whole; train them independent, or leave it out"
+            "trained whole; train them independent, or remove it"
         )
     if run.merges:
         yield (
             f"adapter.modules_to_save: is given, and merges.{next(iter(run.merges))} cannot merge what each task has "
-            "trained whole; leave one of them out"
+            "trained whole; remove one of them"
         )
     if run.model.dtype != "float32":
         yield f"adapter.modules_to_save: needs model.dtype float32, {run.model.dtype} was given"
@@ -1079,7 +1079,7 @@ def _lengths(run: Run) -> Iterator[str]:
         yield "train.calibrate.steps, train.calibrate.epochs: both are given; give one, or neither"
     for path, steps in (("train.steps", run.train.steps), ("train.calibrate.steps", run.train.calibrate.steps)):
         if steps is not None and run.train.warmup_steps >= steps:
-            yield f"train.warmup_steps: {run.train.warmup_steps} was given, {path} is {steps}; give fewer than those"
+            yield f"train.warmup_steps: got {run.train.warmup_steps}, {path} is {steps}; give fewer than those"
 
 
 def _lengths_of_tasks(run: Run) -> Iterator[str]:
@@ -1124,7 +1124,7 @@ def _tasks(run: Run) -> Iterator[str]:
         yield "tasks: none is given; give at least one"
     for name, task in run.tasks.items():
         if task.seed is not None and run.adapter.share_projection:
-            yield f"tasks.{name}.seed: is given, but adapter.share_projection makes one A for all; leave one out"
+            yield f"tasks.{name}.seed: is given, but adapter.share_projection makes one A for all; set only one"
 
 
 def _mixtures(run: Run) -> Iterator[str]:
@@ -1135,13 +1135,13 @@ def _mixtures(run: Run) -> Iterator[str]:
                 "train has the rest"
             )
         if task.train in task.mixture:
-            yield f"tasks.{name}.mixture: {task.train!r} is also tasks.{name}.train, which has the rest; leave it out"
+            yield f"tasks.{name}.mixture: {task.train!r} is also tasks.{name}.train, which has the rest; remove it"
         if task.mixture and run.multitask.name == "joint":
-            yield f"tasks.{name}.mixture: is given with multitask joint, which mixes tasks evenly; leave one out"
+            yield f"tasks.{name}.mixture: is given with multitask joint, which mixes tasks evenly; set only one"
         if task.template.messages is None and task.template.date is not None:
             yield f"tasks.{name}.template.date: is for chat templates, and template.messages is not given; remove it"
         if task.template.messages is not None and task.labels is not None:
-            yield f"tasks.{name}.labels: are for template.response, and template.messages is given; leave one out"
+            yield f"tasks.{name}.labels: are for template.response, and template.messages is given; set only one"
 
 
 def _starts(run: Run) -> Iterator[str]:
@@ -1152,12 +1152,12 @@ def _starts(run: Run) -> Iterator[str]:
         if not os.path.exists(task.start):
             yield f"{where}: there is no file or folder {task.start!r}; paths are relative to {Path.cwd()}"
         if task.seed is not None:
-            yield f"tasks.{name}.seed: is given with {where}, whose A stays; leave one out"
+            yield f"tasks.{name}.seed: is given with {where}, whose A stays; set only one"
         if run.multitask.name != "independent":
-            yield f"{where}: is given with multitask {run.multitask.name}; use independent, or leave it out"
+            yield f"{where}: is given with multitask {run.multitask.name}; use independent, or remove it"
         if run.adapter.share_projection or run.adapter.projection == "trained" or run.adapter.modules_to_save:
             yield (
-                f"{where}: its A stays and its kept entries alone are trained; leave out adapter.share_projection, "
+                f"{where}: its A stays and its kept entries alone are trained; remove adapter.share_projection, "
                 "adapter.modules_to_save and adapter.projection: trained"
             )
 
@@ -1172,7 +1172,7 @@ def _packed_rows(run: Run) -> Iterator[str]:
     if not run.train.pack:
         return
     if run.multitask.name == "joint":
-        yield "train.pack: is given with multitask joint, which tells tasks apart by their rows; leave one out"
+        yield "train.pack: is given with multitask joint, which tells tasks apart by their rows; set only one"
     with contextlib.suppress(OSError, ValueError, AttributeError):  # the job says what is wrong with config.json
         settings = json.loads(read_regular(Path(run.model.path) / "config.json"))
         yield from unpackable(str(settings.get("model_type")))
@@ -1183,7 +1183,7 @@ def unpackable(model_type: str) -> Iterator[str]:
     if model_type not in PACKED:
         yield (
             f"train.pack: it is not known that {model_type} keeps packed rows apart, as {', '.join(PACKED)} do; "
-            "leave it out"
+            "remove it"
         )
 
 
@@ -1209,7 +1209,7 @@ def _output(run: Run) -> Iterator[str]:
     while not os.path.lexists(place):
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        found = f"{str(place)!r} is no folder that can be written to"
+        found = f"{str(place)!r} is not a folder that can be written to"
         yield f"output: {str(run.folder)!r} cannot be made, as {found}; give another"
 
 
@@ -1221,7 +1221,7 @@ def _in_a_job(run: Run) -> Iterator[str]:
         and (not Path(run.output).is_absolute() or run.folder.is_relative_to(Path.cwd()))
     ):
         yield (
-            f"output: {run.output!r} was given, which would be lost with the folder of this Ray job; give an absolute "
+            f"output: got {run.output!r}, which would be lost with the folder of this Ray job; give an absolute "
             "path that all nodes see"
         )
 
@@ -1242,7 +1242,7 @@ def relative_paths(run: Run) -> Iterator[str]:
         is_hub_name = place == "model.path" and path.count("/") == 1 and not path.startswith(".")
         is_elsewhere = (place == "output" and storage.is_url(path)) or tables.is_hub(path)
         if not (Path(path).is_absolute() or is_hub_name or is_elsewhere):
-            yield f"{place}: {path!r} was given, which no other machine finds; give an absolute path that all nodes see"
+            yield f"{place}: got {path!r}, which no other machine finds; give an absolute path that all nodes see"
 
 
 def _positions(run: Run) -> Iterator[str]:
@@ -1252,7 +1252,7 @@ def _positions(run: Run) -> Iterator[str]:
         settings = json.loads(read_regular(Path(run.model.path) / "config.json"))
         positions, asked = settings.get("max_position_embeddings"), run.evaluate.max_new_tokens
         if isinstance(positions, int) and asked >= positions:
-            yield f"evaluate.max_new_tokens: {asked} was given, the model has {positions} positions; give less"
+            yield f"evaluate.max_new_tokens: got {asked}, the model has {positions} positions; give less"
 
 
 def _templates(run: Run) -> Iterator[str]:
@@ -1268,14 +1268,14 @@ def _templates(run: Run) -> Iterator[str]:
                     if name is None or not name.isidentifier() or form or conversion
                 ]
             except ValueError as error:
-                yield f"tasks.{name}.template.{part}: {template!r} is no template ({error}); write {{{{ for a brace"
+                yield f"tasks.{name}.template.{part}: {template!r} is not a template ({error}); write {{{{ for a brace"
                 continue
             if strange:
-                yield f"tasks.{name}.template.{part}: {{{strange[0]}}} is no field; use plain names such as {{text}}"
+                yield f"tasks.{name}.template.{part}: {{{strange[0]}}} is not a field; use plain names such as {{text}}"
             elif part == "response" and task.labels is not None and len(names) != 1:
                 yield (
                     f"tasks.{name}.labels: are values of the one field in template.response, and {template!r} has "
-                    f"{len(names)}; leave one field there, or leave out labels"
+                    f"{len(names)}; leave one field there, or remove labels"
                 )
 
 
@@ -1299,7 +1299,7 @@ def _labels(run: Run) -> Iterator[str]:
     for name, task in run.tasks.items():
         names = _names(task.template.response)
         if task.labels is not None and (len(task.labels) < 2 or len(set(task.labels)) < len(task.labels)):
-            yield f"tasks.{name}.labels: {list(task.labels)} was given; give at least two, each of them once"
+            yield f"tasks.{name}.labels: got {list(task.labels)}; give at least two, each of them once"
             continue
         if task.labels is None or len(names) != 1:
             continue
@@ -1376,7 +1376,7 @@ def _merges(run: Run) -> Iterator[str]:
         if repeated:
             yield f"{path}.tasks: {', '.join(repeated)} is given twice; leave one"
         if merge.tasks == ():
-            yield f"{path}.tasks: none is given; name at least one, or leave it out for all"
+            yield f"{path}.tasks: none is given; name at least one, or remove it for all"
         for task in tasks:
             if task not in run.tasks:
                 listing = f"there are {', '.join(run.tasks)}.{plugin.nearest(task, run.tasks)}"
@@ -1384,7 +1384,7 @@ def _merges(run: Run) -> Iterator[str]:
         if merge.weights is not None and len(merge.weights) != len(tasks):
             yield (
                 f"{path}.weights: {len(merge.weights)} given for {len(tasks)} adapters ({', '.join(tasks)}); "
-                "give one weight per adapter, or leave it out for equal weights"
+                "give one weight per adapter, or remove it for equal weights"
             )
         elif isinstance(merge.weights, dict) and set(merge.weights) != set(tasks):
             yield f"{path}.weights: are for {', '.join(merge.weights)}; wanted one for each of {', '.join(tasks)}"
@@ -1395,11 +1395,11 @@ def _merges(run: Run) -> Iterator[str]:
 def _cluster(run: Run) -> Iterator[str]:
     least, most = run.cluster.min_workers, run.cluster.workers
     if least is not None and least > most:
-        yield f"cluster.min_workers: {least} was given for {most} workers; give at most cluster.workers"
+        yield f"cluster.min_workers: got {least} for {most} workers; give at most cluster.workers"
     if run.cluster.bind != "127.0.0.1" and run.cluster.address != "local":
         yield (
             f"cluster.bind: is given, but the cluster at {run.cluster.address!r} was started before and listens where "
-            "it was told to; leave it out"
+            "it was told to; remove it"
         )
 
 
@@ -1408,28 +1408,28 @@ def _packing(run: Run) -> Iterator[str]:
         return
     if run.adapter.projection != "cached":
         yield (
-            f"cluster.packing: {run.cluster.packing} was given, and packed adapters have a cached A, not a "
+            f"cluster.packing: got {run.cluster.packing}, and packed adapters have a cached A, not a "
             f"{run.adapter.projection} one; set it to off, or adapter.projection to cached"
         )
     if run.adapter.modules_to_save:
         yield (
-            f"cluster.packing: {run.cluster.packing} was given, and what adapter.modules_to_save trains whole is not "
-            "packed; leave one out"
+            f"cluster.packing: got {run.cluster.packing}, and what adapter.modules_to_save trains in full is not "
+            "packed; set only one"
         )
     guarded = [name for name in ("spike", "validate_every") if getattr(run.train, name) is not None]
     guarded += ["on_divergence"] if run.train.on_divergence != "stop" else []
     if guarded:
         yield (
-            f"cluster.packing: {run.cluster.packing} was given, and trainings with train.{guarded[0]} are not packed; "
-            "leave one out"
+            f"cluster.packing: got {run.cluster.packing}, and trainings with train.{guarded[0]} are not packed; "
+            "set only one of them"
         )
     if run.train.pack:
         yield (
-            f"cluster.packing: {run.cluster.packing} was given, and rows of several tasks do not share sequences, as "
-            "with train.pack; leave one out"
+            f"cluster.packing: got {run.cluster.packing}, and rows of several tasks do not share sequences, as "
+            "with train.pack; set only one"
         )
     if storage.is_url(run.output):
-        yield f"cluster.packing: {run.cluster.packing} was given, with an output that is a URL; set it to off"
+        yield f"cluster.packing: got {run.cluster.packing}, with an output that is a URL; set it to off"
 
 
 def _searches(run: Run) -> Iterator[str]:
@@ -1439,15 +1439,15 @@ def _searches(run: Run) -> Iterator[str]:
             continue
         tasks = {task: run.tasks[task] for task in merge.tasks or run.tasks if task in run.tasks}
         if merge.weights is not None:
-            yield f"{path}.weights: are given, and {path}.search finds them; leave one out"
+            yield f"{path}.weights: are given, and {path}.search finds them; set only one"
         if search.bounds[0] >= search.bounds[1]:
             low, high = search.bounds
-            yield f"{path}.search.bounds: [{low:g}, {high:g}] was given; the second must be larger than the first"
+            yield f"{path}.search.bounds: got [{low:g}, {high:g}]; the second must be larger than the first"
         for task_name, task in tasks.items():
             found = _num_rows(task.train, search.rows + 1) if task.validation is None else None
             if found is not None and 0 < found <= search.rows:
                 yield (
-                    f"{path}.search.rows: {search.rows} was given, and tasks.{task_name}.train, whose last rows are "
+                    f"{path}.search.rows: got {search.rows}, and tasks.{task_name}.train, whose last rows are "
                     f"held out for it, has {found}; give fewer, or tasks.{task_name}.validation"
                 )
         if search.metric.startswith("choice") and not any(task.labels for task in tasks.values()):
@@ -1466,7 +1466,7 @@ def _lm_eval(run: Run) -> Iterator[str]:
     if settings is None:
         return
     if not _is_installed("lm_eval"):
-        yield "evaluate.lm_eval: lm-eval is not installed; pip install 'lori_dist[lm-eval]', or leave it out"
+        yield "evaluate.lm_eval: lm-eval is not installed; pip install 'lori_dist[lm-eval]', or remove it"
     if settings.include is not None and not os.path.isdir(settings.include):
         yield f"evaluate.lm_eval.include: there is no folder {settings.include!r}; paths are relative to {Path.cwd()}"
 
@@ -1484,10 +1484,10 @@ def _trackers(run: Run) -> Iterator[str]:
     for name in sorted(set(run.trackers)):
         if name not in TRACKERS:
             listing = f"there are {', '.join(TRACKERS)}.{plugin.nearest(name, TRACKERS)}"
-            yield f"trackers: there is nothing called {name!r}; {listing}"
+            yield f"trackers: unknown {name!r}; {listing}"
         elif not _is_installed(name):
             package = name.replace("_", "-")
-            yield f"trackers: {name} is not installed; pip install {package}, or leave it out"
+            yield f"trackers: {name} is not installed; pip install {package}, or remove it"
         if run.trackers.count(name) > 1:
             yield f"trackers: {name} is given twice; leave one"
 

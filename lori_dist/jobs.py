@@ -459,7 +459,7 @@ def _place(
     kind: str, name: tuple[str, ...], settings: Mapping[str, Any], parts: Mapping[str, Any]
 ) -> tuple[str, str | None]:
     """Where a setting of a job is in the configuration, and, of a file among several, which: empty where the place is
-    that of one file, None where it is no file."""
+    that of one file, None where it is not a file."""
     path = ".".join(name)
     task = settings.get("task", settings.get("subject", ""))
     match name:

@@ -95,12 +95,12 @@ class Method:
                 bound[key] = _adapter(self.options[key].annotation).validate_python(value)
             except pydantic.ValidationError as error:
                 wanted = error.errors()[0]["msg"].replace("Input should be", "it should be")
-                problems.append(f"{path}.{key}: {value!r} was given; {wanted}")
+                problems.append(f"{path}.{key}: got {value!r}; {wanted}")
                 continue
             if isinstance(value, bool) and not isinstance(bound[key], bool):
-                problems.append(f"{path}.{key}: {value!r} was given; wanted a number")
+                problems.append(f"{path}.{key}: got {value!r}; wanted a number")
             problems += [
-                f"{path}.{key}: {value!r} was given; it must be in {wanted}"
+                f"{path}.{key}: got {value!r}; it must be in {wanted}"
                 for wanted in _ranges(self.options[key].annotation)
                 if isinstance(bound[key], int | float) and not _within(bound[key], wanted)
             ]
@@ -134,7 +134,7 @@ def _parse_range(text: str) -> tuple[str, float, float, str]:
     """Raises ValueError if it is none."""
     found = _RANGE.match(text)
     if found is None:
-        raise ValueError(f"{text!r} is no range")
+        raise ValueError(f"{text!r} is not a range")
     return found[1], float(found[2]), float(found[3]), found[4]
 
 
@@ -154,9 +154,7 @@ def find(folder: str, name: str, role: str, path: str) -> Method:
     elif name.isidentifier() and not name.startswith("_") and os.path.isfile(PACKAGE / folder / f"{name}.py"):
         source = PACKAGE / folder / f"{name}.py"
     else:
-        raise ConfigError(
-            f"{path}: there is nothing called {name!r} in {folder}; {_choices(name, names(folder), 'there are')}"
-        )
+        raise ConfigError(f"{path}: unknown {name!r} in {folder}; {_choices(name, names(folder), 'there are')}")
     return _read(folder, name, role, path, source, source.stat().st_mtime_ns)
 
 
@@ -215,7 +213,7 @@ def _tree(source: Path, path: str) -> ast.Module:
     try:
         return ast.parse(source.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError) as error:
-        raise ConfigError(f"{path}: {source} is no valid Python ({error}); mend it first") from error
+        raise ConfigError(f"{path}: {source} is not valid Python ({error}); fix it first") from error
 
 
 def _constants(tree: ast.Module) -> dict[str, Any]:

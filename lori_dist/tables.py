@@ -211,7 +211,7 @@ class _Decoder(json.JSONDecoder):
         found = None
         if self.constants:
             found = ConfigError(
-                f"is not JSON ({self.constants[0]} is no JSON value; a missing value is often written so)"
+                f"is not JSON ({self.constants[0]} is not a JSON value; a missing value is often written so)"
             )
         elif self.repeated:
             found = ConfigError(f"has the field {self.repeated[0]!r} more than once; leave one")

@@ -151,13 +151,13 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     with open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(path.stat().st_size - 8, _MAX_HEADER):
-            raise ValueError(f"{path.name} is no safetensors file, or is cut off")
+            raise ValueError(f"{path.name} is not a safetensors file, or is cut off")
         try:
             header = parse_json(file.read(length))
         except ValueError as error:
-            raise ValueError(f"{path.name} is no safetensors file: its header is not valid JSON ({error})") from error
+            raise ValueError(f"{path.name} is not a safetensors file: its header is not JSON ({error})") from error
     if not isinstance(header, dict):
-        raise ValueError(f"{path.name} is no safetensors file: its header is no object")
+        raise ValueError(f"{path.name} is not a safetensors file: its header is not an object")
     return header, 8 + length
 
 

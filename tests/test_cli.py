@@ -125,7 +125,7 @@ sys.exit(code)
         ("merge out.safetensors first.safetensors a=1 --method linear", 2, r"^--method\.a: linear has no such option"),
         ("merge out.safetensors a=1 --method linear", 2, r"^--method\.a: "),
         ("merge out.safetensors first.safetensors --method linear --weights 1,2", 2, r"^--weights: 2 given for 1 "),
-        ("merge out.safetensors first.safetensors --method linear --weights x", 2, r"^--weights: 'x' was given"),
+        ("merge out.safetensors first.safetensors --method linear --weights x", 2, r"^--weights: got 'x'"),
         (
             "merge first.safetensors second.safetensors --method linear",
             2,
@@ -136,14 +136,14 @@ sys.exit(code)
             2,
             r"^d=2001-99-99: is not valid YAML",
         ),
-        ("evaluate run.yaml --adapter rows.jsonl", 1, r"^rows\.jsonl: this is no whole safetensors file"),
+        ("evaluate run.yaml --adapter rows.jsonl", 1, r"^rows\.jsonl: this is not a whole safetensors file"),
         ("export first.safetensors rows.jsonl/x --format peft", 1, r"^rows\.jsonl/x: cannot be made: "),
-        ("run run.yaml output=rows.jsonl/x", 2, r"^output: .*rows\.jsonl/x/demo' cannot be made, as .* is no folder"),
+        ("run run.yaml output=rows.jsonl/x", 2, r"^output: .*rows\.jsonl/x/demo' cannot be made, .* is not a folder"),
         ("merge no/out.safetensors first.safetensors --method linear", 2, r"^OUT: 'no/out\.safetensors' cannot be"),
         ("merge out.safetensors nowhere.safetensors --method linear", 1, r"^nowhere\.safetensors: it cannot be read"),
         ("evaluate run.yaml --out no/matrix.json", 2, r"^--out: 'no/matrix\.json' cannot be a file"),
         ("export first.safetensors out --format folded", 2, r"^--base: is missing"),
-        ("export rows.jsonl out --format peft", 1, r"^rows\.jsonl: this is no whole safetensors file"),
+        ("export rows.jsonl out --format peft", 1, r"^rows\.jsonl: this is not a whole safetensors file"),
         ("show model", 1, r"^model: this is a folder"),
         ("report --out out", 2, r"^ADAPTER: none is given"),
         (
@@ -160,7 +160,7 @@ sys.exit(code)
             2,
             r"^--evaluation: .* does not say model",
         ),
-        ("report rows.jsonl --out out", 1, r"^rows\.jsonl: this is no whole safetensors file"),
+        ("report rows.jsonl --out out", 1, r"^rows\.jsonl: this is not a whole safetensors file"),
         ("report first.safetensors --out rows.jsonl/x", 1, r"^rows\.jsonl/x: cannot be made: "),
         ("bench projetcion", 2, r"^SUITE: .* Did you mean 'projection'\?$"),
         ("bench projection fast", 2, r"^fast: an option of a method reads NAME=VALUE"),
@@ -207,7 +207,7 @@ def test_verbose_shows_the_traceback(folder: Path) -> None:
     result = lori("show", "rows.jsonl", "--verbose", cwd=folder)
     assert result.returncode == 1
     assert "Traceback" in result.stderr
-    assert "rows.jsonl: this is no whole safetensors file" in result.stderr
+    assert "rows.jsonl: this is not a whole safetensors file" in result.stderr
 
 
 def test_other_ranks_say_who_they_are(

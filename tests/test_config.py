@@ -104,7 +104,7 @@ def test_whole_numbers_may_be_written_as_floats(spelling: str) -> None:
 def test_yes_and_no_are_no_numbers(path: str, spelling: str) -> None:
     (found,) = problems(MINIMAL, f"{path}={spelling}")
     read = {"true": True, "False": False}.get(spelling, spelling)
-    assert found.startswith(f"{path}: {read!r} was given; ")
+    assert found.startswith(f"{path}: got {read!r}; ")
     assert "number" in found or "integer" in found
 
 
@@ -135,10 +135,10 @@ def test_a_number_is_the_one_that_was_meant(written: str, number: int) -> None:
     [
         (
             "train.time_limit=1:30",
-            "train.time_limit: '1:30' was given; wanted a duration such as 11h30m, 1m30s, or 3600",
+            "train.time_limit: got '1:30'; wanted a duration such as 11h30m, 1m30s, or 3600",
         ),
-        ("train.time_limit=1:30:00", "train.time_limit: '1:30:00' was given; wanted a duration such as 11h30m, 1m30s"),
-        ("train.steps=1:30", "train.steps: '1:30' was given; it should be a valid integer"),
+        ("train.time_limit=1:30:00", "train.time_limit: got '1:30:00'; wanted a duration such as 11h30m, 1m30s"),
+        ("train.steps=1:30", "train.steps: got '1:30'; it should be a valid integer"),
         ("train.steps=010", "line 1, column 1: 010 is base 8 to some readers of YAML; write it without the leading 0"),
         (
             "train.steps=0_10",
@@ -148,7 +148,7 @@ def test_a_number_is_the_one_that_was_meant(written: str, number: int) -> None:
             "tasks.nlu.labels=[007, 7]",
             "line 1, column 2: 007 is base 8 to some readers of YAML; .* or put text in quotes",
         ),
-        ("train.steps=0b11", "train.steps: '0b11' was given; it should be a valid integer"),
+        ("train.steps=0b11", "train.steps: got '0b11'; it should be a valid integer"),
         ("train.lr=1e400", "line 1, column 1: 1e400 is larger than any float"),
         ("train.steps=" + 5000 * "9", "line 1, column 1: a number of 5000 digits; put text in quotes"),
         ("train.steps=0x" + 50 * "f", "train.steps: a number of more than 64 bits was given; write a smaller one"),
@@ -401,9 +401,8 @@ def test_flash_attention_must_be_installed_and_fit_the_run(monkeypatch: pytest.M
     (place / "model" / "config.json").write_text('{"model_type": "llama"}')
     asked = ["model.attention=flash_attention_2", "train.pack=true", "trackers=[]"]
     assert [problem.partition("; ")[0] for problem in problems(MINIMAL, *asked)] == [
-        "model.attention: flash_attention_2 was given, which computes in half precision, and model.dtype is float32",
-        "model.attention: flash_attention_2 was given, which lets packed rows see each other in a batch of several "
-        "sequences",
+        "model.attention: got flash_attention_2, which computes in half precision, and model.dtype is float32",
+        "model.attention: got flash_attention_2, which lets packed rows see each other in a batch of several sequences",
         "model.attention: flash_attention_2 needs the package flash_attn, which is not installed",
     ]
     Path("run.yaml").write_text(MINIMAL)
@@ -416,7 +415,7 @@ def test_blocks_are_compiled_where_nothing_looks_into_their_layers() -> None:
     assert problems(MINIMAL, *joint)[0].startswith("train.compile: is given with multitask joint, whose layers keep")
     assert load(MINIMAL, *joint, "multitask={name: joint, projection: none}").train.compile
     [packed] = problems(MINIMAL, "train.compile=true", "cluster.packing=auto")
-    assert packed.endswith("whose layers are told each batch's tasks; leave one out")
+    assert packed.endswith("whose layers are told each batch's tasks; set only one")
     [sharded] = problems(MINIMAL, "train.compile=true", "train.engine={name: deepspeed, stage: 3}")
     assert sharded.startswith("train.compile: is given with stage 3 of deepspeed, whose hooks")
 
@@ -425,12 +424,12 @@ def test_a_tracker_must_be_installed(monkeypatch: pytest.MonkeyPatch, place: Pat
     with monkeypatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", lambda name: None)
         assert problems(MINIMAL, "trackers=[comet_ml, wandb]") == [
-            "trackers: comet_ml is not installed; pip install comet-ml, or leave it out",
-            "trackers: wandb is not installed; pip install wandb, or leave it out",
+            "trackers: comet_ml is not installed; pip install comet-ml, or remove it",
+            "trackers: wandb is not installed; pip install wandb, or remove it",
         ]
     (place / "aim").mkdir()  # as W&B makes one called wandb
     monkeypatch.syspath_prepend(place)
-    assert problems(MINIMAL, "trackers=[aim]") == ["trackers: aim is not installed; pip install aim, or leave it out"]
+    assert problems(MINIMAL, "trackers=[aim]") == ["trackers: aim is not installed; pip install aim, or remove it"]
 
 
 def test_trackers_are_a_list_or_one_name() -> None:
@@ -519,39 +518,39 @@ print(sorted({"torch", "transformers", "numpy", "ray", "deepspeed"} & set(sys.mo
 """
     environment = {"PYTHONPATH": str(Path(config.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[0].startswith("adapter.mask: there is nothing called 'magnitud' in masks")
+    assert done.stdout.splitlines()[0].startswith("adapter.mask: unknown 'magnitud' in masks")
     assert done.stdout.splitlines()[1] == "[]"
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("name=", "name: nothing was given; wanted text"),
-        ("name=../x", "name: '../x' was given; names are at most 64 letters, digits, - and _"),
-        ("tasks.a/b={train: rows.jsonl, test: rows.jsonl}", "tasks.a/b: 'a/b' was given; names are .*"),
-        ("model=./model", "model: './model' was given; wanted a mapping, key: value"),
-        ("model=", "model: nothing was given; wanted a mapping, key: value"),
+        ("name=", "name: got nothing; wanted text"),
+        ("name=../x", "name: got '../x'; names are at most 64 letters, digits, - and _"),
+        ("tasks.a/b={train: rows.jsonl, test: rows.jsonl}", "tasks.a/b: got 'a/b'; names are .*"),
+        ("model=./model", "model: got './model'; wanted a mapping, key: value"),
+        ("model=", "model: got nothing; wanted a mapping, key: value"),
         ("model.path=model/tiny", "model.path: there is no config.json in 'model/tiny'; give a model's folder or .*"),
         ("model.path=elsewhere", "model.path: there is no config.json in 'elsewhere'; give a model's folder or .*"),
         ("tasks={}", "tasks: none is given; give at least one"),
         ("tasks=[a]", "tasks: a list was given; wanted a mapping, key: value"),
         ("tasks.nlu.test=x.jsonl", "tasks.nlu.test: there is no file 'x.jsonl'; paths are relative to .*"),
-        ("tasks.nlu.labels=[a]", "tasks.nlu.labels: ['a'] was given; give at least two, each of them once"),
-        ("tasks.nlu.labels=[a, b, a]", "tasks.nlu.labels: ['a', 'b', 'a'] was given; give at least two, .*"),
-        ("tasks.nlu.template.prompt='{'", "tasks.nlu.template.prompt: '{' is no template .*; write {{ for a brace"),
+        ("tasks.nlu.labels=[a]", "tasks.nlu.labels: got ['a']; give at least two, each of them once"),
+        ("tasks.nlu.labels=[a, b, a]", "tasks.nlu.labels: got ['a', 'b', 'a']; give at least two, .*"),
+        ("tasks.nlu.template.prompt='{'", "tasks.nlu.template.prompt: '{' is not a template .*; write {{ for a brace"),
         ("tasks.nlu.labels=['no', yess]", "tasks.nlu.labels: row 1 of tasks.nlu.train has 'yes', wanted .* 'yess'?"),
-        ("tasks.nlu.template.prompt='{prompt!r}'", "tasks.nlu.template.prompt: {prompt!r} is no field; use plain .*"),
-        ("tasks.nlu.template.prompt='{prompt:>9}'", "tasks.nlu.template.prompt: {prompt:>9} is no field; use plain .*"),
+        ("tasks.nlu.template.prompt='{prompt!r}'", "tasks.nlu.template.prompt: {prompt!r} is not a field; .*"),
+        ("tasks.nlu.template.prompt='{prompt:>9}'", "tasks.nlu.template.prompt: {prompt:>9} is not a field; .*"),
         ("adapter.targets=[]", "adapter.targets: .*"),
-        ("adapter.targets=['']", "adapter.targets.0: '' was given; .*"),
-        ("train.max_length=1", "train.max_length: 1 was given; it should be greater than or equal to 2"),
-        ("train.warmup_steps=10", "train.warmup_steps: 10 was given, train.steps is 10; give fewer than those"),
+        ("adapter.targets=['']", "adapter.targets.0: got ''; .*"),
+        ("train.max_length=1", "train.max_length: got 1; it should be greater than or equal to 2"),
+        ("train.warmup_steps=10", "train.warmup_steps: got 10, train.steps is 10; give fewer than those"),
         ("evaluate.metrics=[]", "evaluate.metrics: .*"),
-        ("evaluate.max_new_tokens=128", "evaluate.max_new_tokens: 128 was given, the model has 128 positions; .*"),
-        ("output=rows.jsonl/x", "output: .* cannot be made, as .*rows.jsonl' is no folder that can be written to; .*"),
+        ("evaluate.max_new_tokens=128", "evaluate.max_new_tokens: got 128, the model has 128 positions; .*"),
+        ("output=rows.jsonl/x", "output: .* cannot be made, as .*rows.jsonl' is not a folder .*"),
         ("train={stesp: 10}", "train.stesp: there is no such key; there are engine, steps, .* Did you mean 'steps'?"),
-        ("merges.all.weights={nlu: 1, code: x}", "merges.all.weights.code: 'x' was given; it should be a valid .*"),
-        ("tasks.nlu.template.prompt='{}'", "tasks.nlu.template.prompt: {} is no field; use plain names .*"),
+        ("merges.all.weights={nlu: 1, code: x}", "merges.all.weights.code: got 'x'; it should be a valid .*"),
+        ("tasks.nlu.template.prompt='{}'", "tasks.nlu.template.prompt: {} is not a field; use plain names .*"),
         (
             "tasks.code.template.prompt='{promt}?'",
             "tasks.code.template.prompt: takes the field 'promt', which the first row of tasks.code.train lacks; "
@@ -559,18 +558,18 @@ print(sorted({"torch", "transformers", "numpy", "ray", "deepspeed"} & set(sys.mo
         ),
         ("tasks.nlu.template.response=yes or no", "tasks.nlu.labels: are values of the one field in .* has 0; .*"),
         ("tasks.base={train: rows.jsonl, test: rows.jsonl}", "tasks.base: the name stands for the model without .*"),
-        ("adapter=5", "adapter: 5 was given; wanted a mapping, key: value"),
-        ("adapter.rank=0", "adapter.rank: 0 was given; it should be greater than 0"),
-        ("adapter.rank=1.5", "adapter.rank: 1.5 was given; it should be a valid integer, .*"),
-        ("adapter.alpha=.inf", "adapter.alpha: inf was given; it should be a finite number"),
-        ("adapter.density=.nan", "adapter.density: nan was given; it should be .*"),
-        ("adapter.density=0", "adapter.density: 0 was given; it should be greater than 0"),
-        ("adapter.seed=-1", "adapter.seed: -1 was given; it should be greater than or equal to 0"),
-        ("adapter.targets=5", "adapter.targets: 5 was given; wanted all-linear or wanted a list"),
-        ("adapter.targets=[5]", "adapter.targets.0: 5 was given; wanted text; put it in quotes"),
+        ("adapter=5", "adapter: got 5; wanted a mapping, key: value"),
+        ("adapter.rank=0", "adapter.rank: got 0; it should be greater than 0"),
+        ("adapter.rank=1.5", "adapter.rank: got 1.5; it should be a valid integer, .*"),
+        ("adapter.alpha=.inf", "adapter.alpha: got inf; it should be a finite number"),
+        ("adapter.density=.nan", "adapter.density: got nan; it should be .*"),
+        ("adapter.density=0", "adapter.density: got 0; it should be greater than 0"),
+        ("adapter.seed=-1", "adapter.seed: got -1; it should be greater than or equal to 0"),
+        ("adapter.targets=5", "adapter.targets: got 5; wanted all-linear or wanted a list"),
+        ("adapter.targets=[5]", "adapter.targets.0: got 5; wanted text; put it in quotes"),
         (
             "adapter.projection=resident",
-            "adapter.projection: 'resident' was given; wanted cached or recomputed or trained",
+            "adapter.projection: got 'resident'; wanted cached or recomputed or trained",
         ),
         (
             "adapter={projection: trained, share_projection: true}",
@@ -579,88 +578,88 @@ print(sorted({"torch", "transformers", "numpy", "ray", "deepspeed"} & set(sys.mo
         ("tasks.code.mixture={./rows.jsonl: 1.0}", "tasks.code.mixture: its shares add up to 1; give less than 1, .*"),
         ("tasks.code.mixture={rows.jsonl: 0.5}", "tasks.code.mixture: 'rows.jsonl' is also tasks.code.train, .*"),
         ("tasks.code.mixture={none.csv: 0.5}", "tasks.code.mixture: there is no file 'none.csv'; .*"),
-        ("tasks.code.train=hub:none", "tasks.code.train: 'hub:none' was given; wanted hub:NAME:SPLIT, .*"),
+        ("tasks.code.train=hub:none", "tasks.code.train: got 'hub:none'; wanted hub:NAME:SPLIT, .*"),
         ("tasks.nlu.template.date=2026-01-31", "tasks.nlu.template.date: is for chat templates, .*; remove it"),
-        ("tasks.nlu.template.date=soon", "tasks.nlu.template.date: 'soon' was given; wanted a date such as 2026-01-31"),
+        ("tasks.nlu.template.date=soon", "tasks.nlu.template.date: got 'soon'; wanted a date such as 2026-01-31"),
         ("tasks.nlu.template.messages=prompt", "tasks.nlu.labels: are for template.response, and template.messages .*"),
-        ("model.attention=flash", "model.attention: 'flash' was given; wanted eager or sdpa or flex_attention or .*"),
+        ("model.attention=flash", "model.attention: got 'flash'; wanted eager or sdpa or flex_attention or .*"),
         ("train.pack=true", "train.pack: it is not known that .* keeps packed rows apart, as gemma, .*"),
         ("adapter.modules_to_save=[x]", "adapter.modules_to_save: is given, and merges.* cannot merge what each .*"),
-        ("adapter={projection: trained, dtype: bfloat16}", "adapter.dtype: bfloat16 was given, and a trained A is .*"),
-        ("adapter.dtype=fp16", "adapter.dtype: 'fp16' was given; wanted float32 or bfloat16 or float16.*"),
-        ("adapter.mask=5", "adapter.mask: 5 was given; wanted a method's name, or a mapping with its name and options"),
-        ("adapter.mask={seed: 5}", "adapter.mask.name: nothing was given; wanted text"),
-        ("adapter.mask=_select", "adapter.mask: there is nothing called '_select' in masks; there are magnitude, .*"),
-        ("adapter.mask={name: random, seed: x}", "adapter.mask.seed: 'x' was given; it should be a valid integer, .*"),
-        ("adapter.mask={name: random, seed: yes}", "adapter.mask.seed: 'yes' was given; it should be a valid .*"),
-        ("adapter.mask={name: random, seed: true}", "adapter.mask.seed: True was given; wanted a number"),
+        ("adapter={projection: trained, dtype: bfloat16}", "adapter.dtype: got bfloat16, and a trained A is .*"),
+        ("adapter.dtype=fp16", "adapter.dtype: got 'fp16'; wanted float32 or bfloat16 or float16.*"),
+        ("adapter.mask=5", "adapter.mask: got 5; wanted a method's name, or a mapping with its name and options"),
+        ("adapter.mask={seed: 5}", "adapter.mask.name: got nothing; wanted text"),
+        ("adapter.mask=_select", "adapter.mask: unknown '_select' in masks; there are magnitude, .*"),
+        ("adapter.mask={name: random, seed: x}", "adapter.mask.seed: got 'x'; it should be a valid integer, .*"),
+        ("adapter.mask={name: random, seed: yes}", "adapter.mask.seed: got 'yes'; it should be a valid .*"),
+        ("adapter.mask={name: random, seed: true}", "adapter.mask.seed: got True; wanted a number"),
         ("adapter.mask=no.such.module", "adapter.mask: no Python module 'no.such.module' can be found; check .*"),
         ("train.steps=", "train.steps, train.epochs: neither is given; give exactly one"),
         ("train.epochs=3", "train.steps, train.epochs: both are given; give exactly one"),
         ("train.calibrate={steps: 3, epochs: 3}", "train.calibrate.steps, train.calibrate.epochs: both are given; .*"),
         ("train.betas=[0.9]", "train.betas.1: is missing; give it a value"),
-        ("train.betas=[0.9, 1.0]", "train.betas.1: 1.0 was given; it should be less than 1"),
-        ("train.lr=0", "train.lr: 0 was given; it should be greater than 0"),
-        ("merges.all.method=", "merges.all.method: nothing was given; wanted a method's name, or a mapping .*"),
+        ("train.betas=[0.9, 1.0]", "train.betas.1: got 1.0; it should be less than 1"),
+        ("train.lr=0", "train.lr: got 0; it should be greater than 0"),
+        ("merges.all.method=", "merges.all.method: got nothing; wanted a method's name, or a mapping .*"),
         ("merges.all={}", "merges.all.method: is missing; give it a value"),
         ("merges.nlu.method=concat", "merges.nlu: is also the name of a task or of the base; .*"),
         ("merges.all.tasks=[nlu, cod]", "merges.all.tasks: there is no task 'cod'; there are nlu, code. Did you .*"),
-        ("merges.all.tasks=[]", "merges.all.tasks: none is given; name at least one, or leave it out for all"),
+        ("merges.all.tasks=[]", "merges.all.tasks: none is given; name at least one, or remove it for all"),
         ("merges.all.tasks=[nlu, nlu]", "merges.all.tasks: nlu is given twice; leave one"),
         ("merges.all.weights=[1]", "merges.all.weights: 1 given for 2 adapters (nlu, code); give one weight per .*"),
         (
             "merges.all.weights={nlu: 1, cod: 1}",
             "merges.all.weights: are for nlu, cod; wanted one for each of nlu, code",
         ),
-        ("merges.all.weights=[1, x]", "merges.all.weights.1: 'x' was given; it should be a valid number, .*"),
-        ("merges.all.weights=[1, .inf]", "merges.all.weights.1: inf was given; it should be a finite number.*"),
-        ("merges.all.weights=[1, {q_proj: x}]", "merges.all.weights.1.q_proj: 'x' was given; it should be a valid .*"),
+        ("merges.all.weights=[1, x]", "merges.all.weights.1: got 'x'; it should be a valid number, .*"),
+        ("merges.all.weights=[1, .inf]", "merges.all.weights.1: got inf; it should be a finite number.*"),
+        ("merges.all.weights=[1, {q_proj: x}]", "merges.all.weights.1.q_proj: got 'x'; it should be a valid .*"),
         (
             "merges.all.weights={nlu: {default: .inf}, code: 1}",
-            "merges.all.weights.nlu.default: inf was given; it should be a finite number",
+            "merges.all.weights.nlu.default: got inf; it should be a finite number",
         ),
         (
             "merges.all.weights={nlu: 1, code: {0: 1}}",
-            "merges.all.weights.code.0: the key is no text; put it in quotes",
+            "merges.all.weights.code.0: the key is not a text; put it in quotes",
         ),
-        ("merges.all.weights=5", "merges.all.weights: 5 was given; wanted a mapping, key: value or wanted a list"),
-        ("trackers=[tensorbord]", "trackers: there is nothing called 'tensorbord'; there are aim, .* 'tensorboard'?"),
+        ("merges.all.weights=5", "merges.all.weights: got 5; wanted a mapping, key: value or wanted a list"),
+        ("trackers=[tensorbord]", "trackers: unknown 'tensorbord'; there are aim, .* 'tensorboard'?"),
         ("trackers=[tensorboard, tensorboard]", "trackers: tensorboard is given twice; leave one"),
-        ("trackers=[1]", "trackers.0: 1 was given; wanted text; put it in quotes"),
-        ("merges.all.search=cma", "merges.all.search: 'cma' was given; wanted a mapping, key: value"),
-        ("merges.all.search={method: cam}", "merges.all.search.method: 'cam' was given; wanted coordinate or cma.*"),
+        ("trackers=[1]", "trackers.0: got 1; wanted text; put it in quotes"),
+        ("merges.all.search=cma", "merges.all.search: got 'cma'; wanted a mapping, key: value"),
+        ("merges.all.search={method: cam}", "merges.all.search.method: got 'cam'; wanted coordinate or cma.*"),
         (
             "merges.all.search={budgt: 5}",
             "merges.all.search.budgt: there is no such key; there are method, .*. Did you mean 'budget'?",
         ),
         (
             "merges.all.search={bounds: [1, 0]}",
-            "merges.all.search.bounds: [1, 0] was given; the second must be larger than the first",
+            "merges.all.search.bounds: got [1, 0]; the second must be larger than the first",
         ),
         (
             "merges.all.search={bounds: [0, .inf]}",
-            "merges.all.search.bounds.1: inf was given; it should be a finite .*",
+            "merges.all.search.bounds.1: got inf; it should be a finite .*",
         ),
-        ("merges.all.search={budget: 0}", "merges.all.search.budget: 0 was given; it should be greater than 0"),
-        ("merges.all.search={metric: los}", "merges.all.search.metric: 'los' was given; wanted loss or .*"),
+        ("merges.all.search={budget: 0}", "merges.all.search.budget: got 0; it should be greater than 0"),
+        ("merges.all.search={metric: los}", "merges.all.search.metric: got 'los'; wanted loss or .*"),
         (
             "merges.all={method: concat, tasks: [code], search: {rows: 70}}",
-            "merges.all.search.rows: 70 was given, and tasks.code.train, whose last rows are held out for it, has 70; "
+            "merges.all.search.rows: got 70, and tasks.code.train, whose last rows are held out for it, has 70; "
             "give fewer, or tasks.code.validation",
         ),
         (
             "merges.all={method: concat, weights: [1, 2], search: {}}",
-            "merges.all.weights: are given, and merges.all.search finds them; leave one out",
+            "merges.all.weights: are given, and merges.all.search finds them; set only one",
         ),
         (
             "merges.all={method: concat, tasks: [code], search: {metric: choice}}",
             "merges.all.search.metric: choice is measured on tasks that have labels, and none has; use loss",
         ),
         ("tasks.nlu.validation=none.jsonl", "tasks.nlu.validation: there is no file 'none.jsonl'; paths are .*"),
-        ("evaluate.metrics=loss", "evaluate.metrics: 'loss' was given; wanted a list"),
-        ("evaluate.metrics=[los]", "evaluate.metrics: there is nothing called 'los' in evaluation; .* 'loss'?"),
-        ("cluster.workers=2.5", "cluster.workers: 2.5 was given; it should be a valid integer, .*"),
-        ("multitask=independant", "multitask: there is nothing called 'independant' in multitask; .* 'independent'?"),
+        ("evaluate.metrics=loss", "evaluate.metrics: got 'loss'; wanted a list"),
+        ("evaluate.metrics=[los]", "evaluate.metrics: unknown 'los' in evaluation; .* 'loss'?"),
+        ("cluster.workers=2.5", "cluster.workers: got 2.5; it should be a valid integer, .*"),
+        ("multitask=independant", "multitask: unknown 'independant' in multitask; .* 'independent'?"),
     ],
 )
 def test_one_mistake_is_one_line_with_its_path(override: str, message: str) -> None:
@@ -671,7 +670,7 @@ def test_one_mistake_is_one_line_with_its_path(override: str, message: str) -> N
 
 def test_a_seed_of_a_task_contradicts_a_shared_projection() -> None:
     found = problems(MINIMAL, "adapter.share_projection=true", "tasks.nlu.seed=3")
-    assert found == ["tasks.nlu.seed: is given, but adapter.share_projection makes one A for all; leave one out"]
+    assert found == ["tasks.nlu.seed: is given, but adapter.share_projection makes one A for all; set only one"]
 
 
 def test_a_task_has_one_length_and_none_in_joint_training() -> None:
@@ -680,21 +679,21 @@ def test_a_task_has_one_length_and_none_in_joint_training() -> None:
     found = problems(MINIMAL, "tasks.nlu.lr=1e-3", "multitask=joint", "merges={}")
     assert found == ["tasks.nlu.lr: given with multitask joint, which trains all tasks as one; give train's"]
     found = problems(MINIMAL, "tasks.nlu.steps=2", "train.warmup_steps=2")
-    assert found == ["train.warmup_steps: 2 was given, tasks.nlu.steps is 2; give fewer than those"]
+    assert found == ["train.warmup_steps: got 2, tasks.nlu.steps is 2; give fewer than those"]
 
 
 def test_keys_that_are_no_text_are_reported() -> None:
     text = MINIMAL + "true: 1\n3: {}\n"
     assert problems(text, "tasks.nlu={1: 2}")[:3] == [
-        "tasks.nlu.1: the key is no text; put it in quotes",
-        "True: the key is no text; put it in quotes",
-        "3: the key is no text; put it in quotes",
+        "tasks.nlu.1: the key is not a text; put it in quotes",
+        "True: the key is not a text; put it in quotes",
+        "3: the key is not a text; put it in quotes",
     ]
 
 
 def test_a_task_of_a_wrong_name_brings_no_wrong_reports_about_merges() -> None:
     text = MINIMAL.replace("code:", "c/d:").replace("{method: concat}", "{method: concat, weights: [1, 2]}")
-    assert problems(text) == ["tasks.c/d: 'c/d' was given; names are at most 64 letters, digits, - and _"]
+    assert problems(text) == ["tasks.c/d: got 'c/d'; names are at most 64 letters, digits, - and _"]
 
 
 def test_a_model_on_the_hub_is_not_looked_for_in_the_folder() -> None:

@@ -145,7 +145,7 @@ def test_a_url_s_secrets_are_in_no_message_and_no_file(
     tmp_path_factory: pytest.TempPathFactory, user: str, password: str, scheme: str
 ) -> None:
     url, shown = f"{scheme}://{user}:{password}@host/bucket", f"{scheme}://***@host/bucket"
-    assert redacted(f"output: {url!r} was given") == f"output: {shown!r} was given"
+    assert redacted(f"output: got {url!r}") == f"output: got {shown!r}"
     assert str(JobError(f"{url}: no answer")) == f"{shown}: no answer"
     path = tmp_path_factory.mktemp("file") / "summary.json"
     folder.write_json(path, {"path": url, "jobs": {"x": {"error": f"{url}: no answer"}}})

@@ -38,13 +38,13 @@ class Spec:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise AdapterError(f"rank: {self.rank} was given; wanted an integer of at least 1")
+            raise AdapterError(f"rank: got {self.rank}; wanted an integer of at least 1")
         if not 0 < self.alpha < math.inf:
-            raise AdapterError(f"alpha: {self.alpha} was given; wanted a finite number above 0")
+            raise AdapterError(f"alpha: got {self.alpha}; wanted a finite number above 0")
         if not self.targets or (not isinstance(self.targets, str) and not all(self.targets)):
-            raise AdapterError(f"targets: {self.targets!r} was given; name at least one layer, or give 'all-linear'")
+            raise AdapterError(f"targets: got {self.targets!r}; name at least one layer, or give 'all-linear'")
         if self.projection not in ("cached", "recomputed", "trained"):
-            raise AdapterError(f"projection: {self.projection!r} was given; wanted 'cached', 'recomputed' or 'trained'")
+            raise AdapterError(f"projection: got {self.projection!r}; wanted 'cached', 'recomputed' or 'trained'")
 
     @property
     def scale(self) -> float:
@@ -138,7 +138,7 @@ class Adapter:
     """Identity of the base model; empty when unknown."""
     generator: str = GENERATOR
     saved: Mapping[str, Tensor | Elsewhere] = field(default_factory=dict)
-    """Name of a parameter that was trained whole -> its values, which take the place of the base's."""
+    """Name of a parameter that was trained in full -> its values, which take the place of the base's."""
 
     @property
     def kept(self) -> int:

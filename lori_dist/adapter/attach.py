@@ -73,7 +73,7 @@ def attach(
     sharded.reshard(model)
     if isinstance(what, Adapter):
         if masks is not None:
-            raise AdapterError("masks: were given with an adapter, which brings its own; leave them out")
+            raise AdapterError("masks: were given with an adapter, which brings its own; remove them")
         if before is not None:
             raise AdapterError("before: was given with an adapter; merge the two instead")
         if train and (len(what.blocks) != 1 or what.blocks[0].weight != 1.0):
@@ -122,7 +122,7 @@ def refuse_adapted(model: nn.Module) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Takes the adapter off: the base layers stand where they stood, and what was trained whole is as it was. Updates
+    """Takes the adapter off: the base layers stand where they stood, and what was trained in full is as it was. Updates
     folded into them stay folded."""
     model = sharded.unwrapped(model)
     layers = _attached(model)
@@ -309,7 +309,7 @@ def extract(
     A collective where the model is sharded, by `fully_shard` or at ZeRO's stage 3: every rank calls it, and gets all.
 
     name: of the task. values: module path -> (kept,) on the CPU replaces the parameters; they are not copied. A trained
-    A, (rank * in_features,), has the key `per_task.of_a(path)`, and a parameter that is trained whole, flat,
+    A, (rank * in_features,), has the key `per_task.of_a(path)`, and a parameter that is trained in full, flat,
     `saved.key(name)`. base: identity of the base model.
     Raises AdapterError for a model whose adapter was attached ready-made and is not trained.
     """
@@ -649,7 +649,7 @@ def _refuse_unadaptable(model: nn.Module, path: str, module: nn.Module) -> None:
     if len(places) > 1:
         raise AdapterError(
             f"targets: {' and '.join(places)} are one and the same layer; A belongs to one path, "
-            "so leave it out of the targets or give each place its own layer"
+            "so remove it from the targets or give each place its own layer"
         )
 
 

@@ -45,7 +45,7 @@ from lori_dist.tensors import Stored, stored
 
 FORMAT = "lori_dist.adapter"
 VERSIONS = (1, 2, 3)
-"""Read. Version 2 is written only where a block has no seed, version 3 only where parameters were trained whole: all
+"""Read. Version 2 is written only where a block has no seed, version 3 only where parameters were trained in full: all
 other files stay as they were."""
 DISTRIBUTION = "uniform"
 """Of the entries of A. Together with the generator it says what A is."""
@@ -63,7 +63,7 @@ _MODULE_FIELDS = {
     2: ("shape", "rank", "kept", "projection", "digest"),
     3: ("shape", "rank", "kept", "projection", "digest"),
 }
-_SAVED = "saved."  # begins the name of a tensor that was trained whole; those of blocks begin with a number
+_SAVED = "saved."  # begins the name of a tensor that was trained in full; those of blocks begin with a number
 
 
 def save(adapter: Adapter, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> None:
@@ -157,7 +157,7 @@ def _opened(path: Path) -> Iterator[Any]:
         if first == b"PK\3\4" or (first[:1] == b"\x80" and first[1:2] in (b"\2", b"\3", b"\4", b"\5")):
             what = "this is a pickle or a zip file, which is never opened; give an adapter.safetensors"
         else:
-            what = f"this is no whole safetensors file ({named(str(error))}); {DAMAGED}"
+            what = f"this is not a whole safetensors file ({named(str(error))}); {DAMAGED}"
         raise AdapterError(what) from error
 
 
@@ -188,7 +188,7 @@ def _parse(text: str) -> Any:
     try:
         return parse_json(text[: end.start()] + "}")
     except ValueError as error:
-        raise AdapterError(f"the header is no valid JSON ({error}); {DAMAGED}") from error
+        raise AdapterError(f"the header is not valid JSON ({error}); {DAMAGED}") from error
 
 
 def _read_header(file: Any) -> dict[str, Any]:
@@ -378,7 +378,7 @@ def _about_saved(name: str, tensor: Tensor | Elsewhere, dtype: torch.dtype) -> d
 
 
 def _encode_saved(name: str, tensor: Tensor | Elsewhere, dtype: torch.dtype) -> Tensor:
-    """A parameter that was trained whole, as it is written. Raises AdapterError if it is not finite in dtype."""
+    """A parameter that was trained in full, as it is written. Raises AdapterError if it is not finite in dtype."""
     encoded = in_memory(tensor).detach().to("cpu", dtype).contiguous()
     if not all_finite(encoded):
         raise AdapterError(f"{named(name)} has values that are not finite as {dtype}; write it as float32")

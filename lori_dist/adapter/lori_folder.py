@@ -45,14 +45,14 @@ def is_one(folder: Path) -> bool:
 def opened(folder: Path) -> Adapter:
     """The adapter of such a folder. Its A is made from the seed, and checked where it is attached.
 
-    Raises AdapterError for modules that were trained whole, for another generator of A, and for a file that does not
+    Raises AdapterError for modules that were trained in full, for another generator of A, and for a file that does not
     belong to its configuration or is damaged.
     """
     config = read_object(folder / CONFIG)
     check_settings(config, is_saved=True)
     shapes = {module: (shape[0], shape[1]) for module, shape in config["shapes"].items()}
     if config.get("modules_to_save"):
-        raise AdapterError(f"{CONFIG}: modules_to_save were trained whole beside B A; they cannot be merged")
+        raise AdapterError(f"{CONFIG}: modules_to_save were trained in full beside B A; they cannot be merged")
     found: dict[str, dict[str, Tensor]] = {module: {} for module in shapes}
     for name, tensor in _tensors(folder / TENSORS).items():
         match = _NAME.match(name)

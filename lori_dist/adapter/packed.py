@@ -79,7 +79,7 @@ class Routing:
         is_told = len(self.groups) == 1 or x.shape[0] == self.num_rows or num_tokens == self.num_tokens
         if not self.groups or not is_told:
             found = f"an input of shape {tuple(x.shape)} for {self.num_rows} rows"
-            raise AdapterError(f"{module}: has {found}, so they cannot be told apart; leave it out of the targets")
+            raise AdapterError(f"{module}: has {found}, so they cannot be told apart; remove it from the targets")
         return x.reshape(len(self.groups), -1, x.shape[-1])
 
 
@@ -335,7 +335,7 @@ def _refuse_unroutable(bases: Mapping[str, nn.Module], *, saves: bool) -> None:
 def _unroutable(bases: Mapping[str, nn.Module], *, saves: bool) -> str | None:
     """Why rows cannot be told apart; None: they can."""
     if saves:
-        return "modules_to_save: what is trained whole cannot be told apart by rows; attach one at a time"
+        return "modules_to_save: what is trained in full cannot be told apart by rows; attach one at a time"
     expert = next((path for path, base in bases.items() if isinstance(base, Expert)), None)
     if expert is None:
         return None
@@ -344,7 +344,7 @@ def _unroutable(bases: Mapping[str, nn.Module], *, saves: bool) -> str | None:
 
 
 def is_routable(model: nn.Module, adapters: Mapping[str, Adapter]) -> bool:
-    """Whether `attach_several` takes them: experts, and what was trained whole, do not know the rows."""
+    """Whether `attach_several` takes them: experts, and what was trained in full, do not know the rows."""
     return _unroutable(_bases(model, adapters), saves=_save(adapters)) is None
 
 

@@ -166,7 +166,7 @@ def read(folder: Path) -> dict[str, Factors]:
 
 
 def _check_targets(config: Mapping[str, Any], modules: list[str]) -> None:
-    """Raises AdapterError for a module that PEFT would leave out, as it is no target."""
+    """Raises AdapterError for a module that PEFT would leave out, as it is not a target."""
     targets = config.get("target_modules")
     if not isinstance(targets, list):
         return  # all linear layers, PEFT's own choice, or a pattern, which PEFT alone may know
@@ -196,7 +196,7 @@ def _reason(name: str) -> str:
     if "lora_magnitude_vector" in name:
         return f"is a magnitude of DoRA; {REFUSED['use_dora']}"
     if "lora_embedding_" in name:
-        return "is LoRA on an embedding, which is no linear layer; train without it"
+        return "is LoRA on an embedding, which is not a linear layer; train without it"
     if re.search(r"lora_[AB](\.default)?\.bias\Z", name):
         return f"is a bias of LoRA itself; {REFUSED['lora_bias']}"
     if "lora_" in name:
@@ -361,7 +361,7 @@ def _tensors(folder: Path) -> dict[str, Stored]:
 
 
 def check_header_length(path: Path) -> None:
-    """Raises ValueError for a header that is too large to be read, and OSError for what is no regular file."""
+    """Raises ValueError for a header that is too large to be read, and OSError for what is not a regular file."""
     with open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
     if length > MAX_HEADER_BYTES:

@@ -34,7 +34,7 @@ class PerTask:
     def begin(self, tasks: Sequence[int], length: int) -> None:
         """A batch is to run. tasks: of its rows, each from 0, ascending. length: tokens of a row."""
         if list(tasks) != sorted(tasks):
-            raise AdapterError(f"tasks: {list(tasks)} was given; rows of a task must follow each other, in order")
+            raise AdapterError(f"tasks: got {list(tasks)}; rows of a task must follow each other, in order")
         counts = [(task, sum(1 for _ in rows)) for task, rows in itertools.groupby(tasks)]
         ends = list(itertools.accumulate((count * length for _, count in counts), initial=0))
         pairs = zip(counts, itertools.pairwise(ends), strict=True)
@@ -49,7 +49,7 @@ class PerTask:
         if num_tokens != self.num_tokens:
             raise AdapterError(
                 f"{module}: sees {num_tokens} of the batch's {self.num_tokens} tokens, so the tasks' gradients cannot "
-                "be told apart there; leave it out of adapter.targets"
+                "be told apart there; remove it from adapter.targets"
             )
         return self.segments
 

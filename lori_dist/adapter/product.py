@@ -71,7 +71,7 @@ def _kernels() -> ModuleType:
         from lori_dist.adapter import product_cuda
     except ImportError as error:
         raise AdapterError(
-            "projection: recomputed was given, and Triton, which makes A inside of the products on cuda, cannot be "
+            "projection: got recomputed, and Triton, which makes A inside of the products on cuda, cannot be "
             "imported; install triton, or choose cached"
         ) from error
     return product_cuda

@@ -42,7 +42,7 @@ def match(model: nn.Module, modules: Sequence[str]) -> dict[str, nn.Parameter]:
         paths = [path for path, _ in model.named_modules() if f".{path}".endswith(f".{wanted}")]
         if not paths:
             known = {path.rpartition(".")[2] for path, module in model.named_modules() if [*module.parameters()]}
-            raise AdapterError(f"modules_to_save: {wanted!r} is no module.{nearest(wanted, known - {''})}")
+            raise AdapterError(f"modules_to_save: {wanted!r} is not a module.{nearest(wanted, known - {''})}")
         found = {
             f"{path}.{name}": parameter
             for path in paths
@@ -58,7 +58,7 @@ def match(model: nn.Module, modules: Sequence[str]) -> dict[str, nn.Parameter]:
             )
         places = [place for place, other in model.named_parameters(remove_duplicate=False) if other is parameter]
         if len(places) > 1:
-            raise AdapterError(f"modules_to_save: {' and '.join(places)} are one parameter; untie it or leave it out")
+            raise AdapterError(f"modules_to_save: {' and '.join(places)} are one parameter; untie it or remove it")
     return chosen
 
 
@@ -106,7 +106,7 @@ def begin_again(model: nn.Module) -> list[nn.Parameter]:
 
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter that is trained whole."""
+    """Name -> parameter that is trained in full."""
     names = getattr(model, SAVED, {})
     return {name: parameter for name, parameter in model.named_parameters() if name in names}
 
@@ -125,4 +125,4 @@ def refuse_both(targets: Mapping[str, nn.Module], chosen: Mapping[str, nn.Parame
     """Raises AdapterError for a layer that would get an update and be trained whole."""
     for path in targets:
         if any(name.startswith(f"{path}.") for name in chosen):
-            raise AdapterError(f"targets: {path} is also in modules_to_save; leave it out of one of them")
+            raise AdapterError(f"targets: {path} is also in modules_to_save; remove it from one of them")

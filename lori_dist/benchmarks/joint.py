@@ -58,7 +58,7 @@ def run(
     Raises ConfigError for fewer rows than tasks.
     """
     if max(tasks) > rows:
-        raise ConfigError(f"bench joint: rows: {rows} was given for {max(tasks)} tasks; give each at least one")
+        raise ConfigError(f"bench joint: rows: got {rows} for {max(tasks)} tasks; give each at least one")
     dtype = dtype or dtype_of_base()
     world = from_environment()
     table: list[dict[str, Any]] = []

@@ -194,7 +194,7 @@ def _check_address(address: str) -> None:
         return
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "//" in address:
-        raise ConfigError(f"cluster.address: {address!r} was given; wanted `local`, `auto` or host:port")
+        raise ConfigError(f"cluster.address: got {address!r}; wanted `local`, `auto` or host:port")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
     except (OSError, OverflowError) as error:

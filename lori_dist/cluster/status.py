@@ -22,7 +22,7 @@ def folder_of(run: str, overrides: list[str]) -> Path:
     if not Path(run).is_dir():
         return config.load(run, overrides, elsewhere=True).folder
     if overrides:
-        raise ConfigError(f"{overrides[0]}: changes a configuration, and {run!r} is a folder; leave it out")
+        raise ConfigError(f"{overrides[0]}: changes a configuration, and {run!r} is a folder; remove it")
     return Path(run).resolve()
 
 
@@ -42,7 +42,7 @@ def status(root: Path) -> dict[str, Any]:
     states = {str(name): state for name, state in summary["jobs"].items()}
     for name in states:
         if re.fullmatch(JOB_NAME, name) is None:
-            raise JobError(f"{root / SUMMARY}: {name!r} is no job's name; the file is not one that `lori run` wrote")
+            raise JobError(f"{root / SUMMARY}: {name!r} is not a job's name; the file is not one that `lori run` wrote")
     folder.check_entries(root)
     return {
         "run": str(summary.get("run")),

@@ -52,7 +52,7 @@ def submit(path: str, overrides: list[str], address: str, *, dry_run: bool = Fal
     if problems := list(config.relative_paths(run)):
         raise ConfigError("\n".join(problems))
     if not address.startswith(("http://", "https://")):
-        raise ConfigError(f"--address: {address!r} was given; wanted that of Ray's dashboard, http://HOST:8265")
+        raise ConfigError(f"--address: got {address!r}; wanted that of Ray's dashboard, http://HOST:8265")
     client = _client(address)
     job = f"lori-{run.name}-{secrets.token_hex(4)}"
     with tempfile.TemporaryDirectory() as place:

@@ -97,12 +97,12 @@ def forget_groups() -> None:
 
 def _check(ranks: int, stage: int, hpz: int, offload: bool) -> None:
     if ranks % hpz:
-        raise ConfigError(f"train.engine.hpz: {hpz} was given for {ranks} ranks; give a number that divides them")
+        raise ConfigError(f"train.engine.hpz: got {hpz} for {ranks} ranks; give a number that divides them")
     for name, given in (("hpz", hpz if hpz > 1 else None), ("offload", offload or None)):
         if given is not None and stage < 3:
             raise ConfigError(
-                f"train.engine.{name}: {given} was given at stage {stage}, where the base is not sharded; "
-                "give stage 3, or leave it out"
+                f"train.engine.{name}: got {given} at stage {stage}, where the base is not sharded; "
+                "give stage 3, or remove it"
             )
 
 

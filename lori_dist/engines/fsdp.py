@@ -63,13 +63,11 @@ def build(
 
 def _check(ranks: int, base: str, replicas: int, offload: bool) -> None:
     if ranks % replicas:
-        raise ConfigError(
-            f"train.engine.replicas: {replicas} was given for {ranks} ranks; give a number that divides them"
-        )
+        raise ConfigError(f"train.engine.replicas: got {replicas} for {ranks} ranks; give a number that divides them")
     if base == "replicated" and (replicas > 1 or offload):
         found = f"replicas is {replicas}" if replicas > 1 else "offload is true"
         raise ConfigError(
-            f"train.engine: base is replicated and {found}, which is for a sharded base; leave one of them out"
+            f"train.engine: base is replicated and {found}, which is for a sharded base; remove one of them"
         )
 
 

@@ -90,7 +90,7 @@ def _prompts(subject: Subject) -> list[tuple[int, ...]]:
         return prompts
     if positions <= subject.max_new_tokens:
         raise ConfigError(
-            f"evaluate.max_new_tokens: {subject.max_new_tokens} was given, the model has {positions} positions for "
+            f"evaluate.max_new_tokens: got {subject.max_new_tokens}, the model has {positions} positions for "
             "prompt and response; give less"
         )
     shortened = [shorten(prompt, positions - subject.max_new_tokens, subject.tokenizer) for prompt in prompts]

@@ -113,7 +113,7 @@ def _compare_updates(adapter: Adapter, found: Mapping[str, tuple[Tensor, Tensor]
             raise AdapterError(f"export: {module} is {what} when {when}; {UNFOLDED}")
     for module, (_, b) in found.items():
         if module not in adapter.shapes and bool(b.any()):
-            raise AdapterError(f"export: {module}, which is no target, is adapted when {when}; {UNFOLDED}")
+            raise AdapterError(f"export: {module}, which is not a target, is adapted when {when}; {UNFOLDED}")
 
 
 # --- structures ------------------------------------------------------------------------------------------------------

@@ -129,12 +129,12 @@ def _updated(base: config.Model, adapter: Adapter) -> tuple[dict[Stored, list[_P
     for where, places in found.items():
         if sum(place.num_rows for place in places) != math.prod(where.shape[:-1]):
             raise AdapterError(
-                f"{places[0].path}: other experts in the same weight are no targets; keep the adapter unfolded"
+                f"{places[0].path}: other experts in the same weight are not targets; keep the adapter unfolded"
             )
     lacking = next((name for name in adapter.saved if name not in direct), None)
     if lacking is not None:
         raise AdapterError(
-            f"{lacking}: was trained whole, and {base.path} has no such tensor; keep the adapter unfolded"
+            f"{lacking}: was trained in full, and {base.path} has no such tensor; keep the adapter unfolded"
         )
     return found, {direct[name]: name for name in adapter.saved}
 

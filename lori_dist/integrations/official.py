@@ -30,7 +30,7 @@ def export(adapter: Adapter, folder: Path, *, base_model_name: str, origin: Orig
         )
     if adapter.saved:
         raise AdapterError(
-            f"export: {next(iter(adapter.saved))} was trained whole, for which the official layout has no place. "
+            f"export: {next(iter(adapter.saved))} was trained in full, for which the official layout has no place. "
             "Use --format peft"
         )
     (block,) = adapter.blocks

@@ -120,7 +120,7 @@ def _factors_of_experts(adapter: Adapter, weight: str) -> tuple[Tensor, Tensor]:
     paths = [f"{weight}.{number}" for number in range(num_experts)]
     if lacking := [path for path in paths if path not in adapter.shapes]:
         raise AdapterError(
-            f"export: {lacking[0]} is no target, others of its experts are; PEFT knows all of them or none"
+            f"export: {lacking[0]} is not a target, others of its experts are; PEFT knows all of them or none"
         )
     a, b = zip(*(_factors(adapter, path) for path in paths), strict=True)
     return torch.cat(a), torch.stack(b, dim=-1).flatten(1)

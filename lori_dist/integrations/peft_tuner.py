@@ -94,7 +94,7 @@ class LoriConfig(PeftConfig):
     target_modules: list[str] | str | None = "all-linear"
     """As in PEFT: names, a regular expression over paths, or `all-linear`, which None stands for."""
     exclude_modules: list[str] | str | None = None
-    """As in PEFT: names or a regular expression over paths of modules that are no targets, whatever names them."""
+    """As in PEFT: names or a regular expression over paths of modules that are not targets, whatever names them."""
     layers_to_transform: list[int] | int | None = None
     """Numbers of the layers that have targets, however these are named; None: all layers."""
     layers_pattern: list[str] | str | None = None
@@ -158,7 +158,7 @@ class LoriConfig(PeftConfig):
     def spec(self) -> Spec:
         dtype = getattr(torch, self.projection_dtype, None)
         if not isinstance(dtype, torch.dtype):
-            raise AdapterError(f"projection_dtype: {self.projection_dtype!r} was given; wanted one such as 'float32'")
+            raise AdapterError(f"projection_dtype: got {self.projection_dtype!r}; wanted one such as 'float32'")
         return Spec(rank=self.r, alpha=cast(float, self.lori_alpha), seed=self.seed, dtype=dtype)
 
     def to_dict(self) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def largest_of(share: Share, rule: Rule, density: float) -> dict[str, Tensor]:
     The same is raised by all.
     """
     if not 0 < density <= 1:
-        raise ConfigError(f"density: {density} was given; it is kept entries over all of them, above 0 and at most 1")
+        raise ConfigError(f"density: got {density}; it is kept entries over all of them, above 0 and at most 1")
     _refuse_not_finite(share)
     # The narrower types fit in exactly.
     dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in share.b.values()) else torch.float32

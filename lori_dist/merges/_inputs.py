@@ -23,7 +23,7 @@ def check(adapters: Sequence[Adapter], weights: Sequence[Weight]) -> None:
     for name, weight in zip(labels, weights, strict=True):
         for number in weight.values() if isinstance(weight, Mapping) else [weight]:
             if not math.isfinite(number):
-                raise ConfigError(f"merge.weights: {number} was given for {name}; give a finite number")
+                raise ConfigError(f"merge.weights: got {number} for {name}; give a finite number")
     problems = [
         f"merge.weights: of {name}, {problem}"
         for name, weight, adapter in zip(labels, weights, adapters, strict=True)
@@ -34,7 +34,7 @@ def check(adapters: Sequence[Adapter], weights: Sequence[Weight]) -> None:
     for name, adapter in zip(labels, adapters, strict=True):
         if adapter.saved:
             raise AdapterError(
-                f"merge: {name} has {next(iter(adapter.saved))}, which was trained whole (modules_to_save): no merge "
+                f"merge: {name} has {next(iter(adapter.saved))}, which was trained in full (modules_to_save): no merge "
                 "is defined for it; merge adapters without such modules"
             )
     for before, adapter in enumerate(adapters):

@@ -98,7 +98,7 @@ def rank_within(updates: Sequence[Update], rank: int | None) -> int:
         return min(most, sum(part.rank for update in updates for part in update.kept))
     if rank > most:
         raise ConfigError(
-            f"merge.method.rank: {rank} was given, and the weight of {updates[0].module} is "
+            f"merge.method.rank: got {rank}, and the weight of {updates[0].module} is "
             f"{updates[0].shape[0]} x {updates[0].shape[1]}; give at most {most}"
         )
     return rank

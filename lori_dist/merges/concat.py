@@ -35,7 +35,7 @@ def merge(
     _check(reweight, names, "reweight")
     for name, weight in reweight.items():
         if not math.isfinite(weight):
-            raise ConfigError(f"merge.method.reweight.{name}: {weight} was given; give a finite number")
+            raise ConfigError(f"merge.method.reweight.{name}: got {weight}; give a finite number")
     if names and set(names) <= set(drop):
         raise ConfigError(f"merge.method.drop: {', '.join(names)} are all blocks there are; leave one")
     return [

@@ -46,7 +46,7 @@ def merge(
     section 4; apanariello4/core-space-merging.
     """
     if keep is not None and inner != "tsv":
-        raise ConfigError(f"merge.method.keep: {keep} was given, and only inner=tsv keeps directions; leave it out")
+        raise ConfigError(f"merge.method.keep: got {keep}, and only inner=tsv keeps directions; remove it")
     u, v = _bases(updates)
     cores = [_core(update, u, v) for update in updates]
     cut = noise(torch.stack(cores))

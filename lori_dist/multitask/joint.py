@@ -51,10 +51,10 @@ def _problems(run: Run, weights: dict[str, float]) -> Iterator[str]:
     if JOINT in run.tasks:
         yield f"tasks.{JOINT}: is the name of the adapter that all tasks have; give the task another name"
     if run.merges:
-        yield f"merges: {', '.join(run.merges)} was given, and joint training makes one adapter; leave merges out"
+        yield f"merges: got {', '.join(run.merges)}, and joint training makes one adapter; remove merges"
     if run.train.batch_size < len(run.tasks):
         yield (
-            f"train.batch_size: {run.train.batch_size} was given for {len(run.tasks)} tasks, which all have rows in "
+            f"train.batch_size: got {run.train.batch_size} for {len(run.tasks)} tasks, which all have rows in "
             "every batch; give at least as many"
         )
     for task, weight in weights.items():
@@ -62,7 +62,7 @@ def _problems(run: Run, weights: dict[str, float]) -> Iterator[str]:
             known = f"there are {', '.join(run.tasks)}.{nearest(task, run.tasks)}"
             yield f"multitask.weights.{task}: there is no such task; {known}"
         if not 0 < weight < math.inf:
-            yield f"multitask.weights.{task}: {weight:g} was given; it should be a finite number above 0"
+            yield f"multitask.weights.{task}: got {weight:g}; it should be a finite number above 0"
     for name, task_of_run in run.tasks.items():
         if task_of_run.seed is not None:
             yield f"tasks.{name}.seed: is of a task's own A, and joint training has one for all; give adapter.seed"

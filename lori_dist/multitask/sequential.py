@@ -34,10 +34,10 @@ def _problems(run: Run, masks: str) -> Iterator[str]:
     if not run.adapter.share_projection:
         yield "adapter.share_projection: is false, and tasks in sequence have one A; set it to true"
     if run.merges:
-        yield f"merges: {', '.join(run.merges)} was given, and the last adapter has all tasks; leave merges out"
+        yield f"merges: got {', '.join(run.merges)}, and the last adapter has all tasks; remove merges"
     count, most = len(run.tasks), int(1 / run.adapter.density + 1e-9)
     if masks == "disjoint" and count > most:
         yield (
-            f"adapter.density: {run.adapter.density:g} was given, and masks that have no entry in common are at most "
+            f"adapter.density: got {run.adapter.density:g}, and masks that have no entry in common are at most "
             f"{most} then; give {1000 // count / 1000:g} or less for {count} tasks, or independent masks"
         )

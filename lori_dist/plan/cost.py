@@ -52,7 +52,7 @@ class Hardware:
     def __post_init__(self) -> None:
         """Raises ConfigError for devices that do not divide among the nodes."""
         if self.gpus % self.nodes:
-            raise ConfigError(f"--nodes: {self.nodes} was given for {self.gpus} GPUs; give a number that divides them")
+            raise ConfigError(f"--nodes: got {self.nodes} for {self.gpus} GPUs; give a number that divides them")
 
     @property
     def room(self) -> float:
@@ -79,7 +79,7 @@ def ranks_of(run: Run, hardware: Hardware) -> int:
     per_rank = max(1, run.cluster.gpus_per_worker)
     if (hardware.gpus // hardware.nodes) % per_rank:
         raise ConfigError(
-            f"cluster.gpus_per_worker: {per_rank} was given, and a node has {hardware.gpus // hardware.nodes} GPUs "
+            f"cluster.gpus_per_worker: got {per_rank}, and a node has {hardware.gpus // hardware.nodes} GPUs "
             "(--gpus over --nodes); give a number that divides them"
         )
     return hardware.gpus // per_rank

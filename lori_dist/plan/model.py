@@ -41,7 +41,7 @@ def count(run: Run, *, ranks: int = 1, adapters: int = 1, start: Adapter | None 
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and run.train.max_length > positions:
         raise ConfigError(
-            f"train.max_length: {run.train.max_length} was given, the model has {positions} positions; give no more"
+            f"train.max_length: got {run.train.max_length}, the model has {positions} positions; give no more"
         )
     of_spec = spec(run) if start is None else _spec_of(start)
     attached = attach(model, of_spec)

@@ -24,7 +24,7 @@ def compile_blocks(model: nn.Module, *, backend: str = "inductor") -> None:
     if not found:
         raise ConfigError(
             f"train.compile: compiles transformer blocks, and {type(model).__name__} does not say which of its modules "
-            "they are (_no_split_modules); leave it out"
+            "they are (_no_split_modules); remove it"
         )
     import torch._dynamo  # which takes seconds
 

@@ -20,7 +20,7 @@ from lori_dist.training import tokens
 from lori_dist.training.device import put
 
 IGNORED = -100
-"""Label of a token that is no target."""
+"""Label of a token that is not a target."""
 
 CLOCK = """
 {%- macro strftime_now(format) %}
@@ -153,7 +153,7 @@ def encode(
     Raises ConfigError if the tokenizer has no eos, or if a prompt gives no token at all.
     """
     if max_length < 2:
-        raise ConfigError(f"train.max_length: {max_length} was given; a prompt and a response need at least 2 tokens")
+        raise ConfigError(f"train.max_length: got {max_length}; a prompt and a response need at least 2 tokens")
     eos = tokens.eos_id(tokenizer)
     examples = []
     num_cut_prompts = num_cut_responses = 0

@@ -146,7 +146,7 @@ class TaskGradients(Protocol):
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """Module path -> the kept entries of an adapted model, `of_a(path)` -> a trained A, `saved.key(name)` -> a
-    parameter that is trained whole; of a model with several adapters, `packed.name_of(path, adapter)` -> its entries;
+    parameter that is trained in full; of a model with several adapters, `packed.name_of(path, adapter)` -> its entries;
     of another model, name -> parameter that needs a gradient."""
     if several := dict(packed.trainable(model)):
         return several

@@ -39,7 +39,7 @@ def check_device(model: config.Model, device: torch.device) -> None:
     """Raises ConfigError where attention as it is asked for has no backward pass on a device."""
     if device.type == "cpu" and model.attention in ("flex_attention", *config.FLASH):
         raise ConfigError(
-            f"model.attention: {model.attention} was given, which trains on CUDA devices only, and this rank computes "
+            f"model.attention: got {model.attention}, which trains on CUDA devices only, and this rank computes "
             "on a CPU; use sdpa"
         )
 

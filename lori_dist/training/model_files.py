@@ -276,7 +276,7 @@ def loading(model: config.Model, part: str = "") -> Iterator[None]:
                 f"model.path: {part}{model.path!r} needs Python code of its own (auto_map), and none of it was run; "
                 "read that code, and set model.trust_remote_code: true if you trust it"
             ) from error
-        remedy = "" if model.attention is None else f", or leave out model.attention, which is {model.attention}"
+        remedy = "" if model.attention is None else f", or remove model.attention, which is {model.attention}"
         raise ConfigError(
             f"model.path: {part}{model.path!r} cannot be loaded ({type(error).__name__}: {reason}); give a folder with "
             f"config.json, safetensors weights and a tokenizer, or such a model's name on the hub{remedy}"

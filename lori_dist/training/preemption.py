@@ -57,7 +57,7 @@ def of_any(own: Notice, world: "World") -> Notice:
 def preempted(notice: Notice, saved: Mapping[str, tuple[int, int, str]]) -> Preempted:
     """saved: task -> steps done, of how many, and their phase."""
     where = ", ".join(f"{task} after step {step} of {of} of phase {phase}" for task, (step, of, phase) in saved.items())
-    return Preempted(f"{where}: saved and ended, as {WHY[notice]}; the same command goes on from there")
+    return Preempted(f"{where}: saved and ended, as {WHY[notice]}; the same command resumes from there")
 
 
 @contextlib.contextmanager

@@ -110,7 +110,7 @@ def quantize_layers(model: PreTrainedModel, kind: Kind) -> None:
     if other is not None:
         name = type(model.get_submodule(other)).__name__
         raise ConfigError(
-            f"model.quantize: {other} is a {name}, which is not quantised, only linear layers are; leave it out"
+            f"model.quantize: {other} is a {name}, which is not quantised, only linear layers are; remove it"
         )
     output = model.get_output_embeddings()
     for path, module in list(model.named_modules()):

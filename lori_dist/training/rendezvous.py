@@ -61,5 +61,5 @@ def first_host(nodes: str) -> str:
     """The first host of a Slurm node list: `node[07-12,15],gpu1` begins with node07."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     if first is None:
-        raise JobError(f"environment: {nodes!r} is no list of nodes; set MASTER_ADDR to the host of rank 0")
+        raise JobError(f"environment: {nodes!r} is not a list of nodes; set MASTER_ADDR to the host of rank 0")
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])

@@ -121,4 +121,4 @@ def _told(name: str, kind: type[RuntimeError]) -> Iterator[None]:
         yield
     except Exception as error:
         found = redacted(f"{type(error).__name__}: {error}")
-        raise kind(f"trackers: {name} does not work ({found}); set it up, or leave it out of trackers") from None
+        raise kind(f"trackers: {name} does not work ({found}); set it up, or remove it from trackers") from None

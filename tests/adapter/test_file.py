@@ -966,7 +966,7 @@ def test_foreign_safetensors_are_refused(path: Path, name: str, match: str, meta
 )
 def test_what_is_no_safetensors_is_refused(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-    with pytest.raises(AdapterError, match="this is no whole safetensors file"):
+    with pytest.raises(AdapterError, match="this is not a whole safetensors file"):
         load(path)
 
 

@@ -128,14 +128,14 @@ def test_what_was_trained_whole_is_not_merged() -> None:
     model = classifier("bert")
     attach(model, dataclasses.replace(SPEC, modules_to_save=("classifier",)))
     adapter = extract(model, name="task")
-    with pytest.raises(AdapterError, match=r"merge: task has classifier\.weight, which was trained whole"):
+    with pytest.raises(AdapterError, match=r"merge: task has classifier\.weight, which was trained in full"):
         merge([adapter, adapter], method="concat")
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"modules_to_save": ("clasifier",)}, "'clasifier' is no module. Did you mean 'classifier'"),
+        ({"modules_to_save": ("clasifier",)}, "'clasifier' is not a module. Did you mean 'classifier'"),
         ({"modules_to_save": ("dropout",)}, "has no parameter"),
         ({"modules_to_save": ("pooler",), "targets": ("pooler.dense",)}, "is also in modules_to_save"),
     ],

@@ -29,5 +29,5 @@ def test_rows_and_ratios(tmp_path: Path) -> None:
 
 
 def test_more_tasks_than_rows_are_refused() -> None:
-    with pytest.raises(ConfigError, match="bench joint: rows: 4 was given for 8 tasks"):
+    with pytest.raises(ConfigError, match="bench joint: rows: got 4 for 8 tasks"):
         run(rows=4)

@@ -83,10 +83,10 @@ def test_mistakes_of_all_variants_are_told_at_once(tree: dict[str, Any], tmp_pat
     [
         ({"seeds": []}, "seeds: a list was given; wanted at least one$"),
         ({"seed": [1]}, "seed: there is no such key; there are name, config, seeds, .* Did you mean 'seeds'"),
-        ({"name": "a/b"}, "name: 'a/b' was given; names are "),
+        ({"name": "a/b"}, "name: got 'a/b'; names are "),
         ({"variants": {}}, "variants: a mapping was given; wanted at least one$"),
-        ({"variants": {"x": 1}}, "variants.x: 1 was given; wanted a mapping"),
-        ({"config": None}, "config: nothing was given; wanted text$"),
+        ({"variants": {"x": 1}}, "variants.x: got 1; wanted a mapping"),
+        ({"config": None}, "config: got nothing; wanted text$"),
     ],
 )
 def test_a_file_of_another_form_is_refused(

@@ -63,11 +63,11 @@ def test_what_goes_on_from_another_is_not() -> None:
     [
         (
             {"adapter": {"projection": "recomputed"}},
-            "cluster.packing: auto was given, and packed adapters have a cached",
+            "cluster.packing: got auto, and packed adapters have a cached",
         ),
-        ({"output": "file:///tmp/there"}, "cluster.packing: auto was given, with an output that is a URL"),
-        ({"cluster": {"packing": 1}}, "cluster.packing: 1 was given; .*greater than or equal to 2"),
-        ({"cluster": {"packing": "on"}}, "cluster.packing: 'on' was given; wanted off or auto"),
+        ({"output": "file:///tmp/there"}, "cluster.packing: got auto, with an output that is a URL"),
+        ({"cluster": {"packing": 1}}, "cluster.packing: got 1; .*greater than or equal to 2"),
+        ({"cluster": {"packing": "on"}}, "cluster.packing: got 'on'; wanted off or auto"),
     ],
 )
 def test_what_cannot_be_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:

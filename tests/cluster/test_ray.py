@@ -358,8 +358,8 @@ def test_a_gang_larger_than_the_cluster_is_refused_before_anything_starts(run: c
     ("address", "error", "message"),
     [
         ("127.0.0.1:1", JobError, r"cluster.address: nothing answers at '127.0.0.1:1' \(.*refused\)"),
-        ("ray://127.0.0.1:1", ConfigError, "cluster.address: 'ray://127.0.0.1:1' was given; wanted `local`"),
-        ("head", ConfigError, "cluster.address: 'head' was given; wanted `local`, `auto` or host:port"),
+        ("ray://127.0.0.1:1", ConfigError, "cluster.address: got 'ray://127.0.0.1:1'; wanted `local`"),
+        ("head", ConfigError, "cluster.address: got 'head'; wanted `local`, `auto` or host:port"),
     ],
 )
 def test_a_cluster_that_is_not_there_is_told(

@@ -244,7 +244,7 @@ def test_the_project_is_enough_where_the_package_is_not_installed(head: dict[str
     environment = {**head, "PYTHONPATH": str(project)}
     relative = ended(words, project, environment)
     assert relative.returncode != 0
-    assert "output: 'runs' was given, which would be lost with the folder of this Ray job" in relative.stdout
+    assert "output: got 'runs', which would be lost with the folder of this Ray job" in relative.stdout
 
 
 def test_what_no_other_machine_finds_is_refused_at_once(
@@ -257,7 +257,7 @@ def test_what_no_other_machine_finds_is_refused_at_once(
     places = ("output", "model.path", "tasks.math.train", "tasks.math.test")
     assert [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()] == list(places)
     assert main(["run", "mine.yaml", "--address", "127.0.0.1:1", *settings(folder)]) == 2
-    assert "--address: '127.0.0.1:1' was given; wanted that of Ray's dashboard" in capsys.readouterr().err
+    assert "--address: got '127.0.0.1:1'; wanted that of Ray's dashboard" in capsys.readouterr().err
 
 
 def test_a_cluster_that_is_not_there_is_told(folder: Path) -> None:

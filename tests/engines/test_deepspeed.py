@@ -68,9 +68,9 @@ def test_small_values_are_partitioned_too() -> None:
 def test_stages_are_checked_with_the_configuration() -> None:
     method = plugin.find("engines", "deepspeed", "build", "train.engine")
     assert method.bind({"stage": 3}, "train.engine") == {"stage": 3}
-    with pytest.raises(ConfigError, match=r"train\.engine\.stage: 4 was given"):
+    with pytest.raises(ConfigError, match=r"train\.engine\.stage: got 4"):
         method.bind({"stage": 4}, "train.engine")
-    with pytest.raises(ConfigError, match=r"train\.engine\.hpz: 0 was given; it must be in \[1, inf\)"):
+    with pytest.raises(ConfigError, match=r"train\.engine\.hpz: got 0; it must be in \[1, inf\)"):
         method.bind({"hpz": 0}, "train.engine")
 
 
@@ -83,11 +83,11 @@ def build_with(options: dict[str, Any]) -> None:
     [
         (
             {"stage": 3, "hpz": 2},
-            r"ConfigError: train\.engine\.hpz: 2 was given for 1 ranks; give a number",
+            r"ConfigError: train\.engine\.hpz: got 2 for 1 ranks; give a number",
         ),
         (
             {"stage": 2, "offload": True},
-            r"train\.engine\.offload: True was given at stage 2, where the base",
+            r"train\.engine\.offload: got True at stage 2, where the base",
         ),
     ],
     ids=str,

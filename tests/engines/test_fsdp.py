@@ -68,7 +68,7 @@ def build_with(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"replicas": 2}, r"ConfigError: train\.engine\.replicas: 2 was given for 1 ranks; give a number"),
+        ({"replicas": 2}, r"ConfigError: train\.engine\.replicas: got 2 for 1 ranks; give a number"),
         (
             {"base": "replicated", "offload": True},
             r"train\.engine: base is replicated and offload is true, which",

@@ -140,9 +140,7 @@ def test_long_prompts_leave_room_for_the_response(subject: Make, caplog: pytest.
 
 @pytest.mark.parametrize("max_new_tokens", [64, 100])
 def test_more_new_tokens_than_positions_are_refused(subject: Make, max_new_tokens: int) -> None:
-    with pytest.raises(
-        ConfigError, match=rf"^evaluate.max_new_tokens: {max_new_tokens} was given, the model has 64 pos"
-    ):
+    with pytest.raises(ConfigError, match=rf"^evaluate.max_new_tokens: got {max_new_tokens}, the model has 64 pos"):
         complete(subject(MODELS["gpt2"], max_new_tokens=max_new_tokens))
 
 

@@ -106,7 +106,7 @@ def test_nothing_has_no_mask(mask: Mask) -> None:
 
 @pytest.mark.parametrize("density", [0.0, -0.1, 1.0000001, 7, float("nan"), float("inf")])
 def test_a_density_outside_0_to_1_is_refused(mask: Mask, b: dict[str, Tensor], density: float) -> None:
-    with pytest.raises(ConfigError, match=f"^density: {density} was given; it is kept entries over all"):
+    with pytest.raises(ConfigError, match=f"^density: got {density}; it is kept entries over all"):
         mask(b, density=density)
 
 

@@ -82,7 +82,7 @@ def test_on_one_a_a_task_is_added_only_where_it_adapts() -> None:
         (lambda merged: merges.drop(merged, *NAMES), r"^merge\.method\.drop: nlu, math, code, safety are all blocks"),
         (
             lambda merged: merges.reweight(merged, {"nlu": math.inf}),
-            r"^merge\.method\.reweight\.nlu: inf was given; give a finite number",
+            r"^merge\.method\.reweight\.nlu: got inf; give a finite number",
         ),
     ],
 )

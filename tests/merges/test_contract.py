@@ -360,7 +360,7 @@ def test_a_wrong_number_of_weights_is_refused(merge: Merge, three: list[Adapter]
 
 @pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf])
 def test_a_weight_that_is_not_finite_is_refused(merge: Merge, three: list[Adapter], weight: float) -> None:
-    with pytest.raises(ConfigError, match=rf"^merge\.weights: {weight} was given for task1; give a finite number"):
+    with pytest.raises(ConfigError, match=rf"^merge\.weights: got {weight} for task1; give a finite number"):
         merge(three, weights=[1.0, weight, 1.0])
 
 

@@ -27,7 +27,7 @@ def test_nothing_is_lost_before_the_merge(shared: bool) -> None:
 
 
 def test_directions_are_kept_by_tsv_alone() -> None:
-    with pytest.raises(ConfigError, match=r"^merge\.method\.keep: 1 was given, and only inner=tsv keeps directions"):
+    with pytest.raises(ConfigError, match=r"^merge\.method\.keep: got 1, and only inner=tsv keeps directions"):
         merge([adapter(block("a"))], weights=[1.0], options={"keep": 1})
 
 

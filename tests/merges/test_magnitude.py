@@ -70,7 +70,7 @@ def test_a_dense_result_is_the_best_at_its_rank() -> None:
 def test_a_rank_that_a_narrow_module_has_not_is_refused() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"^merge\.method\.rank: 4 was given, and the weight of layers\.1\.up_proj is 3 x 8; give at most 3",
+        match=r"^merge\.method\.rank: got 4, and the weight of layers\.1\.up_proj is 3 x 8; give at most 3",
     ):
         merge([adapter(block("a")), adapter(block("b", seed=1))], weights=[1, 1], options={"rank": 4})
 

@@ -45,7 +45,7 @@ def test_a_rank_above_that_of_the_sum_adds_nothing() -> None:
 def test_a_rank_above_the_shape_is_refused() -> None:
     tasks = [adapter(block("a")), adapter(block("b", seed=1))]
     with pytest.raises(
-        ConfigError, match=r"^merge\.method\.rank: 5 was given, and the weight of layers\.1\.up_proj is 3 x 8; give at"
+        ConfigError, match=r"^merge\.method\.rank: got 5, and the weight of layers\.1\.up_proj is 3 x 8; give at"
     ):
         merge(tasks, weights=[1, 1], options={"rank": 5})
 

@@ -22,7 +22,7 @@ def test_on_one_a_there_is_room_for_r_by_t_of_each(method: str) -> None:
     assert (part.seed, part.rank) == (0, 3)
     with pytest.raises(
         ConfigError,
-        match=r"^merge\.method\.keep: 2 was given, and in layers\.0\.q_proj they share an A of rank 3, which has room "
+        match=r"^merge\.method\.keep: got 2, and in layers\.0\.q_proj they share an A of rank 3, which has room "
         r"for 1 of each of 2 tasks; give at most 1",
     ):
         merge(options={**inner, "keep": 2})
@@ -31,7 +31,7 @@ def test_on_one_a_there_is_room_for_r_by_t_of_each(method: str) -> None:
 def test_no_more_than_a_share_of_the_smaller_side_is_kept() -> None:
     tasks = [adapter(block(f"t{seed}", seed=seed, rank=3, draw=seed)) for seed in range(2)]
     with pytest.raises(
-        ConfigError, match=r"keep: 2 was given, and the weight of layers\.1\.up_proj is 3 x 8, which has room for 1 of"
+        ConfigError, match=r"keep: got 2, and the weight of layers\.1\.up_proj is 3 x 8, which has room for 1 of"
     ):
         merge(tasks, weights=[1, 1], options={"keep": 2})
 

@@ -79,8 +79,8 @@ def test_a_trained_a_is_another_training_and_a_recomputed_one_is_not(tree: dict[
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"merges": {"all": {"method": "concat"}}}, "merges: all was given, and joint training makes one adapter"),
-        ({"train": {"steps": 1, "batch_size": 2}}, "train.batch_size: 2 was given for 3 tasks"),
+        ({"merges": {"all": {"method": "concat"}}}, "merges: got all, and joint training makes one adapter"),
+        ({"train": {"steps": 1, "batch_size": 2}}, "train.batch_size: got 2 for 3 tasks"),
         ({"multitask": {"name": "joint", "weights": {"cod": 2}}}, r"multitask\.weights\.cod: .* Did you mean 'code'\?"),
     ],
 )
@@ -106,10 +106,10 @@ def test_all_mistakes_are_told_at_once(tree: dict[str, Any]) -> None:
     [
         (
             {"projection": "orignal"},
-            r"multitask\.projection: 'orignal' was given; it should be 'original', 'in_place' or",
+            r"multitask\.projection: got 'orignal'; it should be 'original', 'in_place' or",
         ),
-        ({"granularity": "row"}, r"multitask\.granularity: 'row' was given"),
-        ({"weights": {"code": 0}}, r"multitask\.weights\.code: 0 was given; it should be a finite number above 0"),
+        ({"granularity": "row"}, r"multitask\.granularity: got 'row'"),
+        ({"weights": {"code": 0}}, r"multitask\.weights\.code: got 0; it should be a finite number above 0"),
         ({"weights": {"code": "x"}}, r"multitask\.weights: .* was given"),
         ({"project": "none"}, r"multitask\.project: joint has no such option; .* Did you mean 'projection'\?"),
     ],

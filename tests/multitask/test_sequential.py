@@ -60,15 +60,15 @@ def test_what_comes_before_is_part_of_a_job_and_what_comes_after_is_not(tree: di
     ("change", "message"),
     [
         ({"adapter": {}}, "adapter.share_projection: is false, and tasks in sequence have one A; set it to true"),
-        ({"merges": {"all": {"method": "concat"}}}, "merges: all was given"),
+        ({"merges": {"all": {"method": "concat"}}}, "merges: got all"),
         (
             {
                 "adapter": {"share_projection": True, "density": 0.4},
                 "multitask": {"name": "sequential", "masks": "disjoint"},
             },
-            "adapter.density: 0.4 was given, and masks that have no entry in common are at most 2 then; give 0.333 or",
+            "adapter.density: got 0.4, and masks that have no entry in common are at most 2 then; give 0.333 or",
         ),
-        ({"multitask": {"name": "sequential", "masks": "apart"}}, r"multitask\.masks: 'apart' was given"),
+        ({"multitask": {"name": "sequential", "masks": "apart"}}, r"multitask\.masks: got 'apart'"),
     ],
 )
 def test_what_it_cannot_be_is_refused(tree: dict[str, Any], change: dict[str, Any], message: str) -> None:

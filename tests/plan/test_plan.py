@@ -394,8 +394,8 @@ def test_replicas_that_share_a_network_wait_for_each_other() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--gpus", "4", "train.engine={name: fsdp, replicas: 3}"], "train.engine.replicas: 3 was given for 4 ranks"),
-        (["--gpus", "3", "--nodes", "2"], "--nodes: 2 was given for 3 GPUs; give a number that divides them"),
+        (["--gpus", "4", "train.engine={name: fsdp, replicas: 3}"], "train.engine.replicas: got 3 for 4 ranks"),
+        (["--gpus", "3", "--nodes", "2"], "--nodes: got 2 for 3 GPUs; give a number that divides them"),
         (["--gpus", "2", "model.path=nowhere/at/all"], "model.path: "),
         (["--gpus", "2", "--gpu", "h10"], "--gpu: unknown device 'h10'; there are b200, h200, h100, "),
         (["--gpus", "2", "--out", "/nowhere/plan.json"], "--out: "),
@@ -415,7 +415,7 @@ def test_what_cannot_be_planned_is_refused(words: list[str], message: str, capsy
         ),
         (
             {"model_type": "llama", "max_position_embeddings": 512},
-            "train.max_length: 1024 was given, the model",
+            "train.max_length: got 1024, the model",
         ),
     ],
 )
@@ -449,7 +449,7 @@ def test_a_size_without_a_unit_is_in_gib(tmp_path: Path) -> None:
 
 
 def test_hardware_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--nodes: 3 was given for 16 GPUs"):
+    with pytest.raises(ConfigError, match="--nodes: got 3 for 16 GPUs"):
         hardware(gpus=16, nodes=3)
 
 

@@ -259,7 +259,7 @@ def test_a_run_says_why_there_is_no_report(tmp_path: Path, caplog: pytest.LogCap
     with caplog.at_level(logging.WARNING):
         found = report.write_of_run(summary, tmp_path)
     assert found is not None
-    assert re.match(r"AdapterError: .*code\.safetensors: this is no whole safetensors file", found["error"])
+    assert re.match(r"AdapterError: .*code\.safetensors: this is not a whole safetensors file", found["error"])
     assert "no report could be made" in caplog.text
 
 

@@ -122,8 +122,8 @@ def test_any_text_comes_back(
         (b"[1, 2]", "holds a list; wanted a JSON object"),
         (b'"text"', "holds text; wanted a JSON object"),
         (b"null", "holds null; wanted a JSON object"),
-        (b'{"prompt": NaN, "response": "b"}', "is not JSON (NaN is no JSON value; a missing value"),
-        (b'{"prompt": "a", "response": -Infinity}', "is not JSON (-Infinity is no JSON value"),
+        (b'{"prompt": NaN, "response": "b"}', "is not JSON (NaN is not a JSON value; a missing value"),
+        (b'{"prompt": "a", "response": -Infinity}', "is not JSON (-Infinity is not a JSON value"),
         (b"17", "holds a number; wanted a JSON object"),
         (b'{"prompt": "a", "reponse": "b"}', "has no field 'response'; there are prompt, reponse"),
         (b"{}", "has no field 'prompt'; there are none"),
@@ -261,7 +261,7 @@ def test_rows_that_cannot_become_tokens_are_refused() -> None:
         encode([("a", "b")], without_eos, 8)
     with pytest.raises(ConfigError, match=r"^the prompt '' gives no tokens, as the tokenizer adds no bos"):
         encode([("a", "b"), ("", "b")], tiny_tokenizer(bos=False), 8)
-    with pytest.raises(ConfigError, match=r"^train.max_length: 1 was given; a prompt and a response need at least 2"):
+    with pytest.raises(ConfigError, match=r"^train.max_length: got 1; a prompt and a response need at least 2"):
         encode([("a", "b")], tiny_tokenizer(), 1)
 
 

@@ -87,13 +87,13 @@ def test_attention_is_computed_as_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize("make", [read, load_model])
 def test_attention_that_a_model_does_not_have_is_refused(make: Callable[[Model], Any], tmp_path: Path) -> None:
     tiny_gpt2().save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"model.path: .* or leave out model.attention, which is flash_attention_2$"):
+    with pytest.raises(ConfigError, match=r"model.path: .* or remove model.attention, which is flash_attention_2$"):
         make(Model(path=str(tmp_path), attention="flash_attention_2", dtype="bfloat16"))
 
 
 def test_attention_that_has_no_backward_pass_on_a_cpu_is_refused() -> None:
     check_device(Model(path="m", attention="sdpa"), CPU)
-    with pytest.raises(ConfigError, match=r"model.attention: flex_attention was given, which trains on CUDA devices"):
+    with pytest.raises(ConfigError, match=r"model.attention: got flex_attention, which trains on CUDA devices"):
         check_device(Model(path="m", attention="flex_attention"), CPU)
 
 

@@ -109,7 +109,7 @@ def test_the_first_host_of_a_node_list(nodes: str, host: str) -> None:
 
 
 def test_a_node_list_that_is_none_is_refused() -> None:
-    with pytest.raises(JobError, match="is no list of nodes; set MASTER_ADDR"):
+    with pytest.raises(JobError, match="is not a list of nodes; set MASTER_ADDR"):
         first_host("")
 
 
