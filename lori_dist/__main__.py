@@ -612,7 +612,7 @@ examples:
     verb.add_argument("--gpus", type=_count, required=True, metavar="N", help="devices in all")
     verb.add_argument("--nodes", type=_count, default=1, metavar="N", help="they are on; 1 by default")
     verb.add_argument(
-        "--gpu", metavar="NAME", help="gives what is not given here, see devices above; h100 is assumed by default"
+        "--gpu", metavar="NAME", help="gives what is not given here, see devices below; h100 is assumed by default"
     )
     verb.add_argument("--gpu-memory", type=_size, metavar="SIZE", help="of a device, such as 80GiB")
     verb.add_argument("--tflops", type=_above_zero, metavar="X", help="peak of a device in the base's dtype")
