@@ -130,7 +130,7 @@ def _show_dry_run(described: config.Run) -> None:
     built = f"What is to be trained was built by {ranks} rank{'' if ranks == 1 else 's'} (cluster.address: {place})"
     print(f"\n{built}, and no step was done. {described.folder} is as it was.")
     if described.cluster.packing != "off":
-        print("Trainings were built one by one; packed, they take more memory.")
+        print("Training jobs were built one by one; several over one base take more memory.")
 
 
 def plan(arguments: argparse.Namespace) -> None:
@@ -540,8 +540,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lori",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Trains LoRI adapters for several tasks, merges them and measures what the merge keeps.",
-        epilog="Start with: lori run configs/quickstart.yaml\n`lori VERB --help` says more and gives an example.",
+        description="Fine-tunes a language model on several tasks with LoRI adapters, merges them, evaluates the result.",
+        epilog="Start with: lori run configs/quickstart.yaml\n`lori VERB --help` describes a verb and gives examples.",
     )
     parser.add_argument("--version", action="version", version=f"lori_dist {_version()}")
     _add_local_rank(parser)
@@ -552,27 +552,28 @@ def _parser() -> argparse.ArgumentParser:
         run,
         "train, merge and evaluate everything a configuration describes, under Ray",
         f"""\
-Trains an adapter per task, merges them and evaluates base, adapters and merges on every task. Jobs that do not need
-each other run side by side. What an earlier run of the same configuration finished is not done again; what it began
-is continued.
+Trains an adapter per task, merges them, and evaluates base, adapters and merges on every task. Jobs that do not depend
+on each other run side by side. Run the same command again to resume: finished jobs are skipped.
 
-With --address it becomes a job of a Ray cluster, which gets the configuration and this package, whatever version is
-installed there; methods of your own must be. Paths are absolute ones that all its nodes see. The job's log is followed
-here, and its exit code is the one of this command; Ctrl-C ends the following, not the job.
+With --address the run is submitted to a Ray cluster as a job. The configuration and this package are sent along;
+methods of your own must be installed there. Paths must be absolute and visible from all nodes. This command follows the job's
+log and exits with the job's exit code; Ctrl-C stops following the log, and the job continues.
 
 examples:
   lori run configs/quickstart.yaml train.engine=fsdp cluster.workers=2
   lori run mine.yaml --address http://HOST:8265 cluster.workers=16 cluster.gpus_per_worker=1
 
-exit code: 0; 1 if a job failed, 2 for a mistake in the configuration, 3 if `lori stop`, SIGTERM or train.time_limit
-ended the run.
+exit code: 0; 1 if a job failed; 2 for a mistake in the configuration; 3 if the run was stopped by `lori stop`, SIGTERM
+or train.time_limit, and can be resumed.
 
 {OVERRIDES}""",
     )
     _add_config(verb)
-    verb.add_argument("--address", metavar="URL", help="of the dashboard of a Ray cluster to run on")
+    verb.add_argument("--address", metavar="URL", help="address of the dashboard of a Ray cluster to run on")
     verb.add_argument(
-        "--dry-run", action="store_true", help="do all but the steps, keep nothing, and say what is to do"
+        "--dry-run",
+        action="store_true",
+        help="load the data and build every training job, but run no step and write nothing",
     )
 
     verb = _add(
@@ -580,8 +581,8 @@ ended the run.
         compare,
         "run a configuration in several variants, with several seeds",
         f"""\
-Does the runs that a comparison lists, one after another, and prints mean and standard deviation over the seeds. What
-was done before is not done again. configs/comparison.yaml is an example; overrides are of all its runs.
+Runs all variants of a comparison, one after another, and prints mean and standard deviation over the seeds. Finished
+runs are skipped. configs/comparison.yaml is an example; overrides apply to all runs.
 
 example:
   lori compare configs/comparison.yaml train.steps=60
@@ -593,12 +594,12 @@ example:
     verb = _add(
         verbs,
         plan,
-        "what a run would take: memory, traffic, time and cost, for every engine",
+        "estimate memory, traffic, time and cost of a run, for every engine",
         f"""\
-Says for every engine and placement of the base whether a run fits the devices, how fast it would go and what it would
-cost, and recommends one. Reads the model's config.json and the rows, whose tokens it counts; no weight. Memory is that
-of the dense phase, which is the larger, for rows of train.max_length tokens; time is that of the rows as they are, and
-of full ones besides. A plan is arithmetic with the assumptions that it prints, not a measurement.
+Estimates for every engine and placement of the base whether a run fits the devices, how fast it is and what it costs,
+and recommends one. Reads the model's config.json and the rows, whose tokens it counts, but no weights. Memory is that
+of the dense phase, which needs most, for rows of train.max_length tokens; time is given for the rows as they are and for
+full rows. A plan is arithmetic with the assumptions that it prints, not a measurement.
 
 devices: {", ".join(gpus.DEVICES)}
 
@@ -609,33 +610,46 @@ examples:
 {OVERRIDES}""",
     )
     _add_config(verb)
-    verb.add_argument("--gpus", type=_count, required=True, metavar="N", help="devices in all")
-    verb.add_argument("--nodes", type=_count, default=1, metavar="N", help="they are on; 1 by default")
+    verb.add_argument("--gpus", type=_count, required=True, metavar="N", help="number of devices")
+    verb.add_argument("--nodes", type=_count, default=1, metavar="N", help="number of nodes (default: 1)")
     verb.add_argument(
-        "--gpu", metavar="NAME", help="gives what is not given here, see devices below; h100 is assumed by default"
+        "--gpu", metavar="NAME", help="device, see the list below (default: h100); the options below override its data"
     )
-    verb.add_argument("--gpu-memory", type=_size, metavar="SIZE", help="of a device, such as 80GiB")
-    verb.add_argument("--tflops", type=_above_zero, metavar="X", help="peak of a device in the base's dtype")
-    verb.add_argument("--bandwidth", type=_above_zero, metavar="GB/S", help="of a device's memory")
-    verb.add_argument("--link", type=_above_zero, metavar="GB/S", help="between devices of a node, one direction")
-    verb.add_argument("--network", type=_above_zero, metavar="GB/S", help="between nodes, all adapters of one together")
-    verb.add_argument("--host", type=_above_zero, metavar="GB/S", help="from the host's memory to a device")
-    verb.add_argument("--efficiency", type=_above_zero, metavar="X", help="share of the peak that is reached; 0.5")
-    verb.add_argument("--price", type=_above_zero, metavar="X", help="of a device's hour")
-    verb.add_argument("--currency", metavar="WORD", help="of the price; USD")
+    verb.add_argument("--gpu-memory", type=_size, metavar="SIZE", help="memory of a device, such as 80GiB")
+    verb.add_argument("--tflops", type=_above_zero, metavar="X", help="peak TFLOP/s of a device in the base's dtype")
+    verb.add_argument("--bandwidth", type=_above_zero, metavar="GB/S", help="memory bandwidth of a device")
     verb.add_argument(
-        "--row-tokens", type=_count, metavar="N", help="tokens of every row; by default the files' rows are counted"
+        "--link", type=_above_zero, metavar="GB/S", help="bandwidth between devices of a node, one direction"
     )
-    verb.add_argument("--json", action="store_true", help="the same for programs, and more of it")
-    verb.add_argument("--out", metavar="FILE", type=Path, help="write the plan there, as JSON")
-    verb.add_argument("--picture", metavar="FILE", type=Path, help="write a picture of the memory there, as PNG")
+    verb.add_argument(
+        "--network",
+        type=_above_zero,
+        metavar="GB/S",
+        help="bandwidth between nodes, of all network adapters of a node together",
+    )
+    verb.add_argument("--host", type=_above_zero, metavar="GB/S", help="bandwidth from the host's memory to a device")
+    verb.add_argument(
+        "--efficiency", type=_above_zero, metavar="X", help="share of the peak that is reached (default: 0.5)"
+    )
+    verb.add_argument("--price", type=_above_zero, metavar="X", help="price of one device for an hour")
+    verb.add_argument("--currency", metavar="WORD", help="currency of the price (default: USD)")
+    verb.add_argument(
+        "--row-tokens",
+        type=_count,
+        metavar="N",
+        help="tokens of every row (default: the tokens of the files' rows are counted)",
+    )
+    verb.add_argument("--json", action="store_true", help="print all figures as JSON")
+    verb.add_argument("--out", metavar="FILE", type=Path, help="also write the plan as JSON")
+    verb.add_argument("--picture", metavar="FILE", type=Path, help="also write a picture of the memory as PNG")
 
     verb = _add(
         verbs,
         status,
-        "where a run is: jobs, progress, speed, retries, errors",
+        "show the jobs of a run: progress, speed, retries, errors",
         f"""\
-Reads the run's files only, while it works or after. Times to go (eta) are those of the phase a training is in.
+Reads only the run's files, so it works from any machine that sees them, during the run and after it. An ETA is that of
+the whole training job.
 
 examples:
   lori status runs/quickstart
@@ -644,15 +658,15 @@ examples:
 {OVERRIDES}""",
     )
     _add_run(verb)
-    verb.add_argument("--json", action="store_true", help="the same for programs")
+    verb.add_argument("--json", action="store_true", help="print as JSON")
 
     verb = _add(
         verbs,
         stop,
-        "end a run, so that the same command resumes from there",
+        "stop a run so that the same command resumes it",
         f"""\
-Asks the process that works on a run to end, through the run's folder, and waits until it has. That process ends its
-jobs, once trainings have saved, and exits with code 3.
+Requests a stop through the run's folder and waits until the run has stopped. Training jobs finish their step and save
+a checkpoint first; the stopped command exits with code 3.
 
 example:
   lori stop runs/quickstart
@@ -660,15 +674,17 @@ example:
 {OVERRIDES}""",
     )
     _add_run(verb)
-    verb.add_argument("--timeout", metavar="SECONDS", type=float, default=120.0, help="to wait; 120 if not given")
+    verb.add_argument(
+        "--timeout", metavar="SECONDS", type=float, default=120.0, help="longest time to wait (default: 120)"
+    )
 
     verb = _add(
         verbs,
         train,
         "train one task's adapter, alone or under a launcher",
         f"""\
-Trains the adapter of one task of a configuration, in the processes that a launcher has started. The result is in the
-same place as that of `lori run`, which then does not train this task again.
+Trains the adapter of one task of a configuration in the processes that a launcher has started. The result is where
+`lori run` expects it, so `lori run` does not train this task again.
 
 examples:
   lori train run.yaml --task math
@@ -680,7 +696,7 @@ examples:
 {OVERRIDES}""",
     )
     _add_config(verb)
-    verb.add_argument("--task", required=True, metavar="NAME", help="a task of the configuration")
+    verb.add_argument("--task", required=True, metavar="NAME", help="name of a task of the configuration")
     _add_local_rank(verb)
 
     verb = _add(
@@ -689,34 +705,37 @@ examples:
         "merge adapters into one file",
         """\
 Merges adapters, module by module and without the base model. `lori show methods` lists the methods and their options.
-An adapter is a file of ours, a LoRA folder of PEFT, or a checkpoint of LoRI's official code; they may be mixed.
+An adapter is an adapter file, a LoRA folder of PEFT, or a checkpoint of LoRI's official code; they can be mixed.
 
 examples:
   lori merge merged.safetensors math.safetensors code.safetensors --method linear --weights 0.7,0.3
   lori merge merged.safetensors math.safetensors path/to/peft-lora path/to/LoRI-S --method concat
 """,
     )
-    verb.add_argument("out", metavar="OUT", type=Path, help="the file to write")
+    verb.add_argument("out", metavar="OUT", type=Path, help="file to write")
     verb.add_argument(
         "adapters", metavar="ADAPTER", nargs="+", help="files or folders; options of the method as KEY=VALUE"
     )
     verb.add_argument(
-        "--method", required=True, metavar="NAME", help="a name from `lori show`, or your own package.module"
+        "--method",
+        required=True,
+        metavar="NAME",
+        help="merge method: a name from `lori show`, or your own package.module",
     )
     verb.set_defaults(settings=[])
     verb.add_argument(
         "--weights",
         metavar="W,W,...",
-        help="one per adapter; by default equal ones that sum to one, or 1 each for methods that take a mean",
+        help="one weight per adapter (default: equal ones that sum to one, or 1 each for methods that take a mean)",
     )
 
     verb = _add(
         verbs,
         evaluate,
-        "measure base and adapters on every task of a configuration",
+        "evaluate base and adapters on every task of a configuration",
         f"""\
-Prints one table per metric: models down, tasks across. Without --adapter it measures the base and every adapter and
-merge that a run of this configuration has finished.
+Prints one table per metric, with a row per model and a column per task. Without --adapter it evaluates the base and
+every adapter and merge that a run of this configuration has finished.
 
 example:
   lori evaluate run.yaml --adapter merged.safetensors --out matrix.json evaluate.rows=100
@@ -724,39 +743,40 @@ example:
 {OVERRIDES}""",
     )
     _add_config(verb)
-    verb.add_argument("--adapter", metavar="PATH", type=Path, action="append", help="a file or folder; can be repeated")
-    verb.add_argument("--out", metavar="FILE", type=Path, help="also write the figures there, as JSON")
+    verb.add_argument(
+        "--adapter", metavar="PATH", type=Path, action="append", help="adapter file or folder; can be repeated"
+    )
+    verb.add_argument("--out", metavar="FILE", type=Path, help="also write the figures as JSON")
 
     verb = _add(
         verbs,
         export,
         "write an adapter in a form that other programs read",
         """\
-peft: a LoRA folder that peft.PeftModel.from_pretrained loads; its outputs are those of the adapter.
-official: the same of one task, in the layout of LoRI's own code, with B's mask as 0.9_mask.pt.
+peft: a LoRA folder that peft.PeftModel.from_pretrained loads; its outputs equal those of the adapter.
+official: the adapter of one task in the layout of LoRI's official code, with B's mask as 0.9_mask.pt.
 folded: the base model with the adapter added to its weights, an ordinary transformers folder.
+Every export is read back and compared before it appears.
 
 examples:
   lori export runs/quickstart/merge-concat/adapter.safetensors exported --format peft
   lori export adapter.safetensors model-with-adapter --format folded --base path/to/base
 """,
     )
-    verb.add_argument("adapter", metavar="ADAPTER", type=Path, help="an adapter file or a LoRA folder of PEFT")
-    verb.add_argument("out", metavar="OUT", type=Path, help="the folder to write; must not exist, or be empty")
+    verb.add_argument("adapter", metavar="ADAPTER", type=Path, help="adapter file, or LoRA folder of PEFT")
+    verb.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist, or be empty")
     verb.add_argument("--format", required=True, choices=("peft", "official", "folded"))
-    verb.add_argument(
-        "--base", metavar="PATH", help="the base model; for a LoRA folder, by default the one the adapter names"
-    )
+    verb.add_argument("--base", metavar="PATH", help="base model (default for a LoRA folder: the one it names)")
     verb.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="run Python code of the base's own, as model.trust_remote_code does in a configuration",
+        help="run Python code that the base model brings along, as model.trust_remote_code does",
     )
 
     verb = _add(
         verbs,
         report,
-        "how much adapters get in each other's way, as JSON, a page and pictures",
+        "measure interference between adapters; write a page, JSON and pictures",
         """\
 Compares adapters without running a model: cosines of their updates with the theoretical bound, overlap of supports,
 sign conflicts, shared energy, norms; and with an evaluation, the drop of each task under each merge. Writes
@@ -780,27 +800,31 @@ examples:
     matrix.add_argument(
         "--evaluation", metavar="FILE", type=Path, help="summary.json of a run, or what `lori evaluate --out` wrote"
     )
-    verb.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="what it has of these is written anew")
+    verb.add_argument(
+        "--out", metavar="FOLDER", type=Path, required=True, help="folder to write; a report in it is replaced"
+    )
 
     verb = _add(
         verbs,
         show,
-        "what is in an adapter, or which methods there are",
+        "show what is in an adapter, or list the methods",
         """\
-With an adapter, a file or a LoRA folder of PEFT: its header, its blocks, and the density of B by layer and projection.
-Without, or with the word `methods`: every mask, merge, engine, plan, metric and benchmark, with its options.
+With an adapter file, or a LoRA folder of PEFT: prints its header, its components, and the density of B by layer and
+module kind. Without one, or with the word `methods`: lists every mask, merge, engine, plan, metric and benchmark.
 
 examples:
   lori show runs/quickstart/train-arithmetic/adapter.safetensors
   lori show methods
 """,
     )
-    verb.add_argument("what", metavar="ADAPTER", nargs="?", default="methods", help="a file, a folder, or `methods`")
+    verb.add_argument(
+        "what", metavar="ADAPTER", nargs="?", default="methods", help="adapter file or folder, or `methods`"
+    )
 
     verb = _add(
         verbs,
         schema,
-        "what a configuration may hold",
+        "print the JSON schema of configurations",
         """\
 Prints the JSON schema of configurations, or with --yaml all keys with their defaults and descriptions. An editor with a
 YAML language server completes and checks a file that begins with a line such as
@@ -818,7 +842,8 @@ examples:
         bench,
         "run a benchmark",
         """\
-Prints what was measured and the ratios that matter. The JSON file has `rows`, `ratios`, `suite` and `machine`.
+Runs a benchmark on this machine and prints its figures and ratios. The JSON file has `rows`, `ratios`, `suite` and
+`machine`.
 
 example:
   lori bench projection --out projection.json
@@ -847,17 +872,17 @@ def _add(verbs: Any, function: Verb, summary: str, text: str) -> argparse.Argume
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verb.set_defaults(verb=function)
-    verb.add_argument("--verbose", action="store_true", help="log more, and show tracebacks")
+    verb.add_argument("--verbose", action="store_true", help="log more, and print tracebacks")
     return verb
 
 
 def _add_config(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("config", metavar="CONFIG", help="a YAML file")
+    verb.add_argument("config", metavar="CONFIG", help="YAML file of the configuration")
     verb.add_argument("settings", metavar="KEY=VALUE", nargs="*", default=[], help="overrides; see below")
 
 
 def _add_run(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("run", metavar="RUN", help="the run's YAML file, or its folder")
+    verb.add_argument("run", metavar="RUN", help="YAML file of the run, or its folder")
     verb.add_argument("settings", metavar="KEY=VALUE", nargs="*", default=[], help="overrides; see below")
 
 
