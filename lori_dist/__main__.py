@@ -540,7 +540,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lori",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Fine-tunes a language model on several tasks with LoRI adapters, merges them, evaluates the result.",
+        description="Fine-tunes a language model on several tasks with LoRI adapters, merges and evaluates them.",
         epilog="Start with: lori run configs/quickstart.yaml\n`lori VERB --help` describes a verb and gives examples.",
     )
     parser.add_argument("--version", action="version", version=f"lori_dist {_version()}")
@@ -556,8 +556,8 @@ Trains an adapter per task, merges them, and evaluates base, adapters and merges
 on each other run side by side. Run the same command again to resume: finished jobs are skipped.
 
 With --address the run is submitted to a Ray cluster as a job. The configuration and this package are sent along;
-methods of your own must be installed there. Paths must be absolute and visible from all nodes. This command follows the job's
-log and exits with the job's exit code; Ctrl-C stops following the log, and the job continues.
+methods of your own must be installed there. Paths must be absolute and visible from all nodes. This command follows
+the job's log and exits with the job's exit code; Ctrl-C stops following the log, and the job continues.
 
 examples:
   lori run configs/quickstart.yaml train.engine=fsdp cluster.workers=2
@@ -598,8 +598,8 @@ example:
         f"""\
 Estimates for every engine and placement of the base whether a run fits the devices, how fast it is and what it costs,
 and recommends one. Reads the model's config.json and the rows, whose tokens it counts, but no weights. Memory is that
-of the dense phase, which needs most, for rows of train.max_length tokens; time is given for the rows as they are and for
-full rows. A plan is arithmetic with the assumptions that it prints, not a measurement.
+of the dense phase, which needs most, for rows of train.max_length tokens; time is given for the rows as they are and
+for full rows. A plan is arithmetic with the assumptions that it prints, not a measurement.
 
 devices: {", ".join(gpus.DEVICES)}
 
