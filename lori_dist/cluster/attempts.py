@@ -11,9 +11,9 @@ from lori_dist import config, folder, storage
 from lori_dist.cluster import gang, schedule, trials
 from lori_dist.cluster.gang import Broken, Gangs
 from lori_dist.cluster.schedule import Failure
-from lori_dist.cluster.summary import ATTEMPTS, CHECKPOINTS, METRICS, attempts_of, is_step
+from lori_dist.cluster.summary import ATTEMPTS, CHECKPOINTS, METRICS, attempts_of, is_step, log_file
 from lori_dist.cluster.trials import TRIED
-from lori_dist.cluster.work import Assignment, evaluate_model, log_file, merge_adapters, train_rank
+from lori_dist.cluster.work import Assignment, evaluate_model, merge_adapters, train_rank
 from lori_dist.config import Run
 from lori_dist.errors import JobError
 from lori_dist.jobs import Job, check_inputs

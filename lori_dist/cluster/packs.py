@@ -9,7 +9,8 @@ from lori_dist import config, folder
 from lori_dist.cluster import gang, schedule
 from lori_dist.cluster.attempts import BACKOFF_SECONDS, STOPPED, History, described, failure_of, is_stop, publish
 from lori_dist.cluster.gang import Gangs
-from lori_dist.cluster.work import Assignment, evaluate_models, log_file, train_rank_of_pack
+from lori_dist.cluster.summary import log_file
+from lori_dist.cluster.work import Assignment, evaluate_models, train_rank_of_pack
 from lori_dist.config import Run
 from lori_dist.errors import JobError
 from lori_dist.jobs import Job

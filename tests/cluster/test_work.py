@@ -7,7 +7,8 @@ import pytest
 
 from lori_dist import Spec, attach, config, extract, folder, save_adapter
 from lori_dist.cluster.attempts import History
-from lori_dist.cluster.work import Assignment, evaluate_model, log_file, merge_adapters
+from lori_dist.cluster.summary import log_file
+from lori_dist.cluster.work import Assignment, evaluate_model, merge_adapters
 from lori_dist.jobs import Job, evaluate_job, merge_job, train_job
 from lori_dist.training import metrics
 from lori_dist.training.model import identity
