@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 
 from lori_dist import config, plugin, rows, tables
 from lori_dist.errors import ConfigError, JobError
-from lori_dist.files import open_regular
+from lori_dist.files import open_regular, read_regular
 
 Kind = Literal["train", "merge", "evaluate"]
 
@@ -374,10 +374,10 @@ def _joins(path: str) -> bool:
 
 @functools.cache
 def _is_byte_level(path: str, state: tuple[int, int]) -> bool:
-    tokenizer = json.loads((Path(path) / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer = json.loads(read_regular(Path(path) / "tokenizer.json"))
     settings = {}
     with contextlib.suppress(FileNotFoundError):
-        settings = json.loads((Path(path) / "tokenizer_config.json").read_text(encoding="utf-8"))
+        settings = json.loads(read_regular(Path(path) / "tokenizer_config.json"))
     # transformers makes these parts of a Llama's tokenizer itself, whatever the file has.
     is_own = str(settings.get("tokenizer_class", "")).startswith(("Llama", "CodeLlama"))
     is_prefixed = bool(settings.get("add_prefix_space"))

@@ -56,7 +56,6 @@ LIBRARIES = {
     "schema.py": {"pydantic", "yaml"},
     "engines/deepspeed.py": {"torch", "numpy", "transformers", "deepspeed"},
     "training/quantized.py": {"torch", "transformers", "bitsandbytes"},
-    "training/model_files.py": {"filelock", "transformers"},
     "training": {"torch", "safetensors", "numpy", "transformers", "accelerate"},
     "engines": {"torch", "numpy", "transformers", "accelerate"},
     "evaluation/_lm_eval.py": {"datasets", "lm_eval", "transformers"},

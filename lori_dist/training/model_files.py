@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from lori_dist import config
 from lori_dist.adapter.probe import probe
 from lori_dist.errors import ConfigError
-from lori_dist.files import require_regular
+from lori_dist.files import read_regular, require_regular
 from lori_dist.jobs import TEXTS, WEIGHTS
 from lori_dist.tensors import Stored, stored
 
@@ -183,7 +183,7 @@ def stored_weights(model: config.Model) -> dict[str, Stored]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    tree = json.loads(index.read_text(encoding="utf-8"))
+    tree = json.loads(read_regular(index))
     shards = tree.get("weight_map") if isinstance(tree, dict) else None
     if not isinstance(shards, dict) or not shards:
         raise ValueError(f"{INDEX} has no weight_map of tensor names to files")
@@ -231,7 +231,7 @@ def identity(model: config.Model) -> dict[str, str]:
     training differ in it, a change of single bytes may not show.
     """
     with loading(model):
-        settings = json.loads(_file(model, "config.json").read_text(encoding="utf-8"))
+        settings = json.loads(read_regular(_file(model, "config.json")))
         files = weight_files(model)
         shapes = sorted((name, list(where.shape)) for file in files for name, where in stored(file).items())
         weights = hashlib.blake2b(digest_size=8)
