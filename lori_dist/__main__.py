@@ -160,20 +160,20 @@ def _size(text: str) -> float:
     """Bytes, of `80GiB`, `80GB` or a number of GiB."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GiB|GB|TB|TiB)?", text)
     if match is None or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} was given; wanted a size such as 80GiB")
+        raise argparse.ArgumentTypeError(f"got {text!r}; wanted a size such as 80GiB")
     return float(match[1]) * {"GB": 1e9, "TB": 1e12, "TiB": 2**40}.get(match[2], 2**30)
 
 
 def _above_zero(text: str) -> float:
     number = float(text)
     if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} was given; wanted a number above 0")
+        raise argparse.ArgumentTypeError(f"got {text!r}; wanted a number above 0")
     return number
 
 
 def _count(text: str) -> int:
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} was given; wanted a whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"got {text!r}; wanted a whole number of at least 1")
     return int(text)
 
 

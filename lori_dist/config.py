@@ -720,7 +720,7 @@ def _usable(value: Any, place: Place, problems: dict[Place, str]) -> Any:
     if isinstance(value, str) and UNUSABLE.search(value):
         problems[place] = f"{_found(value)} has a character that text cannot have; remove it"
     elif isinstance(value, int) and value.bit_length() > 64:
-        problems[place] = "a number of more than 64 bits was given; write a smaller one"
+        problems[place] = "got a number of more than 64 bits; write a smaller one"
     return value
 
 
@@ -823,7 +823,7 @@ def _made(section: type, value: Any, place: Place, problems: dict[Place, str]) -
     """An object that lacks the values which are wrong: reading one of them raises AttributeError."""
     made: Any = object.__new__(section)
     if not isinstance(value, dict):
-        problems.setdefault(place, f"{_found(value)} was given; wanted a mapping, key: value")
+        problems.setdefault(place, f"got {_found(value)}; wanted a mapping, key: value")
         return made
     kinds = _kinds(section)
     strange = {key: plugin.closest(key, kinds) for key in value if key not in kinds}
@@ -935,8 +935,8 @@ def _problem(errors: Sequence[Any]) -> str:
     if error["type"] == "missing":
         return "is missing; give it a value"
     if error["type"] == "string_pattern_mismatch":
-        return f"{_found(error['input'])} was given; names are at most 64 letters, digits, - and _"
-    return f"{_found(error['input'])} was given; {' or '.join(_wanted(error) for error in errors)}"
+        return f"got {_found(error['input'])}; names are at most 64 letters, digits, - and _"
+    return f"got {_found(error['input'])}; {' or '.join(_wanted(error) for error in errors)}"
 
 
 def _found(value: Any) -> str:
@@ -1060,15 +1060,15 @@ def _saved(run: Run) -> Iterator[str]:
     if run.multitask.name != "independent":
         yield (
             f"adapter.modules_to_save: is given with multitask {run.multitask.name}, where tasks would share what is "
-            "trained whole; train them independent, or remove it"
+            "trained in full; train them independent, or remove it"
         )
     if run.merges:
         yield (
             f"adapter.modules_to_save: is given, and merges.{next(iter(run.merges))} cannot merge what each task has "
-            "trained whole; remove one of them"
+            "trained in full; remove one of them"
         )
     if run.model.dtype != "float32":
-        yield f"adapter.modules_to_save: needs model.dtype float32, {run.model.dtype} was given"
+        yield f"adapter.modules_to_save: needs model.dtype float32, got {run.model.dtype}"
 
 
 def _lengths(run: Run) -> Iterator[str]:
@@ -1089,7 +1089,7 @@ def _lengths_of_tasks(run: Run) -> Iterator[str]:
         if {"steps", "epochs"} <= own:
             yield f"{where}.steps, {where}.epochs: both are given; give one, or neither"
         if task.steps is not None and run.train.warmup_steps >= task.steps:
-            found = f"{run.train.warmup_steps} was given, {where}.steps is {task.steps}"
+            found = f"got {run.train.warmup_steps}, {where}.steps is {task.steps}"
             yield f"train.warmup_steps: {found}; give fewer than those"
         if own and run.multitask.name == "joint":
             given = ", ".join(f"{where}.{key}" for key in sorted(own))

@@ -148,8 +148,21 @@ def _protocol(run: config.Run) -> dict[str, Any]:
     return {
         "adapter": {**_telling(tree["adapter"], ("seed", "share_projection", *PLACEMENT)), **is_trained},
         "train": _telling(tree["train"], PLACEMENT),
+        **_kinds(run),
         **_code("adapter.mask", run.adapter.mask.name),
     }
+
+
+def _kinds(run: config.Run) -> dict[str, str]:
+    """`per_projection` once took the number of an expert for a kind of module: masks of then are not taken for those of
+    now."""
+    if run.adapter.mask.name != "per_projection":
+        return {}
+    try:
+        has_experts = b"expert" in read_regular(Path(run.model.path) / "config.json")
+    except OSError:  # a name on the hub: nothing is known
+        has_experts = True
+    return {"kinds": "experts' matrices by name"} if has_experts else {}
 
 
 def _telling(section: Mapping[str, Any], outside: Sequence[str]) -> dict[str, Any]:
@@ -368,7 +381,7 @@ def _joins(path: str) -> bool:
     gave before this was done are still right, and keep their fingerprints."""
     try:
         return not _is_byte_level(path, _state(Path(path) / "tokenizer.json"))
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return True  # a name on the hub, or no such file: nothing is known
 
 

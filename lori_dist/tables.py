@@ -82,7 +82,7 @@ def is_hub(path: str) -> bool:
 def problem_of(path: str) -> str | None:
     """What is wrong with a name before anything is read."""
     if is_hub(path) and len(path.split(":")) != 3:
-        return f"{path!r} was given; wanted hub:NAME:SPLIT, such as hub:openai/gsm8k:train"
+        return f"got {path!r}; wanted hub:NAME:SPLIT, such as hub:openai/gsm8k:train"
     if (is_hub(path) or ending(path) == ".parquet") and importlib.util.find_spec("datasets") is None:
         return f"{path!r} needs the package datasets, which is not installed; pip install 'lori_dist[data]'"
     return None

@@ -191,5 +191,5 @@ def test_what_is_no_range_is_refused(module: Any, text: str) -> None:
 )
 def test_options_of_merges_are_refused_before_work(method: str, options: dict[str, Any]) -> None:
     found = plugin.find("merges", method, "merge", "merges.all.method")
-    with pytest.raises(ConfigError, match=rf"^merges\.all\.method\.{next(iter(options))}: .* was given; "):
+    with pytest.raises(ConfigError, match=rf"^merges\.all\.method\.{next(iter(options))}: got .*; "):
         found.bind(options, "merges.all.method")

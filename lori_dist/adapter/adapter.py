@@ -32,7 +32,7 @@ class Spec:
     """Whether A is made once and kept, or is made anew in each product and takes no memory, which is equal up to
     rounding; or is trained as B is, from the A of the seed on (LoRA)."""
     modules_to_save: tuple[str, ...] = ()
-    """Paths, or their last parts, of modules that are trained whole and stored with the adapter."""
+    """Paths, or their last parts, of modules that are trained in full and stored with the adapter."""
     exclude: tuple[str, ...] = ()
     """Names, paths or patterns of layers that are left out of the targets."""
 

@@ -1,4 +1,4 @@
-"""Modules that are trained whole, such as the head of a classifier, and stored with the adapter."""
+"""Modules that are trained in full, such as the head of a classifier, and stored with the adapter."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -122,7 +122,7 @@ def _kept(parameter: nn.Parameter) -> Tensor:
 
 
 def refuse_both(targets: Mapping[str, nn.Module], chosen: Mapping[str, nn.Parameter]) -> None:
-    """Raises AdapterError for a layer that would get an update and be trained whole."""
+    """Raises AdapterError for a layer that would get an update and be trained in full."""
     for path in targets:
         if any(name.startswith(f"{path}.") for name in chosen):
             raise AdapterError(f"targets: {path} is also in modules_to_save; remove it from one of them")

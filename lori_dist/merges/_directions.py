@@ -29,7 +29,7 @@ def kept_per_task(updates: Sequence[Update], keep: int | None) -> int:
         if room < most:
             most, where = room, f"in {module} they share an A of rank {parts[0].rank}"
     if most < 1 or (keep is not None and keep > most):
-        asked = "at least 1 is needed" if keep is None else f"{keep} was given"
+        asked = "at least 1 is needed" if keep is None else f"got {keep}"
         raise ConfigError(
             f"merge.method.keep: {asked}, and {where}, which has room for {most} of each of {len(tasks)} tasks; "
             + (f"give at most {most}" if most else "merge fewer tasks, or with another method")

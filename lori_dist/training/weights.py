@@ -308,7 +308,7 @@ def whole(parameter: Tensor) -> Part:
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name, as it was before an adapter was attached -> parameter that is not trained, or trained whole."""
+    """Name, as it was before an adapter was attached -> parameter that is not trained, or trained in full."""
     inside = {f"{path}.base." for path, module in model.named_modules() if isinstance(module, HOLDERS)}
 
     def name_before(name: str) -> str:

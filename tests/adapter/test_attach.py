@@ -242,7 +242,7 @@ def test_an_adapter_that_came_ready_made_is_not_extracted() -> None:
 )
 def test_a_spec_that_can_be_no_adapter_is_refused(wrong: dict[str, Any]) -> None:
     (name,) = wrong
-    with pytest.raises(AdapterError, match=f"^{name}: .* was given; "):
+    with pytest.raises(AdapterError, match=f"^{name}: got .*; "):
         dataclasses.replace(SPEC, **wrong)
 
 

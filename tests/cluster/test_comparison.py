@@ -81,10 +81,10 @@ def test_mistakes_of_all_variants_are_told_at_once(tree: dict[str, Any], tmp_pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seeds": []}, "seeds: a list was given; wanted at least one$"),
+        ({"seeds": []}, "seeds: got a list; wanted at least one$"),
         ({"seed": [1]}, "seed: there is no such key; there are name, config, seeds, .* Did you mean 'seeds'"),
         ({"name": "a/b"}, "name: got 'a/b'; names are "),
-        ({"variants": {}}, "variants: a mapping was given; wanted at least one$"),
+        ({"variants": {}}, "variants: got a mapping; wanted at least one$"),
         ({"variants": {"x": 1}}, "variants.x: got 1; wanted a mapping"),
         ({"config": None}, "config: got nothing; wanted text$"),
     ],

@@ -126,7 +126,7 @@ def test_patterns_are_for_the_modules_of_their_own_adapter(three: list[Adapter])
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_numbers_that_are_not_finite_are_refused(three: list[Adapter], number: float) -> None:
-    with pytest.raises(ConfigError, match=f"{number} was given for task1; give a finite number"):
+    with pytest.raises(ConfigError, match=f"got {number} for task1; give a finite number"):
         merge(three, method="linear", weights=[1.0, {"q_proj": number}, 1.0])
 
 
