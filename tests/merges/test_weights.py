@@ -144,7 +144,7 @@ def test_the_command_takes_patterns(
     for text in ("{q_proj: x},1", "{q_proj: [1]},1", "[1],1", "{,1", "null,1"):
         capsys.readouterr()
         assert main([*words[:1], "no", *words[2:], text]) == 2
-        assert capsys.readouterr().err.startswith(f"--weights: {text!r}")
+        assert capsys.readouterr().err.startswith(f"--weights: got {text!r}")
 
 
 SHAPE = "layers.1.q_proj"
