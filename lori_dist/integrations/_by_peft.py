@@ -28,8 +28,14 @@ def read(folder: Path, model: nn.Module) -> tuple[dict[str, Factors], dict[str, 
         warnings.simplefilter("ignore")  # they are for people who train
         config = PeftConfig.from_pretrained(str(folder))
         wrapped = inject_adapter_in_model(config, model, NAME, low_cpu_mem_usage=True)
-        set_peft_model_state_dict(wrapped, load_peft_weights(str(folder), device="cpu"), NAME, low_cpu_mem_usage=True)
+        weights = {_key(key): tensor for key, tensor in load_peft_weights(str(folder), device="cpu").items()}
+        set_peft_model_state_dict(wrapped, weights, NAME, low_cpu_mem_usage=True)
     return dict(_updates(wrapped)), dict(_saved(wrapped))
+
+
+def _key(key: str) -> str:
+    """PEFT looks for modules_to_save by their names in the model it was given, which is not a PeftModel here."""
+    return key if ".lora_" in key else key.removeprefix("base_model.model.")
 
 
 def _updates(model: nn.Module) -> Iterator[tuple[str, Factors]]:

@@ -15,7 +15,7 @@ from lori_dist.cluster.connection import connected
 from lori_dist.cluster.gang import DIED, Broken, Gangs, Place, interface, ranked, variables
 from lori_dist.cluster.work import Assignment, train_rank
 from lori_dist.config import Choice, Cluster
-from lori_dist.errors import JobError
+from lori_dist.errors import Stopped
 from lori_dist.jobs import Job, train_job
 from tests.cluster.trained import described
 
@@ -113,7 +113,7 @@ def test_a_gang_that_ends_while_it_waits_is_replaced(tmp_path: Path) -> None:
             third.run(time.sleep, 60, gangs.stopping)
         assert time.monotonic() - start < 10
         third.close()
-        with pytest.raises(JobError, match="stopped"):
+        with pytest.raises(Stopped, match="the run ends"):
             gangs.take(job, run.cluster)
 
 
