@@ -24,7 +24,8 @@ DEADLINE = 300.0
 ROUNDING = 5e-6
 """Relative, between a training and the same one that was cut off and went on."""
 OTHER_WORLD = 2e-5
-"""Between trainings on different numbers of ranks, which add up in another order."""
+"""Between trainings on different numbers of ranks, which add up in another order: over all values, as rounding differs
+between processors, and a single small module can be at 2e-5."""
 
 
 def described(folder: Path, **cluster: Any) -> config.Run:
@@ -116,13 +117,17 @@ def assert_undisturbed(run: config.Run, folder: Path, *, world_size: int, tolera
 
 
 def assert_close(path: Path, wanted: Path, tolerance: float = ROUNDING) -> None:
-    """That two adapters keep the same entries, with values that differ by so much at most, relative."""
+    """That two adapters keep the same entries, with values that differ by so much at most, relative: those of each
+    module, or with `OTHER_WORLD` all of them together."""
     found, expected = file.load(path).blocks[0].entries, file.load(wanted).blocks[0].entries
     assert found.keys() == expected.keys()
     for module, entries in expected.items():
         assert entries.index is not None and found[module].index is not None
         assert torch.equal(found[module].index, entries.index)
-        assert (found[module].values - entries.values).norm() <= tolerance * entries.values.norm()
+    groups = [[*expected]] if tolerance == OTHER_WORLD else [[module] for module in expected]
+    for modules in groups:
+        ours, theirs = (torch.cat([made[module].values for module in modules]) for made in (found, expected))
+        assert (ours - theirs).norm() <= tolerance * theirs.norm()
 
 
 def _train(run: config.Run, folder: str) -> None:
