@@ -42,7 +42,7 @@ def origin(adapter: Path) -> Origin:
     if of_this is None:
         return Origin(settings=record["settings"])
     # A merge's own record does not know the base model.
-    settings = {"model": of_this["settings"].get("model"), **record["settings"]}
+    settings = {"model": of_this.get("settings", {}).get("model"), **record["settings"]}
     return Origin(settings=settings, measured=of_this["result"]["evaluation"])
 
 

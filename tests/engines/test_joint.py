@@ -11,8 +11,8 @@ from lori_dist.training.engine import trained
 from lori_dist.training.surgery import Conflicts, surgery
 from lori_dist.training.world import from_environment
 from tests.distributed import run_distributed
-from tests.engines.joint import SEED, TASKS, Way, do, one_process, run
-from tests.engines.oracle import TRAIN, Course, difference
+from tests.engines.joint import SEED, TASKS, TRAIN, Way, do, one_process, run
+from tests.engines.oracle import Course, difference
 from tests.models import on_meta
 
 TOLERANCE = 5e-6

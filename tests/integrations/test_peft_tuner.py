@@ -156,7 +156,7 @@ def test_another_a_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"r": 0}, "rank: 0"),
+        ({"r": 0}, "rank: got 0"),
         ({"projection_dtype": "float33"}, "projection_dtype"),
         ({"generator": "other"}, "generator"),
         ({"layers_pattern": "layers"}, "layers_pattern"),

@@ -234,6 +234,6 @@ def test_shards_are_read_by_their_index(saved: Path, tmp_path: Path) -> None:
 def test_files_that_are_no_safetensors_are_refused(folder: Path, content: bytes) -> None:
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(
-        ConfigError, match=r"^model.path: .* cannot be loaded \(ValueError: model.safetensors is no safeten"
+        ConfigError, match=r"^model.path: .* cannot be loaded \(ValueError: model.safetensors is not a safetensors "
     ):
         identity(Model(path=str(folder)))
