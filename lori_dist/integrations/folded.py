@@ -165,7 +165,7 @@ def _compare(base: config.Model, folder: Path, adapter: Adapter, updated: Mappin
             for row in {int((rows @ (right @ right.t())).mul(rows).sum(1).argmax()), place.num_rows - 1}:
                 before, after = (_row(where, start + row) for where in (was, now))
                 expected = (before + rows[row] @ right).to(was.dtype).double()
-                # It was rounded twice, in fp32 and to the weight's dtype; here once. In fp32 the terms count, not the sum.
+                # It was rounded twice, in fp32 and to the weight's dtype; here once; in fp32 the terms count.
                 terms = before.abs() + rows[row].abs() @ right.abs()
                 absolute = 4 * torch.finfo(torch.float32).eps * float(terms.max())
                 if not torch.allclose(after, expected, rtol=4 * torch.finfo(was.dtype).eps, atol=absolute):

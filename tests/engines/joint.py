@@ -21,7 +21,7 @@ from tests.engines.oracle import PAD, Course, _state, examples
 from tests.models import tiny_llama
 
 TRAIN = replace(oracle.TRAIN, eps=1e-6)
-"""With an eps above the rounding of projected gradients, of which the first steps of Adam would else see signs alone."""
+"""With an eps above the rounding of projected gradients, of which Adam would else see signs alone at first."""
 TASKS = ("one", "two", "three")
 WEIGHTS = (1.0, 2.5, 0.7)
 STEPS = 4
