@@ -97,7 +97,7 @@ def test_a_killed_pack_goes_on_and_a_broken_task_ends_alone(run: config.Run, tmp
     separate = replace(run, name="alone", cluster=replace(run.cluster, packing="off"))
     with driven(separate, tmp_path) as driver:
         assert driver.ends() == 0, driver.said()
-    run = replace(run, tasks={**run.tasks, "broken": replace(run.tasks["copy"], lr=1e30)})
+    run = replace(run, tasks={**run.tasks, "broken": replace(run.tasks["copy"], lr=1e38)})
     with driven(run, tmp_path) as driver:
         driver.until(lambda: last_step(run)[1] >= 15)
         os.kill(driver.until(lambda: process_of(run, 1, 1)), signal.SIGKILL)

@@ -75,7 +75,7 @@ def run(inputs: Path) -> config.Run:
                     "test": str(inputs / f"{name}-test.jsonl"),
                     "lr": lr,
                 }
-                for name, lr in (("copy", 1e-2), ("reverse", 1e30))
+                for name, lr in (("copy", 1e-2), ("reverse", 1e38))
             },
             "adapter": {"rank": 4, "density": 0.3},
             "train": {"steps": 120, "batch_size": 3, "micro_batch_size": 1, "checkpoint_every": 10},

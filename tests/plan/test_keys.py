@@ -39,6 +39,7 @@ MATTERS: dict[str, list[str]] = {
     "tasks.*.epochs": ["tasks.one.epochs=5"],
     "adapter.rank": ["adapter.rank=32"],
     "adapter.targets": ["adapter.targets=q_proj"],
+    "adapter.exclude": ["adapter.exclude=[q_proj]"],
     "adapter.density": ["adapter.density=0.2"],
     "adapter.dtype": ["adapter.dtype=bfloat16"],
     "adapter.projection": ["adapter.projection=recomputed"],
@@ -95,7 +96,9 @@ BEFORE: dict[str, list[str]] = {
 CANNOT_MATTER: dict[str, tuple[list[str], str]] = {
     "name": (["name=other"], "a folder's name"),
     "output": (["output=elsewhere"], "a folder's place"),
+    "model.trust_remote_code": (["model.trust_remote_code=true"], "a model without code of its own is the same"),
     "tasks.*.seed": (["tasks.one.seed=5"], "another A of the same size"),
+    "tasks.*.template.date": ([], "for chat templates alone, where a date is a few tokens of a row"),
     "tasks.*.lr": (["tasks.one.lr=0.1"], "a number in the optimizer"),
     "adapter.alpha": (["adapter.alpha=7"], "a factor"),
     "adapter.mask": (["adapter.mask=random"], "as many entries are kept; chosen once, in seconds, on the host"),
