@@ -106,8 +106,8 @@ def test_a_gang_that_ends_while_it_waits_is_replaced(tmp_path: Path) -> None:
             second.run(_dies, None, gangs.stopping)
         assert caught.value.failure.message == DIED
         second.close()
-        threading.Timer(1.0, gangs.stopping.set).start()
         third = Gangs(environment={}, nodes=nodes, stopping=gangs.stopping).take(job, run.cluster)
+        threading.Timer(1.0, gangs.stopping.set).start()
         start = time.monotonic()
         with pytest.raises(Broken, match="stopped"):
             third.run(time.sleep, 60, gangs.stopping)
