@@ -23,7 +23,7 @@ JOBS = [
     job("evaluate", "all", subject="all"),
     job("train", "code", task="code"),
     job("train", "math", task="math"),
-    job("merge", "all", merge="all"),
+    job("merge", "all", merge="all", tasks=[], weights=[]),
     job("evaluate", "math", subject="math"),
     job("evaluate", "base", subject="base"),
 ]
