@@ -39,10 +39,14 @@ def is_url(output: str) -> bool:
     return "://" in output
 
 
+MIRRORS = "LORI_MIRRORS"
+"""Variable of the environment: where mirrors are, for processes that have a TMPDIR of their own."""
+
+
 def mirror_folder(output: str, name: str) -> Path:
     """Where this machine's and this user's copy of a run is. The same in every process."""
     digest = hashlib.blake2b(output.rstrip("/").encode(), digest_size=8).hexdigest()
-    return Path(tempfile.gettempdir()) / f"lori-{os.getuid()}" / digest / name
+    return Path(os.environ.get(MIRRORS) or tempfile.gettempdir()) / f"lori-{os.getuid()}" / digest / name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lori_dist import storage
 from lori_dist.cluster import scratch
 from lori_dist.cluster.schedule import Resources
 from lori_dist.config import Run
@@ -232,6 +233,7 @@ def _settings(run: Run, environment: Mapping[str, str], place: Path | None) -> d
         wanted["RAY_gcs_server_port_wait_time_s"] = "1"  # one try of 40 seconds, not twenty
     kept = {name: value for name, value in wanted.items() if name not in environment}
     if place is not None:
+        kept |= {storage.MIRRORS: os.environ.get(storage.MIRRORS) or tempfile.gettempdir()}
         kept |= {"TMPDIR": str(place)}  # processes that are ended by a signal leave what they have there
         if run.train.compile and "TORCHINDUCTOR_CACHE_DIR" not in environment:  # kept, as it saves the next run minutes
             kept |= {"TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"}
