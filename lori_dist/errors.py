@@ -71,8 +71,8 @@ class JobError(LoriError, RuntimeError):
 
 
 class Stopped(LoriError):
-    """A run was ended by `lori stop`. The same run again goes on from there."""
+    """A run was ended by `lori stop`. The same run again resumes from there."""
 
 
 class Preempted(Stopped):
-    """What was asked to end, by a signal or for its time, has saved and ended. The same again goes on from there."""
+    """What was asked to end, by a signal or for its time, has saved and ended. The same again resumes from there."""

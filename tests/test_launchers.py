@@ -114,7 +114,8 @@ def test_a_signal_to_one_rank_saves_and_another_launcher_goes_on(
     engine = f"train.engine={{name: tests.launched, mark: {tmp_path / 'mark'}, fault: terminate, rank: {rank}}}"
     launched = launch(launcher()[0], [engine], folder, tmp_path / "log")
     assert launched.codes == [code], launched.output
-    said = "math after step 2 of 3 of phase calibrate: saved and ended, as SIGTERM came; the same command goes on from "
+    where = "math after step 2 of 3 of phase calibrate"
+    said = f"{where}: saved and ended, as SIGTERM came; the same command resumes from there"
     assert launched.output.count(said) == 1
     again = launch(torchrun()[0], [], folder, tmp_path / "again")
     assert again.codes == [0], again.output

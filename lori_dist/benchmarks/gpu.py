@@ -108,7 +108,7 @@ def run(
     training = {method: _row(name, one, seconds[method], rows * length, peak, matmul) for method, one in found.items()}
     return {
         "rows": [
-            {"what": "matmul", "tflops": round(matmul / 1e12, 3), "peak_tflops": peak and peak / 1e12},
+            {"what": "matmul", "tflops": _digits(matmul / 1e12), "peak_tflops": peak and peak / 1e12},
             *({"what": "training", "method": method, **row} for method, row in training.items()),
             *({"what": "layer", "method": method, **row} for method, row in of_layer.items()),
         ],
@@ -260,6 +260,11 @@ def _matmul(device: torch.device) -> float:
     return 2 * side**3 / statistics.median(seconds)
 
 
+def _digits(value: float) -> float:
+    """To four significant digits: a slow CPU's TFLOP/s are thousandths."""
+    return float(f"{value:.4g}")
+
+
 def _row(
     shape: str,
     found: Mapping[str, Any],
@@ -277,8 +282,8 @@ def _row(
         "step_seconds": round(median, 4),
         "step_seconds_quartiles": [round(low, 4), round(high, 4)],
         "tokens_per_second": round(tokens / median),
-        "tflops": round(rate / 1e12, 4),
-        "mfu": None if peak is None else round(rate / peak, 4),
-        "of_matmul": round(rate / matmul, 4),
+        "tflops": _digits(rate / 1e12),
+        "mfu": None if peak is None else _digits(rate / peak),
+        "of_matmul": _digits(rate / matmul),
         **others,
     }

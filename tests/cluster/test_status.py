@@ -46,7 +46,8 @@ def run(tmp_path: Path) -> Path:
     (partial / "metrics.jsonl").write_text(
         record(50, at=90.0, phase="calibrate") + "".join(record(n, at=at) for n, at in enumerate(times, 1)) + '{"pha'
     )
-    attempts = [{"number": 1, "error": "the process died"}, {"number": 2, "error": None}]
+    ended = {"number": 1, "started": time.time() - 90, "seconds": 20.0, "error": "the process died"}
+    attempts = [ended, {"number": 2, "started": time.time() - 70, "seconds": None, "error": None}]
     (partial / "attempts.json").write_text(json.dumps({"attempts": attempts}))
     jobs = {
         "train-math": {"state": "running", "started": time.time() - 70},
@@ -228,7 +229,7 @@ def test_a_job_s_name_in_the_summary_leads_nowhere(tmp_path_factory: pytest.Temp
     if allowed:
         assert [item["name"] for item in status(root)["jobs"]] == [name]
     else:
-        with pytest.raises(JobError, match="no job's name"):
+        with pytest.raises(JobError, match="not a job's name"):
             status(root)
 
 
