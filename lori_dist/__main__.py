@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -416,13 +417,14 @@ def bench(arguments: argparse.Namespace) -> None:
     options = suite.bind(_options(arguments.settings), "SUITE")
     if arguments.out is not None:
         _check_writable(arguments.out, "--out")
-    from lori_dist.benchmarks import machine
+    from lori_dist.benchmarks import provenance
 
+    begun = provenance(shlex.join(["lori", "bench", arguments.suite, *arguments.settings]))
     measured = suite.load()(**options)
     ratios = [(name, str(ratio)) for name, ratio in _flat(measured["ratios"])]
     print(describe.records(measured["rows"]), describe.table(("ratio", ""), ratios), sep="\n\n")
     if arguments.out is not None:
-        _write_json(arguments.out, {"suite": arguments.suite, "options": options, "machine": machine(), **measured})
+        _write_json(arguments.out, {"suite": arguments.suite, "options": options, **begun, **measured})
 
 
 def _flat(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

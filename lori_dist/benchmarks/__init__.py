@@ -1,5 +1,7 @@
 """Measurements, one suite a file: `run()` returns {"rows": what was measured, "ratios": name -> what it says}."""
 
+import datetime
+import importlib.metadata
 import os
 import platform
 from pathlib import Path
@@ -7,13 +9,30 @@ from typing import Any
 
 import torch
 
-__all__ = ["machine"]
+__all__ = ["machine", "provenance"]
+
+VERSIONS_OF = ("torch", "deepspeed", "transformers", "accelerate", "peft", "ray")
+
+
+def provenance(command: str) -> dict[str, Any]:
+    """What a figure needs to be believed: the command, the day, the machine and its load, and the versions."""
+    versions = {name: found for name in VERSIONS_OF if (found := _version(name)) is not None}
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return {"command": command, "date": today, "machine": machine(), "versions": versions}
 
 
 def machine() -> dict[str, Any]:
-    """Where something was measured."""
+    """Where something was measured. load: processes that ran or waited, on average over the last minute."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": _processor(), "cores": os.cpu_count(), "gpu": gpu, "torch": torch.__version__}
+    load = round(os.getloadavg()[0], 1)
+    return {"cpu": _processor(), "cores": os.cpu_count(), "gpu": gpu, "torch": torch.__version__, "load": load}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:
