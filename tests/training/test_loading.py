@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lori_dist.benchmarks import loading
 from lori_dist.training.world import from_environment
+from tests.benchmarks import loading
 from tests.distributed import run_distributed
 
 

@@ -1,5 +1,10 @@
-"""The most memory a rank takes while an engine loads a base, over the base."""
+"""The most memory a rank takes while an engine loads a base, over the base.
 
+python -m tests.benchmarks.loading --out loading.json
+"""
+
+import argparse
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lori_dist import config, plugin
 from lori_dist.adapter.adapter import Spec
 from lori_dist.adapter.attach import attach
+from lori_dist.benchmarks import provenance
 from lori_dist.benchmarks._gang import gang
 from lori_dist.benchmarks._methods import from_files, make_llama
 from lori_dist.benchmarks._traffic import process_bytes
@@ -93,3 +99,15 @@ def _most(world: World, what: str, before: int) -> int:
     if world.size > 1:
         torch.distributed.all_reduce(grown, op=torch.distributed.ReduceOp.MAX)
     return int(grown)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.loading", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    out: Path = parser.parse_args().out
+    begun = provenance("python -m tests.benchmarks.loading")
+    out.write_text(json.dumps({"suite": "loading", "options": {}, **begun, **run()}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
