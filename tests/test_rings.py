@@ -71,7 +71,6 @@ LIBRARIES = {
     "benchmarks/merge.py": {"torch", "peft"},
     "benchmarks/_methods.py": {"torch", "numpy", "transformers", "peft"},
     "benchmarks/train.py": {"torch", "safetensors", "numpy", "transformers"},
-    "benchmarks/orchestration.py": {"ray"},
     "cluster": {"torch", "numpy"},
     "integrations/_by_peft.py": {"torch", "peft"},
     "integrations/peft_tuner.py": {"torch", "peft"},

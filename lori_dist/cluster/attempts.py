@@ -104,7 +104,7 @@ def _result(run: Run, assignment: Assignment, gangs: Gangs, history: "History") 
         return result
     history.begin(workers=1)
     if "search" in job.settings:
-        assignment = trials.searched(run, assignment)
+        assignment = trials.searched(run, assignment, gangs.stopping)
     function = {"merge": merge_adapters, "evaluate": evaluate_model}[job.kind]
     return dict(gang.result(gang.remote(run, job, function)(assignment), gangs.stopping))
 

@@ -469,13 +469,24 @@ def remote(run: Run, job: Job, function: Callable[..., Any]) -> Callable[..., An
     return functools.partial(task.remote, 0, function)
 
 
+def first_done(references: Sequence[Any], stopping: threading.Event) -> Any:
+    """That of the tasks which ends first. Raises Broken once `stopping` is set."""
+    import ray
+
+    while True:
+        done, _ = ray.wait(list(references), num_returns=1, timeout=POLL_SECONDS)
+        if done:
+            return done[0]
+        if stopping.is_set():
+            raise Broken(Failure(rank=None, time=time.time(), types=(), message="stopped"))
+
+
 def result(reference: Any, stopping: threading.Event | None = None) -> Any:
     """What a task returned. Waits for its end. Raises Broken with its failure, or once `stopping` is set."""
     import ray
 
-    while stopping is not None and not ray.wait([reference], timeout=POLL_SECONDS)[0]:
-        if stopping.is_set():
-            raise Broken(Failure(rank=None, time=time.time(), types=(), message="stopped"))
+    if stopping is not None:
+        first_done([reference], stopping)
     try:
         outcome: Outcome = ray.get(reference)
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.LocalRayletDiedError):

@@ -4,13 +4,14 @@ import collections
 import dataclasses
 import itertools
 import logging
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lori_dist import config, storage
 from lori_dist.cluster import search
-from lori_dist.cluster.gang import remote, result
+from lori_dist.cluster.gang import first_done, remote, result
 from lori_dist.cluster.summary import ADAPTER
 from lori_dist.cluster.work import Assignment, merged, working
 from lori_dist.config import Run
@@ -22,8 +23,11 @@ SEARCH, TRIED = "search.jsonl", "tried"
 log = logging.getLogger(__name__)
 
 
-def searched(run: Run, assignment: Assignment) -> Assignment:
-    """The merge with the best of the weights that are tried. Each is measured by a Ray task, several side by side."""
+def searched(run: Run, assignment: Assignment, stopping: threading.Event) -> Assignment:
+    """The merge with the best of the weights that are tried. Each is measured by a Ray task, several side by side.
+
+    Raises Broken where a trial fails, or once `stopping` is set; what was measured by then is in search.jsonl.
+    """
     job, partial = assignment.job, assignment.attempt.partial
     settings = job.settings["search"]
     trial = dataclasses.replace(assignment, tree=config.dump(_on_validation_rows(run, job, partial / TRIED)))
@@ -43,7 +47,7 @@ def searched(run: Run, assignment: Assignment) -> Assignment:
                 waiting[try_(trial, weights, f"{len(known) + len(waiting)}.safetensors")] = point
         try:
             while waiting:
-                [done], _ = ray.wait(list(waiting), num_returns=1)
+                done = first_done(list(waiting), stopping)
                 metrics = result(done)
                 point = waiting.pop(done)
                 known[point] = search.mean(metrics, lower_is_better=is_loss)

@@ -1,10 +1,9 @@
 """The most memory a rank takes while an engine loads a base, over the base.
 
-python -m tests.benchmarks.loading --out loading.json
+`python -m tests.benchmarks.loading --out loading.json` measures it.
 """
 
-import argparse
-import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lori_dist import config, plugin
+from lori_dist.__main__ import main
 from lori_dist.adapter.adapter import Spec
 from lori_dist.adapter.attach import attach
-from lori_dist.benchmarks import provenance
 from lori_dist.benchmarks._gang import gang
 from lori_dist.benchmarks._methods import from_files, make_llama
 from lori_dist.benchmarks._traffic import process_bytes
@@ -101,13 +100,5 @@ def _most(world: World, what: str, before: int) -> int:
     return int(grown)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.loading", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    out: Path = parser.parse_args().out
-    begun = provenance("python -m tests.benchmarks.loading")
-    out.write_text(json.dumps({"suite": "loading", "options": {}, **begun, **run()}, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main(["bench", "tests.benchmarks.loading", *sys.argv[1:]]))

@@ -29,7 +29,7 @@ def load(folder: Path = HERE / "results") -> dict[str, list[Measured]]:
     found: dict[str, list[Measured]] = {}
     for path in sorted(folder.glob("*.json")):
         measured = json.loads(path.read_text())
-        found.setdefault(measured["suite"], []).append(measured)
+        found.setdefault(measured["suite"].rpartition(".")[2], []).append(measured)
     return found
 
 

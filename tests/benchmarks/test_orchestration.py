@@ -17,7 +17,10 @@ pytestmark = [
 
 def test_every_way_to_start_is_measured(tmp_path: Path) -> None:
     out = tmp_path / "orchestration.json"
-    assert main(["bench", "orchestration", "workers=1", "jobs=2", "repetitions=1", "--out", str(out)]) == 0
+    assert (
+        main(["bench", "tests.benchmarks.orchestration", "workers=1", "jobs=2", "repetitions=1", "--out", str(out)])
+        == 0
+    )
     found = json.loads(out.read_text())
     ways = {row["how"]: row["seconds"] for row in found["rows"] if row["what"] == "start"}
     assert set(ways) == {"new", "waiting", "torch_trainer"}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lori_dist.benchmarks.shapes import run
+from tests.benchmarks.shapes import run
 
 ROOT = Path(__file__).parents[2]
 

@@ -111,6 +111,7 @@ def test_where_a_run_fails_the_others_are_done(tree: dict[str, Any], tmp_path: P
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_its_figures_are_those_of_the_runs(tree: dict[str, Any], run: config.Run, tmp_path: Path) -> None:
     loaded(tree, tmp_path)
     command = [sys.executable, "-m", "lori_dist", "compare", str(tmp_path / "comparison.yaml")]

@@ -60,6 +60,7 @@ def test_the_interface_of_an_address() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_gang_trains_again_as_a_new_one_does(tmp_path: Path) -> None:
     run = described(tmp_path / "inputs", workers=2, cpus_per_worker=0.5)
     run = dataclasses.replace(run, train=dataclasses.replace(run.train, steps=6, checkpoint_every=None))

@@ -10,7 +10,7 @@ from lori_dist import load_adapter
 from lori_dist.config import Choice
 from tests.cluster.trained import described, driven
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def test_one_adapter_is_trained_and_measured_on_every_task(tmp_path: Path) -> None:

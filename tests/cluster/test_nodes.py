@@ -87,6 +87,7 @@ def test_ranks_are_placed_as_the_run_asks(nodes: Nodes, tmp_path: Path) -> None:
     assert len({rank["node"] for rank in wide}) == 2
 
 
+@pytest.mark.slow
 def test_a_run_on_three_nodes_goes_on_with_two(nodes: Nodes, tmp_path: Path) -> None:
     run = described(tmp_path, address=nodes.address, workers=3, min_workers=2, placement="strict_spread")
     with driven(run, tmp_path) as driver:

@@ -93,6 +93,7 @@ def summary(run: config.Run) -> dict[str, Any]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_killed_pack_goes_on_and_a_broken_task_ends_alone(run: config.Run, tmp_path: Path) -> None:
     separate = replace(run, name="alone", cluster=replace(run.cluster, packing="off"))
     with driven(separate, tmp_path) as driver:

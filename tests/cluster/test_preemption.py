@@ -23,6 +23,7 @@ from tests.raylets import ENVIRONMENT, RAY, Nodes
 pytestmark = pytest.mark.ray
 
 
+@pytest.mark.slow
 def test_a_run_that_is_ended_does_no_step_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without checkpoints but that of a training that is asked to save. In a TMPDIR that is too long for sockets."""
     place = tmp_path / ("scratch_of_a_job_on_some_cluster/" * 3)

@@ -1,8 +1,12 @@
-"""What starting a training on a Ray cluster costs, beside a bare TorchTrainer, and what a job costs beside its work."""
+"""What starting a training on a Ray cluster costs, beside a bare TorchTrainer, and what a job costs beside its work.
+
+`python -m tests.benchmarks.orchestration --out orchestration.json` measures it.
+"""
 
 import dataclasses
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -10,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from lori_dist import config, folder
+from lori_dist.__main__ import main
 from lori_dist.cluster.connection import connected
 from lori_dist.cluster.gang import Gangs
 from lori_dist.cluster.run import execute, with_absolute_paths
@@ -128,3 +133,7 @@ def _jobs(run: Run, count: int) -> tuple[float, float]:
     seconds = [summary["jobs"][f"train-{name}"]["seconds"] for name in tasks]
     trained = [summary["adapters"][name]["seconds"] for name in tasks]
     return statistics.median(seconds), statistics.median(a - b for a, b in zip(seconds, trained, strict=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main(["bench", "tests.benchmarks.orchestration", *sys.argv[1:]]))

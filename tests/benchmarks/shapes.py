@@ -1,5 +1,9 @@
-"""The shapes of a 70B model on one machine: attaching, masks, A, files, and one block that is trained for real."""
+"""The shapes of a 70B model on one machine: attaching, masks, A, files, and one block that is trained for real.
 
+`python -m tests.benchmarks.shapes --out shapes.json` measures it.
+"""
+
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lori_dist import config, plugin
+from lori_dist.__main__ import main
 from lori_dist.adapter import file
 from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec
 from lori_dist.adapter.attach import attach
@@ -215,3 +220,7 @@ def _trained(
         losses.append(made.step([batch], num_targets=world.size * rows * (length - 1), lr=1e-3).loss)
         seconds = time.perf_counter() - start
     return {"seconds": round(seconds, 3), "megabytes": _peak(), "first_loss": losses[0], "last_loss": losses[-1]}
+
+
+if __name__ == "__main__":
+    sys.exit(main(["bench", "tests.benchmarks.shapes", *sys.argv[1:]]))
