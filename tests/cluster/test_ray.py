@@ -78,7 +78,7 @@ def run(inputs: Path) -> config.Run:
                 for name, lr in (("copy", 1e-2), ("reverse", 1e38))
             },
             "adapter": {"rank": 4, "density": 0.3},
-            "train": {"steps": 120, "batch_size": 3, "micro_batch_size": 1, "checkpoint_every": 10},
+            "train": {"steps": 80, "batch_size": 3, "micro_batch_size": 1, "checkpoint_every": 10},
             "merges": {"both": {"method": "concat"}},
             "evaluate": {"max_new_tokens": 4},
             "cluster": {"workers": 2, "cpus_per_worker": 0.5},

@@ -72,7 +72,8 @@ def test_a_run_is_reached_from_nowhere_else_and_keeps_its_secrets(
     monkeypatch.setenv("STORE_URL", f"s3://me:{login}@store/bucket")
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     run = described(tmp_path, workers=2, cpus_per_worker=0.5, retries=0)
-    run = dataclasses.replace(run, merges={"bad": config.Merge(method=config.Choice(name="leaky.method"))})
+    bad = config.Merge(method=config.Choice(name="leaky.method"))
+    run = dataclasses.replace(run, merges={"bad": bad}, train=dataclasses.replace(run.train, steps=15))
     seen: dict[str, set[str]] = {}
     commands: set[str] = set()
     token = session = ""
@@ -177,7 +178,10 @@ def test_a_run_without_the_cluster_s_token_is_refused(
 
 
 @pytest.mark.usefixtures("without")
-@pytest.mark.parametrize("where", ["RAY_AUTH_TOKEN_PATH", "RAY_AUTH_TOKEN", "home"])
+@pytest.mark.parametrize(
+    "where",
+    ["RAY_AUTH_TOKEN_PATH", *(pytest.param(other, marks=pytest.mark.slow) for other in ("RAY_AUTH_TOKEN", "home"))],
+)
 def test_a_run_finds_the_user_s_token_and_tells_it_to_nobody(
     nodes: Nodes, token: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:

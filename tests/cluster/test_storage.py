@@ -18,8 +18,10 @@ from tests.raylets import Machine, Node, Nodes
 pytestmark = pytest.mark.ray
 
 
+@pytest.mark.slow
 def test_a_url_gives_the_bytes_a_path_gives_also_after_a_kill(tmp_path: Path) -> None:
-    """A worker is killed once a checkpoint is on storage; a second attempt goes on from one."""
+    """A worker is killed once a checkpoint is on storage; a second attempt resumes from one. Another setting keeps the
+    finished adapter on storage under another name."""
     plain = described(tmp_path, workers=1, cpus_per_worker=0.5, retries=2)
     with driven(plain, tmp_path) as driver:
         assert driver.ends() == 0, driver.said()
@@ -38,6 +40,11 @@ def test_a_url_gives_the_bytes_a_path_gives_also_after_a_kill(tmp_path: Path) ->
         name = "train-copy/adapter.safetensors"
         assert (store / name).read_bytes() == (plain.folder / name).read_bytes()
         assert not (store / ".partial-train-copy").exists()
+        with driven(dataclasses.replace(run, train=dataclasses.replace(run.train, lr=4e-3)), tmp_path) as driver:
+            assert driver.ends() == 0, driver.said()
+        assert "train.lr 0.01 -> 0.004; it is done again, and what is there is kept as train-copy.1" in driver.said()
+        assert (store / "train-copy.1" / "adapter.safetensors").read_bytes() == (plain.folder / name).read_bytes()
+        assert (store / name).read_bytes() != (plain.folder / name).read_bytes()
     finally:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(run.folder.parent)
