@@ -259,7 +259,7 @@ def test_progress_tells_the_steps(story: Story) -> None:
     steps = [event for event in story.events if event.job == "train-copy" and event.num_steps]
     assert steps
     assert {event.phase for event in steps} <= {"calibrate", "train"}
-    assert all(0 < event.step <= event.num_steps == 120 and event.loss is not None for event in steps)
+    assert all(0 < event.step <= event.num_steps == 80 and event.loss is not None for event in steps)
     assert story.events[-1].num_jobs == 7
 
 
