@@ -82,6 +82,7 @@ def place() -> Iterator[Path]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_its_commands_run_the_quickstart(place: Path) -> None:
     """As processes of this machine: with other ports, a token in another file, and few steps."""
     import ray

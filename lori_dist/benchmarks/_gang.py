@@ -1,6 +1,7 @@
 """Processes that do something together, for benchmarks."""
 
 import json
+import multiprocessing
 import os
 import tempfile
 import warnings
@@ -15,14 +16,31 @@ import torch.multiprocessing
 from lori_dist.training.device import group_settings
 from lori_dist.training.world import World, from_environment
 
+PRELOADED = (
+    "transformers.models.llama.modeling_llama",
+    "lori_dist.engines.ddp",
+    "lori_dist.engines.deepspeed",
+    "lori_dist.engines.fsdp",
+    "lori_dist.training.train",
+)
+"""What every rank imports: once, in the process from which the ranks are forked. It touches no device."""
+
 
 def gang(function: Callable[..., dict[str, Any]], num_ranks: int, *args: Any) -> dict[str, Any]:
     """What function(world, *args), called on every rank of new processes, gives on rank 0; plain JSON."""
     with tempfile.TemporaryDirectory() as place:
         told = (function, num_ranks, Path(place), args)
-        torch.multiprocessing.spawn(_rank, args=told, nprocs=num_ranks)  # type: ignore[attr-defined]
+        start(_rank, told, num_ranks)
         found: dict[str, Any] = json.loads((Path(place) / "result.json").read_text())
         return found
+
+
+def start(function: Callable[..., None], args: tuple[Any, ...], count: int) -> None:
+    """Calls function(number, *args) in as many new processes, and waits for their end."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOADED))
+    torch.multiprocessing.start_processes(  # type: ignore[attr-defined]
+        function, args=args, nprocs=count, start_method="forkserver"
+    )
 
 
 def _rank(

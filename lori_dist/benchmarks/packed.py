@@ -18,6 +18,7 @@ from lori_dist.adapter import packed
 from lori_dist.adapter.adapter import Spec
 from lori_dist.adapter.attach import attach, match
 from lori_dist.adapter.linear import features
+from lori_dist.benchmarks._gang import start
 from lori_dist.benchmarks._methods import make_llama
 from lori_dist.benchmarks._timing import quotients
 from lori_dist.benchmarks._traffic import Traffic, moment_bytes
@@ -134,9 +135,7 @@ def _gangs(function: Any, setting: Setting, num_ranks: int, num_gangs: int, *arg
     result = setting.folder / "result.json"
     place = setting.folder / f"stores-{time.monotonic_ns()}"
     place.mkdir()
-    torch.multiprocessing.spawn(  # type: ignore[attr-defined]
-        _process, args=(function, setting, num_ranks, num_gangs, place, result, args), nprocs=num_ranks * num_gangs
-    )
+    start(_process, (function, setting, num_ranks, num_gangs, place, result, args), num_ranks * num_gangs)
     found: dict[str, Any] = json.loads(result.read_text())
     return found
 
