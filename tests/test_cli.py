@@ -445,6 +445,7 @@ def test_run_prints_the_matrix_and_takes_up_what_was_trained_alone(folder: Path,
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_failed_job_is_a_message_and_an_exit_code(folder: Path, tmp_path: Path) -> None:
     result = lori("run", "run.yaml", f"output={tmp_path}", "tasks.first.lr=1e38", cwd=folder)
     assert result.returncode == 1

@@ -221,6 +221,7 @@ def address() -> str:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_slurm_job_is_a_ray_cluster_that_ends_with_it(alone: Adapter, folder: Path, tmp_path: Path) -> None:
     job = slurm.job(slurm.free_job(), f"{address()},{address()}")
     temporary, token = Path(f"/tmp/ray-{job['SLURM_JOB_ID']}"), folder / f".ray-token-{job['SLURM_JOB_ID']}"
@@ -257,6 +258,7 @@ def head(folder: Path) -> Iterator[dict[str, str]]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_folder_with_the_configuration_alone_is_submitted(
     head: dict[str, str], alone: Adapter, folder: Path, tmp_path: Path
 ) -> None:

@@ -145,11 +145,11 @@ def fail(launcher: Launcher, options: str, folder: Path, place: Path) -> str:
     ("launcher", "rank"),
     [
         (torchrun, 1),
-        (deepspeed, 0),
+        pytest.param(deepspeed, 0, marks=pytest.mark.slow),
         (deepspeed_per_host, 1),
         pytest.param(deepspeed_per_host, 0, marks=pytest.mark.slow),
         pytest.param(deepspeed_hostfile, 1, marks=pytest.mark.slow),
-        (accelerate, 0),
+        pytest.param(accelerate, 0, marks=pytest.mark.slow),
     ],
 )
 def test_the_first_traceback_is_that_of_the_rank_that_failed(
@@ -170,10 +170,10 @@ def test_the_first_traceback_is_that_of_the_rank_that_failed(
     [
         (torchrun, 0),
         (deepspeed, 1),
-        (deepspeed_per_host, 0),
+        pytest.param(deepspeed_per_host, 0, marks=pytest.mark.slow),
         pytest.param(deepspeed_per_host, 1, marks=pytest.mark.slow),
         pytest.param(deepspeed_hostfile, 0, marks=pytest.mark.slow),
-        (accelerate, 1),
+        pytest.param(accelerate, 1, marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_rank_is_named(launcher: Launcher, rank: int, folder: Path, tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_killed_rank_is_named(launcher: Launcher, rank: int, folder: Path, tmp
     assert "lori_dist/__main__.py" not in output  # no traceback of ours
 
 
-@pytest.mark.parametrize("fault", ["raise", "kill"])
+@pytest.mark.parametrize("fault", ["raise", pytest.param("kill", marks=pytest.mark.slow)])
 def test_the_others_need_not_communicate_to_notice(fault: str, folder: Path, tmp_path: Path) -> None:
     output = fail(deepspeed_per_host, f"fault: {fault}, busy: 600.0", folder, tmp_path)
     assert "rank 0: ends, as rank 1 has" in output
@@ -200,7 +200,7 @@ def test_what_only_one_rank_refuses_is_told_by_it(folder: Path, tmp_path: Path) 
     assert f"rank 1: {REFUSAL}\n" in output
 
 
-@pytest.mark.parametrize("launcher", [torchrun, deepspeed_per_host])
+@pytest.mark.parametrize("launcher", [torchrun, pytest.param(deepspeed_per_host, marks=pytest.mark.slow)])
 def test_what_all_ranks_refuse_is_told_once_by_the_first(launcher: Launcher, folder: Path, tmp_path: Path) -> None:
     output = fail(launcher, "fault: refuse_all", folder, tmp_path)
     assert output.count(REFUSAL) == 1
@@ -213,7 +213,7 @@ def test_what_ranks_refuse_for_different_reasons_is_told_by_each(folder: Path, t
     assert output.count(REFUSAL) == 2
 
 
-@pytest.mark.parametrize("launcher", [torchrun, deepspeed])
+@pytest.mark.parametrize("launcher", [torchrun, pytest.param(deepspeed, marks=pytest.mark.slow)])
 def test_a_mistake_in_the_configuration_is_told_once(launcher: Launcher, folder: Path, tmp_path: Path) -> None:
     commands, _ = launcher()
     launched = launch(commands, ["train.lr=fast"], folder, tmp_path / "log")

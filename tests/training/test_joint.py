@@ -164,8 +164,22 @@ def test_a_training_that_was_killed_ends_as_if_it_never_was(run: Run, tmp_path: 
     assert {**resumed, "seconds": 0} == {**summary, "seconds": 0}
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp", "deepspeed"])
-@pytest.mark.parametrize("projection", ["cached", "trained"])
+@pytest.mark.parametrize(
+    ("projection", "engine"),
+    [
+        ("cached", "fsdp"),
+        ("trained", "deepspeed"),
+        *(
+            pytest.param(projection, engine, marks=pytest.mark.slow)
+            for projection, engine in (
+                ("cached", "ddp"),
+                ("cached", "deepspeed"),
+                ("trained", "ddp"),
+                ("trained", "fsdp"),
+            )
+        ),
+    ],
+)
 def test_two_ranks_give_the_adapter_of_one(run: Run, tmp_path: Path, engine: str, projection: str) -> None:
     run = changed(run, projection=projection)
     trained(run, tmp_path / "one")
