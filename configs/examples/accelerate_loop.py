@@ -1,6 +1,6 @@
 """LoRI in a training loop with accelerate, both phases, with DDP, its FSDP2 plugin or its DeepSpeed plugin.
 
-accelerate launch --config_file FSDP2_OR_DEEPSPEED.yaml configs/examples/accelerate_loop.py MODEL ROWS.jsonl OUT.safetensors
+accelerate launch --config_file CONFIG.yaml configs/examples/accelerate_loop.py MODEL ROWS.jsonl OUT.safetensors
 """
 
 import json

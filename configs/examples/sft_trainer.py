@@ -1,4 +1,4 @@
-"""LoRI with TRL's SFTTrainer, both phases, through PEFT: checkpoints hold the adapter alone (pip install '.[trl,peft]').
+"""LoRI with TRL's SFTTrainer, both phases, through PEFT, whose checkpoints hold the adapter alone.
 
 torchrun --nproc-per-node 2 configs/examples/sft_trainer.py MODEL ROWS.jsonl OUT.safetensors
 """

@@ -23,10 +23,8 @@ BATCH, STEPS, LR, CLIP = 8, 6, 5e-3, 1.0
 
 
 def encoded(path: str, tokenizer) -> list[dict[str, list[int]]]:
-    """Ids and labels, which are -100 where nothing is learned."""
     rows = []
-    for line in Path(path).read_text().splitlines()[: BATCH * STEPS]:
-        row = json.loads(line)
+    for row in map(json.loads, Path(path).read_text().splitlines()[: BATCH * STEPS]):
         prompt = tokenizer(row["prompt"] + "\n")["input_ids"]
         response = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
         rows.append({"input_ids": prompt + response, "labels": [-100] * len(prompt) + response})

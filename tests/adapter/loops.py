@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from lori_dist import Adapter, Spec, attach, dense, detach, extract, sparsify, trainable
+from lori_dist import Adapter, Spec, attach, attach_several, dense, detach, extract, sparsify, trainable
 from lori_dist.adapter.adapter import in_memory
 from lori_dist.errors import AdapterError
 from lori_dist.masks.magnitude import mask
@@ -186,6 +186,47 @@ def zero(stage: int, how: str) -> dict[str, Any]:
         return both_phases(model, train, between)
 
 
+def zero_resumed(stage: int, folder: Path) -> dict[str, Any]:
+    """Trained for all steps, and for half of them, saved without the base, and by another engine for the other half."""
+    with quiet_deepspeed() as deepspeed:
+
+        def started() -> Any:
+            model = tiny_llama()
+            attach(model, SPEC)
+            parameters = [*trainable(model).values()]
+            config = deepspeed_config(stage)
+            return deepspeed.initialize(model=model, model_parameters=parameters, config=config)[0]
+
+        def stepped(engine: Any) -> Tensor:
+            for _ in range(STEPS):
+                engine.backward(loss_of(engine))
+                engine.step()
+            return values_of(extract(engine, name="math"))
+
+        engine = started()
+        stepped(engine)
+        engine.save_checkpoint(folder, tag="half", exclude_frozen_parameters=True)
+        whole = stepped(engine)
+        engine.destroy()
+        engine = started()
+        engine.load_checkpoint(folder, tag="half", load_module_strict=False)
+        return {"whole": whole, "resumed": stepped(engine)}
+
+
+def zero_with(more: dict[str, Any]) -> dict[str, Any]:
+    """One phase with other sections of DeepSpeed's configuration."""
+    with quiet_deepspeed() as deepspeed:
+        model = tiny_llama()
+        attach(model, SPEC)
+        parameters = [*trainable(model).values()]
+        config = deepspeed_config(more.pop("stage", 3), **more)
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=config)
+        for _ in range(STEPS):
+            engine.backward(loss_of(engine))
+            engine.step()
+        return {"values": values_of(extract(engine, name="math")), "dtypes": {one.dtype for one in parameters}}
+
+
 # --- what else a loop does with FSDP2 --------------------------------------------------------------------------------
 
 
@@ -287,3 +328,57 @@ def saved_by_dcp(folder: Path, resumes: bool) -> Tensor:
     set_state_dict(model, optimizer, model_state_dict=of_model, optim_state_dict=of_optimizer, options=options)
     steps(model, optimizer, STEPS)
     return values_of(extract(model, name="math"))
+
+
+def several(shards: bool, adapters: dict[str, Adapter]) -> Tensor:
+    """Rows of one batch that meet different adapters, and none."""
+    model: Any = tiny_llama()
+    if shards:
+        shard(model)
+        whole(model)
+    routing = attach_several(model, adapters)
+    with routing.rows(["math", "code", None, "code"]):
+        return whole(model)
+
+
+def mixed() -> dict[str, Any]:
+    """bf16 in the passes, and what is kept and stepped in float32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model: Any = tiny_llama()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for block in model.model.layers:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    attach(model, SPEC)
+    train(model)
+    return {
+        "values": values_of(extract(model, name="math")),
+        "dtypes": {one.dtype for one in trainable(model).values()},
+    }
+
+
+def refused() -> dict[str, str]:
+    """What `attach` and `sparsify` say to models they cannot work on."""
+    from deepspeed.runtime.pipe.module import PipelineModule
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+    from torch.nn.parallel import DistributedDataParallel
+
+    found = {}
+
+    def of(name: str, call: Callable[[], Any]) -> None:
+        with pytest.raises(AdapterError) as caught:
+            call()
+        found[name] = str(caught.value)
+
+    model: Any = tiny_llama()
+    attach(model, SPEC)
+    of("ddp", lambda: sparsify(DistributedDataParallel(model), {}))
+    split: Any = tiny_llama()
+    parallelize_module(split.model.layers[0].mlp.up_proj, init_device_mesh("cpu", (1,)), ColwiseParallel())
+    of("tensor parallel", lambda: attach(split, SPEC))
+    of("several", lambda: attach_several(tiny_llama(), {"math": SPEC}))  # type: ignore[dict-item]
+    with quiet_deepspeed():
+        piped = PipelineModule(layers=[nn.Linear(4, 4)], num_stages=1)
+        of("pipeline", lambda: attach(piped, SPEC))
+    return found
