@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import json
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from lori_dist import load_adapter
-from tests.adapter.loops import quiet_deepspeed
+from tests.adapter.loops import as_launched_by_accelerate, quiet_deepspeed
 from tests.distributed import run_distributed
 
 ROOT = Path(__file__).parents[1]
@@ -28,9 +27,7 @@ DEEPSPEED = {
 
 def example(name: str, how: str, out: str) -> None:
     """how: of accelerate and the Trainer, what shards the model."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", LOCAL_WORLD_SIZE=os.environ["WORLD_SIZE"])  # as a launcher does
-    if name == "accelerate_loop":
-        let_accelerate_shard(how)
+    as_launched_by_accelerate(how if name == "accelerate_loop" else "")
     more = []
     if name == "trainer" and how:
         more = [str(Path(out).with_suffix(".json"))]
@@ -45,22 +42,6 @@ def example(name: str, how: str, out: str) -> None:
         spec.loader.exec_module(module)
         module.STEPS = 3  # of a phase, so that the tests are short
         module.main(str(MODEL), str(ROWS / "arithmetic.train.jsonl"), out, *more)
-
-
-def let_accelerate_shard(how: str) -> None:
-    """What `accelerate launch` sets. FSDP is for the devices that accelerate lists, which CPUs are not among; so it
-    takes this one for another."""
-    from accelerate.state import PartialState
-    from accelerate.utils import DistributedType
-
-    if how == "fsdp2":
-        names = {"USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
-        os.environ.update({f"ACCELERATE_{name}" if name == "USE_FSDP" else name: of for name, of in names.items()})
-        PartialState(cpu=True)
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
-    elif how:
-        settings = {"USE_DEEPSPEED": "true", "DEEPSPEED_ZERO_STAGE": how, "GRADIENT_CLIPPING": "1.0"}
-        os.environ.update({f"ACCELERATE_{name}": value for name, value in settings.items()})
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Training loops as users write them, with FSDP2, DeepSpeed or neither: both phases of LoRI on the same few rows."""
 
 import contextlib
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -98,7 +99,7 @@ def shard(model: Any, how: str = "blocks") -> None:
 
     size = dist.get_world_size()
     if how == "hybrid":
-        mesh = init_device_mesh("cpu", (size, 1), mesh_dim_names=("replica", "shard"))
+        mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replica", "shard"))
     else:
         mesh = init_device_mesh("cpu", (size,))
     offload = CPUOffloadPolicy(pin_memory=False) if how == "offloaded" else OffloadPolicy()
@@ -225,6 +226,62 @@ def zero_with(more: dict[str, Any]) -> dict[str, Any]:
             engine.backward(loss_of(engine))
             engine.step()
         return {"values": values_of(extract(engine, name="math")), "dtypes": {one.dtype for one in parameters}}
+
+
+# --- accelerate ------------------------------------------------------------------------------------------------------
+
+
+def as_launched_by_accelerate(how: str) -> None:
+    """how: `fsdp2`, a stage of ZeRO, or nothing, which is DDP.
+
+    FSDP is for the devices that accelerate lists, which CPUs are not among; so it takes this one for another.
+    """
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", LOCAL_WORLD_SIZE=os.environ["WORLD_SIZE"])
+    if how == "fsdp2":
+        names = {"USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+        os.environ.update({f"ACCELERATE_{name}" if name == "USE_FSDP" else name: of for name, of in names.items()})
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+    elif how:
+        settings = {"USE_DEEPSPEED": "true", "DEEPSPEED_ZERO_STAGE": how, "GRADIENT_CLIPPING": "1.0"}
+        os.environ.update({f"ACCELERATE_{name}": value for name, value in settings.items()})
+
+
+def accelerate_resumed(how: str, folder: Path) -> dict[str, Any]:
+    """Trained for all steps, and for half of them, saved by `save_state`, and on a new model for the other half."""
+    from accelerate import Accelerator, PartialState
+
+    as_launched_by_accelerate(how)
+    with quiet_deepspeed():
+        PartialState(cpu=True)
+        accelerator = Accelerator()
+        if is_zero := how.isdigit():
+            accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = len(my_rows())
+
+        def started() -> Any:
+            model = tiny_llama()
+            attach(model, SPEC)
+            return accelerator.prepare(model, torch.optim.AdamW(trainable(model).values(), lr=LR, weight_decay=0.0))
+
+        def stepped(model: Any, optimizer: Any) -> Tensor:
+            for _ in range(STEPS):
+                accelerator.backward(loss_of(model))
+                accelerator.clip_grad_norm_(trainable(model).values(), CLIP)
+                optimizer.step()
+                optimizer.zero_grad()
+            return values_of(extract(model, name="math"))
+
+        prepared = started()
+        stepped(*prepared)
+        accelerator.save_state(folder, **({"exclude_frozen_parameters": True} if is_zero else {}))
+        whole = stepped(*prepared)
+        accelerator.free_memory()
+        prepared = started()
+        accelerator.load_state(folder, **({"load_module_strict": False} if is_zero else {}))
+        return {"whole": whole, "resumed": stepped(*prepared)}
 
 
 # --- what else a loop does with FSDP2 --------------------------------------------------------------------------------

@@ -44,6 +44,10 @@ def test_fully_shard_gives_what_one_process_does(order: str, how: str, alone: di
     check(run_distributed(loops.fsdp, order, how, world_size=2), alone)
 
 
+def test_shards_are_reduced_within_and_between_groups_of_ranks(alone: dict[str, Any]) -> None:
+    check(run_distributed(loops.fsdp, "shard first", "hybrid", world_size=4), alone)
+
+
 @pytest.mark.parametrize(
     ("stage", "how"), [(0, "initialize"), (1, "initialize"), (2, "initialize"), (3, "initialize"), (3, "zero.Init")]
 )
@@ -137,3 +141,9 @@ def test_models_that_are_split_otherwise_are_refused() -> None:
     assert found["tensor parallel"].startswith("model.layers.0.mlp.up_proj.weight: is a DTensor on a mesh")
     assert found["pipeline"].startswith("model: is a DeepSpeed PipelineModule, and pipeline parallelism")
     assert found["several"].startswith("math: got a Spec; wanted a trained Adapter")
+
+
+@pytest.mark.parametrize("how", ["", "fsdp2", "2", "3"])
+def test_a_state_that_accelerate_saved_resumes_as_if_it_had_not_stopped(how: str, tmp_path: Path) -> None:
+    for found in run_distributed(loops.accelerate_resumed, how, tmp_path, world_size=2):
+        assert torch.equal(found["resumed"], found["whole"])
