@@ -255,8 +255,8 @@ def sparsify(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     parameters are new, so the optimizer must be. The base stays where it is: with `fully_shard`, the new parameters
     take the place of the old in its groups; with DeepSpeed, call engine.destroy() before this and
     deepspeed.initialize after it.
-    Raises AdapterError for a model that has no dense adapter to train, for masks that do not fit, and for a model in
-    DDP, which is to be made around the new parameters.
+    Raises AdapterError for a model that has no dense adapter to train, for masks that do not fit, and for what DDP or
+    DeepSpeed have made around a model, which is to be made again around the new parameters.
     """
     sharded.refuse_wrapped(model)
     model = sharded.unwrapped(model)

@@ -78,26 +78,25 @@ def refuse_split(model: nn.Module) -> None:
             raise AdapterError(f"{path}: was split by DeepSpeed's AutoTP ({type(module).__name__}), {NO_TENSORS}")
     if (size := getattr(model, "tp_size", None) or 1) > 1:
         raise AdapterError(f"model: was loaded with tp_plan over {size} ranks, {NO_TENSORS}")
-    of_groups = {
-        one.sharded_param: one for state in _states(model) for group in _groups(state) for one in group.fsdp_params
-    }
+    meshes = [group.mesh_info.mesh for state in _states(model) for group in _groups(state)]
     for name, parameter in model.named_parameters():
-        place = of_groups.get(parameter)
-        if isinstance(parameter, DTensor) and (place is None or place.is_dtensor):
+        if isinstance(parameter, DTensor) and parameter.device_mesh not in meshes:
             mesh = parameter.device_mesh.mesh_dim_names or "without names"
-            raise AdapterError(f"{name}: is a DTensor on a mesh {mesh} that fully_shard has not made, {NO_TENSORS}")
+            raise AdapterError(f"{name}: is a DTensor on a mesh {mesh} that is not fully_shard's, {NO_TENSORS}")
 
 
 NO_TENSORS = "and tensor parallelism is not supported; load the model whole, then shard it with fully_shard or ZeRO-3"
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Raises AdapterError where a wrapper reduces gradients of those parameters alone that it was made with."""
-    if any(one.__name__ == "DistributedDataParallel" for one in type(model).__mro__):
-        raise AdapterError(
-            "model: is wrapped in DistributedDataParallel, which does not take new parameters; give the model inside "
-            "it (ddp.module, accelerator.unwrap_model(ddp)), and wrap that again afterwards"
-        )
+    """Raises AdapterError for DDP and engines of DeepSpeed, which train the parameters that they were made with."""
+    names = {one.__name__ for one in type(model).__mro__}
+    for kind, remedy in (
+        ("DistributedDataParallel", "give the model inside it (accelerator.unwrap_model), and wrap that again"),
+        ("DeepSpeedEngine", "call engine.destroy(), give engine.module, and call deepspeed.initialize again"),
+    ):
+        if kind in names:
+            raise AdapterError(f"model: is a {kind}, which does not take new parameters; {remedy} afterwards")
 
 
 def has_engine(model: nn.Module) -> bool:

@@ -180,6 +180,8 @@ def zero(stage: int, how: str) -> dict[str, Any]:
                     sparsify(model, {})
                 with pytest.raises(AdapterError, match=r"^model: was given to deepspeed.initialize already"):
                     attach(engines[-1], SPEC)
+            with pytest.raises(AdapterError, match=r"^model: is a DeepSpeedEngine"):
+                sparsify(engines[-1], {})
             before = extract(engines[-1], name="math")
             engines[-1].destroy()
             assert torch.equal(values_of(extract(model, name="math")), values_of(before))

@@ -137,7 +137,7 @@ def test_rows_meet_their_own_adapters_on_a_sharded_model() -> None:
 
 def test_models_that_are_split_otherwise_are_refused() -> None:
     [found] = run_distributed(loops.refused, world_size=1)
-    assert found["ddp"].startswith("model: is wrapped in DistributedDataParallel, which does not take new parameters")
+    assert found["ddp"].startswith("model: is a DistributedDataParallel, which does not take new parameters")
     assert found["tensor parallel"].startswith("model.layers.0.mlp.up_proj.weight: is a DTensor on a mesh")
     assert found["pipeline"].startswith("model: is a DeepSpeed PipelineModule, and pipeline parallelism")
     assert found["several"].startswith("math: got a Spec; wanted a trained Adapter")
