@@ -401,8 +401,8 @@ def attach_several(model: nn.Module, adapters: Mapping[str, Adapter]) -> Routing
     """Puts trained adapters on a model, in place and frozen, each under a name: for inference.
 
     They may have been trained on other targets, with other ranks, and be merges. `rows` of what this returns says which
-    row of a batch meets which; before the first time, all meet the first. The model may be sharded by `fully_shard` or
-    ZeRO: every rank then has all of the adapters, and its own rows.
+    row of a batch meets which; before the first time, all meet the first. The model may be one that
+    `fully_shard` was applied to: every rank then has all of the adapters, and its own rows.
     Raises AdapterError as `attach.attach`, and for a Spec.
     """
     model = sharded.unwrapped(model)
