@@ -124,6 +124,7 @@ def refuse_adapted(model: nn.Module) -> None:
 def detach(model: nn.Module) -> None:
     """Takes the adapter off: the base layers stand where they stood, and what was trained in full is as it was. Updates
     folded into them stay folded."""
+    sharded.refuse_wrapped(model)
     model = sharded.unwrapped(model)
     layers = _attached(model)
     sharded.reshard(model)
@@ -254,8 +255,10 @@ def sparsify(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     parameters are new, so the optimizer must be. The base stays where it is: with `fully_shard`, the new parameters
     take the place of the old in its groups; with DeepSpeed, call engine.destroy() before this and
     deepspeed.initialize after it.
-    Raises AdapterError for a model that has no dense adapter to train, and for masks that do not fit.
+    Raises AdapterError for a model that has no dense adapter to train, for masks that do not fit, and for what DDP or
+    DeepSpeed have made around a model, which is to be made again around the new parameters.
     """
+    sharded.refuse_wrapped(model)
     model = sharded.unwrapped(model)
     layers, spec = _attached(model), getattr(model, ATTACHED)
     if not isinstance(spec, Spec) or any(delta.index is not None for _, delta in _deltas(layers)):

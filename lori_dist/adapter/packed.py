@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lori_dist.adapter import sharded
 from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec
 from lori_dist.adapter.attach import ATTACHED, adapted, checked_projection, match, put, refuse_adapted, trained_on
 from lori_dist.adapter.experts import Expert
@@ -400,15 +401,26 @@ def attach_several(model: nn.Module, adapters: Mapping[str, Adapter]) -> Routing
     """Puts trained adapters on a model, in place and frozen, each under a name: for inference.
 
     They may have been trained on other targets, with other ranks, and be merges. `rows` of what this returns says which
-    row of a batch meets which; before the first time, all meet the first.
-    Raises AdapterError as `attach.attach`.
+    row of a batch meets which; before the first time, all meet the first. The model may be one that
+    `fully_shard` was applied to: every rank then has all of the adapters, and its own rows.
+    Raises AdapterError as `attach.attach`, and for a Spec.
     """
+    model = sharded.unwrapped(model)
+    sharded.refuse_split(model)
     refuse_adapted(model)
+    untrained = next((name for name, adapter in adapters.items() if not isinstance(adapter, Adapter)), None)
+    if untrained is not None:
+        raise AdapterError(
+            f"{untrained}: got a {type(adapters[untrained]).__name__}; wanted a trained Adapter. Adapters are trained "
+            "together over one base by `lori run` with cluster.packing, in a loop of your own one after the other"
+        )
     routing = Routing(names=tuple(adapters))
     bases = _bases(model, adapters)
     _refuse_unroutable(bases, saves=_save(adapters))
     model.requires_grad_(False)
-    put(model, {path: _adapted(base, _frozen(path, base, adapters, routing)) for path, base in bases.items()})
+    deltas = {path: _frozen(path, base, adapters, routing) for path, base in bases.items()}
+    put(model, {path: _adapted(bases[path], delta) for path, delta in deltas.items()})
+    sharded.place(model, [*deltas.items()])
     setattr(model, ATTACHED, dict(adapters))
     routing.only(routing.names[0])
     return routing

@@ -7,6 +7,7 @@ not document of FSDP2, and a test holds on to: a state's `_fsdp_param_groups`, a
 `_z3_optimizer`, `_hp_mapping`.
 """
 
+import itertools
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -60,6 +61,42 @@ def refuse_late(model: nn.Module) -> None:
             "model: was given to deepspeed.initialize already, whose optimizer does not take new parameters; attach "
             "first, then call deepspeed.initialize (after engine.destroy(), if there was an engine)"
         )
+    refuse_split(model)
+
+
+def refuse_split(model: nn.Module) -> None:
+    """Raises AdapterError where a rank has a part of the layers (pipeline) or computes a part of each (tensor
+    parallelism): there an adapter would be another one on each rank."""
+    for path, module in model.named_modules():
+        names = {one.__name__ for one in type(module).__mro__}
+        if "PipelineModule" in names:
+            raise AdapterError(
+                f"{path or 'model'}: is a DeepSpeed PipelineModule, and pipeline parallelism is not supported; give "
+                "deepspeed.initialize the model itself, with zero_optimization.stage 3"
+            )
+        if "TensorParallel_Layer" in names:
+            raise AdapterError(f"{path}: was split by DeepSpeed's AutoTP ({type(module).__name__}), {NO_TENSORS}")
+    if (size := getattr(model, "tp_size", None) or 1) > 1:
+        raise AdapterError(f"model: was loaded with tp_plan over {size} ranks, {NO_TENSORS}")
+    meshes = [group.mesh_info.mesh for state in _states(model) for group in _groups(state)]
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor) and parameter.device_mesh not in meshes:
+            mesh = parameter.device_mesh.mesh_dim_names or "without names"
+            raise AdapterError(f"{name}: is a DTensor on a mesh {mesh} that is not fully_shard's, {NO_TENSORS}")
+
+
+NO_TENSORS = "and tensor parallelism is not supported; load the model whole, then shard it with fully_shard or ZeRO-3"
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raises AdapterError for DDP and engines of DeepSpeed, which train the parameters that they were made with."""
+    names = {one.__name__ for one in type(model).__mro__}
+    for kind, remedy in (
+        ("DistributedDataParallel", "give the model inside it (accelerator.unwrap_model), and wrap that again"),
+        ("DeepSpeedEngine", "call engine.destroy(), give engine.module, and call deepspeed.initialize again"),
+    ):
+        if kind in names:
+            raise AdapterError(f"model: is a {kind}, which does not take new parameters; {remedy} afterwards")
 
 
 def has_engine(model: nn.Module) -> bool:
@@ -169,8 +206,7 @@ def join(model: nn.Module, modules: Sequence[tuple[str, nn.Module]], places: Pla
                 "ignored, or other modules are sharded), so there is no mesh for its B; attach first, then fully_shard"
             )
         group, like = found
-        if not any(parameter.is_meta for parameter in module.parameters()):
-            module.to(group.device)  # where the base computes; with an offload policy, its shards are elsewhere
+        _to_compute(group, module)
         for name, parameter in list(module.named_parameters(recurse=False)):
             place = type(like._module_info)(module, name)
             group.fsdp_params.append(
@@ -186,6 +222,18 @@ def join(model: nn.Module, modules: Sequence[tuple[str, nn.Module]], places: Pla
                 )
             )
     settle(model)
+
+
+def place(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> None:
+    """Puts modules, by path, where the base around each computes; with an offload policy, its shards are elsewhere."""
+    for path, module in modules:
+        for group in itertools.islice(_around(model, path), 1):
+            _to_compute(group, module)
+
+
+def _to_compute(group: Any, module: nn.Module) -> None:
+    if not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        module.to(group.device)
 
 
 def settle(model: nn.Module) -> None:

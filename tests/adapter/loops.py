@@ -1,6 +1,7 @@
 """Training loops as users write them, with FSDP2, DeepSpeed or neither: both phases of LoRI on the same few rows."""
 
 import contextlib
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from lori_dist import Adapter, Spec, attach, dense, detach, extract, sparsify, trainable
+from lori_dist import Adapter, Spec, attach, attach_several, dense, detach, extract, sparsify, trainable
 from lori_dist.adapter.adapter import in_memory
 from lori_dist.errors import AdapterError
 from lori_dist.masks.magnitude import mask
@@ -98,7 +99,7 @@ def shard(model: Any, how: str = "blocks") -> None:
 
     size = dist.get_world_size()
     if how == "hybrid":
-        mesh = init_device_mesh("cpu", (size, 1), mesh_dim_names=("replica", "shard"))
+        mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replica", "shard"))
     else:
         mesh = init_device_mesh("cpu", (size,))
     offload = CPUOffloadPolicy(pin_memory=False) if how == "offloaded" else OffloadPolicy()
@@ -179,11 +180,110 @@ def zero(stage: int, how: str) -> dict[str, Any]:
                     sparsify(model, {})
                 with pytest.raises(AdapterError, match=r"^model: was given to deepspeed.initialize already"):
                     attach(engines[-1], SPEC)
+            with pytest.raises(AdapterError, match=r"^model: is a DeepSpeedEngine"):
+                sparsify(engines[-1], {})
             before = extract(engines[-1], name="math")
             engines[-1].destroy()
             assert torch.equal(values_of(extract(model, name="math")), values_of(before))
 
         return both_phases(model, train, between)
+
+
+def zero_resumed(stage: int, folder: Path) -> dict[str, Any]:
+    """Trained for all steps, and for half of them, saved without the base, and by another engine for the other half."""
+    with quiet_deepspeed() as deepspeed:
+
+        def started() -> Any:
+            model = tiny_llama()
+            attach(model, SPEC)
+            parameters = [*trainable(model).values()]
+            config = deepspeed_config(stage)
+            return deepspeed.initialize(model=model, model_parameters=parameters, config=config)[0]
+
+        def stepped(engine: Any) -> Tensor:
+            for _ in range(STEPS):
+                engine.backward(loss_of(engine))
+                engine.step()
+            return values_of(extract(engine, name="math"))
+
+        engine = started()
+        stepped(engine)
+        engine.save_checkpoint(folder, tag="half", exclude_frozen_parameters=True)
+        whole = stepped(engine)
+        engine.destroy()
+        engine = started()
+        engine.load_checkpoint(folder, tag="half", load_module_strict=False)
+        return {"whole": whole, "resumed": stepped(engine)}
+
+
+def zero_with(more: dict[str, Any]) -> dict[str, Any]:
+    """One phase with other sections of DeepSpeed's configuration."""
+    with quiet_deepspeed() as deepspeed:
+        model = tiny_llama()
+        attach(model, SPEC)
+        parameters = [*trainable(model).values()]
+        config = deepspeed_config(more.pop("stage", 3), **more)
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=config)
+        for _ in range(STEPS):
+            engine.backward(loss_of(engine))
+            engine.step()
+        return {"values": values_of(extract(engine, name="math")), "dtypes": {one.dtype for one in parameters}}
+
+
+# --- accelerate ------------------------------------------------------------------------------------------------------
+
+
+def as_launched_by_accelerate(how: str) -> None:
+    """how: `fsdp2`, a stage of ZeRO, or nothing, which is DDP.
+
+    FSDP is for the devices that accelerate lists, which CPUs are not among; so it takes this one for another.
+    """
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", LOCAL_WORLD_SIZE=os.environ["WORLD_SIZE"])
+    if how == "fsdp2":
+        names = {"USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+        os.environ.update({f"ACCELERATE_{name}" if name == "USE_FSDP" else name: of for name, of in names.items()})
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+    elif how:
+        settings = {"USE_DEEPSPEED": "true", "DEEPSPEED_ZERO_STAGE": how, "GRADIENT_CLIPPING": "1.0"}
+        os.environ.update({f"ACCELERATE_{name}": value for name, value in settings.items()})
+
+
+def accelerate_resumed(how: str, folder: Path) -> dict[str, Any]:
+    """Trained for all steps, and for half of them, saved by `save_state`, and on a new model for the other half."""
+    from accelerate import Accelerator, PartialState
+
+    as_launched_by_accelerate(how)
+    with quiet_deepspeed():
+        PartialState(cpu=True)
+        accelerator = Accelerator()
+        if is_zero := how.isdigit():
+            accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = len(my_rows())
+
+        def started() -> Any:
+            model = tiny_llama()
+            attach(model, SPEC)
+            return accelerator.prepare(model, torch.optim.AdamW(trainable(model).values(), lr=LR, weight_decay=0.0))
+
+        def stepped(model: Any, optimizer: Any) -> Tensor:
+            for _ in range(STEPS):
+                accelerator.backward(loss_of(model))
+                accelerator.clip_grad_norm_(trainable(model).values(), CLIP)
+                optimizer.step()
+                optimizer.zero_grad()
+            return values_of(extract(model, name="math"))
+
+        prepared = started()
+        stepped(*prepared)
+        accelerator.save_state(folder, **({"exclude_frozen_parameters": True} if is_zero else {}))
+        whole = stepped(*prepared)
+        accelerator.free_memory()
+        prepared = started()
+        accelerator.load_state(folder, **({"load_module_strict": False} if is_zero else {}))
+        return {"whole": whole, "resumed": stepped(*prepared)}
 
 
 # --- what else a loop does with FSDP2 --------------------------------------------------------------------------------
@@ -287,3 +387,57 @@ def saved_by_dcp(folder: Path, resumes: bool) -> Tensor:
     set_state_dict(model, optimizer, model_state_dict=of_model, optim_state_dict=of_optimizer, options=options)
     steps(model, optimizer, STEPS)
     return values_of(extract(model, name="math"))
+
+
+def several(shards: bool, adapters: dict[str, Adapter]) -> Tensor:
+    """Rows of one batch that meet different adapters, and none."""
+    model: Any = tiny_llama()
+    if shards:
+        shard(model)
+        whole(model)
+    routing = attach_several(model, adapters)
+    with routing.rows(["math", "code", None, "code"]):
+        return whole(model)
+
+
+def mixed() -> dict[str, Any]:
+    """bf16 in the passes, and what is kept and stepped in float32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model: Any = tiny_llama()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for block in model.model.layers:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    attach(model, SPEC)
+    train(model)
+    return {
+        "values": values_of(extract(model, name="math")),
+        "dtypes": {one.dtype for one in trainable(model).values()},
+    }
+
+
+def refused() -> dict[str, str]:
+    """What `attach` and `sparsify` say to models they cannot work on."""
+    from deepspeed.runtime.pipe.module import PipelineModule
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+    from torch.nn.parallel import DistributedDataParallel
+
+    found = {}
+
+    def of(name: str, call: Callable[[], Any]) -> None:
+        with pytest.raises(AdapterError) as caught:
+            call()
+        found[name] = str(caught.value)
+
+    model: Any = tiny_llama()
+    attach(model, SPEC)
+    of("ddp", lambda: sparsify(DistributedDataParallel(model), {}))
+    split: Any = tiny_llama()
+    parallelize_module(split.model.layers[0].mlp.up_proj, init_device_mesh("cpu", (1,)), ColwiseParallel())
+    of("tensor parallel", lambda: attach(split, SPEC))
+    of("several", lambda: attach_several(tiny_llama(), {"math": SPEC}))  # type: ignore[dict-item]
+    with quiet_deepspeed():
+        piped = PipelineModule(layers=[nn.Linear(4, 4)], num_stages=1)
+        of("pipeline", lambda: attach(piped, SPEC))
+    return found

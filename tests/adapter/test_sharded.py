@@ -1,5 +1,6 @@
 """Adapters in users' own loops with FSDP2 and DeepSpeed: what one process gives, on two ranks."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,10 @@ def test_fully_shard_gives_what_one_process_does(order: str, how: str, alone: di
     check(run_distributed(loops.fsdp, order, how, world_size=2), alone)
 
 
+def test_shards_are_reduced_within_and_between_groups_of_ranks(alone: dict[str, Any]) -> None:
+    check(run_distributed(loops.fsdp, "shard first", "hybrid", world_size=4), alone)
+
+
 @pytest.mark.parametrize(
     ("stage", "how"), [(0, "initialize"), (1, "initialize"), (2, "initialize"), (3, "initialize"), (3, "zero.Init")]
 )
@@ -83,3 +88,62 @@ def test_a_distributed_checkpoint_of_the_adapter_resumes_at_another_size(tmp_pat
     run_distributed(loops.saved_by_dcp, tmp_path, False, world_size=2)
     [found] = run_distributed(loops.saved_by_dcp, tmp_path, True, world_size=1)
     assert close(found, loops.values_of(loops.extract(model, name="math")))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_deepspeed_checkpoint_without_the_base_resumes_as_if_it_had_not_stopped(stage: int, tmp_path: Path) -> None:
+    for found in run_distributed(loops.zero_resumed, stage, tmp_path, world_size=2):
+        assert torch.equal(found["resumed"], found["whole"])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"zero": {"offload_param": {"device": "cpu"}}},
+        {"zero": {"offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": False},
+        {"zero": {"zero_hpz_partition_size": 2}},
+    ],
+    ids=["parameters offloaded", "optimizer offloaded", "hpZ"],
+)
+def test_sections_of_deepspeed_change_no_value(more: dict[str, Any], alone: dict[str, Any]) -> None:
+    for found in run_distributed(loops.zero_with, more, world_size=2):
+        assert close(found["values"], alone["dense"])
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_values_of_a_bf16_section_are_deepspeed_s_own_in_float32(stage: int) -> None:
+    for found in run_distributed(loops.zero_with, {"stage": stage, "bf16": {"enabled": True}}, world_size=2):
+        assert found["values"].dtype == torch.float32
+        assert not torch.equal(found["values"], found["values"].bfloat16().float())
+
+
+def test_a_mixed_precision_policy_keeps_values_in_float32(alone: dict[str, Any]) -> None:
+    for found in run_distributed(loops.mixed, world_size=2):
+        assert found["dtypes"] == {torch.float32}
+        assert not torch.equal(found["values"], found["values"].bfloat16().float())
+
+
+def test_rows_meet_their_own_adapters_on_a_sharded_model() -> None:
+    adapters = {}
+    for seed, name in enumerate(("math", "code")):
+        model = loops.tiny_llama()
+        loops.attach(model, replace(loops.SPEC, seed=seed))
+        loops.train(model)
+        adapters[name] = loops.extract(model, name=name)
+    wanted = loops.several(False, adapters)
+    for found in run_distributed(loops.several, True, adapters, world_size=2):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_models_that_are_split_otherwise_are_refused() -> None:
+    [found] = run_distributed(loops.refused, world_size=1)
+    assert found["ddp"].startswith("model: is a DistributedDataParallel, which does not take new parameters")
+    assert found["tensor parallel"].startswith("model.layers.0.mlp.up_proj.weight: is a DTensor on a mesh")
+    assert found["pipeline"].startswith("model: is a DeepSpeed PipelineModule, and pipeline parallelism")
+    assert found["several"].startswith("math: got a Spec; wanted a trained Adapter")
+
+
+@pytest.mark.parametrize("how", ["", "fsdp2", "2", "3"])
+def test_a_state_that_accelerate_saved_resumes_as_if_it_had_not_stopped(how: str, tmp_path: Path) -> None:
+    for found in run_distributed(loops.accelerate_resumed, how, tmp_path, world_size=2):
+        assert torch.equal(found["resumed"], found["whole"])
