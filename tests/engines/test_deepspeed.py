@@ -1,3 +1,5 @@
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,10 @@ import torch
 from lori_dist import plugin
 from lori_dist.engines.deepspeed import build
 from lori_dist.errors import ConfigError
-from lori_dist.training.world import World, from_environment
+from lori_dist.training.engine import State, collect
+from lori_dist.training.world import World, from_environment, from_first
 from tests.distributed import run_distributed
-from tests.engines.oracle import TRAIN, adapt, run
+from tests.engines.oracle import TRAIN, Course, adapt, difference, one_process, run
 from tests.models import on_meta, tiny_llama
 
 
@@ -106,3 +109,60 @@ def linear_after(stage: int) -> bool:
 
 def test_the_process_keeps_its_own_linear() -> None:
     assert run_distributed(linear_after, 3, world_size=1) == [True]
+
+
+# --- its configuration file ------------------------------------------------------------------------------------------
+
+FILES: dict[str, dict[str, Any]] = {
+    "small, persistent": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 100,
+        "sub_group_size": 150,
+        "stage3_max_live_parameters": 0,
+        "stage3_prefetch_bucket_size": 0,
+        "reduce_bucket_size": "auto",
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "hpz, on the host": {"stage": 3, "zero_hpz_partition_size": 2, "offload_param": {"device": "cpu"}},
+    "moments on the host": {"stage": 2, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 300},
+    "round robin": {"stage": 1, "round_robin_gradients": True, "allgather_bucket_size": 64, "overlap_comm": True},
+}
+"""Sections zero_optimization."""
+
+
+def write(folder: Path, name: str, **settings: Any) -> str:
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(settings))
+    return str(path)
+
+
+def trained_with(paths: Sequence[str], halfway: State) -> list[tuple[Course, Course, dict[str, Any]]]:
+    """Of each file: six steps; the last three, from what one process had before; and settings that DeepSpeed has."""
+    found = []
+    world = from_environment()
+    for path in paths:
+        made = build(*on_meta(adapt(tiny_llama())), TRAIN, world, state=None, config=path)
+        whole = run(made, world, range(6))
+        resumed = build(*on_meta(adapt(tiny_llama())), TRAIN, world, state=from_first(world, lambda: halfway), config=path)
+        settings: Any = made.model._config
+        found.append((whole, run(resumed, world, range(3, 6)), settings.zero_config.model_dump(mode="json")))
+        resumed.load(from_first(world, lambda: halfway))
+        found[-1] += (run(resumed, world, range(3, 6)),)
+    return found
+
+
+def test_a_configuration_file_reaches_deepspeed_and_changes_no_result(tmp_path: Path) -> None:
+    paths = [
+        write(tmp_path, name, zero_optimization=zero, train_batch_size="auto", steps_per_print="auto")
+        for name, zero in FILES.items()
+    ]
+    halfway, wanted = one_process(adapt(tiny_llama()), 3).state, one_process(adapt(tiny_llama()), 6).state
+    outcome = run_distributed(trained_with, paths, halfway, world_size=2)[0]
+    for zero, (whole, resumed, settings, loaded) in zip(FILES.values(), outcome, strict=True):
+        for course in (whole, resumed, loaded):
+            assert difference(course.state, wanted) < 5e-6
+        for key, value in zero.items():
+            found = settings[key.removeprefix("stage3_")]
+            if isinstance(value, dict):
+                found = {name: found[name] for name in value}
+            assert value == "auto" or found == value, key
