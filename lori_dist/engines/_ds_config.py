@@ -254,6 +254,12 @@ def _impossible(tree: Mapping[str, Any], path: str) -> Iterator[str]:
         ("compile.deepcompile", tree.get("compile", {}).get("deepcompile"), (False,), "train.compile compiles"),
         ("dataloader_drop_last", tree.get("dataloader_drop_last"), (False,), "train.epochs takes all rows"),
         ("sequence_parallel_size", tree.get("sequence_parallel_size"), (1,), "ranks share rows, not sequences"),
+        (
+            f"{ZERO}.round_robin_gradients",
+            zero.get("round_robin_gradients"),
+            (False,),
+            "DeepSpeed then does not say which rank holds which values, and no checkpoint could be written",
+        ),
         (f"{ZERO}.zenflow", zero.get("zenflow"), (), "moments of an adapter, which are few, are not offloaded"),
     ):
         if value is not None and value != AUTO and value not in kept:
