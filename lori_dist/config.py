@@ -1254,7 +1254,7 @@ def engine_files(run: Run) -> dict[str, str]:
     return {f"train.engine.{name}": os.path.expanduser(path) for name, path in options.items() if path is not None}
 
 
-def _engine(run: Run) -> Iterator[str]:
+def checked_engine(run: Run) -> Iterator[str]:
     """What the engine itself says of files that its options name; only then is it imported."""
     if not (paths := engine_files(run)):
         return
@@ -1537,7 +1537,7 @@ RULES: tuple[Rule, ...] = (
     _model,
     _output,
     _in_a_job,
-    _engine,
+    checked_engine,
     _positions,
     _templates,
     _fields,
@@ -1550,7 +1550,7 @@ RULES: tuple[Rule, ...] = (
     _trackers,
 )
 
-OF_THIS_MACHINE = (_files, _model, _output, _in_a_job, _engine, _trackers, _attention_is_there)
+OF_THIS_MACHINE = (_files, _model, _output, _in_a_job, checked_engine, _trackers, _attention_is_there)
 """What is so for this machine alone."""
 
 EACH = {

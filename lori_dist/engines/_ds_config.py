@@ -264,7 +264,9 @@ def _impossible(tree: Mapping[str, Any], path: str) -> Iterator[str]:
     ):
         if value is not None and value != AUTO and value not in kept:
             yield f"{PLACE}: {path} has {key} {value!r}, which is not done here: {remedy}; remove it"
-    if strange := [key for key, value in tree.get("activation_checkpointing", {}).items() if value not in (AUTO, False, None)]:
+    if strange := [
+        key for key, value in tree.get("activation_checkpointing", {}).items() if value not in (AUTO, False, None)
+    ]:
         yield (
             f"{PLACE}: {path} has activation_checkpointing.{strange[0]}, and activations are checkpointed by "
             "train.activation_checkpointing; remove the section there, and write "
@@ -272,10 +274,16 @@ def _impossible(tree: Mapping[str, Any], path: str) -> Iterator[str]:
         )
     for name in PARALLEL:
         section = tree.get(name)
-        is_meant = bool(section) if name == "pipeline" else any(
-            section.get(key, default) not in (AUTO, default)
-            for key, default in (("enabled", False), ("autotp_size", 0))
-        ) if section else False
+        is_meant = (
+            bool(section)
+            if name == "pipeline"
+            else any(
+                section.get(key, default) not in (AUTO, default)
+                for key, default in (("enabled", False), ("autotp_size", 0))
+            )
+            if section
+            else False
+        )
         if is_meant:
             yield f"{PLACE}: {path} asks for {name}, which is not done here; remove the section"
 
@@ -301,6 +309,4 @@ def _without_auto(value: Any) -> Any:
     """DeepSpeed's own models drop "auto" in some places and take it for a value in others."""
     if not isinstance(value, dict):
         return value
-    return {
-        key: _without_auto(item) for key, item in value.items() if item != AUTO or key == "keep_in_fp32_modules"
-    }
+    return {key: _without_auto(item) for key, item in value.items() if item != AUTO or key == "keep_in_fp32_modules"}

@@ -135,7 +135,9 @@ def _fields(title: str, place: tuple[str, ...]) -> list[str]:
     for key in place[:-1]:
         field = None if model is None else model.model_fields.get(key)
         inner = [field.annotation, *getattr(field.annotation, "__args__", ())] if field is not None else []
-        model = next((kind for kind in inner if isinstance(kind, type) and issubclass(kind, DeepSpeedConfigModel)), None)
+        model = next(
+            (kind for kind in inner if isinstance(kind, type) and issubclass(kind, DeepSpeedConfigModel)), None
+        )
     return [] if model is None else [field.alias or name for name, field in model.model_fields.items()]
 
 

@@ -46,7 +46,6 @@ from lori_dist.training.model import blocks
 from lori_dist.training.weights import Weights, fill, materialize, on, whole
 from lori_dist.training.world import World
 
-
 RESULT = ("param_dtype", "reduce_dtype", "output_dtype")
 """Options that may change the result by more than rounding."""
 
@@ -118,9 +117,7 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
 
 
-def _check(
-    ranks: int, base: str, replicas: int, offload: bool, pin_memory: bool, frees: bool | int | None
-) -> int:
+def _check(ranks: int, base: str, replicas: int, offload: bool, pin_memory: bool, frees: bool | int | None) -> int:
     """Returns the ranks of a replica."""
     if ranks % replicas:
         raise ConfigError(f"train.engine.replicas: got {replicas} for {ranks} ranks; give a number that divides them")
