@@ -517,6 +517,8 @@ def _place(
             return f"tasks.{task}.{'.'.join(rest)}", None
         case ("start", *_):
             return f"tasks.{task}.start", ""
+        case ("engine", *rest):
+            return ".".join(["train.engine", *rest]), None
         case ("tasks", other, "rows"):
             return f"tasks.{other}.{'train' if kind == 'train' else 'test'}", "the file"
         case ("search", "tasks", other, "rows"):

@@ -4,6 +4,7 @@ A value counts as a contradiction only where the file writes it: what it leaves 
 """
 
 import functools
+import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -84,7 +85,7 @@ def _of_zero(zero: Mapping[str, Any]) -> dict[str, Any]:
 
 def number_of_micro_batches(train: Train, ranks: int) -> int:
     """That each rank runs in a step."""
-    return -(-(-(-train.batch_size // ranks)) // train.micro_batch_size)
+    return math.ceil(math.ceil(train.batch_size / ranks) / train.micro_batch_size)
 
 
 def of_ranks(path: str, train: Train, ranks: int) -> Iterator[str]:

@@ -368,7 +368,11 @@ def _shard(model: nn.Module, mesh: DeviceMesh, settings: Settings) -> FSDPModule
 
 def _of_classes(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     """Modules of classes with these names, each after those inside it."""
-    there = {type(module).__name__ for module in model.modules() if next(module.parameters(), None) is not None}
+    there = {
+        type(module).__name__
+        for module in model.modules()
+        if next(module.parameters(), None) is not None and not type(module).__module__.startswith("lori_dist.")
+    }
     for name in names:
         if name not in there:
             raise _unknown_class(name, there, type(model).__name__)

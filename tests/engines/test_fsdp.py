@@ -73,8 +73,8 @@ def build_with(options: dict[str, Any]) -> None:
         ({"reshard_after_forward": 3}, r"train\.engine\.reshard_after_forward: got 3 for 1 ranks that share a base"),
         ({"pin_memory": False}, r"train\.engine\.pin_memory: got False, which is for offload: true"),
         (
-            {"wrap": ["LlamaMlp"]},
-            r"train\.engine\.wrap: no module of LlamaForCausalLM is a LlamaMlp.*Did you mean 'LlamaMLP'",
+            {"wrap": ["LlamaMLPs"]},
+            r"train\.engine\.wrap: no module of LlamaForCausalLM is a LlamaMLPs.*Did you mean 'LlamaMLP'",
         ),
         (
             {"base": "replicated", "offload": True},
