@@ -1036,15 +1036,18 @@ def _attention_is_there(run: Run) -> Iterator[str]:
         )
 
 
+COMPILED_AT_STAGE_3 = (
+    "train.compile: is given with stage 3 of deepspeed, whose hooks around each layer leave too little of a block to "
+    "compile; remove it, or use fsdp"
+)
+
+
 def _compiled(run: Run) -> Iterator[str]:
     if not run.train.compile:
         return
     engine = run.train.engine
     if engine.name == "deepspeed" and engine.options.get("stage") == 3:
-        yield (
-            "train.compile: is given with stage 3 of deepspeed, whose hooks around each layer leave too little of a "
-            "block to compile; remove it, or use fsdp"
-        )
+        yield COMPILED_AT_STAGE_3
     if run.cluster.packing != "off":
         yield "train.compile: is given with cluster.packing, whose layers are told each batch's tasks; set only one"
     if run.multitask.name == "joint" and run.multitask.options.get("projection") != "none":

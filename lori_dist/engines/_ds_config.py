@@ -67,6 +67,9 @@ def settled(options: Mapping[str, Any]) -> dict[str, Any]:
             f"{PLACE}: {path} has {ZERO}.stage {found['stage']!r}; give 1, 2 or 3 there, or write "
             "`train: {engine: ddp}`, which shards nothing, as stage 0"
         )
+    hpz = found.get("hpz", 1)
+    if not isinstance(hpz, int) or isinstance(hpz, bool) or hpz < 1:
+        raise ConfigError(f"{PLACE}: {path} has {ZERO}.zero_hpz_partition_size {hpz!r}; give a number of ranks from 1")
     return found
 
 
@@ -124,7 +127,7 @@ def contradictions(run: Run) -> Iterator[str]:
     for name, found in _of_zero(tree.get(ZERO, {})).items():
         if name in engine.options and found not in (AUTO, engine.options[name]):
             key = {"stage": "stage", "hpz": "zero_hpz_partition_size", "offload": "offload_param.device"}[name]
-            written = tree[ZERO]["offload_param"]["device"] if name == "offload" else found
+            written = tree[ZERO]["offload_param"].get("device", "none") if name == "offload" else found
             yield other(f"{ZERO}.{key}", written, f"train.engine.{name}", engine.options[name])
     settled(engine.options)
     yield from _optimizer(tree.get("optimizer", {}), train, path, other)

@@ -23,9 +23,6 @@ class Asked(dict[str, Any]):
     def __copy__(self) -> "Asked":  # DeepSpeed reads a copy
         return self
 
-    def __contains__(self, key: object) -> bool:
-        return super().__contains__(key)
-
     def get(self, key: str, default: Any = None) -> Any:
         self.asked[key] = None
         return super().get(key, default)

@@ -33,7 +33,7 @@ from deepspeed.utils import (
 )
 
 from lori_dist.adapter.experts import AdaptedExperts
-from lori_dist.config import Run, Train
+from lori_dist.config import COMPILED_AT_STAGE_3, Run, Train
 from lori_dist.engines import _ds_config, _ds_keys
 from lori_dist.errors import ConfigError
 from lori_dist.training.cost import FP32, Collective, Counted, Held, Kind, Load, Owner
@@ -118,12 +118,20 @@ def settled(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def check(run: Run, ranks: int | None = None) -> Iterator[str]:
     """What is wrong with the configuration file of a run, or contradicts its YAML. ranks: where they are known."""
-    path = run.train.engine.options.get("config")
+    options = run.train.engine.options
+    path = options.get("config")
     if path is None:
         return
     yield from _ds_config.contradictions(run)
     if ranks is not None:
         yield from _ds_config.of_ranks(path, run.train, ranks)
+    found = settled({"stage": 2, "hpz": 1, "offload": False, **options})
+    if run.train.compile and found["stage"] == 3:
+        yield COMPILED_AT_STAGE_3
+    try:
+        _check(ranks or found["hpz"], found["stage"], found["hpz"], found["offload"])
+    except ConfigError as error:
+        yield str(error)
     # The name of every section that DeepSpeed gets, with one rank, which divides all batches.
     tree = _ds_config.filled(path, {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {}})
     for place, found, message, known in _ds_keys.mistakes(tree):
