@@ -8,6 +8,7 @@ from typing import Any
 
 import pydantic
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
 MOST = 100
 """Mistakes that are named."""
@@ -23,7 +24,7 @@ class Asked(dict[str, Any]):
     def __copy__(self) -> "Asked":  # DeepSpeed reads a copy
         return self
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def get(self, key: str, default: Any = None, /) -> Any:
         self.asked[key] = None
         return super().get(key, default)
 
@@ -125,8 +126,6 @@ def _has(section: Any, place: tuple[str, ...]) -> bool:
 
 def _fields(title: str, place: tuple[str, ...]) -> list[str]:
     """The keys of a model of DeepSpeed's, or of one inside it."""
-    from deepspeed.runtime.config_utils import DeepSpeedConfigModel
-
     models = {model.__name__: model for model in _below(DeepSpeedConfigModel)}
     model: Any = models.get(title)
     for key in place[:-1]:

@@ -93,7 +93,9 @@ def build(
         frees=True if frees is not True and frees == shards else frees,
         forward_prefetch=forward_prefetch,
         backward_prefetch=backward_prefetch,
-        precision=MixedPrecisionPolicy(*(_dtype(name) for name in (param_dtype, reduce_dtype, output_dtype))),
+        precision=MixedPrecisionPolicy(
+            param_dtype=_dtype(param_dtype), reduce_dtype=_dtype(reduce_dtype), output_dtype=_dtype(output_dtype)
+        ),
         offload=CPUOffloadPolicy(pin_memory=pin_memory and world.device.type == "cuda") if offload else OffloadPolicy(),
     )
     return FullySharded(model, weights, train, world, state, settings)
@@ -177,7 +179,7 @@ def memory(
     rest = _wide(model, model.base, param_dtype) - blocks
     ahead = max(forward_prefetch, backward_prefetch)
     is_kept = reshard_after_forward is False
-    between = blocks // reshard_after_forward if _is_part(reshard_after_forward, shards) else 0
+    between = blocks // int(reshard_after_forward or 1) if _is_part(reshard_after_forward, shards) else 0
     return Held(
         base=0 if offload else -(-model.base // (shards if base == "sharded" else 1)),
         values=0 if offload else share,

@@ -285,7 +285,9 @@ def _agrees(wanted: Choice, given: Choice) -> bool:
     """Whether an engine is the one that accelerate asks for, whatever other options it has."""
     if wanted.name != given.name:
         return False
-    usual = {"deepspeed": {} if "config" in wanted.options else {"stage": 2, "offload": False, "config": None}}
+    usual: dict[str, dict[str, Any]] = {
+        "deepspeed": {} if "config" in wanted.options else {"stage": 2, "offload": False, "config": None}
+    }
     usual["fsdp"] = {"offload": False, "reshard_after_forward": True}
     defaults: dict[str, Any] = usual.get(wanted.name, {})
     unasked = {"wrap": None, "forward_prefetch": 0, "replicas": 1, "stage": 2, "config": None}
