@@ -242,16 +242,16 @@ def traffic(
         if ranks > 1:
             found.append(Collective(kind=kind, owner=owner, bytes=size, group=ranks, spans_nodes=spans, rings=rings))
 
-    near, near_crosses = group, crosses
-    if _is_part(frees, group):
-        near, near_crosses = int(frees), crosses and int(frees) > per_node
+    # Ranks that have a copy among them after the forward pass gather it from there.
+    near = int(frees) if _is_part(frees, group) else group
+    times = 2 if frees and near == group else 1
+    owners: list[tuple[Owner, int, int]] = [("adapter", values, values)]
     if base == "sharded":
-        add("gather", "base", load.micro_batches * _wide(model, model.base, param_dtype), group, crosses)
-        if frees:
-            add("gather", "base", load.micro_batches * blocks, near, near_crosses)
-    add("gather", "adapter", load.micro_batches * values, group, crosses)
-    if frees:
-        add("gather", "adapter", load.micro_batches * values, near, near_crosses)
+        owners.insert(0, ("base", _wide(model, model.base, param_dtype), blocks))
+    for owner, size, again in owners:
+        add("gather", owner, load.micro_batches * (size + (times - 1) * again), group, crosses)
+        if near < group:
+            add("gather", owner, load.micro_batches * again, near, crosses and near > per_node)
     if not load.tasks:
         add("reduce", "adapter", reduced, group, crosses)
     if offload:
