@@ -1036,15 +1036,18 @@ def _attention_is_there(run: Run) -> Iterator[str]:
         )
 
 
+COMPILED_AT_STAGE_3 = (
+    "train.compile: is given with stage 3 of deepspeed, whose hooks around each layer leave too little of a block to "
+    "compile; remove it, or use fsdp"
+)
+
+
 def _compiled(run: Run) -> Iterator[str]:
     if not run.train.compile:
         return
     engine = run.train.engine
     if engine.name == "deepspeed" and engine.options.get("stage") == 3:
-        yield (
-            "train.compile: is given with stage 3 of deepspeed, whose hooks around each layer leave too little of a "
-            "block to compile; remove it, or use fsdp"
-        )
+        yield COMPILED_AT_STAGE_3
     if run.cluster.packing != "off":
         yield "train.compile: is given with cluster.packing, whose layers are told each batch's tasks; set only one"
     if run.multitask.name == "joint" and run.multitask.options.get("projection") != "none":
@@ -1238,11 +1241,36 @@ def relative_paths(run: Run) -> Iterator[str]:
         paths["evaluate.lm_eval.include"] = run.evaluate.lm_eval.include
     paths |= {f"tasks.{name}.start": task.start for name, task in run.tasks.items() if task.start is not None}
     paths |= {f"tasks.{name}.{part}": path for name, task in run.tasks.items() for part, path in files(task)}
+    paths |= engine_files(run)
     for place, path in paths.items():
         is_hub_name = place == "model.path" and path.count("/") == 1 and not path.startswith(".")
         is_elsewhere = (place == "output" and storage.is_url(path)) or tables.is_hub(path)
         if not (Path(path).is_absolute() or is_hub_name or is_elsewhere):
             yield f"{place}: got {path!r}, which no other machine finds; give an absolute path that all nodes see"
+
+
+def engine_files(run: Run) -> dict[str, str]:
+    """Files that options of the engine name: place in the configuration -> path."""
+    engine = run.train.engine
+    given = plugin.find(ENGINES.folder, engine.name, ENGINES.role, "train.engine").constants.get("FILES", ())
+    options = {name: engine.options.get(name) for name in given}
+    return {f"train.engine.{name}": os.path.expanduser(path) for name, path in options.items() if path is not None}
+
+
+def checked_engine(run: Run) -> Iterator[str]:
+    """What the engine itself says of files that its options name; only then is it imported."""
+    if not (paths := engine_files(run)):
+        return
+    engine = run.train.engine
+    lacking = [(place, path) for place, path in paths.items() if not os.path.exists(path)]
+    for place, path in lacking:
+        yield f"{place}: there is no file {path!r}; paths are relative to {Path.cwd()}"
+    check = plugin.find(ENGINES.folder, engine.name, ENGINES.role, "train.engine").companion("check")
+    if check is not None and not lacking:
+        try:
+            yield from check(run)
+        except ConfigError as error:
+            yield str(error)
 
 
 def _positions(run: Run) -> Iterator[str]:
@@ -1512,6 +1540,7 @@ RULES: tuple[Rule, ...] = (
     _model,
     _output,
     _in_a_job,
+    checked_engine,
     _positions,
     _templates,
     _fields,
@@ -1524,7 +1553,7 @@ RULES: tuple[Rule, ...] = (
     _trackers,
 )
 
-OF_THIS_MACHINE = (_files, _model, _output, _in_a_job, _trackers, _attention_is_there)
+OF_THIS_MACHINE = (_files, _model, _output, _in_a_job, checked_engine, _trackers, _attention_is_there)
 """What is so for this machine alone."""
 
 EACH = {

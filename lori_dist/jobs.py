@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 
 from lori_dist import config, plugin, rows, tables
 from lori_dist.errors import ConfigError, JobError
-from lori_dist.files import open_regular, read_regular
+from lori_dist.files import open_regular, parse_json, read_regular
 
 Kind = Literal["train", "merge", "evaluate"]
 
@@ -148,9 +148,32 @@ def _protocol(run: config.Run) -> dict[str, Any]:
     return {
         "adapter": {**_telling(tree["adapter"], ("seed", "share_projection", *PLACEMENT)), **is_trained},
         "train": _telling(tree["train"], PLACEMENT),
+        **_engine(run),
         **_kinds(run),
         **_code("adapter.mask", run.adapter.mask.name),
     }
+
+
+def _engine(run: config.Run) -> dict[str, Any]:
+    """Options of the engine that change the result by more than rounding, as its file says by RESULT, where they are
+    given; of a file (FILES), what it holds."""
+    engine = run.train.engine
+    method = plugin.find("engines", engine.name, "build", "train.engine")
+    files = config.engine_files(run)
+    given = {
+        name: _content(path) if (path := files.get(f"train.engine.{name}")) is not None else value
+        for name, value in engine.options.items()
+        if name in method.constants.get("RESULT", ()) and value != method.options[name].default
+    }
+    return {"engine": given} if given else {}
+
+
+def _content(path: str) -> Any:
+    """Of a JSON file, its values, whatever blanks stand between them; of another one, its digest."""
+    try:
+        return parse_json(read_regular(path))
+    except ValueError:
+        return sha256(path)
 
 
 def _kinds(run: config.Run) -> dict[str, str]:
@@ -494,6 +517,8 @@ def _place(
             return f"tasks.{task}.{'.'.join(rest)}", None
         case ("start", *_):
             return f"tasks.{task}.start", ""
+        case ("engine", *rest):
+            return ".".join(["train.engine", *rest]), None
         case ("tasks", other, "rows"):
             return f"tasks.{other}.{'train' if kind == 'train' else 'test'}", "the file"
         case ("search", "tasks", other, "rows"):

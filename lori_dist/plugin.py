@@ -102,7 +102,7 @@ class Method:
             problems += [
                 f"{path}.{key}: got {value!r}; it must be in {wanted}"
                 for wanted in _ranges(self.options[key].annotation)
-                if isinstance(bound[key], int | float) and not _within(bound[key], wanted)
+                if _is_number(bound[key]) and not _within(bound[key], wanted)
             ]
         if problems:
             raise ConfigError("\n".join(problems))
@@ -121,6 +121,10 @@ def _ranges(annotation: Any) -> Iterator[str]:
     yield from (text for text in getattr(annotation, "__metadata__", ()) if isinstance(text, str))
     for inner in typing.get_args(annotation):
         yield from _ranges(inner)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _within(value: float, wanted: str) -> bool:

@@ -125,6 +125,63 @@ def test_a_signal_to_one_rank_saves_and_another_launcher_goes_on(
     assert_equal(load_adapter(path), alone)
 
 
+# --- accelerate's own configuration ----------------------------------------------------------------------------------
+
+ACCELERATE = {
+    "compute_environment": "LOCAL_MACHINE",
+    "mixed_precision": "no",
+    "num_machines": 1,
+    "num_processes": 2,
+    "machine_rank": 0,
+    "rdzv_backend": "static",
+    "same_network": True,
+}
+OF_FSDP = {
+    "fsdp_version": 2,
+    "fsdp_reshard_after_forward": False,
+    "fsdp_offload_params": False,
+    "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "fsdp_transformer_layer_cls_to_wrap": "LlamaMLP,LlamaAttention",
+    "fsdp_state_dict_type": "SHARDED_STATE_DICT",
+    "fsdp_cpu_ram_efficient_loading": True,
+    "fsdp_activation_checkpointing": False,
+}
+OF_DEEPSPEED = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": 1.0,
+    "bf16": {"enabled": "auto"},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto"}},
+    "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "stage3_param_persistence_threshold": 100},
+}
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_the_configuration_of_accelerate_is_followed(engine: str, alone: Adapter, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps(OF_DEEPSPEED))
+    own = (
+        {"distributed_type": "FSDP", "fsdp_config": OF_FSDP}
+        if engine == "fsdp"
+        else {
+            "distributed_type": "DEEPSPEED",
+            "deepspeed_config": {"deepspeed_config_file": str(tmp_path / "ds.json"), "zero3_init_flag": True},
+        }
+    )
+    (tmp_path / "accelerate.yaml").write_text(json.dumps({**ACCELERATE, **own, "main_process_port": int(free_port())}))
+    command = ["accelerate", "launch", "--config_file", str(tmp_path / "accelerate.yaml"), "-m"]
+    launched = launch([command], [], folder, tmp_path / "log")
+    assert launched.codes == [0], launched.output
+    asked = {
+        "fsdp": "{name: fsdp, reshard_after_forward: false, wrap: [LlamaMLP, LlamaAttention]}",
+        "deepspeed": f"{{name: deepspeed, config: {tmp_path / 'ds.json'}}}",
+    }
+    assert f"accelerate's configuration asks for train.engine {asked[engine]}" in launched.output
+    place = tmp_path / "demo" / "train-math" / "adapter.safetensors"
+    assert f"on 2 ranks (cpu) with {engine}" in launched.output
+    assert_equal(load_adapter(place), alone)
+
+
 # --- when a rank dies ------------------------------------------------------------------------------------------------
 
 

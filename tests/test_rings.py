@@ -55,6 +55,7 @@ LIBRARIES = {
     "scores.py": set(),
     "schema.py": {"pydantic", "yaml"},
     "engines/deepspeed.py": {"torch", "numpy", "transformers", "deepspeed"},
+    "engines/_ds_keys.py": {"pydantic", "deepspeed"},
     "training/quantized.py": {"torch", "transformers", "bitsandbytes"},
     "training": {"torch", "safetensors", "numpy", "transformers", "accelerate"},
     "engines": {"torch", "numpy", "transformers", "accelerate"},

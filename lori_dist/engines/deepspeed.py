@@ -33,7 +33,8 @@ from deepspeed.utils import (
 )
 
 from lori_dist.adapter.experts import AdaptedExperts
-from lori_dist.config import Train
+from lori_dist.config import COMPILED_AT_STAGE_3, Run, Train
+from lori_dist.engines import _ds_config, _ds_keys
 from lori_dist.errors import ConfigError
 from lori_dist.training.cost import FP32, Collective, Counted, Held, Kind, Load, Owner
 from lori_dist.training.data import Batch
@@ -76,16 +77,23 @@ def build(
     stage: Literal[1, 2, 3] = 2,
     hpz: Annotated[int, "[1, inf)"] = 1,
     offload: bool = False,
+    config: str | None = None,
 ) -> "Partitioned":
     """Stages 1 and 2 keep the whole base on every rank, stage 3 gathers each layer when it runs.
 
     hpz: at stage 3, as many neighbouring ranks, those of a node, keep a second copy of the base among them, so that
     the backward pass gathers inside the node (ZeRO++ hpZ, arXiv 2306.10209). offload: at stage 3, the base's shards
-    wait in host memory.
-    Raises ConfigError for hpz that does not divide the ranks, and for hpz or offload at another stage.
+    wait in host memory. config: path of a DeepSpeed configuration in JSON, all of which reaches DeepSpeed; "auto" and
+    what it leaves out are as the other settings say.
+    Raises ConfigError for hpz that does not divide the ranks, for hpz or offload at another stage, and for a file that
+    cannot be used.
     """
+    found = settled({"stage": stage, "hpz": hpz, "offload": offload, "config": config})
+    stage, hpz, offload = found["stage"], found["hpz"], found["offload"]
     _check(world.size, stage, hpz, offload)
-    return Partitioned(model, weights, train, world, state, stage, hpz, offload)
+    if config is not None and (problems := list(_ds_config.of_ranks(config, train, world.size))):
+        raise ConfigError("\n".join(problems))
+    return Partitioned(model, weights, train, world, state, stage, hpz, offload, config)
 
 
 def forget_groups() -> None:
@@ -93,6 +101,41 @@ def forget_groups() -> None:
     comm.cdb = None
     groups._WORLD_GROUP = None
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+
+
+# --- its configuration file ------------------------------------------------------------------------------------------
+
+FILES = ("config",)
+"""Options that are paths of files."""
+RESULT = ("config",)
+"""Options that may change the result by more than rounding."""
+
+
+def settled(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, with what a configuration file among them says."""
+    return _ds_config.settled(options)
+
+
+def check(run: Run, ranks: int | None = None) -> Iterator[str]:
+    """What is wrong with the configuration file of a run, or contradicts its YAML. ranks: where they are known."""
+    options = run.train.engine.options
+    path = options.get("config")
+    if path is None:
+        return
+    yield from _ds_config.contradictions(run)
+    if ranks is not None:
+        yield from _ds_config.of_ranks(path, run.train, ranks)
+    found = settled({"stage": 2, "hpz": 1, "offload": False, **options})
+    if run.train.compile and found["stage"] == 3:
+        yield COMPILED_AT_STAGE_3
+    try:
+        _check(ranks or found["hpz"], found["stage"], found["hpz"], found["offload"])
+    except ConfigError as error:
+        yield str(error)
+    # The name of every section that DeepSpeed gets, with one rank, which divides all batches.
+    tree = _ds_config.filled(path, {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {}})
+    for place, found, message, known in _ds_keys.mistakes(tree):
+        yield _ds_config.mistake(path, place, found, message, known)
 
 
 def _check(ranks: int, stage: int, hpz: int, offload: bool) -> None:
@@ -116,29 +159,37 @@ def placements(ranks: int, nodes: int) -> Iterator[dict[str, Any]]:
         yield {"stage": 3, "hpz": ranks // nodes}
 
 
-def memory(model: Counted, load: Load, *, stage: int = 2, hpz: int = 1, offload: bool = False) -> Held:
+def memory(
+    model: Counted, load: Load, *, stage: int = 2, hpz: int = 1, offload: bool = False, config: str | None = None
+) -> Held:
     """What is updated is sharded at every stage, and what computes at stage 3 alone. Gradients of an adapter are one
     bucket, which is whole until it is reduced, but at stage 3."""
     _check(load.ranks, stage, hpz, offload)
+    zero = _ds_config.zero(config)
     size, share = FP32 * load.trained, -(-FP32 * load.trained // load.ranks)
     is_sharded = stage == 3 and load.ranks > 1
-    root = min(model.base, LIVE * model.dtype) if is_sharded else 0
+    live, bucket = zero.get("stage3_max_live_parameters", LIVE), zero.get("reduce_bucket_size", BUCKET)
+    root = min(model.base, live * model.dtype) if is_sharded else 0
+    is_on_host = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     second = -(-model.base // hpz) if hpz > 1 else 0
     return Held(
         base=0 if offload else -(-model.base // (load.ranks if stage == 3 else 1)) + second,
         values=share + (share if stage == 3 else size),
         gradients=share if stage == 3 else size,
-        moments=-(-2 * size // load.ranks),
-        buffers=FP32 * min(load.trained, BUCKET),
+        moments=0 if is_on_host else -(-2 * size // load.ranks),
+        buffers=FP32 * min(load.trained, bucket),
         gathered_at_loss=root,
         gathered_in_block=root,
     )
 
 
-def traffic(model: Counted, load: Load, *, stage: int = 2, hpz: int = 1, offload: bool = False) -> list[Collective]:
+def traffic(
+    model: Counted, load: Load, *, stage: int = 2, hpz: int = 1, offload: bool = False, config: str | None = None
+) -> list[Collective]:
     """At stage 3 the base is gathered in both passes of each micro-batch, unless all of it may stay: in the backward
     pass from the neighbours' own copy, where there is one."""
     found, values, spans = list[Collective](), FP32 * load.trained, load.nodes > 1
+    live = _ds_config.zero(config).get("stage3_max_live_parameters", LIVE)
 
     def add(kind: Kind, owner: Owner, size: int, group: int, spans_nodes: bool) -> None:
         if group > 1:
@@ -150,7 +201,7 @@ def traffic(model: Counted, load: Load, *, stage: int = 2, hpz: int = 1, offload
             add("all_reduce", "adapter", times * values, load.ranks, spans)
         add("gather", "adapter", values, load.ranks, spans)
         return found
-    times = 1 if model.parameters <= LIVE else 2
+    times = 1 if model.parameters <= live else 2
     add("gather", "base", load.micro_batches * model.base, load.ranks, spans)
     if times == 2:
         is_near = 1 < hpz <= load.ranks // load.nodes
@@ -177,10 +228,11 @@ class Partitioned:
         stage: int,
         hpz: int,
         offload: bool,
+        path: str | None,
     ) -> None:
-        _prepare(world)
         num_values = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        config = _config(train, stage, hpz, offload, world, num_values)
+        config = _config(train, stage, hpz, offload, world, num_values, path)
+        _prepare(world, speaks=any(config.get(key) not in (None, False) for key in SPEAKING))
         if stage == 3:
             _partition(model, weights, config, world)
         else:
@@ -304,7 +356,10 @@ class Partitioned:
         for path, parameter in self.parameters.items():
             part = _share(parameter.ds_tensor, parameter) if self.stage == 3 else whole(parameter)
             part.data.copy_(state.values[path].view(-1)[part.start : part.start + part.data.numel()])
-            parameter.ds_secondary_tensor = None  # made anew from the first, as after every step
+            parameter.ds_secondary_tensor = None  # made again from the first, as after every step
+        if self.stage == 3 and (persistent := self.model.optimizer.persistent_parameters):
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
 
 
 def _part_of_one_and_two(parameter: Any, quantity: Quantity) -> Part:
@@ -323,7 +378,15 @@ def _share(padded: Tensor, parameter: Any, rank: int | None = None) -> Part:
     return Part(start=start, data=padded.detach().view(-1)[: min(padded.numel(), parameter.ds_numel - start)])
 
 
-def _config(train: Train, stage: int, hpz: int, offload: bool, world: World, num_values: int) -> dict[str, Any]:
+SPEAKING = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "steps_per_print")
+"""Settings that ask DeepSpeed for lines in the log."""
+SELDOM = 2**31
+"""Steps between lines of DeepSpeed's own about the speed, where nobody asks for them."""
+
+
+def _config(
+    train: Train, stage: int, hpz: int, offload: bool, world: World, num_values: int, path: str | None
+) -> dict[str, Any]:
     """No bf16 section: it would cast the fp32 values too."""
     bucket = min(BUCKET, num_values + num_values % 2)  # odd ones are refused
     zero: dict[str, Any] = {
@@ -337,13 +400,14 @@ def _config(train: Train, stage: int, hpz: int, offload: bool, world: World, num
     }
     if offload:
         zero["offload_param"] = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
-    return {
+    made = {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": 1,  # losses are not divided; see set_gradient_accumulation_boundary
         "gradient_clipping": train.clip or 0.0,
-        "steps_per_print": 2**31,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW updates offloaded values and moments, too
         "zero_optimization": zero,
     }
+    return {"steps_per_print": SELDOM, **made} if path is None else _ds_config.filled(path, made)
 
 
 # --- stage 3 ---------------------------------------------------------------------------------------------------------
@@ -407,12 +471,12 @@ def _build_nothing_for_gloo() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _prepare(world: World) -> None:
+def _prepare(world: World, *, speaks: bool = False) -> None:
     # Its way of saying which device, asked for also where there is no launcher.
     os.environ["LOCAL_RANK"] = str(world.local_rank if world.device.index is None else world.device.index)
     if world.device.type == "cpu":
         _build_nothing_for_gloo()
     # Without this, each rank hears of every part that is set up and of every collective that torch has renamed.
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.INFO if speaks else logging.WARNING)
     renamed = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
     warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)

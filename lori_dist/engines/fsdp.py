@@ -1,16 +1,24 @@
 """torch's FSDP2, `fully_shard`: values, gradients and moments sharded over the ranks, and the base too if asked for."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 
+from lori_dist import plugin
 from lori_dist.config import Train
 from lori_dist.errors import ConfigError, JobError
 from lori_dist.training.cost import FP32, Collective, Counted, Held, Kind, Load, Owner
@@ -38,6 +46,9 @@ from lori_dist.training.model import blocks
 from lori_dist.training.weights import Weights, fill, materialize, on, whole
 from lori_dist.training.world import World
 
+RESULT = ("param_dtype", "reduce_dtype", "output_dtype")
+"""Options that may change the result by more than rounding."""
+
 
 def build(
     model: nn.Module,
@@ -48,20 +59,68 @@ def build(
     state: State | None,
     base: Literal["sharded", "replicated"] = "sharded",
     replicas: Annotated[int, "[1, inf)"] = 1,
+    wrap: list[str] | None = None,
+    reshard_after_forward: bool | Annotated[int, "[2, inf)"] | None = None,
+    forward_prefetch: Annotated[int, "[0, inf)"] = 0,
+    backward_prefetch: Annotated[int, "[1, inf)"] = 1,
+    param_dtype: Literal["float32", "bfloat16", "float16", None] = None,
+    reduce_dtype: Literal["float32", "bfloat16", "float16", None] = None,
+    output_dtype: Literal["float32", "bfloat16", "float16", None] = None,
     offload: bool = False,
+    pin_memory: bool = True,
 ) -> "FullySharded":
     """Each transformer block is gathered when it runs: for models that do not fit on one device.
 
     base: `replicated` keeps the whole base on every rank, and shards only what is trained. replicas: of the base, each
-    sharded over its part of the ranks (HSDP); with one per node, gathering stays inside the nodes. offload: shards
-    wait in host memory, and are taken to the device block by block.
-    Raises ConfigError for replicas that do not divide the ranks, and for replicas or offload of a replicated base.
+    sharded over its part of the ranks (HSDP); with one per node, gathering stays inside the nodes. wrap: class names
+    of the modules that are each gathered by themselves, such as [LlamaAttention, LlamaMLP]; null: the transformer
+    blocks. reshard_after_forward: whether these are freed between the forward and the backward pass, or the number of
+    neighbouring ranks that keep a copy among them meanwhile; null: true, and false for a replicated base.
+    forward_prefetch, backward_prefetch: how many of them are gathered ahead of the one that computes. param_dtype,
+    reduce_dtype, output_dtype: what is gathered and computes, what gradients are summed in, and what a block returns;
+    null: as it is. Shards, moments and checkpoints stay as they are, values in float32. offload: shards wait in host
+    memory, and are taken to the device block by block. pin_memory: where the host keeps them, on a GPU: page-locked,
+    for fast copies.
+    Raises ConfigError for replicas that do not divide the ranks, for what only a sharded base can have, for a number
+    in reshard_after_forward that does not divide the ranks of a replica, and for a class that no module has.
     """
-    _check(world.size, base, replicas, offload)
-    return FullySharded(model, weights, train, world, state, base == "sharded", replicas, offload)
+    shards = _check(world.size, base, replicas, offload, pin_memory, reshard_after_forward)
+    frees: bool | int = base == "sharded" if reshard_after_forward is None else reshard_after_forward
+    settings = Settings(
+        shards_base=base == "sharded",
+        replicas=replicas,
+        wrap=None if wrap is None else tuple(wrap),
+        frees=True if frees is not True and frees == shards else frees,
+        forward_prefetch=forward_prefetch,
+        backward_prefetch=backward_prefetch,
+        precision=MixedPrecisionPolicy(
+            param_dtype=_dtype(param_dtype), reduce_dtype=_dtype(reduce_dtype), output_dtype=_dtype(output_dtype)
+        ),
+        offload=CPUOffloadPolicy(pin_memory=pin_memory and world.device.type == "cuda") if offload else OffloadPolicy(),
+    )
+    return FullySharded(model, weights, train, world, state, settings)
 
 
-def _check(ranks: int, base: str, replicas: int, offload: bool) -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What `build` takes, in torch's words."""
+
+    shards_base: bool
+    replicas: int
+    wrap: tuple[str, ...] | None
+    frees: bool | int
+    forward_prefetch: int
+    backward_prefetch: int
+    precision: MixedPrecisionPolicy
+    offload: OffloadPolicy
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return None if name is None else getattr(torch, name)
+
+
+def _check(ranks: int, base: str, replicas: int, offload: bool, pin_memory: bool, frees: bool | int | None) -> int:
+    """Returns the ranks of a replica."""
     if ranks % replicas:
         raise ConfigError(f"train.engine.replicas: got {replicas} for {ranks} ranks; give a number that divides them")
     if base == "replicated" and (replicas > 1 or offload):
@@ -69,6 +128,15 @@ def _check(ranks: int, base: str, replicas: int, offload: bool) -> None:
         raise ConfigError(
             f"train.engine: base is replicated and {found}, which is for a sharded base; remove one of them"
         )
+    if not pin_memory and not offload:
+        raise ConfigError("train.engine.pin_memory: got False, which is for offload: true; remove it, or add that")
+    shards = ranks // replicas
+    if frees is not None and not isinstance(frees, bool) and shards % frees:
+        raise ConfigError(
+            f"train.engine.reshard_after_forward: got {frees} for {shards} ranks that share a base; give true, false "
+            "or a number that divides them"
+        )
+    return shards
 
 
 # --- cost ------------------------------------------------------------------------------------------------------------
@@ -82,51 +150,118 @@ def placements(ranks: int, nodes: int) -> Iterator[dict[str, Any]]:
     yield {"base": "replicated"}
 
 
-def memory(model: Counted, load: Load, *, base: str = "sharded", replicas: int = 1, offload: bool = False) -> Held:
-    """Of FSDP all but blocks stays whole from the forward to the backward pass. A block is there whole while it
-    computes, with the next, as it arrives and is copied into place."""
-    _check(load.ranks, base, replicas, offload)
-    shards = load.ranks // replicas
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def memory(
+    model: Counted,
+    load: Load,
+    *,
+    base: str = "sharded",
+    replicas: int = 1,
+    wrap: Sequence[str] | None = None,
+    reshard_after_forward: bool | int | None = None,
+    forward_prefetch: int = 0,
+    backward_prefetch: int = 1,
+    param_dtype: str | None = None,
+    reduce_dtype: str | None = None,
+    output_dtype: str | None = None,
+    offload: bool = False,
+    pin_memory: bool = True,
+) -> Held:
+    """Of FSDP all but blocks stays whole from the forward to the backward pass, and blocks that are not freed. A block
+    is there whole while it computes, with those that are gathered ahead, one as it arrives and is copied into place."""
+    shards = _check(load.ranks, base, replicas, offload, pin_memory, reshard_after_forward)
     is_sharded = base == "sharded" and shards > 1
     share = -(-FP32 * load.trained // shards)
     summed = FP32 * load.trained if load.micro_batches > 1 and not load.tasks else 0
-    rest = model.base - model.blocks if is_sharded else 0
+    block, blocks = _groups(model, wrap, param_dtype)
+    rest = _wide(model, model.base, param_dtype) - blocks
+    ahead = max(forward_prefetch, backward_prefetch)
+    is_kept = reshard_after_forward is False
+    between = blocks // int(reshard_after_forward or 1) if _is_part(reshard_after_forward, shards) else 0
     return Held(
         base=0 if offload else -(-model.base // (shards if base == "sharded" else 1)),
         values=0 if offload else share,
         gradients=(0 if offload else share) + summed,
         moments=0 if offload else -(-2 * FP32 * load.trained // shards),
-        gathered_at_loss=rest,
-        gathered_in_block=rest + 3 * model.block if is_sharded else 0,
+        gathered_at_loss=rest + (blocks if is_kept else between) if is_sharded else 0,
+        gathered_in_block=rest + (blocks if is_kept else between + (2 + ahead) * block) if is_sharded else 0,
     )
 
 
+def _is_part(frees: bool | int | None, shards: int) -> bool:
+    """Whether fewer ranks than all keep a copy among them."""
+    return frees is not None and not isinstance(frees, bool) and frees < shards
+
+
+def _wide(model: Counted, size: int, dtype: str | None) -> int:
+    """Bytes of the base once they are gathered."""
+    return size if dtype is None else size * WIDTHS[dtype] // model.dtype
+
+
+def _groups(model: Counted, wrap: Sequence[str] | None, dtype: str | None) -> tuple[int, int]:
+    """Bytes of the largest module that is gathered by itself, and of all of them. Raises ConfigError."""
+    if wrap is None:
+        return _wide(model, model.block, dtype), _wide(model, model.blocks, dtype)
+    for name in wrap:
+        if name not in model.classes:
+            raise _unknown_class(name, model.classes, "the model")
+    sizes = [model.classes[name] for name in dict.fromkeys(wrap)]
+    largest, total = max(one.largest for one in sizes), min(model.base, sum(one.total for one in sizes))
+    return _wide(model, largest, dtype), _wide(model, total, dtype)
+
+
 def traffic(
-    model: Counted, load: Load, *, base: str = "sharded", replicas: int = 1, offload: bool = False
+    model: Counted,
+    load: Load,
+    *,
+    base: str = "sharded",
+    replicas: int = 1,
+    wrap: Sequence[str] | None = None,
+    reshard_after_forward: bool | int | None = None,
+    forward_prefetch: int = 0,
+    backward_prefetch: int = 1,
+    param_dtype: str | None = None,
+    reduce_dtype: str | None = None,
+    output_dtype: str | None = None,
+    offload: bool = False,
+    pin_memory: bool = True,
 ) -> list[Collective]:
-    """The base is gathered in each pass of each micro-batch, but what is outside of blocks once for both passes."""
+    """The base is gathered in each pass of each micro-batch, but what is outside of blocks, and what is not freed
+    after the forward pass, once for both."""
     found = list[Collective]()
-    group, per_node, values = load.ranks // replicas, load.ranks // load.nodes, FP32 * load.trained
+    group, per_node = load.ranks // replicas, load.ranks // load.nodes
+    values = load.trained * WIDTHS[param_dtype or "float32"]
+    reduced = load.trained * WIDTHS[reduce_dtype or param_dtype or "float32"]
     crosses = load.nodes > 1 and group > per_node
+    frees = base == "sharded" if reshard_after_forward is None else reshard_after_forward
+    _, blocks = _groups(model, wrap, param_dtype)
 
     def add(kind: Kind, owner: Owner, size: int, ranks: int, spans: bool, rings: int = 1) -> None:
         if ranks > 1:
             found.append(Collective(kind=kind, owner=owner, bytes=size, group=ranks, spans_nodes=spans, rings=rings))
 
+    # Ranks that have a copy among them after the forward pass gather it from there.
+    near = int(frees) if _is_part(frees, group) else group
+    times = 2 if frees and near == group else 1
+    owners: list[tuple[Owner, int, int]] = [("adapter", values, values)]
     if base == "sharded":
-        rest = model.base - model.blocks
-        add("gather", "base", load.micro_batches * (2 * model.blocks + rest), group, crosses)
-        add("gather", "adapter", load.micro_batches * 2 * values, group, crosses)
-    else:
-        add("gather", "adapter", load.micro_batches * values, group, crosses)
+        owners.insert(0, ("base", _wide(model, model.base, param_dtype), blocks))
+    for owner, size, again in owners:
+        add("gather", owner, load.micro_batches * (size + (times - 1) * again), group, crosses)
+        if near < group:
+            add("gather", owner, load.micro_batches * again, near, crosses and near > per_node)
     if not load.tasks:
-        add("reduce", "adapter", values, group, crosses)
+        add("reduce", "adapter", reduced, group, crosses)
     if offload:
-        copied = 2 * load.micro_batches * -(-(model.base + values) // group)
+        passes = 2 if frees else 1
+        copied = passes * load.micro_batches * -(-(model.base + FP32 * load.trained) // group)
         found.append(Collective(kind="copy", owner="base", bytes=copied, group=1, spans_nodes=False))
     # A rank's share is that of one rank of every other group, with which it is summed, or which has a part of it.
     kind: Kind = "gather" if load.tasks else "all_reduce"
-    add(kind, "adapter", -(-values // group), replicas, load.nodes > 1, min(group, per_node))
+    size = FP32 * load.trained if load.tasks else reduced
+    add(kind, "adapter", -(-size // group), replicas, load.nodes > 1, min(group, per_node))
     return found
 
 
@@ -140,15 +275,12 @@ class FullySharded:
         train: Train,
         world: World,
         state: State | None,
-        shards_base: bool,
-        replicas: int,
-        offload: bool,
+        settings: Settings,
     ) -> None:
-        self.mesh = init_device_mesh(
-            world.device.type, (replicas, world.size // replicas), mesh_dim_names=("replica", "shard")
-        )
-        self.model: Any = _shard(model, self.mesh, shards_base, offload)  # an nn.Module and an FSDPModule
-        place = torch.device("cpu") if offload else world.device
+        shape = (settings.replicas, world.size // settings.replicas)
+        self.mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replica", "shard"))
+        self.model: Any = _shard(model, self.mesh, settings)  # an nn.Module and an FSDPModule
+        place = torch.device("cpu") if isinstance(settings.offload, CPUOffloadPolicy) else world.device
         materialize(model, world.device, lambda parameter: on(place, parameter))
         fill(model, weights, _part)
         self.parameters: dict[str, Any] = trained(model)  # DTensors
@@ -212,26 +344,57 @@ class FullySharded:
         """Nothing is left that would outlive it."""
 
 
-def _shard(model: nn.Module, mesh: DeviceMesh, shards_base: bool, offload: bool) -> FSDPModule:
+def _shard(model: nn.Module, mesh: DeviceMesh, settings: Settings) -> FSDPModule:
     """Blocks first, the rest with the root: embeddings and head, tied or not, are then in one group."""
-    policy = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
-    ignored = None if shards_base else {parameter for parameter in model.parameters() if not parameter.requires_grad}
-    if mesh.shape[0] == 1:
-        mesh = mesh["shard"]
-    for block in _blocks(model):
-        # Values alone are so small that they may stay gathered between forward and backward.
-        fully_shard(block, mesh=mesh, ignored_params=ignored, offload_policy=policy, reshard_after_forward=shards_base)
-    return fully_shard(model, mesh=mesh, ignored_params=ignored, offload_policy=policy)
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    found = blocks(model)
-    if not found:
+    frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+    options: dict[str, Any] = {
+        "mesh": mesh["shard"] if mesh.shape[0] == 1 else mesh,
+        "ignored_params": None if settings.shards_base else frozen,
+        "offload_policy": settings.offload,
+        "mp_policy": settings.precision,
+    }
+    # A module is sharded after those inside it, and blocks are given last first.
+    groups = blocks(model) if settings.wrap is None else _of_classes(model, settings.wrap)
+    if not groups:
         raise JobError(
             f"train.engine: fsdp shards transformer blocks, and {type(model).__name__} does not say which of its "
-            "modules they are (_no_split_modules); use ddp or deepspeed"
+            "modules they are (_no_split_modules); give their classes in train.engine.wrap, or use ddp or deepspeed"
         )
-    return found
+    for group in groups:
+        # Values alone are so small that they may stay gathered between forward and backward.
+        fully_shard(group, reshard_after_forward=settings.frees, **options)
+    root = fully_shard(model, **options)
+    _prefetch([group for group in groups if isinstance(group, FSDPModule)][::-1], settings)
+    return root
+
+
+def _of_classes(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """Modules of classes with these names, each after those inside it."""
+    there = {
+        type(module).__name__
+        for module in model.modules()
+        if next(module.parameters(), None) is not None and not type(module).__module__.startswith("lori_dist.")
+    }
+    for name in names:
+        if name not in there:
+            raise _unknown_class(name, there, type(model).__name__)
+    return [module for module in model.modules() if type(module).__name__ in names and module is not model][::-1]
+
+
+def _unknown_class(name: str, there: Iterable[str], model: str) -> ConfigError:
+    listing = f"there are {', '.join(sorted(there))}.{plugin.nearest(name, there)}"
+    return ConfigError(f"train.engine.wrap: no module of {model} is a {name}; {listing}")
+
+
+def _prefetch(groups: Sequence[FSDPModule], settings: Settings) -> None:
+    """In the order of the forward pass. Without this, torch gathers one group ahead in the backward pass alone."""
+    for number, group in enumerate(groups):
+        if settings.forward_prefetch:
+            group.set_modules_to_forward_prefetch(list(groups[number + 1 : number + 1 + settings.forward_prefetch]))
+        if settings.backward_prefetch > 1:
+            group.set_modules_to_backward_prefetch(
+                list(groups[max(0, number - settings.backward_prefetch) : number][::-1])
+            )
 
 
 def _like(parameter: DTensor, flat: Tensor) -> DTensor:

@@ -301,6 +301,10 @@ class LoriModel(BaseTuner):
     tuner_layer_cls = LoriLinear
     target_module_mapping: Mapping[str, list[str]] = {}
 
+    def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        self._is_injected = isinstance(peft_config, PeftConfig)  # a PeftModel gives it by the adapter's name
+        super().__init__(model, peft_config, *args, **kwargs)
+
     def _create_and_replace(
         self,
         config: LoriConfig,
@@ -320,7 +324,7 @@ class LoriModel(BaseTuner):
         layer = LoriLinear(target, current_key) if is_new else cast(LoriLinear, target)
         dropout = config.lora_dropout
         layer.lori_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
-        will_be_read = config.is_from_file and config.inference_mode
+        will_be_read = self._will_be_read(config)
         if will_be_read and current_key in config.kept:
             layer.expect(adapter_name, config.spec(), config.kept[current_key])
         else:
@@ -337,8 +341,13 @@ class LoriModel(BaseTuner):
         if config.is_from_file:
             _refuse_endless(config, [name for name, _ in model.named_modules()])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if config.is_from_file and config.inference_mode:
+        if self._will_be_read(config):
             _refuse_left_out(model, config, adapter_name)
+
+    def _will_be_read(self, config: LoriConfig) -> bool:
+        """Whether the positions of a file are loaded as parameters are: by transformers' `load_adapter`, to train on or
+        not, which puts an adapter into a model without a PeftModel around it."""
+        return config.is_from_file and (config.inference_mode or self._is_injected)
 
     @staticmethod
     def _check_target_module_exists(config: LoriConfig, key: str) -> Any:

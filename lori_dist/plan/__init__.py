@@ -15,7 +15,7 @@ from lori_dist.gpus import DEVICES
 from lori_dist.plan import alternatives, evaluation, notes
 from lori_dist.plan.cost import Hardware, placed_on, ranks_of, trained_of
 from lori_dist.plan.model import Counted
-from lori_dist.plan.placement import placements
+from lori_dist.plan.placement import check_engine, placements
 from lori_dist.plan.rows import Counter, Lengths, said
 from lori_dist.plan.steps import Member, gangs, num_checkpoints, totals
 
@@ -37,6 +37,7 @@ def plan(run: Run, hardware: Hardware, *, row_tokens: int | None = None) -> dict
     an engine that does not say what it costs.
     """
     ranks = ranks_of(run, hardware)
+    check_engine(run, ranks)
     own = list(placements(ranks, hardware.nodes, run.train.engine))
     counter = Counter(run, row_tokens)
     found = gangs(run, counter)

@@ -14,7 +14,7 @@ from lori_dist.adapter.attach import attach, trainable_projections
 from lori_dist.adapter.experts import is_experts
 from lori_dist.config import FLASH, Run
 from lori_dist.errors import ConfigError
-from lori_dist.training.cost import Counted
+from lori_dist.training.cost import Counted, Sizes
 from lori_dist.training.flops import attention, per_token
 from lori_dist.training.model import blocks
 from lori_dist.training.model_files import check_causal, loading, made_from, settings_of
@@ -69,6 +69,7 @@ def count(run: Run, *, ranks: int = 1, adapters: int = 1, start: Adapter | None 
         whole=trained_a + sum(parameter.numel() for parameter in saved.parameters(model).values()),
         projections=adapters * sum(_bytes(delta.projection) for delta in deltas if delta.projection is not None),
         quantized=max(quantized, default=0),
+        classes=_classes(model),
         dequantized=round(sum(quantized) * _moved(run, dtype)),
         widest_b=adapters * max(delta.out_features * delta.rank for delta in deltas),
         vocabulary=settings.vocab_size,
@@ -164,6 +165,21 @@ def _blocks(model: PreTrainedModel) -> list[nn.Module]:
             f"model.path: {type(model).__name__} does not say what its blocks are, so none can be counted"
         )
     return found
+
+
+def _classes(model: nn.Module) -> dict[str, Sizes]:
+    """Those that have weights: the largest module of each, and all that are not inside another of the same class."""
+    found: dict[str, list[tuple[str, int]]] = {}
+    for path, module in model.named_modules():
+        of_class = found.setdefault(type(module).__name__, [])
+        is_inside = bool(of_class) and path.startswith(f"{of_class[-1][0]}.")
+        if path and not is_inside and (size := sum(map(_bytes, _frozen(module)))):
+            of_class.append((path, size))
+    return {
+        name: Sizes(largest=max(size for _, size in sizes), total=sum(size for _, size in sizes))
+        for name, sizes in found.items()
+        if sizes
+    }
 
 
 def _frozen(module: nn.Module) -> Iterator[Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lori_dist import plugin
-from lori_dist.config import Choice
+from lori_dist.config import Choice, Run
 from lori_dist.errors import ConfigError
 from lori_dist.training.cost import FP32, Collective, Counted, Held, Load
 
@@ -71,6 +71,13 @@ def placements(ranks: int, nodes: int, own: Choice | None = None) -> Iterator[Pl
             yield found
 
 
+def check_engine(run: Run, ranks: int) -> None:
+    """Raises ConfigError for what a run's engine cannot do on so many ranks, as it says itself."""
+    check = _companion(run.train.engine.name, "check")
+    if check is not None and (problems := list(check(run, ranks))):
+        raise ConfigError("\n".join(problems))
+
+
 _ORDER = ("ddp", "fsdp", "deepspeed")
 """Of the rows: from what shards nothing to what shards most. Others follow."""
 
@@ -85,6 +92,8 @@ def _proposed(name: str, ranks: int, nodes: int) -> Iterator[dict[str, Any]]:
 def _own(ranks: int, nodes: int, own: Choice) -> Placement:
     method = plugin.find("engines", own.name, "build", "train.engine")
     bound = method.bind(own.options, "train.engine")
+    settle = method.companion("settled")  # options that a file among them gives
+    bound = bound if settle is None else settle(bound)
     given = {key: bound.get(key, option.default) for key, option in method.options.items()}
     proposed = [set(one) for one in _proposed(own.name, ranks, nodes)]
     shown = set.intersection(*proposed) if proposed else set()

@@ -6,7 +6,8 @@ package too. With `placements(ranks, nodes)`, which gives dictionaries of option
 every plan.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from lori_dist.training.flops import Attention
@@ -16,6 +17,14 @@ Owner = Literal["base", "adapter"]
 
 FP32 = 4
 """Bytes of a value, a gradient and a moment."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """Bytes of the base in modules of one class."""
+
+    largest: int
+    total: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +81,8 @@ class Counted:
     """That are trained over the base at once; entries, kept and whole are of each, all else is of all."""
     before: int = 0
     """Of entries of earlier tasks, which stay."""
+    classes: Mapping[str, Sizes] = field(default_factory=dict)
+    """Of the base's modules, by the names of their classes; modules inside one of the same class apart."""
     dequantized: int = 0
     """That go through a device's memory in each pass, to make all quantised weights matrices again."""
 

@@ -22,7 +22,8 @@ Record = dict[str, Any]
 
 Of a step of a training: phase, step (steps done), num_steps, steps_left (of all phases), loss, lr, grad_norm, tokens
 (of all ranks, no padding), seconds (of the step), tokens_per_second, mfu (model FLOP
-utilisation, without what activation checkpointing computes again, of `flops.utilisation`, or null), memory
+utilisation, without what activation checkpointing computes again, of `flops.utilisation`, or null; tasks that share a
+base all have that of their step together), memory
 (bytes, of rank 0: the peak of its device in this phase, or, without one, the resident set) and data_wait (seconds that
 rank 0 made batches).
 Of an evaluation: metric, task, value, seconds. Of a merge: kept, total, density, bytes, rank, seconds.

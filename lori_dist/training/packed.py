@@ -22,7 +22,7 @@ from lori_dist.adapter import file, packed
 from lori_dist.adapter.packed import Routing, adapter_of, module_of
 from lori_dist.config import Run
 from lori_dist.errors import ConfigError, JobError, LoriError
-from lori_dist.training import checkpoint, data, metrics
+from lori_dist.training import checkpoint, data, flops, metrics
 from lori_dist.training.data import Batch, Example
 from lori_dist.training.device import memory
 from lori_dist.training.divergence import not_finite
@@ -196,6 +196,7 @@ class Pack:
     gradients: Gradients
     done: dict[str, int]
     """Steps of each task."""
+    mfu: flops.Utilisation
     losses: dict[str, float | None]
     """Of each task's last step."""
 
@@ -212,6 +213,7 @@ class Pack:
         routing = packed.attach(model, {task: spec_of(run, task) for task in jobs}, masks)
         if run.train.activation_checkpointing:
             checkpoint_activations(model)
+        mfu = flops.utilisation(model, run, world)  # before an engine shards the model
         found = {task: _newest(job, steps[task], _of(masks, task)) for task, job in jobs.items()}
         shapes = {name: parameter.numel() for name, parameter in packed.trainable(model)}
         method = plugin.find("engines", run.train.engine.name, "build", "train.engine")
@@ -233,6 +235,7 @@ class Pack:
             model=model,
             engine=engine,
             gradients=gradients,
+            mfu=mfu,
             done=done,
             losses=losses,
         )
@@ -261,6 +264,8 @@ class Pack:
         seconds = time.monotonic() - start
         losses = dict(zip(self.jobs, result.task_losses or (result.loss,), strict=True))
         failed: dict[str, Outcome] = {}
+        lengths = [self.jobs[task].examples[0][row].num_tokens for task in going for row in rows[task]]
+        mfu = self.mfu(sum(lengths), seconds, lengths)
         for task in going:
             job, phase, loss, norm = self.jobs[task], self.steps[task], losses[task], self.gradients.norms[task]
             problem = not_finite(loss, norm)
@@ -283,6 +288,7 @@ class Pack:
                     "tokens": num_tokens,
                     "seconds": seconds,
                     "tokens_per_second": num_tokens / seconds,
+                    "mfu": mfu,
                     "packed": len(going),
                     "memory": memory(first.world.device),
                     "data_wait": data_wait,

@@ -381,6 +381,22 @@ def test_transformers_itself_loads_a_folder(tmp_path: Path, density: float, dtyp
     assert torch.equal(logits(again), wanted)
 
 
+@pytest.mark.parametrize("density", [0.1, 1.0])
+def test_transformers_itself_loads_a_folder_to_train_on(tmp_path: Path, density: float) -> None:
+    wrapped = peft_model(density=density)
+    wrapped.save_pretrained(tmp_path)
+    loaded = tiny_llama()
+    loaded.load_adapter(str(tmp_path), is_trainable=True)
+    assert torch.equal(logits(loaded), logits(wrapped))
+    kept = {name: p for name, p in loaded.named_parameters() if p.requires_grad}
+    assert sum(parameter.numel() for parameter in kept.values()) == to_adapter(wrapped).kept
+    before = {name: parameter.detach().clone() for name, parameter in kept.items()}
+    ids = torch.arange(6).view(1, 6)
+    loaded(input_ids=ids, labels=ids).loss.backward()
+    torch.optim.SGD(kept.values(), lr=0.1).step()
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in kept.items())
+
+
 def test_positions_that_a_reader_left_out_are_missed(tmp_path: Path) -> None:
     peft_model(density=0.1).save_pretrained(tmp_path)
     model = get_peft_model(tiny_llama(), PeftConfig.from_pretrained(tmp_path)).eval()

@@ -1,13 +1,18 @@
 """What accelerate's own configuration asks for is followed or refused, never left out."""
 
 import dataclasses
+import inspect
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.utils import launch
 
 from lori_dist.config import Choice, Model, Run, Task, Train
 from lori_dist.errors import ConfigError
-from lori_dist.training.accelerate_launch import followed
+from lori_dist.training.accelerate_launch import HARMLESS, READ, followed
 
 PLAIN = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_USE_CPU": "False"}
 FSDP = {
@@ -51,6 +56,24 @@ def run(engine: Choice | None = None, dtype: Any = "float32", **train: Any) -> R
         (PLAIN, Choice(name="ddp")),
         (FSDP, Choice(name="fsdp")),
         ({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, Choice(name="fsdp", options={"offload": True})),
+        (
+            {**FSDP, "FSDP_RESHARD_AFTER_FORWARD": "false"},
+            Choice(name="fsdp", options={"reshard_after_forward": False}),
+        ),
+        (
+            {**FSDP, "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaMLP, LlamaAttention", "FSDP_FORWARD_PREFETCH": "true"},
+            Choice(name="fsdp", options={"wrap": ["LlamaMLP", "LlamaAttention"], "forward_prefetch": 1}),
+        ),
+        (
+            {
+                **FSDP,
+                "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+                "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+                "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
+                "PARALLELISM_CONFIG_CP_BACKEND": "torch",
+            },
+            Choice(name="fsdp", options={"replicas": 2}),
+        ),
         (DEEPSPEED, Choice(name="deepspeed", options={"stage": 3})),
         ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, Choice(name="deepspeed", options={"stage": 1})),
         ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, Choice(name="ddp")),
@@ -74,6 +97,11 @@ def test_more_options_of_the_same_engine_stay() -> None:
 @pytest.mark.parametrize(
     ("environment", "engine", "message"),
     [
+        (
+            FSDP,
+            Choice(name="fsdp", options={"reshard_after_forward": False}),
+            "asks for fsdp, the YAML for {name: fsdp, resh",
+        ),
         (FSDP, Choice(name="ddp"), "train.engine: .* asks for fsdp, the YAML for ddp; write `train: {engine: fsdp}`"),
         (DEEPSPEED, Choice(name="fsdp"), "asks for {name: deepspeed, stage: 3}, the YAML for fsdp"),
         (DEEPSPEED, Choice(name="deepspeed"), "asks for {name: deepspeed, stage: 3}, the YAML for deepspeed"),
@@ -102,15 +130,35 @@ def test_another_engine_is_refused(environment: dict[str, str], engine: Choice, 
         ),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "train.compile: .* dynamo_backend inductor, the YAML has false"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
-        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "parallelism_config"),
         ({**FSDP, "FSDP_VERSION": "1"}, "asks for FSDP 1, .* set `fsdp_version: 2` there"),
-        ({**FSDP, "FSDP_RESHARD_AFTER_FORWARD": "false"}, "FSDP_RESHARD_AFTER_FORWARD: .* 'false'"),
+        ({**FSDP, "FSDP_RESHARD_AFTER_FORWARD": "half"}, "FSDP_RESHARD_AFTER_FORWARD: .* 'half'"),
+        ({**FSDP, "FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"}, "FSDP_SHARDING_STRATEGY: .* 'HYBRID_SHARD'.*replicas"),
+        (
+            {**FSDP, "FSDP_SHARDING_STRATEGY": "SHARD_GRAD_OP"},
+            "STRATEGY: .* FSDP_RESHARD_AFTER_FORWARD true",
+        ),
+        ({**FSDP, "FSDP_BACKWARD_PREFETCH": "NO_PREFETCH"}, "FSDP_BACKWARD_PREFETCH: .* 'NO_PREFETCH'"),
+        ({**FSDP, "FSDP_NEW_SETTING": "7"}, "FSDP_NEW_SETTING: .* '7', which no engine here knows"),
+        ({"ACCELERATE_CPU_AFFINITY": "1"}, "ACCELERATE_CPU_AFFINITY: .*enable_cpu_affinity: false"),
+        (
+            {
+                **FSDP,
+                "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+                "PARALLELISM_CONFIG_TP_SIZE": "2",
+                "PARALLELISM_CONFIG_CP_SIZE": "1",
+            },
+            "tensor, context or sequence parallel: PARALLELISM_CONFIG_TP_SIZE 2",
+        ),
         ({**FSDP, "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "FSDP_AUTO_WRAP_POLICY: .* 'SIZE_BASED_WRAP'"),
         ({**FSDP, "FSDP_IGNORED_MODULES": "lm_head"}, "FSDP_IGNORED_MODULES: .* 'lm_head'"),
         ({**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "train.activation_checkpointing: .* the YAML has false"),
         ({**DEEPSPEED, "ACCELERATE_GRADIENT_CLIPPING": "0.3"}, "gradient_clipping 0.3, the YAML has 1.0"),
-        ({**DEEPSPEED, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "gradient_accumulation_steps 4"),
-        ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, "'ds.json', which is not read; write its stage"),
+        ({**DEEPSPEED, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3"}, "gradient_accumulation_steps 3"),
+        ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "nowhere.json"}, "config: there is no file 'nowhere.json'"),
+        (
+            {**DEEPSPEED, "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": "MixtralSparseMoeBlock"},
+            "MOE_LAYER_CLS_NAMES: .*leaf",
+        ),
         ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "7"}, "is '7'; give 0, 1, 2 or 3"),
         ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme"}, "'nvme' at stage 3"),
         ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "OFFLOAD_OPTIMIZER_DEVICE: .* 'cpu'"),
@@ -137,3 +185,29 @@ def test_all_mistakes_are_named_at_once() -> None:
     with pytest.raises(ConfigError) as found:
         followed(dataclasses.replace(run()), environment, has_engine=False)
     assert len(str(found.value).splitlines()) == 2
+
+
+def test_a_deepspeed_configuration_file_is_followed_and_checked(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    settings: dict[str, Any] = {"zero_optimization": {"stage": 3}, "train_batch_size": "auto", "gradient_clipping": 1.0}
+    path.write_text(json.dumps(settings))
+    environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
+    wanted = Choice(name="deepspeed", options={"config": str(path)})
+    assert followed(run(), environment, has_engine=False).train.engine == wanted
+    path.write_text(json.dumps({**settings, "gradient_clipping": 0.25, "zero_optimisation": {}}))
+    with pytest.raises(ConfigError) as found:
+        followed(run(), environment, has_engine=False)
+    assert "has gradient_clipping 0.25, and train.clip is 1.0" in str(found.value)
+    assert "the unknown key zero_optimisation" in str(found.value)
+
+
+def test_all_that_accelerate_s_launcher_sets_is_decided() -> None:
+    source = inspect.getsource(launch)
+    names = set(re.findall(r"""current_env\["((?:ACCELERATE|FSDP)_[A-Z0-9_]+)"\]""", source))
+    names |= {f"PARALLELISM_CONFIG_{name}" for name in _suffixes(launch.prepare_extend_env_parallelism_config)}
+    assert len(names) > 40
+    assert names - {*READ, *HARMLESS} == set()
+
+
+def _suffixes(function: Any) -> list[str]:
+    return re.findall(r"prefix \+ .([A-Z0-9_]+).\]", inspect.getsource(function))
