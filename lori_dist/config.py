@@ -679,7 +679,7 @@ def _parse(text: str, source: str) -> tuple[Any, list[str]]:
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # control characters; escapes that are not characters
         raise ConfigError(f"{source}: is not valid YAML: {' '.join(str(error).split())}") from error
     return _unshared(tree, source), [
-        f"{source}: {key} is given in lines {' and '.join(map(str, lines))}; leave one"
+        f"{source}: {key} is given in lines {' and '.join(map(str, lines))}; keep one"
         for lines, key in sorted(loader.repeated)
     ]
 
@@ -733,7 +733,7 @@ def _override(tree: dict[str, Any], override: str) -> list[str]:
     path, equals, text = override.partition("=")
     *parents, last = path.split(".")
     if not equals or not all((*parents, last)):
-        return [f"{_cut(override)}: an override reads path.to.key=value, such as train.lr=1e-4"]
+        return [f"{_cut(override)}: an override has the form path.to.key=value, such as train.lr=1e-4"]
     place = tree
     for depth, key in enumerate(parents):
         below = place.get(key)
@@ -844,7 +844,7 @@ def _made(section: type, value: Any, place: Place, problems: dict[Place, str]) -
             object.__setattr__(made, item.name, content)
     for key, meant in strange.items():
         near = "" if meant is None else f" Did you mean {meant!r}?"
-        problems.setdefault((*place, key), f"there is no such key; there are {', '.join(kinds)}.{near}")
+        problems.setdefault((*place, key), f"unknown key; there are {', '.join(kinds)}.{near}")
     return made
 
 
@@ -1042,14 +1042,19 @@ def _compiled(run: Run) -> Iterator[str]:
     engine = run.train.engine
     if engine.name == "deepspeed" and engine.options.get("stage") == 3:
         yield (
-            "train.compile: is given with stage 3 of deepspeed, whose hooks around each layer leave too little of a "
+            "train.compile: cannot be combined with stage 3 of deepspeed, whose hooks around each layer leave "
+            "too little of a "
             "block to compile; remove it, or use fsdp"
         )
     if run.cluster.packing != "off":
-        yield "train.compile: is given with cluster.packing, whose layers are told each batch's tasks; set only one"
+        yield (
+            "train.compile: cannot be combined with cluster.packing, whose layers need to know each batch's "
+            "tasks; set only one"
+        )
     if run.multitask.name == "joint" and run.multitask.options.get("projection") != "none":
         yield (
-            "train.compile: is given with multitask joint, whose layers keep each task's gradient apart; remove it, "
+            "train.compile: cannot be combined with multitask joint, whose layers keep each task's gradient "
+            "apart; remove it, "
             "or set multitask.projection to none"
         )
 
@@ -1059,7 +1064,8 @@ def _saved(run: Run) -> Iterator[str]:
         return
     if run.multitask.name != "independent":
         yield (
-            f"adapter.modules_to_save: is given with multitask {run.multitask.name}, where tasks would share what is "
+            f"adapter.modules_to_save: cannot be combined with multitask {run.multitask.name}, where tasks would "
+            "share what is "
             "trained in full; train them independent, or remove it"
         )
     if run.merges:
@@ -1093,7 +1099,7 @@ def _lengths_of_tasks(run: Run) -> Iterator[str]:
             yield f"train.warmup_steps: {found}; give fewer than those"
         if own and run.multitask.name == "joint":
             given = ", ".join(f"{where}.{key}" for key in sorted(own))
-            yield f"{given}: given with multitask joint, which trains all tasks as one; give train's"
+            yield f"{given}: cannot be combined with multitask joint, which trains all tasks as one; set those of train"
 
 
 def trained_as(run: Run, task: str) -> Train:
@@ -1107,7 +1113,7 @@ def trained_as(run: Run, task: str) -> Train:
 def _long_runs(run: Run) -> Iterator[str]:
     train = run.train
     if train.early_stop is not None and train.validate_every is None:
-        yield "train.early_stop: is given without train.validate_every, which measures for it; give both"
+        yield "train.early_stop: is set without train.validate_every, which measures for it; give both"
     if train.on_divergence == "rollback" and train.checkpoint_every is None:
         yield "train.on_divergence: rollback goes back to a checkpoint; give train.checkpoint_every"
 
@@ -1137,7 +1143,9 @@ def _mixtures(run: Run) -> Iterator[str]:
         if task.train in task.mixture:
             yield f"tasks.{name}.mixture: {task.train!r} is also tasks.{name}.train, which has the rest; remove it"
         if task.mixture and run.multitask.name == "joint":
-            yield f"tasks.{name}.mixture: is given with multitask joint, which mixes tasks evenly; set only one"
+            yield (
+                f"tasks.{name}.mixture: cannot be combined with multitask joint, which mixes tasks evenly; set only one"
+            )
         if task.template.messages is None and task.template.date is not None:
             yield f"tasks.{name}.template.date: is for chat templates, and template.messages is not given; remove it"
         if task.template.messages is not None and task.labels is not None:
@@ -1152,9 +1160,9 @@ def _starts(run: Run) -> Iterator[str]:
         if not os.path.exists(task.start):
             yield f"{where}: there is no file or folder {task.start!r}; paths are relative to {Path.cwd()}"
         if task.seed is not None:
-            yield f"tasks.{name}.seed: is given with {where}, whose A stays; set only one"
+            yield f"tasks.{name}.seed: cannot be combined with {where}, whose A stays; set only one"
         if run.multitask.name != "independent":
-            yield f"{where}: is given with multitask {run.multitask.name}; use independent, or remove it"
+            yield f"{where}: cannot be combined with multitask {run.multitask.name}; use independent, or remove it"
         if run.adapter.share_projection or run.adapter.projection == "trained" or run.adapter.modules_to_save:
             yield (
                 f"{where}: its A stays and its kept entries alone are trained; remove adapter.share_projection, "
@@ -1172,7 +1180,9 @@ def _packed_rows(run: Run) -> Iterator[str]:
     if not run.train.pack:
         return
     if run.multitask.name == "joint":
-        yield "train.pack: is given with multitask joint, which tells tasks apart by their rows; set only one"
+        yield (
+            "train.pack: cannot be combined with multitask joint, which distinguishes tasks by their rows; set only one"
+        )
     with contextlib.suppress(OSError, ValueError, AttributeError):  # the job says what is wrong with config.json
         settings = json.loads(read_regular(Path(run.model.path) / "config.json"))
         yield from unpackable(str(settings.get("model_type")))
@@ -1181,10 +1191,7 @@ def _packed_rows(run: Run) -> Iterator[str]:
 def unpackable(model_type: str) -> Iterator[str]:
     """What is wrong with packing rows for a model."""
     if model_type not in PACKED:
-        yield (
-            f"train.pack: it is not known that {model_type} keeps packed rows apart, as {', '.join(PACKED)} do; "
-            "remove it"
-        )
+        yield (f"train.pack: {model_type} is not known to keep packed rows apart, as {', '.join(PACKED)} do; remove it")
 
 
 def _files(run: Run) -> Iterator[str]:
@@ -1374,13 +1381,13 @@ def _merges(run: Run) -> Iterator[str]:
         tasks = merge.tasks if merge.tasks is not None else tuple(run.tasks)
         repeated = sorted({task for task in tasks if tasks.count(task) > 1})
         if repeated:
-            yield f"{path}.tasks: {', '.join(repeated)} is given twice; leave one"
+            yield f"{path}.tasks: {', '.join(repeated)} is listed twice; keep one"
         if merge.tasks == ():
             yield f"{path}.tasks: none is given; name at least one, or remove it for all"
         for task in tasks:
             if task not in run.tasks:
                 listing = f"there are {', '.join(run.tasks)}.{plugin.nearest(task, run.tasks)}"
-                yield f"{path}.tasks: there is no task {task!r}; {listing}"
+                yield f"{path}.tasks: unknown task {task!r}; {listing}"
         if merge.weights is not None and len(merge.weights) != len(tasks):
             yield (
                 f"{path}.weights: {len(merge.weights)} given for {len(tasks)} adapters ({', '.join(tasks)}); "
@@ -1398,8 +1405,8 @@ def _cluster(run: Run) -> Iterator[str]:
         yield f"cluster.min_workers: got {least} for {most} workers; give at most cluster.workers"
     if run.cluster.bind != "127.0.0.1" and run.cluster.address != "local":
         yield (
-            f"cluster.bind: is given, but the cluster at {run.cluster.address!r} was started before and listens where "
-            "it was told to; remove it"
+            f"cluster.bind: is given, but the cluster at {run.cluster.address!r} was started before, where "
+            "Ray was given its interfaces; remove it"
         )
 
 
@@ -1420,7 +1427,7 @@ def _packing(run: Run) -> Iterator[str]:
     guarded += ["on_divergence"] if run.train.on_divergence != "stop" else []
     if guarded:
         yield (
-            f"cluster.packing: got {run.cluster.packing}, and trainings with train.{guarded[0]} are not packed; "
+            f"cluster.packing: got {run.cluster.packing}, and training jobs with train.{guarded[0]} are not packed; "
             "set only one of them"
         )
     if run.train.pack:
@@ -1489,7 +1496,7 @@ def _trackers(run: Run) -> Iterator[str]:
             package = name.replace("_", "-")
             yield f"trackers: {name} is not installed; pip install {package}, or remove it"
         if run.trackers.count(name) > 1:
-            yield f"trackers: {name} is given twice; leave one"
+            yield f"trackers: {name} is listed twice; keep one"
 
 
 RULES: tuple[Rule, ...] = (

@@ -214,7 +214,7 @@ class _Decoder(json.JSONDecoder):
                 f"is not JSON ({self.constants[0]} is not a JSON value; a missing value is often written so)"
             )
         elif self.repeated:
-            found = ConfigError(f"has the field {self.repeated[0]!r} more than once; leave one")
+            found = ConfigError(f"has the field {self.repeated[0]!r} more than once; keep one")
         self.constants.clear()
         self.repeated.clear()
         return found
@@ -330,7 +330,7 @@ def _array(text: str, start: int, *, is_whole: bool = False) -> Iterator[tuple[i
         more = text.startswith(",", place)
         place = _after_blanks(text, place + more)
     if not is_whole and text[place:].rstrip() != "]":
-        yield line, ConfigError("is followed by no comma, or the array by more; wanted an array of objects")
+        yield line, ConfigError("is not followed by a comma, or text follows the array; wanted an array of objects")
 
 
 def _after_blanks(text: str, place: int) -> int:
@@ -363,7 +363,7 @@ def _csv(raw: bytes) -> Iterator[tuple[int, Row | ConfigError]]:
                     yield number, ConfigError("is empty; wanted the names of the columns in the first line")
                     return
                 if repeated := _repeated([name for name in values if name]):
-                    yield number, ConfigError(f"has the column {repeated[0]!r} more than once; leave one")
+                    yield number, ConfigError(f"has the column {repeated[0]!r} more than once; keep one")
                     return
                 header = values
             elif len(values) == len(header):

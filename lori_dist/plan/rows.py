@@ -78,7 +78,7 @@ class Counter:
         sampled, number, is_rough = self._sampled(path, where)
         if is_rough and needs_number and number == 0:
             raise ConfigError(
-                f"{where}: how many rows {path} has cannot be told within {SECONDS:.0f} seconds; plan with train.steps "
+                f"{where}: the rows of {path} cannot be counted within {SECONDS:.0f} seconds; plan with train.steps "
                 "instead of train.epochs"
             )
         if not sampled:  # or the error would not say where
@@ -133,7 +133,7 @@ class Counter:
     def _number(self, path: str, where: str) -> tuple[int, bool]:
         _, number, is_rough = self._sampled(path, where)
         if not number:
-            raise ConfigError(f"{where}: how many rows {path} has cannot be told; plan with train.steps")
+            raise ConfigError(f"{where}: the rows of {path} cannot be counted; plan with train.steps")
         return number, is_rough
 
 
