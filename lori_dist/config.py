@@ -517,22 +517,53 @@ def _plain(value: Any) -> Any:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.BaseLoader):
+class _InPython(yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser):
+    """Events of a text where PyYAML was built without libyaml, which gives the same ones faster."""
+
+    def __init__(self, stream: str) -> None:
+        yaml.reader.Reader.__init__(self, stream)
+        yaml.scanner.Scanner.__init__(self)
+        yaml.parser.Parser.__init__(self)
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:  # PyYAML's name
+        """Ends early where brackets are nested: the scanner takes the square of their number."""
+        if self.flow_level >= DEEPEST:
+            raise yaml.scanner.ScannerError(None, None, TOO_DEEP, self.get_mark())
+        super().fetch_flow_collection_start(TokenClass)
+
+
+_Events: Any = getattr(yaml, "cyaml", yaml).CParser if yaml.__with_libyaml__ else _InPython
+
+
+class _Loader(yaml.composer.Composer, _Events, yaml.constructor.BaseConstructor, yaml.resolver.BaseResolver):
     """YAML 1.2 as JSON has it: text, numbers, true, false, null, lists and mappings; merge keys, and no other tags.
 
     Times such as 1:30, dates, 1_000, yes, no, on and off are text, which a key that wants a number or a switch reads.
     """
 
     def __init__(self, stream: str) -> None:
-        super().__init__(stream)
+        _Events.__init__(self, stream)
+        yaml.composer.Composer.__init__(self)
+        yaml.constructor.BaseConstructor.__init__(self)
+        yaml.resolver.BaseResolver.__init__(self)
         self.repeated: list[tuple[list[int], str]] = []
+        self._depth = self._number = 0
 
-    def fetch_flow_collection_start(self, TokenClass: Any) -> None:  # PyYAML's name
-        """Ends early where brackets are nested: the scanner takes the square of their number."""
-        if self.flow_level >= DEEPEST:
-            problem = f"brackets are nested more than {DEEPEST} deep; write it flat"
-            raise yaml.scanner.ScannerError(None, None, problem, self.get_mark())
-        super().fetch_flow_collection_start(TokenClass)
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:  # PyYAML's name
+        """Ends early where a text is nested too deeply or has too many nodes, a key and its value being two."""
+        self._depth += 1
+        self._number += 1
+        if self._depth > DEEPEST + 1:
+            raise yaml.composer.ComposerError(None, None, TOO_DEEP, self.peek_event().start_mark)
+        if self._number > 2 * MOST:
+            raise _TooMany
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+
+class _TooMany(Exception):
+    pass
 
 
 class _Dumper(yaml.SafeDumper):
@@ -625,9 +656,10 @@ _Loader.add_constructor(TAG + "map", _mapping)
 _Loader.add_constructor(None, _refuse_tag)  # every other tag
 
 LARGEST = 2**20
-"""Bytes of a file: YAML takes seconds for as many."""
-MOST, DEEPEST, LONGEST_NUMBER = 100_000, 64, 100
+"""Bytes of a file."""
+MOST, DEEPEST, LONGEST_NUMBER = 25_000, 64, 100
 """Values of a configuration, their nesting, and characters of a number."""
+TOO_DEEP = f"it is nested more than {DEEPEST} deep; write it flat"
 
 
 def read(path: str | Path) -> Any:
@@ -669,8 +701,8 @@ def _parse(text: str, source: str) -> tuple[Any, list[str]]:
     try:
         loader = _Loader(text)
         tree = loader.get_single_data()
-    except RecursionError as error:
-        raise ConfigError(f"{source}: is not a configuration: it is nested more than {DEEPEST} deep") from error
+    except _TooMany:
+        raise ConfigError(_too_many(source)) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
@@ -684,6 +716,10 @@ def _parse(text: str, source: str) -> tuple[Any, list[str]]:
     ]
 
 
+def _too_many(source: str) -> str:
+    return f"{source}: has more than {MOST:,} values, counting what aliases repeat; write fewer"
+
+
 Place = tuple[str, ...]
 """Where a value stands: the keys that lead to it."""
 
@@ -694,7 +730,7 @@ def _unshared(tree: Any, source: str) -> Any:
 
     def copied(value: Any, depth: int) -> Any:
         if next(number) > MOST:
-            raise ConfigError(f"{source}: has more than {MOST:,} values, counting what aliases repeat; write fewer")
+            raise ConfigError(_too_many(source))
         if depth > DEEPEST:
             raise ConfigError(f"{source}: is nested more than {DEEPEST} deep; write it flat")
         if isinstance(value, dict):

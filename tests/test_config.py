@@ -221,7 +221,7 @@ def test_aliases_that_repeat_aliases_take_no_room() -> None:
     laughs = "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise(names))
     merges = "".join(f"{b}: &{b} {{<<: [{','.join([f'*{a}'] * 9)}]}}\n" for a, b in itertools.pairwise(names))
     assert problems(f"{MINIMAL}a: &a [x]\n{laughs}") == [
-        "run.yaml: has more than 100,000 values, counting what aliases repeat; write fewer"
+        "run.yaml: has more than 25,000 values, counting what aliases repeat; write fewer"
     ]
     assert len(problems(f"{MINIMAL}a: &a {{x: 1}}\n{merges}")) == len(names)
     assert len(problems(MINIMAL, f"name=[&a [x], {laughs.replace(': ', ' ').replace(chr(10), ', ')}]")) == 1
