@@ -197,10 +197,10 @@ class Template:
 
 @section
 class Task:
-    """One task: its rows and how they read. Rows are in JSON lines, JSON, CSV or Parquet files, or `hub:NAME:SPLIT`."""
+    """One task: its rows and how they read, which are JSON lines, JSON, CSV, TSV or Parquet files, or `hub:NAME:SPLIT`."""
 
     train: FilePath
-    """Training rows: a JSON lines, JSON, CSV or Parquet file, or hub:NAME:SPLIT, which is streamed."""
+    """Training rows: a JSON lines, JSON, CSV, TSV or Parquet file, or hub:NAME:SPLIT, which is streamed."""
     test: FilePath
     """Rows to evaluate on, in the same formats."""
     validation: FilePath | None = None
@@ -851,6 +851,8 @@ def _changed(run: Run, key: str, value: Any) -> Run:
     return made
 
 
+MOST_NAMED = 100
+"""Unknown keys of one section that are named, and compared with the known ones."""
 ABSENT: Any = object()
 """Made of what is wrong."""
 
@@ -862,7 +864,10 @@ def _made(section: type, value: Any, place: Place, problems: dict[Place, str]) -
         problems.setdefault(place, f"got {_found(value)}; wanted a mapping, key: value")
         return made
     kinds = _kinds(section)
-    strange = {key: plugin.closest(key, kinds) for key in value if key not in kinds}
+    unknown = [key for key in value if key not in kinds]
+    strange = {key: plugin.closest(key, kinds) for key in unknown[:MOST_NAMED]}
+    if others := unknown[MOST_NAMED:]:
+        problems.setdefault(place, f"has {len(others):,} more unknown keys; there are {', '.join(kinds)}")
     for item in fields(section):
         where = (*place, item.name)
         if item.name not in value and item.name in strange.values():

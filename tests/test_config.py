@@ -130,6 +130,10 @@ def test_a_number_is_the_one_that_was_meant(written: str, number: int) -> None:
     assert load(MINIMAL, f"train.steps={written}").train.steps == number
 
 
+HALF = "(has a character that text cannot have|found invalid Unicode character escape code)"
+"""What is said of half of a surrogate pair: by ourselves, or by libyaml."""
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -157,9 +161,9 @@ def test_a_number_is_the_one_that_was_meant(written: str, number: int) -> None:
         ("name=!mine x", "the tag !mine is not one of"),
         ("train.steps=!!int x", "'x' is not of the kind that its tag !!int names; remove the tag"),
         ('name="\\0"', r"name: '\\x00' has a character that text cannot have; remove it"),
-        ('tasks.nlu.template.prompt="\\ud800"', "tasks.nlu.template.prompt: .* has a character that text cannot have"),
-        ('tasks={"\\ud800": {}}', "the key has a character that text cannot have; remove it"),
-        ("name=" + 70 * "[", "line 1, column 65: brackets are nested more than 64 deep; write it flat"),
+        ('tasks.nlu.template.prompt="\\ud800"', f"^tasks.nlu.template.prompt.* {HALF}"),
+        ('tasks={"\\ud800": {}}', f"^tasks.* {HALF}"),
+        ("name=" + 70 * "[", "line 1, column 6[56]: it is nested more than 64 deep; write it flat"),
         ("name=" + 70 * "- ", "is nested more than 64 deep"),
         ("name=&a [*a]", "found unconstructable recursive node"),
     ],
@@ -214,6 +218,28 @@ def test_a_file_without_an_end_is_refused(place: Path, kind: str) -> None:
         path.write_text(MINIMAL + 2**20 * "#")
     with pytest.raises(ConfigError, match="holds NoneType" if kind == "pipe" else "it has more than 1,048,576 bytes"):
         config.load(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x:\n" + 200_000 * "- 1\n",
+        "x:\n" + "".join(f"  k{n}: {{a: {n}, b: 2}}\n" for n in range(35_000)),
+        "x: [" + ",".join(24_000 * ["0.1234567"]) + "]",
+        "".join(f"k{n}: 1\n" for n in range(24_000)),
+        "merges:\n" + "".join(f"  m{n}: {{method: concat}}\n" for n in range(8_000)),
+        "x: |\n" + 80_000 * "  some words\n",
+        1_000_000 * "[",
+        500_000 * "- ",
+    ],
+    ids=["items", "mappings", "numbers", "keys", "merges", "text", "brackets", "dashes"],
+)
+def test_files_of_almost_a_mebibyte_are_read_or_refused_in_two_seconds(text: str, place: Path) -> None:
+    (place / "run.yaml").write_text(text)
+    start = time.process_time()
+    with pytest.raises(ConfigError):
+        config.load("run.yaml")
+    assert time.process_time() - start < 2
 
 
 def test_aliases_that_repeat_aliases_take_no_room() -> None:
@@ -295,8 +321,8 @@ def test_a_wrong_override_is_named(override: str, message: str) -> None:
 def test_repeated_keys_are_all_reported_with_their_lines() -> None:
     text = MINIMAL + "adapter:\n  rank: 4\n  alpha: 1\n  rank: 8\nname: again\n"
     assert problems(text) == [
-        "run.yaml: name is given in lines 2 and 14; leave one",
-        "run.yaml: rank is given in lines 11 and 13; leave one",
+        "run.yaml: name is given in lines 2 and 14; keep one",
+        "run.yaml: rank is given in lines 11 and 13; keep one",
     ]
 
 

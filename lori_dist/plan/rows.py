@@ -126,7 +126,7 @@ class Counter:
                 return [row for row, _ in kept], seen, False
         except OSError as error:
             raise ConfigError(f"{where}: {path} cannot be read ({error.strerror})") from error
-        is_text = not tables.is_hub(path) and path.lower().endswith((".jsonl", ".json", ".csv", ".txt"))
+        is_text = not tables.is_hub(path) and path.lower().endswith((".jsonl", ".json", ".csv", ".tsv", ".txt"))
         number = round(os.path.getsize(path) * seen / max(1, seen_bytes)) if is_text else 0
         return [row for row, _ in kept], number, True
 
