@@ -197,7 +197,7 @@ class Template:
 
 @section
 class Task:
-    """One task: its rows and how they read, which are JSON lines, JSON, CSV, TSV or Parquet files, or `hub:NAME:SPLIT`."""
+    """One task: its rows and how they read. Rows are in JSON lines, JSON, CSV, TSV or Parquet, or `hub:NAME:SPLIT`."""
 
     train: FilePath
     """Training rows: a JSON lines, JSON, CSV, TSV or Parquet file, or hub:NAME:SPLIT, which is streamed."""

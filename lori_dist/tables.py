@@ -102,9 +102,9 @@ def read(path: str) -> Iterator[tuple[int, Row | ConfigError]]:
     """The rows, numbered as their lines are where they have lines, from 1; for one that is none, what is wrong with it.
 
     Blank lines are skipped. The ending, in small letters or capitals, tells the kind of file: .csv, .tsv, .parquet,
-    .json with an array or with an object that holds one under a key; anything else is JSON lines. Files may be compressed by
-    gzip, bzip2, xz or zstd. Values of a CSV file are text, or `Missing`. Raises OSError for a file that cannot be read,
-    ConfigError for one of another kind or a damaged one, and for a data set that cannot be read.
+    .json with an array or with an object that holds one under a key; anything else is JSON lines. Files may be
+    compressed by gzip, bzip2, xz or zstd. Values of a CSV file are text, or `Missing`. Raises OSError for a file that
+    cannot be read, ConfigError for one of another kind or a damaged one, and for a data set that cannot be read.
     """
     if problem := problem_of(path):
         raise ConfigError(problem)
