@@ -532,10 +532,12 @@ class _InPython(yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser):
         super().fetch_flow_collection_start(TokenClass)
 
 
-_Events: Any = getattr(yaml, "cyaml", yaml).CParser if yaml.__with_libyaml__ else _InPython
+_Events: Any = yaml.cyaml.CParser if yaml.__with_libyaml__ else _InPython
 
 
-class _Loader(yaml.composer.Composer, _Events, yaml.constructor.BaseConstructor, yaml.resolver.BaseResolver):
+class _Loader(  # type: ignore[misc]  # one of two classes
+    yaml.composer.Composer, _Events, yaml.constructor.BaseConstructor, yaml.resolver.BaseResolver
+):
     """YAML 1.2 as JSON has it: text, numbers, true, false, null, lists and mappings; merge keys, and no other tags.
 
     Times such as 1:30, dates, 1_000, yes, no, on and off are text, which a key that wants a number or a switch reads.

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from lori_dist.plan.placement import MEMORY
 
 GIB = 2**30
-_SHADES = matplotlib.colormaps["tab20"].colors  # pairs of a dark and a light shade of one colour
+_SHADES = matplotlib.color_sequences["tab20"]  # pairs of a dark and a light shade of one colour
 COLOURS = dict(zip(MEMORY, [*_SHADES[::2], *_SHADES[1::2]], strict=False))
 """Of each kind of memory, one of its own."""
 
