@@ -128,10 +128,10 @@ def _show_dry_run(described: config.Run) -> None:
     if superseded:
         print("", *superseded, sep="\n")
     ranks, place = described.cluster.workers, described.cluster.address
-    built = f"What is to be trained was built by {ranks} rank{'' if ranks == 1 else 's'} (cluster.address: {place})"
-    print(f"\n{built}, and no step was done. {described.folder} is as it was.")
+    built = f"Every training job was built by {ranks} rank{'' if ranks == 1 else 's'} (cluster.address: {place})"
+    print(f"\n{built}, and no step was run. {described.folder} is unchanged.")
     if described.cluster.packing != "off":
-        print("Training jobs were built one by one; several over one base take more memory.")
+        print("Training jobs were built one at a time; jobs that share a base take more memory.")
 
 
 def plan(arguments: argparse.Namespace) -> None:
@@ -185,7 +185,7 @@ def status(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(found, indent=2))
         return
-    who = f"{found['driver']} works on it" if found["driver"] else "nobody works on it"
+    who = f"{found['driver']} is working on it" if found["driver"] else "no process is working on it"
     line = f"{found['folder']}: {who}{', and was asked to stop' if found['stopping'] else ''}"
     print(status.printable(line), describe.table(status.TITLES, status.rows(found)), sep="\n\n")
 
@@ -196,7 +196,8 @@ def stop(arguments: argparse.Namespace) -> None:
     root = status.folder_of(arguments.run, arguments.settings)
     driver = status.stop(root, timeout=arguments.timeout)
     print(
-        f"{root}: " + ("nobody works on it" if driver is None else f"{driver} has ended; `lori run` resumes from here")
+        f"{root}: "
+        + ("no process is working on it" if driver is None else f"{driver} has ended; `lori run` resumes from here")
     )
 
 
@@ -236,7 +237,7 @@ def _train(arguments: argparse.Namespace, watch: "Callable[[World], None]") -> t
     trainings = list(_trainings(described))
     if arguments.task not in trainings:
         known, near = ", ".join(trainings), plugin.nearest(arguments.task, trainings)
-        raise ConfigError(f"--task: there is no task {arguments.task!r}; there are {known}.{near}")
+        raise ConfigError(f"--task: unknown task {arguments.task!r}; there are {known}.{near}")
     import torch.distributed as dist
 
     from lori_dist import progress
@@ -337,7 +338,7 @@ def report(arguments: argparse.Namespace) -> None:
     adapters = [word for word in words if word not in settings]
     described = config.load(arguments.run, settings) if arguments.run is not None else None
     if described is None and settings:
-        raise ConfigError(f"{settings[0]}: changes a configuration, and none is given; add --run CONFIG")
+        raise ConfigError(f"{settings[0]}: is an override, which needs a configuration; add --run CONFIG")
     made = _finished_adapters(described) if described is not None else {}
     trainings = set(_trainings(described)) if described is not None else set()
     named = {name: path for name, path in made.items() if name in trainings}
@@ -360,7 +361,7 @@ def report(arguments: argparse.Namespace) -> None:
     opened = [source.opened(Path(path)) for path in paths]
     written = write(opened, arguments.out, names=names, evaluation=measured, jobs=jobs, conflicts=conflicts)
     if measured and not written["drops"] and not conflicts:
-        log.warning("%s: no model of it has the name of a task, and no merge was measured: there are no drops", matrix)
+        log.warning("%s: it has no model named after a task and no merge, so no drops can be computed", matrix)
     print(arguments.out / "report.html")
 
 
@@ -375,7 +376,7 @@ def _tree(path: Path, where: str) -> dict[str, Any]:
             f"{where}: {str(path)!r} is not a JSON file ({error}); give the summary.json of a run"
         ) from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{where}: {str(path)!r} holds no object; give the summary.json of a run")
+        raise ConfigError(f"{where}: {str(path)!r} does not hold a JSON object; give the summary.json of a run")
     return tree
 
 
@@ -444,7 +445,7 @@ def _options(words: Sequence[str]) -> dict[str, Any]:
     options = {}
     for word in words:
         if not _is_option(word):
-            raise ConfigError(f"{word}: an option of a method reads NAME=VALUE, such as density=0.5")
+            raise ConfigError(f"{word}: an option of a method has the form NAME=VALUE, such as density=0.5")
         name, _, text = word.partition("=")
         options[name] = config.value(text, word)
     return options
@@ -497,7 +498,9 @@ def _finished_adapters(described: config.Run) -> dict[str, Path]:
     making = [job for job in jobs if job.kind != "evaluate"]
     made = [job for job in making if folder.finished(described.folder, job)]
     if len(made) < len(making):
-        log.warning("%s: %d of %d adapters are there; only they are measured", described.folder, len(made), len(making))
+        log.warning(
+            "%s: %d of %d adapters are finished; only these are evaluated", described.folder, len(made), len(making)
+        )
     return {job.name.partition("-")[2]: summary.path(described, job) for job in made}
 
 

@@ -197,10 +197,10 @@ class Template:
 
 @section
 class Task:
-    """One task: its rows and how they read. Rows are in JSON lines, JSON, CSV or Parquet files, or `hub:NAME:SPLIT`."""
+    """One task: its rows and how they read. Rows are in JSON lines, JSON, CSV, TSV or Parquet, or `hub:NAME:SPLIT`."""
 
     train: FilePath
-    """Training rows: a JSON lines, JSON, CSV or Parquet file, or hub:NAME:SPLIT, which is streamed."""
+    """Training rows: a JSON lines, JSON, CSV, TSV or Parquet file, or hub:NAME:SPLIT, which is streamed."""
     test: FilePath
     """Rows to evaluate on, in the same formats."""
     validation: FilePath | None = None
@@ -517,22 +517,58 @@ def _plain(value: Any) -> Any:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.BaseLoader):
+class _InPython(yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser):
+    """Events of a text where PyYAML was built without libyaml, which gives the same ones faster."""
+
+    def __init__(self, stream: str) -> None:
+        yaml.reader.Reader.__init__(self, stream)
+        yaml.scanner.Scanner.__init__(self)
+        yaml.parser.Parser.__init__(self)
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:  # PyYAML's name
+        """Ends early where brackets are nested: the scanner takes the square of their number."""
+        if self.flow_level >= DEEPEST:
+            raise yaml.scanner.ScannerError(None, None, TOO_DEEP, self.get_mark())
+        super().fetch_flow_collection_start(TokenClass)
+
+
+_Events: Any = vars(yaml.cyaml)["CParser"] if yaml.__with_libyaml__ else _InPython
+
+
+class _Loader(
+    yaml.composer.Composer,
+    _Events,  # type: ignore[misc]  # one of two classes
+    yaml.constructor.BaseConstructor,
+    yaml.resolver.BaseResolver,
+):
     """YAML 1.2 as JSON has it: text, numbers, true, false, null, lists and mappings; merge keys, and no other tags.
 
     Times such as 1:30, dates, 1_000, yes, no, on and off are text, which a key that wants a number or a switch reads.
     """
 
     def __init__(self, stream: str) -> None:
-        super().__init__(stream)
+        _Events.__init__(self, stream)
+        yaml.composer.Composer.__init__(self)
+        yaml.constructor.BaseConstructor.__init__(self)
+        yaml.resolver.BaseResolver.__init__(self)
         self.repeated: list[tuple[list[int], str]] = []
+        self._depth = self._number = 0
 
-    def fetch_flow_collection_start(self, TokenClass: Any) -> None:  # PyYAML's name
-        """Ends early where brackets are nested: the scanner takes the square of their number."""
-        if self.flow_level >= DEEPEST:
-            problem = f"brackets are nested more than {DEEPEST} deep; write it flat"
-            raise yaml.scanner.ScannerError(None, None, problem, self.get_mark())
-        super().fetch_flow_collection_start(TokenClass)
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:  # PyYAML's name
+        """Ends early where a text is nested too deeply or has too many nodes, a key and its value being two."""
+        self._depth += 1
+        self._number += 1
+        if self._depth > DEEPEST + 1:
+            raise yaml.composer.ComposerError(None, None, TOO_DEEP, self.peek_event().start_mark)
+        if self._number > 2 * MOST:
+            raise _TooMany
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+
+class _TooMany(Exception):
+    pass
 
 
 class _Dumper(yaml.SafeDumper):
@@ -625,9 +661,10 @@ _Loader.add_constructor(TAG + "map", _mapping)
 _Loader.add_constructor(None, _refuse_tag)  # every other tag
 
 LARGEST = 2**20
-"""Bytes of a file: YAML takes seconds for as many."""
-MOST, DEEPEST, LONGEST_NUMBER = 100_000, 64, 100
+"""Bytes of a file."""
+MOST, DEEPEST, LONGEST_NUMBER = 25_000, 64, 100
 """Values of a configuration, their nesting, and characters of a number."""
+TOO_DEEP = f"it is nested more than {DEEPEST} deep; write it flat"
 
 
 def read(path: str | Path) -> Any:
@@ -669,8 +706,8 @@ def _parse(text: str, source: str) -> tuple[Any, list[str]]:
     try:
         loader = _Loader(text)
         tree = loader.get_single_data()
-    except RecursionError as error:
-        raise ConfigError(f"{source}: is not a configuration: it is nested more than {DEEPEST} deep") from error
+    except _TooMany:
+        raise ConfigError(_too_many(source)) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
@@ -679,9 +716,13 @@ def _parse(text: str, source: str) -> tuple[Any, list[str]]:
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # control characters; escapes that are not characters
         raise ConfigError(f"{source}: is not valid YAML: {' '.join(str(error).split())}") from error
     return _unshared(tree, source), [
-        f"{source}: {key} is given in lines {' and '.join(map(str, lines))}; leave one"
+        f"{source}: {key} is given in lines {' and '.join(map(str, lines))}; keep one"
         for lines, key in sorted(loader.repeated)
     ]
+
+
+def _too_many(source: str) -> str:
+    return f"{source}: has more than {MOST:,} values, counting what aliases repeat; write fewer"
 
 
 Place = tuple[str, ...]
@@ -694,7 +735,7 @@ def _unshared(tree: Any, source: str) -> Any:
 
     def copied(value: Any, depth: int) -> Any:
         if next(number) > MOST:
-            raise ConfigError(f"{source}: has more than {MOST:,} values, counting what aliases repeat; write fewer")
+            raise ConfigError(_too_many(source))
         if depth > DEEPEST:
             raise ConfigError(f"{source}: is nested more than {DEEPEST} deep; write it flat")
         if isinstance(value, dict):
@@ -733,7 +774,7 @@ def _override(tree: dict[str, Any], override: str) -> list[str]:
     path, equals, text = override.partition("=")
     *parents, last = path.split(".")
     if not equals or not all((*parents, last)):
-        return [f"{_cut(override)}: an override reads path.to.key=value, such as train.lr=1e-4"]
+        return [f"{_cut(override)}: an override has the form path.to.key=value, such as train.lr=1e-4"]
     place = tree
     for depth, key in enumerate(parents):
         below = place.get(key)
@@ -815,6 +856,8 @@ def _changed(run: Run, key: str, value: Any) -> Run:
     return made
 
 
+MOST_NAMED = 100
+"""Unknown keys of one section that are named, and compared with the known ones."""
 ABSENT: Any = object()
 """Made of what is wrong."""
 
@@ -826,7 +869,10 @@ def _made(section: type, value: Any, place: Place, problems: dict[Place, str]) -
         problems.setdefault(place, f"got {_found(value)}; wanted a mapping, key: value")
         return made
     kinds = _kinds(section)
-    strange = {key: plugin.closest(key, kinds) for key in value if key not in kinds}
+    unknown = [key for key in value if key not in kinds]
+    strange = {key: plugin.closest(key, kinds) for key in unknown[:MOST_NAMED]}
+    if others := unknown[MOST_NAMED:]:
+        problems.setdefault(place, f"has {len(others):,} more unknown keys; there are {', '.join(kinds)}")
     for item in fields(section):
         where = (*place, item.name)
         if item.name not in value and item.name in strange.values():
@@ -844,7 +890,7 @@ def _made(section: type, value: Any, place: Place, problems: dict[Place, str]) -
             object.__setattr__(made, item.name, content)
     for key, meant in strange.items():
         near = "" if meant is None else f" Did you mean {meant!r}?"
-        problems.setdefault((*place, key), f"there is no such key; there are {', '.join(kinds)}.{near}")
+        problems.setdefault((*place, key), f"unknown key; there are {', '.join(kinds)}.{near}")
     return made
 
 
@@ -1037,8 +1083,8 @@ def _attention_is_there(run: Run) -> Iterator[str]:
 
 
 COMPILED_AT_STAGE_3 = (
-    "train.compile: is given with stage 3 of deepspeed, whose hooks around each layer leave too little of a block to "
-    "compile; remove it, or use fsdp"
+    "train.compile: cannot be combined with stage 3 of deepspeed, whose hooks around each layer leave too little of a "
+    "block to compile; remove it, or use fsdp"
 )
 
 
@@ -1049,10 +1095,14 @@ def _compiled(run: Run) -> Iterator[str]:
     if engine.name == "deepspeed" and engine.options.get("stage") == 3:
         yield COMPILED_AT_STAGE_3
     if run.cluster.packing != "off":
-        yield "train.compile: is given with cluster.packing, whose layers are told each batch's tasks; set only one"
+        yield (
+            "train.compile: cannot be combined with cluster.packing, whose layers need to know each batch's "
+            "tasks; set only one"
+        )
     if run.multitask.name == "joint" and run.multitask.options.get("projection") != "none":
         yield (
-            "train.compile: is given with multitask joint, whose layers keep each task's gradient apart; remove it, "
+            "train.compile: cannot be combined with multitask joint, whose layers keep each task's gradient "
+            "apart; remove it, "
             "or set multitask.projection to none"
         )
 
@@ -1062,7 +1112,8 @@ def _saved(run: Run) -> Iterator[str]:
         return
     if run.multitask.name != "independent":
         yield (
-            f"adapter.modules_to_save: is given with multitask {run.multitask.name}, where tasks would share what is "
+            f"adapter.modules_to_save: cannot be combined with multitask {run.multitask.name}, where tasks would "
+            "share what is "
             "trained in full; train them independent, or remove it"
         )
     if run.merges:
@@ -1096,7 +1147,7 @@ def _lengths_of_tasks(run: Run) -> Iterator[str]:
             yield f"train.warmup_steps: {found}; give fewer than those"
         if own and run.multitask.name == "joint":
             given = ", ".join(f"{where}.{key}" for key in sorted(own))
-            yield f"{given}: given with multitask joint, which trains all tasks as one; give train's"
+            yield f"{given}: cannot be combined with multitask joint, which trains all tasks as one; set those of train"
 
 
 def trained_as(run: Run, task: str) -> Train:
@@ -1110,7 +1161,7 @@ def trained_as(run: Run, task: str) -> Train:
 def _long_runs(run: Run) -> Iterator[str]:
     train = run.train
     if train.early_stop is not None and train.validate_every is None:
-        yield "train.early_stop: is given without train.validate_every, which measures for it; give both"
+        yield "train.early_stop: is set without train.validate_every, which measures for it; give both"
     if train.on_divergence == "rollback" and train.checkpoint_every is None:
         yield "train.on_divergence: rollback goes back to a checkpoint; give train.checkpoint_every"
 
@@ -1140,7 +1191,9 @@ def _mixtures(run: Run) -> Iterator[str]:
         if task.train in task.mixture:
             yield f"tasks.{name}.mixture: {task.train!r} is also tasks.{name}.train, which has the rest; remove it"
         if task.mixture and run.multitask.name == "joint":
-            yield f"tasks.{name}.mixture: is given with multitask joint, which mixes tasks evenly; set only one"
+            yield (
+                f"tasks.{name}.mixture: cannot be combined with multitask joint, which mixes tasks evenly; set only one"
+            )
         if task.template.messages is None and task.template.date is not None:
             yield f"tasks.{name}.template.date: is for chat templates, and template.messages is not given; remove it"
         if task.template.messages is not None and task.labels is not None:
@@ -1155,9 +1208,9 @@ def _starts(run: Run) -> Iterator[str]:
         if not os.path.exists(task.start):
             yield f"{where}: there is no file or folder {task.start!r}; paths are relative to {Path.cwd()}"
         if task.seed is not None:
-            yield f"tasks.{name}.seed: is given with {where}, whose A stays; set only one"
+            yield f"tasks.{name}.seed: cannot be combined with {where}, whose A stays; set only one"
         if run.multitask.name != "independent":
-            yield f"{where}: is given with multitask {run.multitask.name}; use independent, or remove it"
+            yield f"{where}: cannot be combined with multitask {run.multitask.name}; use independent, or remove it"
         if run.adapter.share_projection or run.adapter.projection == "trained" or run.adapter.modules_to_save:
             yield (
                 f"{where}: its A stays and its kept entries alone are trained; remove adapter.share_projection, "
@@ -1175,7 +1228,9 @@ def _packed_rows(run: Run) -> Iterator[str]:
     if not run.train.pack:
         return
     if run.multitask.name == "joint":
-        yield "train.pack: is given with multitask joint, which tells tasks apart by their rows; set only one"
+        yield (
+            "train.pack: cannot be combined with multitask joint, which distinguishes tasks by their rows; set only one"
+        )
     with contextlib.suppress(OSError, ValueError, AttributeError):  # the job says what is wrong with config.json
         settings = json.loads(read_regular(Path(run.model.path) / "config.json"))
         yield from unpackable(str(settings.get("model_type")))
@@ -1184,10 +1239,7 @@ def _packed_rows(run: Run) -> Iterator[str]:
 def unpackable(model_type: str) -> Iterator[str]:
     """What is wrong with packing rows for a model."""
     if model_type not in PACKED:
-        yield (
-            f"train.pack: it is not known that {model_type} keeps packed rows apart, as {', '.join(PACKED)} do; "
-            "remove it"
-        )
+        yield (f"train.pack: {model_type} is not known to keep packed rows apart, as {', '.join(PACKED)} do; remove it")
 
 
 def _files(run: Run) -> Iterator[str]:
@@ -1402,13 +1454,13 @@ def _merges(run: Run) -> Iterator[str]:
         tasks = merge.tasks if merge.tasks is not None else tuple(run.tasks)
         repeated = sorted({task for task in tasks if tasks.count(task) > 1})
         if repeated:
-            yield f"{path}.tasks: {', '.join(repeated)} is given twice; leave one"
+            yield f"{path}.tasks: {', '.join(repeated)} is listed twice; keep one"
         if merge.tasks == ():
             yield f"{path}.tasks: none is given; name at least one, or remove it for all"
         for task in tasks:
             if task not in run.tasks:
                 listing = f"there are {', '.join(run.tasks)}.{plugin.nearest(task, run.tasks)}"
-                yield f"{path}.tasks: there is no task {task!r}; {listing}"
+                yield f"{path}.tasks: unknown task {task!r}; {listing}"
         if merge.weights is not None and len(merge.weights) != len(tasks):
             yield (
                 f"{path}.weights: {len(merge.weights)} given for {len(tasks)} adapters ({', '.join(tasks)}); "
@@ -1426,8 +1478,8 @@ def _cluster(run: Run) -> Iterator[str]:
         yield f"cluster.min_workers: got {least} for {most} workers; give at most cluster.workers"
     if run.cluster.bind != "127.0.0.1" and run.cluster.address != "local":
         yield (
-            f"cluster.bind: is given, but the cluster at {run.cluster.address!r} was started before and listens where "
-            "it was told to; remove it"
+            f"cluster.bind: is given, but the cluster at {run.cluster.address!r} was started before, where "
+            "Ray was given its interfaces; remove it"
         )
 
 
@@ -1448,7 +1500,7 @@ def _packing(run: Run) -> Iterator[str]:
     guarded += ["on_divergence"] if run.train.on_divergence != "stop" else []
     if guarded:
         yield (
-            f"cluster.packing: got {run.cluster.packing}, and trainings with train.{guarded[0]} are not packed; "
+            f"cluster.packing: got {run.cluster.packing}, and training jobs with train.{guarded[0]} are not packed; "
             "set only one of them"
         )
     if run.train.pack:
@@ -1517,7 +1569,7 @@ def _trackers(run: Run) -> Iterator[str]:
             package = name.replace("_", "-")
             yield f"trackers: {name} is not installed; pip install {package}, or remove it"
         if run.trackers.count(name) > 1:
-            yield f"trackers: {name} is given twice; leave one"
+            yield f"trackers: {name} is listed twice; keep one"
 
 
 RULES: tuple[Rule, ...] = (

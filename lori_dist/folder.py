@@ -44,9 +44,9 @@ def finished(root: Path, job: Job) -> dict[str, Any] | None:
         return None
     again = f"delete {place} to do the job again"
     if not is_sealed(record) or not all(isinstance(record.get(key), dict) for key in ("files", "sha256")):
-        raise JobError(f"{place / FINISHED}: was changed since the job was finished; restore it, or {again}")
+        raise JobError(f"{place / FINISHED}: was changed after the job finished; restore it, or {again}")
     if record["sha256"].keys() != record["files"].keys():
-        raise JobError(f"{place / FINISHED}: was changed since the job was finished; restore it, or {again}")
+        raise JobError(f"{place / FINISHED}: was changed after the job finished; restore it, or {again}")
     sizes = _sizes(place)
     for name, size in record["files"].items():
         if sizes.get(name) != size:

@@ -399,10 +399,10 @@ def _names(adapters: Sequence[Adapter]) -> list[str]:
 
 def _check(adapters: Sequence[Adapter], names: Sequence[str]) -> None:
     if not adapters:
-        raise AdapterError("interference: no adapters were given; give at least one")
+        raise AdapterError("interference: got no adapters; give at least one")
     if len(names) != len(adapters) or len(set(names)) < len(names):
         raise AdapterError(
-            f"interference: {len(names)} names ({', '.join(names)}) were given for {len(adapters)} adapters; "
+            f"interference: got {len(names)} names ({', '.join(names)}) for {len(adapters)} adapters; "
             "give each adapter a name of its own"
         )
     shapes: dict[str, tuple[tuple[int, int], str]] = {}

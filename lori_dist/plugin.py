@@ -159,21 +159,24 @@ def find(folder: str, name: str, role: str, path: str) -> Method:
         source = PACKAGE / folder / f"{name}.py"
     else:
         raise ConfigError(f"{path}: unknown {name!r} in {folder}; {_choices(name, names(folder), 'there are')}")
-    return _read(folder, name, role, path, source, source.stat().st_mtime_ns)
+    try:
+        return _read(folder, name, role, source, source.stat().st_mtime_ns)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 @functools.lru_cache
-def _read(folder: str, name: str, role: str, path: str, source: Path, changed: int) -> Method:
-    """The method in a file as it was when it was last changed."""
-    tree = _tree(source, path)
+def _read(folder: str, name: str, role: str, source: Path, changed: int) -> Method:
+    """The method in a file as it was when it was last changed, read once wherever in a configuration it stands."""
+    tree = _tree(source)
     function = next((node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == role), None)
     if function is None:
-        raise ConfigError(f"{path}: {name} has no function `{role}`; define one with the signature the README shows")
+        raise ConfigError(f"{name} has no function `{role}`; define one with the signature the README shows")
     return Method(
         folder=folder,
         name=name,
         role=role,
-        options=MappingProxyType(_options(function, path)),
+        options=MappingProxyType(_options(function)),
         summary=(ast.get_docstring(function) or "").split("\n")[0],
         constants=MappingProxyType(_constants(tree)),
     )
@@ -213,11 +216,11 @@ def source_of(module: str, path: str) -> Path:
     return Path(spec.origin)
 
 
-def _tree(source: Path, path: str) -> ast.Module:
+def _tree(source: Path) -> ast.Module:
     try:
         return ast.parse(source.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError) as error:
-        raise ConfigError(f"{path}: {source} is not valid Python ({error}); fix it first") from error
+        raise ConfigError(f"{source} is not valid Python ({error}); fix it first") from error
 
 
 def _constants(tree: ast.Module) -> dict[str, Any]:
@@ -242,11 +245,11 @@ def default_weight(merge: Method, options: Mapping[str, Any], num_adapters: int)
     return 1.0 if merge.declares("UNIT_WEIGHTS", options) else 1 / num_adapters
 
 
-def _options(function: ast.FunctionDef, path: str) -> dict[str, Option]:
+def _options(function: ast.FunctionDef) -> dict[str, Option]:
     """Keyword-only parameters without a default are not options: the program itself passes those."""
     pairs = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
     return {
-        argument.arg: _option(argument, default, f"{path}: option {argument.arg} of `{function.name}`")
+        argument.arg: _option(argument, default, f"option {argument.arg} of `{function.name}`")
         for argument, default in pairs
         if default is not None
     }

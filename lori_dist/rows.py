@@ -38,7 +38,7 @@ def read(path: str, template: config.Template, *, where: str = "", labels: Seque
                 problems.append((number, error))
     except OSError as error:
         raise ConfigError(
-            f"{prefix}{path} cannot be read ({error.strerror}); give the path of a JSON lines, CSV or Parquet file"
+            f"{prefix}{path} cannot be read ({error.strerror}); give the path of a JSON lines, CSV, TSV or Parquet file"
         ) from error
     except ConfigError as error:
         raise ConfigError(f"{prefix}{error}") from error

@@ -1,4 +1,4 @@
-"""Files of rows: JSON lines, JSON, CSV, Parquet, and data sets by their name on the hub, which are streamed."""
+"""Files of rows: JSON lines, JSON, CSV, TSV, Parquet, and data sets by their name on the hub, which are streamed."""
 
 import bz2
 import codecs
@@ -31,6 +31,8 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 """What may follow the ending that tells the kind of file. The content tells how a file is compressed."""
 HOLDERS = ("data", "rows", "examples", "instances", "items", "records")
 """Keys that a JSON object with other keys has its rows under."""
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+SEPARATORS = {",": "commas", "\t": "tabs"}
 MISSING = ("", "NaN", "nan", "<NA>", "NULL", "null")
 """Cells of a CSV file that stand for no value, where JSON has null and Parquet an empty cell."""
 
@@ -99,10 +101,10 @@ def ending(path: str) -> str:
 def read(path: str) -> Iterator[tuple[int, Row | ConfigError]]:
     """The rows, numbered as their lines are where they have lines, from 1; for one that is none, what is wrong with it.
 
-    Blank lines are skipped. The ending, in small letters or capitals, tells the kind of file: .csv, .parquet, .json
-    with an array or with an object that holds one under a key; anything else is JSON lines. Files may be compressed by
-    gzip, bzip2, xz or zstd. Values of a CSV file are text, or `Missing`. Raises OSError for a file that cannot be read,
-    ConfigError for one of another kind or a damaged one, and for a data set that cannot be read.
+    Blank lines are skipped. The ending, in small letters or capitals, tells the kind of file: .csv, .tsv, .parquet,
+    .json with an array or with an object that holds one under a key; anything else is JSON lines. Files may be
+    compressed by gzip, bzip2, xz or zstd. Values of a CSV file are text, or `Missing`. Raises OSError for a file that
+    cannot be read, ConfigError for one of another kind or a damaged one, and for a data set that cannot be read.
     """
     if problem := problem_of(path):
         raise ConfigError(problem)
@@ -123,8 +125,8 @@ def read(path: str) -> Iterator[tuple[int, Row | ConfigError]]:
         return
     try:
         with _opened(path) as file:
-            if kind_of_file == ".csv":
-                yield from _csv(file.read())
+            if kind_of_file in DELIMITERS:
+                yield from _csv(file.read(), DELIMITERS[kind_of_file])
             elif kind_of_file == ".json":
                 yield from _json(file)
             else:
@@ -214,7 +216,7 @@ class _Decoder(json.JSONDecoder):
                 f"is not JSON ({self.constants[0]} is not a JSON value; a missing value is often written so)"
             )
         elif self.repeated:
-            found = ConfigError(f"has the field {self.repeated[0]!r} more than once; leave one")
+            found = ConfigError(f"has the field {self.repeated[0]!r} more than once; keep one")
         self.constants.clear()
         self.repeated.clear()
         return found
@@ -330,7 +332,7 @@ def _array(text: str, start: int, *, is_whole: bool = False) -> Iterator[tuple[i
         more = text.startswith(",", place)
         place = _after_blanks(text, place + more)
     if not is_whole and text[place:].rstrip() != "]":
-        yield line, ConfigError("is followed by no comma, or the array by more; wanted an array of objects")
+        yield line, ConfigError("is not followed by a comma, or text follows the array; wanted an array of objects")
 
 
 def _after_blanks(text: str, place: int) -> int:
@@ -339,11 +341,11 @@ def _after_blanks(text: str, place: int) -> int:
     return match.end()
 
 
-def _csv(raw: bytes) -> Iterator[tuple[int, Row | ConfigError]]:
+def _csv(raw: bytes, delimiter: str) -> Iterator[tuple[int, Row | ConfigError]]:
     # What is not UTF-8 is let through, to be reported with the line of its row.
     text = raw.decode("utf-8-sig", errors="surrogateescape")
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     number = 1
     while True:
@@ -352,7 +354,10 @@ def _csv(raw: bytes) -> Iterator[tuple[int, Row | ConfigError]]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield number, ConfigError(f"is not CSV ({error}); put a text with quotes or commas in quotes")
+            yield (
+                number,
+                ConfigError(f"is not CSV ({error}); put a text with quotes or {SEPARATORS[delimiter]} in quotes"),
+            )
         else:
             if any(UNDECODED.search(value) for value in values):
                 yield number, ConfigError("is not UTF-8; save the file as UTF-8")
@@ -363,7 +368,7 @@ def _csv(raw: bytes) -> Iterator[tuple[int, Row | ConfigError]]:
                     yield number, ConfigError("is empty; wanted the names of the columns in the first line")
                     return
                 if repeated := _repeated([name for name in values if name]):
-                    yield number, ConfigError(f"has the column {repeated[0]!r} more than once; leave one")
+                    yield number, ConfigError(f"has the column {repeated[0]!r} more than once; keep one")
                     return
                 header = values
             elif len(values) == len(header):

@@ -120,7 +120,7 @@ sys.exit(code)
     ("words", "code", "message"),
     [
         ("run nowhere.yaml", 2, r"^nowhere\.yaml: cannot be read"),
-        ("train run.yaml --task frist", 2, r"^--task: there is no task 'frist'.* Did you mean 'first'\?$"),
+        ("train run.yaml --task frist", 2, r"^--task: unknown task 'frist'.* Did you mean 'first'\?$"),
         ("merge out.safetensors first.safetensors --method linaer", 2, r"^--method: .* Did you mean 'linear'\?$"),
         ("merge out.safetensors first.safetensors a=1 --method linear", 2, r"^--method\.a: linear has no such option"),
         ("merge out.safetensors a=1 --method linear", 2, r"^--method\.a: "),
@@ -151,7 +151,11 @@ sys.exit(code)
             2,
             r"^ADAPTER: none is given; give adapter files, or with --run a",
         ),
-        ("report first.safetensors train.steps=3 --out out", 2, r"^train\.steps=3: changes a configuration, and none"),
+        (
+            "report first.safetensors train.steps=3 --out out",
+            2,
+            " " r"^train\.steps=3: is an override, which needs a configuration",
+        ),
         ("report first.safetensors --out out --run run.yaml output=x", 2, r"^--run: '.*x/demo/summary\.json' does not"),
         ("report first.safetensors --out out --evaluation no.json", 2, r"^--evaluation: 'no\.json' does not exist"),
         (
@@ -167,7 +171,7 @@ sys.exit(code)
         ("report rows.jsonl --out out", 1, r"^rows\.jsonl: this is not a whole safetensors file"),
         ("report first.safetensors --out rows.jsonl/x", 1, r"^rows\.jsonl/x: cannot be made: "),
         ("bench projetcion", 2, r"^SUITE: .* Did you mean 'projection'\?$"),
-        ("bench projection fast", 2, r"^fast: an option of a method reads NAME=VALUE"),
+        ("bench projection fast", 2, r"^fast: an option of a method has the form NAME=VALUE"),
         ("bench projection repetitions=3", 2, r"^SUITE\.repetitions: projection has no such option"),
     ],
 )
@@ -403,7 +407,7 @@ def test_train_of_tasks_together_makes_their_adapter(folder: Path, tmp_path: Pat
     assert [block.name for block in load_adapter(path).blocks] == ["joint"]
     result = lori(*words, "--task", "first", cwd=folder)
     assert result.returncode == 2
-    assert result.stderr == "--task: there is no task 'first'; there are joint.\n"
+    assert result.stderr == "--task: unknown task 'first'; there are joint.\n"
 
 
 def test_evaluate_without_adapters_takes_what_the_run_has_finished(

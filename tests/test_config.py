@@ -130,6 +130,10 @@ def test_a_number_is_the_one_that_was_meant(written: str, number: int) -> None:
     assert load(MINIMAL, f"train.steps={written}").train.steps == number
 
 
+HALF = "(has a character that text cannot have|found invalid Unicode character escape code)"
+"""What is said of half of a surrogate pair: by ourselves, or by libyaml."""
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -157,9 +161,9 @@ def test_a_number_is_the_one_that_was_meant(written: str, number: int) -> None:
         ("name=!mine x", "the tag !mine is not one of"),
         ("train.steps=!!int x", "'x' is not of the kind that its tag !!int names; remove the tag"),
         ('name="\\0"', r"name: '\\x00' has a character that text cannot have; remove it"),
-        ('tasks.nlu.template.prompt="\\ud800"', "tasks.nlu.template.prompt: .* has a character that text cannot have"),
-        ('tasks={"\\ud800": {}}', "the key has a character that text cannot have; remove it"),
-        ("name=" + 70 * "[", "line 1, column 65: brackets are nested more than 64 deep; write it flat"),
+        ('tasks.nlu.template.prompt="\\ud800"', f"^tasks.nlu.template.prompt.* {HALF}"),
+        ('tasks={"\\ud800": {}}', f"^tasks.* {HALF}"),
+        ("name=" + 70 * "[", "line 1, column 6[56]: it is nested more than 64 deep; write it flat"),
         ("name=" + 70 * "- ", "is nested more than 64 deep"),
         ("name=&a [*a]", "found unconstructable recursive node"),
     ],
@@ -216,12 +220,34 @@ def test_a_file_without_an_end_is_refused(place: Path, kind: str) -> None:
         config.load(path)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x:\n" + 200_000 * "- 1\n",
+        "x:\n" + "".join(f"  k{n}: {{a: {n}, b: 2}}\n" for n in range(35_000)),
+        "x: [" + ",".join(24_000 * ["0.1234567"]) + "]",
+        "".join(f"k{n}: 1\n" for n in range(24_000)),
+        "merges:\n" + "".join(f"  m{n}: {{method: concat}}\n" for n in range(8_000)),
+        "x: |\n" + 80_000 * "  some words\n",
+        1_000_000 * "[",
+        500_000 * "- ",
+    ],
+    ids=["items", "mappings", "numbers", "keys", "merges", "text", "brackets", "dashes"],
+)
+def test_files_of_almost_a_mebibyte_are_read_or_refused_in_two_seconds(text: str, place: Path) -> None:
+    (place / "run.yaml").write_text(text)
+    start = time.process_time()
+    with pytest.raises(ConfigError):
+        config.load("run.yaml")
+    assert time.process_time() - start < 2
+
+
 def test_aliases_that_repeat_aliases_take_no_room() -> None:
     names = "abcdefghijkl"
     laughs = "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise(names))
     merges = "".join(f"{b}: &{b} {{<<: [{','.join([f'*{a}'] * 9)}]}}\n" for a, b in itertools.pairwise(names))
     assert problems(f"{MINIMAL}a: &a [x]\n{laughs}") == [
-        "run.yaml: has more than 100,000 values, counting what aliases repeat; write fewer"
+        "run.yaml: has more than 25,000 values, counting what aliases repeat; write fewer"
     ]
     assert len(problems(f"{MINIMAL}a: &a {{x: 1}}\n{merges}")) == len(names)
     assert len(problems(MINIMAL, f"name=[&a [x], {laughs.replace(': ', ' ').replace(chr(10), ', ')}]")) == 1
@@ -273,15 +299,15 @@ def test_an_override_with_null_takes_a_value_out() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.lr", "train.lr: an override reads path.to.key=value, such as train.lr=1e-4"),
-        ("=3", "=3: an override reads path.to.key=value, such as train.lr=1e-4"),
-        ("train..lr=3", "train..lr=3: an override reads path.to.key=value, such as train.lr=1e-4"),
+        ("train.lr", "train.lr: an override has the form path.to.key=value, such as train.lr=1e-4"),
+        ("=3", "=3: an override has the form path.to.key=value, such as train.lr=1e-4"),
+        ("train..lr=3", "train..lr=3: an override has the form path.to.key=value, such as train.lr=1e-4"),
         ("train.lr.x=3", "train.lr.x=3: train.lr is 0.1, which has nothing below it; override train.lr itself"),
         ("name.x=3", "name.x=3: name is 'demo', which has nothing below it; override name itself"),
         ("adapter.mask={name: random, name: x}", "name is given in lines 1 and 1"),
         ("train.betas=[1", "train.betas=[1: is not valid YAML"),
-        ("trian.lr=3", "trian: there is no such key; .* Did you mean 'train'?"),
-        ("train.rate=3", "train.rate: there is no such key; there are engine, steps, epochs, .*"),
+        ("trian.lr=3", "trian: unknown key; .* Did you mean 'train'?"),
+        ("train.rate=3", "train.rate: unknown key; there are engine, steps, epochs, .*"),
     ],
 )
 def test_a_wrong_override_is_named(override: str, message: str) -> None:
@@ -295,8 +321,8 @@ def test_a_wrong_override_is_named(override: str, message: str) -> None:
 def test_repeated_keys_are_all_reported_with_their_lines() -> None:
     text = MINIMAL + "adapter:\n  rank: 4\n  alpha: 1\n  rank: 8\nname: again\n"
     assert problems(text) == [
-        "run.yaml: name is given in lines 2 and 14; leave one",
-        "run.yaml: rank is given in lines 11 and 13; leave one",
+        "run.yaml: name is given in lines 2 and 14; keep one",
+        "run.yaml: rank is given in lines 11 and 13; keep one",
     ]
 
 
@@ -367,7 +393,7 @@ def test_an_unknown_key_is_found_in_every_section() -> None:
         misspelt = f"{known[0]}x"
         holder[misspelt] = 1
         where = ".".join((*path, misspelt))
-        wanted.append(f"{where}: there is no such key; there are {', '.join(known)}. Did you mean {known[0]!r}?")
+        wanted.append(f"{where}: unknown key; there are {', '.join(known)}. Did you mean {known[0]!r}?")
     assert sorted(problems(planted)) == sorted(wanted)
 
 
@@ -412,12 +438,14 @@ def test_flash_attention_must_be_installed_and_fit_the_run(monkeypatch: pytest.M
 
 def test_blocks_are_compiled_where_nothing_looks_into_their_layers() -> None:
     joint = ["multitask=joint", "merges={}", "tasks.nlu.labels=null", "train.compile=true"]
-    assert problems(MINIMAL, *joint)[0].startswith("train.compile: is given with multitask joint, whose layers keep")
+    assert problems(MINIMAL, *joint)[0].startswith(
+        "train.compile: cannot be combined with multitask joint, whose layers keep"
+    )
     assert load(MINIMAL, *joint, "multitask={name: joint, projection: none}").train.compile
     [packed] = problems(MINIMAL, "train.compile=true", "cluster.packing=auto")
-    assert packed.endswith("whose layers are told each batch's tasks; set only one")
+    assert packed.endswith("whose layers need to know each batch's tasks; set only one")
     [sharded] = problems(MINIMAL, "train.compile=true", "train.engine={name: deepspeed, stage: 3}")
-    assert sharded.startswith("train.compile: is given with stage 3 of deepspeed, whose hooks")
+    assert sharded.startswith("train.compile: cannot be combined with stage 3 of deepspeed, whose hooks")
 
 
 def test_a_tracker_must_be_installed(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
@@ -548,7 +576,7 @@ print(sorted({"torch", "transformers", "numpy", "ray", "deepspeed"} & set(sys.mo
         ("evaluate.metrics=[]", "evaluate.metrics: .*"),
         ("evaluate.max_new_tokens=128", "evaluate.max_new_tokens: got 128, the model has 128 positions; .*"),
         ("output=rows.jsonl/x", "output: .* cannot be made, as .*rows.jsonl' is not a folder .*"),
-        ("train={stesp: 10}", "train.stesp: there is no such key; there are engine, steps, .* Did you mean 'steps'?"),
+        ("train={stesp: 10}", "train.stesp: unknown key; there are engine, steps, .* Did you mean 'steps'?"),
         ("merges.all.weights={nlu: 1, code: x}", "merges.all.weights.code: got 'x'; it should be a valid .*"),
         ("tasks.nlu.template.prompt='{}'", "tasks.nlu.template.prompt: {} is not a field; use plain names .*"),
         (
@@ -583,7 +611,7 @@ print(sorted({"torch", "transformers", "numpy", "ray", "deepspeed"} & set(sys.mo
         ("tasks.nlu.template.date=soon", "tasks.nlu.template.date: got 'soon'; wanted a date such as 2026-01-31"),
         ("tasks.nlu.template.messages=prompt", "tasks.nlu.labels: are for template.response, and template.messages .*"),
         ("model.attention=flash", "model.attention: got 'flash'; wanted eager or sdpa or flex_attention or .*"),
-        ("train.pack=true", "train.pack: it is not known that .* keeps packed rows apart, as gemma, .*"),
+        ("train.pack=true", "train.pack: .* is not known to keep packed rows apart, as gemma, .*"),
         ("adapter.modules_to_save=[x]", "adapter.modules_to_save: is given, and merges.* cannot merge what each .*"),
         ("adapter={projection: trained, dtype: bfloat16}", "adapter.dtype: got bfloat16, and a trained A is .*"),
         ("adapter.dtype=fp16", "adapter.dtype: got 'fp16'; wanted float32 or bfloat16 or float16.*"),
@@ -603,9 +631,9 @@ print(sorted({"torch", "transformers", "numpy", "ray", "deepspeed"} & set(sys.mo
         ("merges.all.method=", "merges.all.method: got nothing; wanted a method's name, or a mapping .*"),
         ("merges.all={}", "merges.all.method: is missing; give it a value"),
         ("merges.nlu.method=concat", "merges.nlu: is also the name of a task or of the base; .*"),
-        ("merges.all.tasks=[nlu, cod]", "merges.all.tasks: there is no task 'cod'; there are nlu, code. Did you .*"),
+        ("merges.all.tasks=[nlu, cod]", "merges.all.tasks: unknown task 'cod'; there are nlu, code. Did you .*"),
         ("merges.all.tasks=[]", "merges.all.tasks: none is given; name at least one, or remove it for all"),
-        ("merges.all.tasks=[nlu, nlu]", "merges.all.tasks: nlu is given twice; leave one"),
+        ("merges.all.tasks=[nlu, nlu]", "merges.all.tasks: nlu is listed twice; keep one"),
         ("merges.all.weights=[1]", "merges.all.weights: 1 given for 2 adapters (nlu, code); give one weight per .*"),
         (
             "merges.all.weights={nlu: 1, cod: 1}",
@@ -624,13 +652,13 @@ print(sorted({"torch", "transformers", "numpy", "ray", "deepspeed"} & set(sys.mo
         ),
         ("merges.all.weights=5", "merges.all.weights: got 5; wanted a mapping, key: value or wanted a list"),
         ("trackers=[tensorbord]", "trackers: unknown 'tensorbord'; there are aim, .* 'tensorboard'?"),
-        ("trackers=[tensorboard, tensorboard]", "trackers: tensorboard is given twice; leave one"),
+        ("trackers=[tensorboard, tensorboard]", "trackers: tensorboard is listed twice; keep one"),
         ("trackers=[1]", "trackers.0: got 1; wanted text; put it in quotes"),
         ("merges.all.search=cma", "merges.all.search: got 'cma'; wanted a mapping, key: value"),
         ("merges.all.search={method: cam}", "merges.all.search.method: got 'cam'; wanted coordinate or cma.*"),
         (
             "merges.all.search={budgt: 5}",
-            "merges.all.search.budgt: there is no such key; there are method, .*. Did you mean 'budget'?",
+            "merges.all.search.budgt: unknown key; there are method, .*. Did you mean 'budget'?",
         ),
         (
             "merges.all.search={bounds: [1, 0]}",
@@ -677,7 +705,9 @@ def test_a_task_has_one_length_and_none_in_joint_training() -> None:
     found = problems(MINIMAL, "tasks.nlu.steps=2", "tasks.nlu.epochs=1")
     assert found == ["tasks.nlu.steps, tasks.nlu.epochs: both are given; give one, or neither"]
     found = problems(MINIMAL, "tasks.nlu.lr=1e-3", "multitask=joint", "merges={}")
-    assert found == ["tasks.nlu.lr: given with multitask joint, which trains all tasks as one; give train's"]
+    assert found == [
+        "tasks.nlu.lr: cannot be combined with multitask joint, which trains all tasks as one; set those of train"
+    ]
     found = problems(MINIMAL, "tasks.nlu.steps=2", "train.warmup_steps=2")
     assert found == ["train.warmup_steps: got 2, tasks.nlu.steps is 2; give fewer than those"]
 
@@ -843,7 +873,7 @@ def test_a_misspelt_key_is_one_mistake_wherever_it_stands() -> None:
             misspelt = f"{item.name}x"
             holder[misspelt] = holder.pop(item.name)
             (found,) = mistakes(wrong)
-            assert found.startswith(f"{'.'.join((*path, misspelt))}: there is no such key; ")
+            assert found.startswith(f"{'.'.join((*path, misspelt))}: unknown key; ")
             assert found.endswith(f"Did you mean {item.name!r}?")
     joint = {"train": {"steps": 10, "compile": True}, "multitask": {"name": "joint", "projecton": "none"}, "merges": {}}
     (found,) = mistakes({**yaml.safe_load(MINIMAL), **joint})

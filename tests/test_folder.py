@@ -70,7 +70,7 @@ def test_a_figure_that_was_changed_in_a_job_s_record_is_noticed(tmp_path: Path, 
     (place / "job.json").write_text(json.dumps(dict(reversed(record.items())), indent=3))  # the same figures
     assert folder.finished(tmp_path, job()) == record
     (place / "job.json").write_text(json.dumps({**record, key: {"kept": 4}}))
-    with pytest.raises(JobError, match=rf"^{place}/job.json: was changed since .*; restore it, or delete {place}"):
+    with pytest.raises(JobError, match=rf"^{place}/job.json: was changed after .*; restore it, or delete {place}"):
         folder.finished(tmp_path, job())
     without = {name: item for name, item in record.items() if name != "digest"}  # as earlier versions wrote it
     (place / "job.json").write_text(json.dumps(without))

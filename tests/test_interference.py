@@ -313,12 +313,12 @@ def test_an_adapter_that_keeps_nothing_has_no_cosine() -> None:
 
 
 def test_no_adapters_are_refused() -> None:
-    with pytest.raises(AdapterError, match=r"^interference: no adapters were given; give at least one$"):
+    with pytest.raises(AdapterError, match=r"^interference: got no adapters; give at least one$"):
         interference([])
 
 
 def test_names_must_differ() -> None:
-    with pytest.raises(AdapterError, match=r"2 names \(a, a\) were given for 2 adapters"):
+    with pytest.raises(AdapterError, match=r"got 2 names \(a, a\) for 2 adapters"):
         interference([adapter(block()), adapter(block())], names=["a", "a"])
 
 

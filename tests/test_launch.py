@@ -205,7 +205,7 @@ def test_a_slurm_job_that_runs_out_of_time_is_queued_again_and_goes_on(
     launched = run_all([["bash", *words]], folder, tmp_path / "log", [job])
     assert launched.codes == [0], launched.output
     first, second = json.loads(adapter_of(tmp_path).with_name("job.json").read_text())["attempts"]
-    assert first["error"].endswith("saved and ended, as SIGTERM came; the same command resumes from there")
+    assert first["error"].endswith("saved and ended, as SIGTERM was received; the same command resumes from there")
     assert second["resumed_at"] == first["reached"]
     assert_equal(load_adapter(adapter_of(tmp_path)), alone)
 

@@ -115,7 +115,7 @@ def test_a_signal_to_one_rank_saves_and_another_launcher_goes_on(
     launched = launch(launcher()[0], [engine], folder, tmp_path / "log")
     assert launched.codes == [code], launched.output
     where = "math after step 2 of 3 of phase calibrate"
-    said = f"{where}: saved and ended, as SIGTERM came; the same command resumes from there"
+    said = f"{where}: saved and ended, as SIGTERM was received; the same command resumes from there"
     assert launched.output.count(said) == 1
     again = launch(torchrun()[0], [], folder, tmp_path / "again")
     assert again.codes == [0], again.output
@@ -219,7 +219,7 @@ def test_the_first_traceback_is_that_of_the_rank_that_failed(
     assert "tests/launched.py" in traceback
     assert output.count(MESSAGE) == 1
     if launcher in (deepspeed_per_host, deepspeed_hostfile):  # where no launcher ends the other rank
-        assert f"rank {1 - rank}: ends, as rank {rank} has failed; its message stands above.\n" in output
+        assert f"rank {1 - rank}: ends because rank {rank} failed; its message is printed above.\n" in output
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,9 @@ def test_the_first_traceback_is_that_of_the_rank_that_failed(
 )
 def test_a_killed_rank_is_named(launcher: Launcher, rank: int, folder: Path, tmp_path: Path) -> None:
     output = fail(launcher, f"fault: kill, rank: {rank}", folder, tmp_path)
-    note = f"rank {1 - rank}: ends, as rank {rank} has ended without a word: it was killed (out of memory, kill -9) or"
+    note = (
+        f"rank {1 - rank}: ends because rank {rank} ended without a message: it was killed (out of memory, kill -9) or"
+    )
     if launcher in (torchrun, accelerate):  # they may end the other rank before it has noticed
         assert re.search(rf"rank +: {rank} \(local_rank: {rank}\)\n +exitcode +: -9 ", output)
     elif launcher is deepspeed:
@@ -248,7 +250,7 @@ def test_a_killed_rank_is_named(launcher: Launcher, rank: int, folder: Path, tmp
 @pytest.mark.parametrize("fault", ["raise", pytest.param("kill", marks=pytest.mark.slow)])
 def test_the_others_need_not_communicate_to_notice(fault: str, folder: Path, tmp_path: Path) -> None:
     output = fail(deepspeed_per_host, f"fault: {fault}, busy: 600.0", folder, tmp_path)
-    assert "rank 0: ends, as rank 1 has" in output
+    assert "rank 0: ends because rank 1 " in output
 
 
 def test_what_only_one_rank_refuses_is_told_by_it(folder: Path, tmp_path: Path) -> None:

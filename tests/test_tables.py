@@ -1,4 +1,4 @@
-"""Files of rows, of every kind, give the same rows; what is wrong with one is told with its line."""
+"""Files of rows, of every kind, give the same rows; what is wrong with one is named with its line."""
 
 import bz2
 import gzip
@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lori_dist import tables
+from lori_dist import config, rows, tables
 from lori_dist.errors import ConfigError
 
 ROWS = [{"prompt": 'one, "two"\nthree', "response": "ä"}, {"prompt": "four", "response": "five"}]
@@ -47,15 +47,15 @@ def problems(path: Path) -> dict[int, str]:
         ("a.csv", b"x,y\n1,\xff\n2,3\n\xfe,4\n", {2: "is not UTF-8", 4: "is not UTF-8"}),
         ("a.json", b'[\n{"x":\n 1},\n2,\n{"y": [NaN]}, null\n]', {4: "holds a number", 5: "holds null"}),
         ("a.json", b'[{"x": 1},\n {"x": NaN},\n {"x": 2}]', {2: "NaN is not a JSON value"}),
-        ("a.json", b'[{"x": 1}', {1: "is followed by no comma"}),
+        ("a.json", b'[{"x": 1}', {1: "is not followed by a comma"}),
         ("a.json", b'[{"x": 1},\n{"x": }]', {2: "is not JSON"}),
-        ("a.json", b'[{"x": 1}]\n]', {1: "the array by more"}),
+        ("a.json", b'[{"x": 1}]\n]', {1: "text follows the array"}),
         ("a.json", b'[{"x": "\n\xff"}]', {2: "is not UTF-8"}),
         ("a.json", b'{"x": 1}\n[]\n', {2: "holds a list"}),
         ("a.json", b'[{"x": 1, "x": 2},\n{"x": 3}]', {1: "has the field 'x' more than once"}),
         ("a.jsonl", b'{"x": 1}\n{"x": 1, "y": {"z": 0, "z": 0}}', {2: "has the field 'z' more than once"}),
         ("a.json", b'{"rows":\n [{"x": 1},\n{"x": NaN}]}\n', {3: "NaN is not a JSON value"}),
-        ("a.csv", b"x,y,x\n1,2,3\n", {1: "has the column 'x' more than once; leave one"}),
+        ("a.csv", b"x,y,x\n1,2,3\n", {1: "has the column 'x' more than once; keep one"}),
         ("a.csv", b"\nx,y\n1,2\n", {1: "is empty; wanted the names of the columns"}),
         ("a.csv", b" , \nx,y\n", {1: "is empty; wanted the names of the columns"}),
     ],
@@ -66,6 +66,27 @@ def test_what_is_no_row_is_told_with_its_line(tmp_path: Path, name: str, text: b
     found = problems(path)
     assert list(found) == list(wanted)
     assert all(message in found[number] for number, message in wanted.items())
+
+
+def test_values_of_a_tsv_file_are_parted_by_tabs(tmp_path: Path) -> None:
+    (tmp_path / "a.TSV").write_bytes(b'prompt\tresponse\nNo, \xc3\xa4\t"one\ntwo"\n\n"3"4\tx\n')
+    assert [row for _, row in tables.read(str(tmp_path / "a.TSV"))][:1] == [{"prompt": "No, ä", "response": "one\ntwo"}]
+    [(line, problem)] = problems(tmp_path / "a.TSV").items()
+    assert line == 5 and "put a text with quotes or tabs in quotes" in problem
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_an_empty_cell_counts_only_where_a_template_uses_its_column(tmp_path: Path, kind: str) -> None:
+    path, separator = tmp_path / f"a.{kind}", {"csv": ",", "tsv": "\t"}[kind]
+    path.write_text("id,prompt,response,note\n,a,b,\n2,c,d,NaN\n3,,f,\n".replace(",", separator))
+    with pytest.raises(ConfigError) as caught:
+        rows.read(str(path), config.Template())
+    message = (
+        f"{path}:4: field 'prompt' is empty, which in CSV is a missing value (JSON lines can have an empty text); "
+    )
+    assert str(caught.value) == f"{message}wanted text or a number"
+    path.write_text(path.read_text().replace(f"3{separator}{separator}f", f"3{separator}e{separator}f"))
+    assert rows.read(str(path), config.Template()) == [("a", "b"), ("c", "d"), ("e", "f")]
 
 
 def test_a_csv_text_may_be_of_any_length(tmp_path: Path) -> None:

@@ -73,12 +73,12 @@ def attach(
     sharded.reshard(model)
     if isinstance(what, Adapter):
         if masks is not None:
-            raise AdapterError("masks: were given with an adapter, which brings its own; remove them")
+            raise AdapterError("masks: got masks for an adapter, which has its own; remove them")
         if before is not None:
-            raise AdapterError("before: was given with an adapter; merge the two instead")
+            raise AdapterError("before: cannot be combined with an adapter; merge the two instead")
         if train and (len(what.blocks) != 1 or what.blocks[0].weight != 1.0):
             raise AdapterError(
-                f"train: the adapter is a merge, of {len(what.blocks)} weighted blocks; train one of one task, or "
+                f"train: the adapter is a merge of {len(what.blocks)} weighted components; train one of one task, or "
                 "merge them into one with another method"
             )
         layers = _from_adapter(model, what, train)
@@ -428,7 +428,7 @@ def _delta(path: str, base: nn.Module, spec: Spec, masks: Mapping[str, Tensor] |
 def _positions(path: str, masks: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor | None:
     """Flat positions of a module's kept entries, int32; None for all of them."""
     if path not in masks:
-        raise AdapterError(f"masks: there is none for {path}; give one for every target, or none at all")
+        raise AdapterError(f"masks: no mask for {path}; give one for every target, or none at all")
     mask = masks[path]
     if mask.dtype != torch.bool or tuple(mask.shape) != shape:
         raise AdapterError(f"masks: the mask of {path} is {mask.dtype} {tuple(mask.shape)}; wanted torch.bool {shape}")
@@ -609,7 +609,7 @@ def _named(model: nn.Module, target: str) -> list[str]:
         return paths
     other = next((module for path, module in model.named_modules() if path and f".{path}".endswith(f".{target}")), None)
     if other is not None:
-        raise AdapterError(f"targets: {target!r} is a {type(other).__name__}, no linear layer; {_listing(linear)}")
+        raise AdapterError(f"targets: {target!r} is a {type(other).__name__}, not a linear layer; {_listing(linear)}")
     names = set(map(kind, linear))
     raise AdapterError(f"targets: {target!r} matches nothing; {_listing(linear)}{nearest(target, names)}")
 

@@ -184,7 +184,7 @@ def _parse(text: str) -> Any:
     _check_length(text)
     end = _DIGEST_AT_END.search(text)
     if end is None or end[1] != digest(text[: end.start()].encode()):
-        raise AdapterError(f"the header is not what its digest is of; {DAMAGED}")
+        raise AdapterError(f"the header does not match its digest; {DAMAGED}")
     try:
         return parse_json(text[: end.start()] + "}")
     except ValueError as error:
@@ -217,7 +217,7 @@ def _check_names(header: Mapping[str, Any], found: set[str]) -> None:
     if missing := expected - found:
         raise AdapterError(f"tensor {named(min(missing))} is missing; {DAMAGED}")
     if superfluous := found - expected:
-        raise AdapterError(f"tensor {named(min(superfluous))} does not follow from the header; {DAMAGED}")
+        raise AdapterError(f"tensor {named(min(superfluous))} is not in the header; {DAMAGED}")
 
 
 def _rank(header: Mapping[str, Any], module: str, number: int) -> int:

@@ -57,7 +57,9 @@ def opened(folder: Path) -> Adapter:
     for name, tensor in _tensors(folder / TENSORS).items():
         match = _NAME.match(name)
         if match is None or match["module"] not in found or match["part"] in found[match["module"]]:
-            raise AdapterError(f"{TENSORS}: {named(name)} is nothing that {CONFIG} knows of; save the adapter again")
+            raise AdapterError(
+                f"{TENSORS}: {named(name)} does not belong to what {CONFIG} describes; save the adapter again"
+            )
         found[match["module"]][match["part"]] = tensor
     rank = config["r"]
     entries = {module: _entries(module, parts, shapes[module][0] * rank) for module, parts in found.items()}

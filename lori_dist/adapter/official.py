@@ -63,7 +63,8 @@ def read_mask(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Te
         module = match["module"] if match is not None else name
         if module not in shapes:
             raise AdapterError(
-                f"{named(module)}: {file.name} has a mask of it, the adapter has no such module; give the mask it was "
+                f"{named(module)}: {file.name} has a mask for it, but the adapter does not have this module; give "
+                "the mask it was "
                 "trained with"
             )
         if not isinstance(tensor, Tensor) or tensor.dtype != torch.bool or tensor.shape != shapes[module]:

@@ -61,7 +61,7 @@ class Routing:
         if unknown is not None:
             known = ", ".join(self.names)
             raise AdapterError(
-                f"rows: there is no adapter {unknown!r}; there are {known}.{nearest(str(unknown), self.names)}"
+                f"rows: unknown adapter {unknown!r}; there are {known}.{nearest(str(unknown), self.names)}"
             )
         before = self.groups, self.num_rows, self.num_tokens
         self.begin([numbers[name] for name in adapters])
@@ -80,7 +80,7 @@ class Routing:
         is_told = len(self.groups) == 1 or x.shape[0] == self.num_rows or num_tokens == self.num_tokens
         if not self.groups or not is_told:
             found = f"an input of shape {tuple(x.shape)} for {self.num_rows} rows"
-            raise AdapterError(f"{module}: has {found}, so they cannot be told apart; remove it from the targets")
+            raise AdapterError(f"{module}: has {found}, so they cannot be distinguished; remove it from the targets")
         return x.reshape(len(self.groups), -1, x.shape[-1])
 
 
@@ -318,7 +318,9 @@ def attach(
     first = next(iter(specs.values()))
     for name, spec in specs.items():
         if dataclasses.replace(spec, seed=first.seed) != first or spec.projection != "cached":
-            raise AdapterError(f"{name}: adapters are packed that differ in their seeds only, with a cached A; {spec}")
+            raise AdapterError(
+                f"{name}: adapters over one base may differ in their seeds only, with a cached A; got {spec}"
+            )
     routing = Routing(names=tuple(specs))
     bases = match(model, first.targets, exclude=first.exclude)
     _refuse_unroutable(bases, saves=bool(first.modules_to_save))
@@ -334,9 +336,9 @@ def _refuse_unroutable(bases: Mapping[str, nn.Module], *, saves: bool) -> None:
 
 
 def _unroutable(bases: Mapping[str, nn.Module], *, saves: bool) -> str | None:
-    """Why rows cannot be told apart; None: they can."""
+    """Why rows cannot be distinguished; None: they can."""
     if saves:
-        return "modules_to_save: what is trained in full cannot be told apart by rows; attach one at a time"
+        return "modules_to_save: what is trained in full cannot be distinguished by rows; attach one at a time"
     expert = next((path for path, base in bases.items() if isinstance(base, Expert)), None)
     if expert is None:
         return None

@@ -88,7 +88,7 @@ class FolderB:
         """Raises AdapterError if the file has changed since it was opened."""
         b = self.where.load().flatten()
         if digest(as_bytes(b)) != self.digest:
-            raise AdapterError(f"{self.where.path}: B of {self.module} has changed while it was read; do it again")
+            raise AdapterError(f"{self.where.path}: B of {self.module} changed while it was being read; try again")
         kept = self._kept(b)
         values = b if self.ratio == 1 else b.float() * self.ratio
         if bool(kept.all()):
@@ -175,7 +175,8 @@ def _check_targets(config: Mapping[str, Any], modules: list[str]) -> None:
         parts = module.split(".")
         if not any(".".join(parts[start:]) in names for start in range(len(parts))):
             raise AdapterError(
-                f"{named(module)}: the file has an update of it, {CONFIG} has no such target; give the two files that "
+                f"{named(module)}: the file has an update of it, but it is not a target in {CONFIG}; give the two "
+                "files that "
                 "were saved together"
             )
 
@@ -200,7 +201,7 @@ def _reason(name: str) -> str:
     if re.search(r"lora_[AB](\.default)?\.bias\Z", name):
         return f"is a bias of LoRA itself; {REFUSED['lora_bias']}"
     if "lora_" in name:
-        return "is no A or B of a linear layer; only these can be merged"
+        return "is not an A or B of a linear layer; only these can be merged"
     return (
         "is a weight or bias of the base itself, not an update of it; train without modules_to_save and bias, and save "
         "with save_embedding_layers=False"

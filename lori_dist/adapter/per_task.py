@@ -49,7 +49,7 @@ class PerTask:
         if num_tokens != self.num_tokens:
             raise AdapterError(
                 f"{module}: sees {num_tokens} of the batch's {self.num_tokens} tokens, so the tasks' gradients cannot "
-                "be told apart there; remove it from adapter.targets"
+                "be distinguished there; remove it from adapter.targets"
             )
         return self.segments
 

@@ -104,7 +104,11 @@ def _probed(kind: type, settings: Any) -> Probe:
         except Exception as error:  # widths that do not fit together fail in any way
             problem = error
     reason = "too large" if problem is None else f"{type(problem).__name__}: {problem}".partition("\n")[0]
-    log.warning("%s: no small copy of it computes (%s), so layers that never run are not found", kind.__name__, reason)
+    log.warning(
+        "%s: no small copy of it can be run (%s), so layers that are never called are not detected",
+        kind.__name__,
+        reason,
+    )
     return NOTHING
 
 
@@ -243,7 +247,7 @@ def _is_causal(logits: Any) -> bool | None:
         return None
     extent = logits.max() - logits.min()
     if not torch.isfinite(logits).all() or torch.equal(logits[0, -1], logits[1, -1]):
-        raise ValueError("its logits do not tell two tokens apart")
+        raise ValueError("its logits do not distinguish two tokens")
     return bool((logits[0, :-1] - logits[1, :-1]).abs().max() < LEAK * extent)
 
 

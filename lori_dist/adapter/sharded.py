@@ -58,7 +58,7 @@ def refuse_late(model: nn.Module) -> None:
         )
     if "DeepSpeedEngine" in names or has_engine(model):
         raise AdapterError(
-            "model: was given to deepspeed.initialize already, whose optimizer does not take new parameters; attach "
+            "model: is already managed by a DeepSpeed engine, whose optimizer does not take new parameters; attach "
             "first, then call deepspeed.initialize (after engine.destroy(), if there was an engine)"
         )
     refuse_split(model)

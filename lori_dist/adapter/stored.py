@@ -56,13 +56,13 @@ class Place:
     def _load(self) -> tuple[Tensor, memoryview]:
         """Values, and the mask's stream."""
         if self.values.numel != self.kept:
-            raise AdapterError(f"{self.about} has {self.values.numel} values, its header keeps {self.kept}; {DAMAGED}")
+            raise AdapterError(f"{self.about} has {self.values.numel} values, its header says {self.kept}; {DAMAGED}")
         mask = torch.empty(0, dtype=torch.uint8, device="cpu")
         if self.mask is not None:
             mask = self.mask.load()
         values = self.values.load()
         if digest(as_bytes(values), as_bytes(mask)) != self.digest:
-            raise AdapterError(f"{self.about} is not what its digest is of; {DAMAGED}")
+            raise AdapterError(f"{self.about} does not match its digest; {DAMAGED}")
         if not all_finite(values):
             raise AdapterError(f"{self.about} has values that are not finite; {DAMAGED}")
         return values, as_bytes(mask)
@@ -140,7 +140,7 @@ class StoredProjection:
                 )
             a = self.where.load()
             if digest(as_bytes(a.flatten())) != self.checksum:
-                raise AdapterError(f"{self.about} is not what its checksum is of; {DAMAGED}")
+                raise AdapterError(f"{self.about} does not match its checksum; {DAMAGED}")
             if not all_finite(a):
                 raise AdapterError(f"{self.about} has values that are not finite; {DAMAGED}")
             return a

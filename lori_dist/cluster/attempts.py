@@ -55,7 +55,7 @@ def do(run: Run, job: Job, inputs: Mapping[str, Any], gangs: Gangs) -> dict[str,
             history.end(STOPPED if gangs.is_ending and is_stop(failure) else failure.message)
             if gangs.is_ending or not schedule.retry(failure, number, run.cluster.retries):
                 raise JobError(described(run, job, failure)) from error
-            again = f"it is started again ({number} of {run.cluster.retries})"
+            again = f"restarting it ({number} of {run.cluster.retries})"
             log.warning("%s: %s; %s", job.name, failure.message, again)
             gangs.stopping.wait(BACKOFF_SECONDS)
     published = publish(run, assignment, history, start, inputs, result)
@@ -138,7 +138,7 @@ class History:
         self.attempts = attempts_of(partial)
         if (partial / ATTEMPTS).exists() and len(self.attempts) != number - 1:
             log.warning(
-                "%s: has %d of %d attempts, as after a power cut; the job resumes all the same",
+                "%s: only %d of %d attempts can be read, as after a power cut; the job resumes anyway",
                 partial / ATTEMPTS,
                 len(self.attempts),
                 number - 1,

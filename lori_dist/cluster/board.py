@@ -21,7 +21,7 @@ from lori_dist.jobs import Job, dependents, path_lengths, ready
 
 EVALUATION = "evaluation.json"
 
-ENDING = re.compile(r": ending, as (`lori stop` asks for it|SIGTERM came|train\.time_limit has passed)")
+ENDING = re.compile(r": ending, as (`lori stop` was called|SIGTERM was received|train\.time_limit has passed)")
 """In what a driver writes before it leaves its cluster, where it was told to end."""
 
 log = logging.getLogger(__name__)
@@ -215,14 +215,14 @@ def check_record(place: Path, job: Job, record: Mapping[str, Any]) -> None:
     problem = None
     kinds = {"inputs": dict, "result": dict, "seconds": int | float, "attempts": list}
     if not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
-        problem = "lacks what a run writes of a finished job"
+        problem = "lacks fields that a run writes for a finished job"
     elif job.kind == "evaluate":
         try:
             measured = json.loads(read_regular(place / EVALUATION).decode())
         except FileNotFoundError:
             measured = record["result"].get("evaluation")
         if json.dumps(measured) != json.dumps(record["result"].get("evaluation")):  # where NaN is NaN
-            problem = f"has other figures than {EVALUATION} beside it"
+            problem = f"does not agree with {EVALUATION} beside it"
     if problem:
         raise JobError(f"{place / folder.FINISHED}: {problem}; restore it, or delete {place} to do the job again")
 

@@ -83,7 +83,7 @@ def _rows(run: Run, name: str, variant: Variant, metric: str) -> Iterator[str]:
     for row, model in variant.rows.items():
         if model not in known:
             near = plugin.nearest(model, known)
-            yield f"variants.{name}.rows.{row}: there is no model {model!r}; there are {', '.join(known)}.{near}"
+            yield f"variants.{name}.rows.{row}: unknown model {model!r}; there are {', '.join(known)}.{near}"
     if metric not in run.evaluate.metrics:
         yield f"metric: {metric} is not measured; there are {', '.join(run.evaluate.metrics)}"
 

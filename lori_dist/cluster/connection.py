@@ -91,7 +91,7 @@ def _connect(run: Run, place: Path | None) -> str | None:
         try:
             return _init(run, place)
         except JobError as error:  # Ray's limits for its own start are half a minute and less
-            log.warning("%s: it is tried once more", error)
+            log.warning("%s: trying once more", error)
     return _init(run, place)
 
 
@@ -134,7 +134,7 @@ def _raising(run: Run) -> Iterator[None]:
             raise
         raise JobError(
             f"cluster.address: no Ray cluster answers at {run.cluster.address!r} ({found}); start one with "
-            "`ray start --head`, or use `local`. Where it wants a token, set RAY_AUTH_TOKEN_PATH to "
+            "`ray start --head`, or use `local`. If it requires a token, set RAY_AUTH_TOKEN_PATH to "
             "the file that has it"
         ) from error
 

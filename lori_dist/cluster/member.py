@@ -108,8 +108,8 @@ class Member:
             self._follow(first, "" if is_of_connection(error) else f" Here: {_first_line(error)}")
         elif self.peers is None and is_of_connection(error):
             _print(
-                f"rank {self.rank}: lost the connection to another rank ({_first_line(error)}). Its message stands "
-                "above; if there is none, it was killed (out of memory, kill -9) or its machine is lost."
+                f"rank {self.rank}: lost the connection to another rank ({_first_line(error)}). Its message is "
+                "printed above; if there is none, it was killed (out of memory, kill -9) or its machine is lost."
             )
         else:
             message = "".join(traceback.format_exception(error)).rstrip()
@@ -150,13 +150,14 @@ class Member:
             time.sleep(2 * HOLD_S)
         elif first.said is None:  # at once, as the launcher may leave no time, and not name the rank
             _print(
-                f"rank {self.rank}: ends, as rank {first.rank} has ended without a word: it was killed (out of memory, "
+                f"rank {self.rank}: ends because rank {first.rank} ended without a message: it was killed (out of "
+                "memory, "
                 f"kill -9) or its machine is lost.{here}"
             )
             self._await_stop(HOLD_S)
         else:
             self._await_stop(HOLD_S)
-            _print(f"rank {self.rank}: ends, as rank {first.rank} has failed; its message stands above.{here}")
+            _print(f"rank {self.rank}: ends because rank {first.rank} failed; its message is printed above.{here}")
 
     def _first(self) -> "Ended | None":
         return self.peers.first if self.peers is not None else None

@@ -54,7 +54,7 @@ def do(
                 history.end(STOPPED if gangs.is_ending and is_stop(failure) else failure.message)
             if gangs.is_ending or not schedule.retry(failure, number, run.cluster.retries):
                 raise JobError(described(run, jobs[0], failure)) from error
-            again = f"they are started again ({number} of {run.cluster.retries})"
+            again = f"restarting them ({number} of {run.cluster.retries})"
             log.warning("%s: %s; %s", ", ".join(job.name for job in jobs), failure.message, again)
             gangs.stopping.wait(BACKOFF_SECONDS)
     for assignment, history in zip(assignments, histories, strict=True):

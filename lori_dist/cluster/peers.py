@@ -45,7 +45,9 @@ def watch(world: World, ended: Callable[[Ended], None]) -> "Peers | None":
     try:
         connected = _connect(peers, world)
     except OSError as error:
-        log.error("rank %d is not told when others end, as it has no connection to rank 0: %s", world.rank, error)
+        log.error(
+            "rank %d cannot be notified when other ranks end, as it has no connection to rank 0: %s", world.rank, error
+        )
         connected = False
     dist.broadcast_object_list([None], device=world.device)  # which rank 0 begins when all are there
     return peers if connected else None

@@ -145,8 +145,8 @@ def _work(board: Board, nodes: Callable[[], Sequence[Resources]], owner: str) ->
         room = time.monotonic()
         while board.named("running") or board.ready():
             if folder.stop_requested(board.run.folder, owner):
-                reason = "`lori stop` asks for it"
-                raise Stopped(f"{board.run.folder}: ended by `lori stop`; the same command continues from here")
+                reason = "`lori stop` was called"
+                raise Stopped(f"{board.run.folder}: stopped by `lori stop`; the same command continues from here")
             if limit is not None and preemption.age() > limit:
                 reason = "train.time_limit has passed"
                 raise Preempted(
@@ -176,12 +176,12 @@ def _work(board: Board, nodes: Callable[[], Sequence[Resources]], owner: str) ->
             else:
                 board.finish(job, outcome)
     except KeyboardInterrupt as interrupt:
-        reason = "SIGTERM came" if isinstance(interrupt, preemption.Terminated) else "Ctrl-C was pressed"
+        reason = "SIGTERM was received" if isinstance(interrupt, preemption.Terminated) else "Ctrl-C was pressed"
         raise
     finally:
         gangs.asked.set()
         if board.named("running"):
-            log.warning("%s: ending, as %s; what is in training is saved first", board.run.name, reason)
+            log.warning("%s: ending, as %s; running training jobs are saved first", board.run.name, reason)
             with contextlib.suppress(KeyboardInterrupt):  # a second one: at once
                 _await_saved(board, watchers, ended)
             board.interrupt()  # first, as Ray may end the driver of a job that has left it

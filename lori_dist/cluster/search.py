@@ -145,7 +145,7 @@ def read(file: Path) -> dict[Point, float]:
     whole = [record for record in records if is_sealed(record) and _is_whole(record)]
     num_bad += len(records) - len(whole)
     if num_bad:
-        log.warning("%s: %d lines are damaged; what they were of is measured again", file, num_bad)
+        log.warning("%s: %d lines are damaged; the points in them are measured again", file, num_bad)
         write_text(file, "".join(json.dumps(record) + "\n" for record in whole))
     return {tuple(record["point"]): _score(record["score"]) for record in whole}
 

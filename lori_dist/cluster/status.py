@@ -60,11 +60,11 @@ def _summary(root: Path) -> dict[str, Any]:
     try:
         tree = json.loads((root / SUMMARY).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise JobError(f"{root}: no run has begun here; start it with `lori run`") from error
+        raise JobError(f"{root}: no run was started here; start one with `lori run`") from error
     except (OSError, ValueError) as error:
         raise JobError(f"{root / SUMMARY}: cannot be read ({error}); run it again") from error
     if not isinstance(tree, dict) or not _is_mapping_of_mappings(tree.get("jobs")):
-        raise JobError(f"{root / SUMMARY}: says nothing of jobs; the file is not one that `lori run` wrote")
+        raise JobError(f"{root / SUMMARY}: has no jobs; the file is not one that `lori run` wrote")
     return tree
 
 
@@ -185,7 +185,7 @@ def stop(root: Path, *, timeout: float) -> str | None:
     while folder.owner(root) == driver:
         if time.monotonic() > end:
             raise JobError(
-                f"{root}: {printable(folder.shown_owner(driver))} has not ended within {timeout:g} s. It has been "
+                f"{root}: {printable(folder.shown_owner(driver))} has not stopped within {timeout:g} s. It was "
                 "asked to, so wait longer with --timeout, or end that process"
             )
         time.sleep(POLL_SECONDS)

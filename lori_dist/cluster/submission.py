@@ -71,8 +71,9 @@ def submit(path: str, overrides: list[str], address: str, *, dry_run: bool = Fal
     except KeyboardInterrupt:
         overridden = f" {shlex.join(overrides)}" if overrides else ""
         print(
-            f"\n{job} goes on. See `lori status {shlex.quote(path)}{overridden}`; end it with `lori stop` and the same "
-            f"words or, where its output cannot be seen, `ray job stop --address {address} {job}`.",
+            f"\n{job} continues. See `lori status {shlex.quote(path)}{overridden}`; stop it with `lori stop` and "
+            "the same "
+            f"arguments or, where its output is not visible, `ray job stop --address {address} {job}`.",
             file=sys.stderr,
         )
         raise
@@ -99,7 +100,7 @@ def _submitted(client: Any, address: str, **job: Any) -> None:
             except RuntimeError as error:
                 if "try again later" not in str(error).lower() or time.monotonic() > end:
                     raise
-                log.info("--address: %s cannot take the job yet (%s)", address, _found(error))
+                log.info("--address: %s cannot accept the job yet (%s)", address, _found(error))
             else:
                 return
         time.sleep(RETRY_SECONDS)
@@ -119,7 +120,7 @@ def _told(address: str) -> Iterator[None]:
             remedy = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file that has its token"
         else:
             remedy = "give the address of a Ray cluster's dashboard, as `ray start --head` prints it"
-        raise JobError(f"--address: {address} does not take the job ({found}); {remedy}") from error
+        raise JobError(f"--address: {address} does not accept the job ({found}); {remedy}") from error
 
 
 def _found(error: Exception) -> str:

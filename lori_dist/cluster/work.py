@@ -122,7 +122,7 @@ def _listening() -> Iterator["Told"]:
                     is_leaving.set()
                     return
             except Exception as error:  # it may be restarting; what ends with the node is done again elsewhere
-                log.debug("whether this node is to go is not known", exc_info=error)
+                log.debug("it is unknown whether this node will be preempted", exc_info=error)
 
     was_told = False
 

@@ -30,7 +30,7 @@ def find(settings: LmEval) -> TaskManager:
         if name not in tasks.all_tasks:
             where = "lm-eval" if settings.include is None else f"lm-eval and {settings.include}"
             raise ConfigError(
-                f"evaluate.lm_eval.tasks: there is no task, group or tag {name!r} in {where}; `lm_eval ls tasks` lists "
+                f"evaluate.lm_eval.tasks: unknown task, group or tag {name!r} in {where}; `lm_eval ls tasks` lists "
                 f"those of lm-eval.{nearest(name, tasks.all_tasks)}"
             )
     return tasks

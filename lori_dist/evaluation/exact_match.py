@@ -30,7 +30,8 @@ def _warn_of_unwritable(subject: Subject) -> None:
     num_lost = sum(not _is_writable(example, subject.tokenizer) for example in subject.examples)
     if num_lost:
         log.warning(
-            "tasks.%s.test: %d of %d responses are cut by train.max_length or have signs that the tokenizer lacks: "
+            "tasks.%s.test: %d of %d responses are cut by train.max_length or have characters that the tokenizer "
+            "lacks: "
             "they cannot match",
             subject.task,
             num_lost,

@@ -34,7 +34,7 @@ def settings_of(base_model_name: str) -> PreTrainedConfig | None:
     try:
         return AutoConfig.from_pretrained(base_model_name, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the libraries raise nearly any class
-        log.info("%s: the base model is not at hand (%s)", base_model_name, str(error).partition("\n")[0])
+        log.info("%s: the base model was not found (%s)", base_model_name, str(error).partition("\n")[0])
         return None
 
 
@@ -79,7 +79,9 @@ def compare(folder: Path, adapter: Adapter, settings: PreTrainedConfig | None) -
     _compare_updates(adapter, found, "PEFT loads the folder on this base model")
     for name, tensor in adapter.saved.items():
         if name not in saved or not torch.equal(saved[name].float(), in_memory(tensor).float()):
-            raise AdapterError(f"export: {name}, which was trained in full, is another one to PEFT; {UNFOLDED}")
+            raise AdapterError(
+                f"export: {name}, which was trained in full, has other values when PEFT loads it; {UNFOLDED}"
+            )
 
 
 def compare_as_read(folder: Path, adapter: Adapter) -> None:

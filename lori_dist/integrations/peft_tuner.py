@@ -147,7 +147,7 @@ class LoriConfig(PeftConfig):
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         if self.layers_pattern and self.layers_to_transform is None:
-            raise AdapterError("layers_pattern: was given without layers_to_transform; give both, or neither")
+            raise AdapterError("layers_pattern: is set without layers_to_transform; give both, or neither")
         if self.generator != GENERATOR:
             raise AdapterError(
                 f"generator: the adapter's A comes from {self.generator!r}, this version makes {GENERATOR!r}; "
@@ -247,7 +247,7 @@ class LoriLinear(nn.Module, BaseTunerLayer):
         if len(x) != len(adapter_names):
             raise AdapterError(
                 f"adapter_names: {self.path} has an input of shape {tuple(x.shape)} for {len(adapter_names)} rows, so "
-                "they cannot be told apart; give one name for each row, or leave the module out of target_modules"
+                "they cannot be distinguished; give one name for each row, or leave the module out of target_modules"
             )
         for name in dict.fromkeys(adapter_names):
             if name in self.lori_delta:
@@ -512,7 +512,8 @@ def _spec(model: nn.Module, adapter_name: str) -> Spec:
 def _entries(delta: Delta) -> Entries:
     if delta.values is not None and delta.values.numel() != delta.kept:
         raise AdapterError(
-            f"{delta.recipe.module}: its values are parted by DeepSpeed; save the adapter (trainer.save_model) and "
+            f"{delta.recipe.module}: its values are partitioned by DeepSpeed; save the adapter "
+            "(trainer.save_model) and "
             "give the folder"
         )
     index = None if delta.index is None else delta.index.cpu()

@@ -13,7 +13,7 @@ from lori_dist.merges._weights import Weight, unmatched
 def check(adapters: Sequence[Adapter], weights: Sequence[Weight]) -> None:
     """Raises AdapterError for adapters that cannot be merged, ConfigError for weights that do not fit them."""
     if not adapters:
-        raise AdapterError("merge: no adapters were given; give at least one")
+        raise AdapterError("merge: got no adapters; give at least one")
     labels = [label(adapter) for adapter in adapters]
     if len(weights) != len(adapters):
         raise ConfigError(

@@ -47,7 +47,7 @@ def unmatched(weight: Weight, modules: Sequence[str]) -> Iterator[str]:
     for pattern in weight:
         if pattern != DEFAULT and not any(fits(pattern, module) for module in modules):
             yield (
-                f"{pattern!r} fits none of its {len(modules)} modules, which are called {', '.join(short)}, such as "
+                f"{pattern!r} matches none of its {len(modules)} modules, which are called {', '.join(short)}, such as "
                 f"{modules[0]}.{nearest(pattern, names)}"
             )
 

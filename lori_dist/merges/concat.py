@@ -37,7 +37,7 @@ def merge(
         if not math.isfinite(weight):
             raise ConfigError(f"merge.method.reweight.{name}: got {weight}; give a finite number")
     if names and set(names) <= set(drop):
-        raise ConfigError(f"merge.method.drop: {', '.join(names)} are all blocks there are; leave one")
+        raise ConfigError(f"merge.method.drop: {', '.join(names)} are all components; keep at least one")
     return [
         dataclasses.replace(part, weight=float(weight) * reweight.get(part.name, part.weight))
         for update, weight in zip(updates, weights, strict=True)
@@ -51,5 +51,5 @@ def _check(given: Collection[str], names: Sequence[str], option: str) -> None:
         if name not in names:
             known = ", ".join(names)
             raise ConfigError(
-                f"merge.method.{option}: there is no block {name!r}; there are {known}.{nearest(name, names)}"
+                f"merge.method.{option}: unknown component {name!r}; there are {known}.{nearest(name, names)}"
             )

@@ -27,8 +27,7 @@ def merge(
     for name in negate:
         if name not in names:
             raise ConfigError(
-                f"merge.method.negate: there is no adapter {name!r}; "
-                f"there are {', '.join(names)}.{nearest(name, names)}"
+                f"merge.method.negate: unknown adapter {name!r}; there are {', '.join(names)}.{nearest(name, names)}"
             )
     signed = [scale * (-weight if name in negate else weight) for name, weight in zip(names, weights, strict=True)]
     return linear.merge(updates, weights=signed)

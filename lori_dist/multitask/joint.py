@@ -47,7 +47,7 @@ def plan(
 
 def _problems(run: Run, weights: dict[str, float]) -> Iterator[str]:
     if len(run.tasks) < 2:
-        yield f"tasks: joint training was asked for, with {', '.join(run.tasks)} alone; give at least two"
+        yield f"tasks: joint training needs at least two, got {', '.join(run.tasks)} alone; add one"
     if JOINT in run.tasks:
         yield f"tasks.{JOINT}: is the name of the adapter that all tasks have; give the task another name"
     if run.merges:
@@ -60,9 +60,12 @@ def _problems(run: Run, weights: dict[str, float]) -> Iterator[str]:
     for task, weight in weights.items():
         if task not in run.tasks:
             known = f"there are {', '.join(run.tasks)}.{nearest(task, run.tasks)}"
-            yield f"multitask.weights.{task}: there is no such task; {known}"
+            yield f"multitask.weights.{task}: unknown task; {known}"
         if not 0 < weight < math.inf:
-            yield f"multitask.weights.{task}: got {weight:g}; it should be a finite number above 0"
+            yield f"multitask.weights.{task}: got {weight:g}; wanted a finite number above 0"
     for name, task_of_run in run.tasks.items():
         if task_of_run.seed is not None:
-            yield f"tasks.{name}.seed: is of a task's own A, and joint training has one for all; give adapter.seed"
+            yield (
+                f"tasks.{name}.seed: is the seed of a task's own A, but joint training has one A for all tasks; set "
+                "adapter.seed"
+            )

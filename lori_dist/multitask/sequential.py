@@ -30,7 +30,7 @@ def plan(run: Run, *, masks: Literal["independent", "disjoint"] = "independent")
 
 def _problems(run: Run, masks: str) -> Iterator[str]:
     if len(run.tasks) < 2:
-        yield f"tasks: a sequence was asked for, with {', '.join(run.tasks)} alone; give at least two"
+        yield f"tasks: a sequence needs at least two, got {', '.join(run.tasks)} alone; add one"
     if not run.adapter.share_projection:
         yield "adapter.share_projection: is false, and tasks in sequence have one A; set it to true"
     if run.merges:

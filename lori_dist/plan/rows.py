@@ -78,7 +78,7 @@ class Counter:
         sampled, number, is_rough = self._sampled(path, where)
         if is_rough and needs_number and number == 0:
             raise ConfigError(
-                f"{where}: how many rows {path} has cannot be told within {SECONDS:.0f} seconds; plan with train.steps "
+                f"{where}: the rows of {path} cannot be counted within {SECONDS:.0f} seconds; plan with train.steps "
                 "instead of train.epochs"
             )
         if not sampled:  # or the error would not say where
@@ -126,14 +126,14 @@ class Counter:
                 return [row for row, _ in kept], seen, False
         except OSError as error:
             raise ConfigError(f"{where}: {path} cannot be read ({error.strerror})") from error
-        is_text = not tables.is_hub(path) and path.lower().endswith((".jsonl", ".json", ".csv", ".txt"))
+        is_text = not tables.is_hub(path) and path.lower().endswith((".jsonl", ".json", ".csv", ".tsv", ".txt"))
         number = round(os.path.getsize(path) * seen / max(1, seen_bytes)) if is_text else 0
         return [row for row, _ in kept], number, True
 
     def _number(self, path: str, where: str) -> tuple[int, bool]:
         _, number, is_rough = self._sampled(path, where)
         if not number:
-            raise ConfigError(f"{where}: how many rows {path} has cannot be told; plan with train.steps")
+            raise ConfigError(f"{where}: the rows of {path} cannot be counted; plan with train.steps")
         return number, is_rough
 
 

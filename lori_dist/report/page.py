@@ -110,9 +110,10 @@ def _of_conflicts(conflicts: Mapping[str, Any]) -> Iterator[str]:
     for name, found in conflicts.items():
         worst = max(found["pairs"], key=lambda pair: pair["share"])
         yield (
-            f"While {name} was trained, {' and '.join(worst['tasks'])} were most often in conflict: on average in "
-            f"{_percent(worst['share'])} of the places that are compared. Of the sum of all gradients, "
-            f"{_percent(found['removed'])} was taken out."
+            f"In the training of {name}, the gradients of {' and '.join(worst['tasks'])} conflicted most often: "
+            "on average "
+            f"in {_percent(worst['share'])} of the layers compared. Projection removed {_percent(found['removed'])} of "
+            "the sum of all gradients."
         )
 
 
@@ -120,7 +121,7 @@ def _of_transfer(transfer: Mapping[str, Any]) -> Iterator[str]:
     for metric, found in transfer.items():
         yield (
             f"By {metric}, earlier tasks forgot {_number(found['forgetting'])} of their best on average, and tasks "
-            f"that were still to come had gained {_number(found['forward'])} over the base."
+            f"not yet trained had already gained {_number(found['forward'])} over the base."
         )
 
 
@@ -131,14 +132,14 @@ def _meanings() -> str:
 MEANINGS = (
     (
         "Cosine",
-        "Inner product of two updates D = B A, the scale in B, over their norms. At 0 the sum of both does to each "
-        "what was there before. It does not know the inputs that will come, so it is no substitute for the drop.",
+        "Inner product of two updates D = B A (B with its scale), divided by their norms. At 0 a merge keeps the "
+        "component along each of them. It does not depend on inputs, so it does not replace the measured drop.",
     ),
     (
         "Expected and std",
-        "Mean and standard deviation of the cosine over the draws of A, for B that do not depend on A: 0 and "
-        "|Bs^T Bt| / (sqrt(d_in) |Bs| |Bt|) for A of their own, the cosine of Bs and Bt on a shared A. Trained B do "
-        "depend on A: related tasks keep about r / d_in of their gradients' cosine, which can be several std.",
+        "Mean and standard deviation of the cosine over random A, for B that do not depend on A: 0 and "
+        "|Bs^T Bt| / (sqrt(d_in) |Bs| |Bt|) where each task has its own A, the cosine of Bs and Bt on a shared A. "
+        "Trained B do depend on A: related tasks keep about r / d_in of their gradients' cosine, often several std.",
     ),
     ("Cap", "The most that the std can be, 1 / sqrt(d_in)."),
     (
@@ -148,14 +149,14 @@ MEANINGS = (
     ),
     (
         "Overlap, Jaccard, random",
-        "Kept entries of B that stand in the same row and column: as a share of the first adapter's, of the second's, "
+        "Kept entries of B at the same row and column: as a share of the first adapter's, of the second's, "
         "and of those of either; random: the share of the first's for independent masks of the same sizes. Where A is "
         "not shared, equal columns stand for different directions.",
     ),
     (
         "Sign conflicts",
-        "Share of opposite signs among the entries that are zero in neither: of B where A is shared, else of the "
-        "updates. Unrelated tasks have a half.",
+        "Share of opposite signs among the entries that are nonzero in both: of B where A is shared, else of the "
+        "updates. It is about 50% for unrelated tasks.",
     ),
     (
         "Energy",
@@ -238,8 +239,8 @@ def _conflicts(conflicts: Mapping[str, Any]) -> Iterator[str]:
             )
             for pair in found["pairs"]
         ]
-        caption = f"Gradients of two tasks of {name}, before anything was taken out: means over {found['steps']} steps"
-        titles = ("pair", "cosine, over everything", "places in conflict", "deepest, of a layer")
+        caption = f"Gradients of two tasks of {name}, before the projection: means over {found['steps']} steps"
+        titles = ("pair", "cosine, over everything", "layers in conflict", "deepest, of a layer")
         yield _table(caption, titles, rows)
 
 
@@ -261,7 +262,7 @@ def _transfers(transfer: Mapping[str, Any]) -> Iterator[str]:
         )
         for metric, found in transfer.items()
     ]
-    yield _table("Over all tasks, after the last; transfer above zero is for the better", titles, figures)
+    yield _table("Over all tasks, after the last; transfer above zero is better", titles, figures)
 
 
 def _adapters(report: Mapping[str, Any]) -> Iterator[str]:

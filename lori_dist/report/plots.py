@@ -245,7 +245,7 @@ def _conflicts(number: int, name: str, found: Mapping[str, Any]) -> Iterator[Plo
 
     yield Plot(
         name=f"conflicts-{number}",
-        alternative=f"Heat map of how often two tasks of {name} opposed each other, layers down, pairs across.",
+        alternative=f"Heat map of how often two tasks of {name} conflicted, layers down, pairs across.",
         caption="Share of the steps in which the gradients of two tasks, in a layer, had a negative inner product.",
         figure=_heat_map(
             f"Conflicts: {shown(name, 24)}",
@@ -259,8 +259,8 @@ def _conflicts(number: int, name: str, found: Mapping[str, Any]) -> Iterator[Plo
     )
     yield Plot(
         name=f"conflicts-depth-{number}",
-        alternative=f"Heat map of how much two tasks of {name} opposed each other, layers down, pairs across.",
-        caption="Mean cosine of the two gradients in these steps: at -1 one task's step is the other's step back.",
+        alternative=f"Heat map of how much two tasks of {name} conflicted, layers down, pairs across.",
+        caption="Mean cosine of the two gradients in these steps: at -1 the gradients are exactly opposite.",
         figure=_heat_map(
             f"Depth of conflicts: {shown(name, 20)}", layers, pairs, table("depth"), _short, _signed, down="layer"
         ),
@@ -274,7 +274,7 @@ def _gains(number: int, metric: str, found: Mapping[str, Any]) -> Plot:
     values = [[sign * (scores[task] - base[1][task]) for task in tasks] for _, scores in stages]
     return Plot(
         name=f"transfer-{number}",
-        alternative=f"Heat map of the gain over the base in {metric}, after each training and on each task.",
+        alternative=f"Heat map of the gain over the base in {metric}, after each task's training and on each task.",
         caption=f"Gain over the base {_unit(found)}, on each task, after the training of the row's task: above zero, "
         "blue, it is better. Down a column one sees what later tasks do to an earlier one.",
         figure=_heat_map(

@@ -26,7 +26,7 @@ HATCHED: dict[str, Any] = {
     "linewidth": 0.6,
 }
 """How an attempt that failed looks, whatever the colours."""
-STATES = {"earlier": "finished before", "blocked": "not done, needs what failed", "waiting": "not done"}
+STATES = {"earlier": "finished before", "blocked": "not done, needs a failed job", "waiting": "not done"}
 """A job's state in words, where its own word does not do."""
 
 

@@ -133,7 +133,9 @@ def _of_messages(
         for some in (context[:-1], context)
     )
     if not whole.startswith(prompt):
-        raise ConfigError("it changes what was before when an answer follows, so the answer cannot be told from it")
+        raise ConfigError(
+            "it changes the earlier text when an answer follows, so the answer cannot be separated from the prompt"
+        )
     response, eos = whole[len(prompt) :].rstrip("\n"), str(tokenizer.eos_token)
     return prompt.removeprefix(bos), response.removesuffix(eos)
 

@@ -103,7 +103,7 @@ def load_tokenizer(model: config.Model) -> PreTrainedTokenizerBase:
         # Without its files, a tokenizer of some models (GPT-2, Qwen) comes up empty and turns every text into nothing.
         names = ["tokenizer.json", *tokenizer.vocab_files_names.values()]
         if tokenizer.vocab_files_names and not any(_found(model, name) for name in names):
-            raise FileNotFoundError(f"there is none of {', '.join(dict.fromkeys(names))}")
+            raise FileNotFoundError(f"found none of {', '.join(dict.fromkeys(names))}")
     return tokenizer
 
 

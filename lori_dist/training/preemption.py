@@ -33,7 +33,7 @@ Told = Callable[[], Notice]
 
 WHY = {
     Notice.TIME_LIMIT: "train.time_limit has passed",
-    Notice.SIGNAL: "SIGTERM came",
+    Notice.SIGNAL: "SIGTERM was received",
     Notice.RUN: "its run ends",
 }
 
@@ -84,7 +84,7 @@ def of_process(limit: float | None) -> Iterator[Told]:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
+    """SIGTERM was received."""
 
 
 @contextlib.contextmanager

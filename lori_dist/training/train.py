@@ -281,7 +281,9 @@ def _start(run: Run, task: str) -> Adapter:
         adapter = source.load(path)
         check_base(path, adapter.base, run.model)
         if adapter.saved:
-            raise AdapterError(f"{path}: has modules that were trained in full, whose training cannot be resumed")
+            raise AdapterError(
+                f"{path}: has modules that were trained in full, from which a training job cannot continue"
+            )
     except AdapterError as error:
         raise ConfigError(f"tasks.{task}.start: {error}") from error
     return adapter

@@ -163,7 +163,7 @@ class _Files:
             and (name not in self.direct or self.direct[name].shape != tuple(tensor.shape))
         )
         if lacking:
-            others = f", and have {len(self.unused)} of other names ({_first(self.unused)})" if self.unused else ""
+            others = f", and have {len(self.unused)} with other names ({_first(self.unused)})" if self.unused else ""
             raise ConfigError(
                 f"model.path: the weights in {path!r} lack {len(lacking)} tensors of the shape config.json asks for "
                 f"({_first(lacking)}){others}; give a folder whose weights and config.json belong together"
@@ -227,7 +227,8 @@ class _Conversion:
             begins = {number: row for row, number in enumerate(numbers) if number in of_start}
             if numbers != [start + row for start in begins for row in range(of_start[start].shape[0])]:
                 raise ConfigError(
-                    f"model.path: {self.name} is made of its tensors in files in another way than by rows"
+                    f"model.path: {self.name} is not made of the files' tensors row by row, so it cannot be "
+                    "sharded; use train.engine=ddp"
                 )
             found.append({of_start[number]: row for number, row in begins.items()})
         return found

@@ -178,7 +178,7 @@ def zero(stage: int, how: str) -> dict[str, Any]:
             if stage:
                 with pytest.raises(AdapterError, match=r"^model: is trained by an engine of DeepSpeed"):
                     sparsify(model, {})
-                with pytest.raises(AdapterError, match=r"^model: was given to deepspeed.initialize already"):
+                with pytest.raises(AdapterError, match=r"^model: is already managed by a DeepSpeed engine"):
                     attach(engines[-1], SPEC)
             with pytest.raises(AdapterError, match=r"^model: is a DeepSpeedEngine"):
                 sparsify(engines[-1], {})

@@ -293,7 +293,7 @@ def test_masks_must_fit() -> None:
     model = tiny_llama()
     given = masks(model)
     path = next(iter(given))
-    with pytest.raises(AdapterError, match="there is none for"):
+    with pytest.raises(AdapterError, match="masks: no mask for"):
         attach(model, SPEC, masks={name: mask for name, mask in given.items() if name != path})
     with pytest.raises(AdapterError, match=r"wanted torch.bool \(40, 4\)"):
         attach(model, SPEC, masks={**given, path: torch.ones(4, 4, dtype=torch.bool)})

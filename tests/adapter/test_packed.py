@@ -114,7 +114,7 @@ def test_they_generate_side_by_side() -> None:
 def test_a_row_too_few_or_an_unknown_name_is_refused() -> None:
     model = tiny_llama()
     routing = attach_several(model, several(tiny_llama))
-    unknown = pytest.raises(AdapterError, match=r"rows: there is no adapter 'frist'; .*Did you mean 'first'\?")
+    unknown = pytest.raises(AdapterError, match=r"rows: unknown adapter 'frist'; .*Did you mean 'first'\?")
     with unknown, routing.rows(["frist"]):
         pass
     with routing.rows(["first", "second", "both", "some"]), pytest.raises(AdapterError, match="for 4 rows"):
@@ -185,7 +185,7 @@ def test_gradients_are_those_of_each_alone(density: dict[str, float] | None, pre
 
 def test_adapters_that_differ_in_more_than_seeds_are_refused() -> None:
     others = {"a": SPECS["a"], "b": dataclasses.replace(SPECS["b"], rank=2)}
-    with pytest.raises(AdapterError, match="b: adapters are packed that differ in their seeds only"):
+    with pytest.raises(AdapterError, match="b: adapters over one base may differ in their seeds only"):
         packed.attach(tiny_llama(), others)
 
 

@@ -202,7 +202,7 @@ def test_of_a_model_whose_copy_cannot_be_made_that_is_said(caplog: pytest.LogCap
 
     model = Odd(tiny_llama().config, more=1)
     assert probe(model) is NOTHING
-    assert "Odd: no small copy of it computes (TypeError" in caplog.text
+    assert "Odd: no small copy of it can be run (TypeError" in caplog.text
     assert len(attach(model, SPEC)) == 14
 
 

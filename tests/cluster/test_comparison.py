@@ -82,7 +82,7 @@ def test_mistakes_of_all_variants_are_told_at_once(tree: dict[str, Any], tmp_pat
     ("change", "message"),
     [
         ({"seeds": []}, "seeds: got a list; wanted at least one$"),
-        ({"seed": [1]}, "seed: there is no such key; there are name, config, seeds, .* Did you mean 'seeds'"),
+        ({"seed": [1]}, "seed: unknown key; there are name, config, seeds, .* Did you mean 'seeds'"),
         ({"name": "a/b"}, "name: got 'a/b'; names are "),
         ({"variants": {}}, "variants: got a mapping; wanted at least one$"),
         ({"variants": {"x": 1}}, "variants.x: got 1; wanted a mapping"),

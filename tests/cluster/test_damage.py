@@ -283,5 +283,5 @@ def test_figures_that_are_not_those_of_the_evaluation_are_refused_in_records_wit
         for key in ("digest", "none"):
             record.pop(key, None)
             path.write_text(json.dumps(record))
-            with pytest.raises(LoriError, match=rf"{path}: has other figures than evaluation.json beside it; restore"):
+            with pytest.raises(LoriError, match=rf"{path}: does not agree with evaluation.json beside it; restore"):
                 board(run)

@@ -56,7 +56,7 @@ def test_it_says_what_there_is_to_do_and_leaves_the_folder_as_it_was(
     assert found["train-again"].endswith(", then 0.3 of them")
     assert found["merge-both"] == "to do train-copy, train-again"
     assert found["evaluate-base"] == "to do"
-    built = "What is to be trained was built by 2 ranks (cluster.address: local), and no step was done."
+    built = "Every training job was built by 2 ranks (cluster.address: local), and no step was run."
     assert lines[-1] == f"{built} {run.folder} is as it was."
 
 

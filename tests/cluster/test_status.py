@@ -156,7 +156,7 @@ def test_a_finished_job_has_no_error_of_an_earlier_attempt(run: Path) -> None:
 def test_the_command_prints_a_table_or_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", str(run)]) == 0
     first, _, titles, *lines = capsys.readouterr().out.splitlines()
-    assert first == f"{run}: nobody works on it"
+    assert first == f"{run}: no process is working on it"
     assert titles.split()[:3] == ["job", "state", "progress"]
     assert [line.split()[0] for line in lines] == ["train-math", "train-code", "merge-all", "evaluate-base"]
     assert "train 6/50" in lines[0]
@@ -167,7 +167,7 @@ def test_the_command_prints_a_table_or_json(run: Path, capsys: pytest.CaptureFix
 
 def test_a_folder_without_a_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", str(tmp_path)]) == 1
-    assert f"{tmp_path}: no run has begun here" in capsys.readouterr().err
+    assert f"{tmp_path}: no run was started here" in capsys.readouterr().err
 
 
 def test_stop_ends_the_process_that_works_and_no_other(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,12 +181,12 @@ def test_stop_ends_the_process_that_works_and_no_other(run: Path, capsys: pytest
             assert f"process {holder.pid} on " in capsys.readouterr().out
             assert holder.wait(10) == 0
     assert main(["stop", str(run)]) == 0
-    assert "nobody works on it" in capsys.readouterr().out
+    assert "no process is working on it" in capsys.readouterr().out
 
 
 def test_a_process_that_does_not_end_is_named(run: Path) -> None:
     with folder.lock(run) as owner:
-        with pytest.raises(JobError, match=r"process \d+ on .* has not ended within 0.1 s"):
+        with pytest.raises(JobError, match=r"process \d+ on .* has not stopped within 0.1 s"):
             stop(run, timeout=0.1)
         assert folder.stop_requested(run, owner)
         assert status(run)["stopping"]

@@ -141,7 +141,7 @@ def test_a_run_goes_on_without_its_client_and_ends_when_told(story: dict[str, An
     code, output = story["interrupted"]
     assert code == 130
     assert "/#/jobs/lori-long-" in output.splitlines()[0], output
-    assert "goes on. See `lori status mine.yaml" in output
+    assert "continues. See `lori status mine.yaml" in output
     assert story["alone"]["driver"] == story["working"]["driver"]
     assert story["stop"].returncode == 0, story["stop"].stdout
     assert story["stopped"]["driver"] is None
@@ -160,7 +160,7 @@ def test_a_run_that_is_being_worked_on_is_refused(story: dict[str, Any]) -> None
 def test_a_stopped_run_goes_on_and_its_client_says_that_it_was_stopped(story: dict[str, Any], folder: Path) -> None:
     code, output = story["ended"]
     assert code == 3, output
-    assert "ended by `lori stop`; the same command continues from here" in output
+    assert "stopped by `lori stop`; the same command continues from here" in output
     attempts = json.loads((folder / "runs" / "long" / ".partial-train-math" / "attempts.json").read_text())["attempts"]
     assert [attempt["number"] for attempt in attempts] == [1, 2]
     first = next(step for step in steps(folder) if step["time"] >= attempts[1]["started"])
@@ -266,7 +266,7 @@ def test_a_cluster_that_is_not_there_is_told(folder: Path) -> None:
         words, cwd=folder / "client", env=environment_of(folder) | {"RAY_AUTH_MODE": "disabled"}, capture_output=True
     )
     assert done.returncode == 1
-    assert done.stderr.startswith(b"--address: http://127.0.0.1:1 does not take the job (")
+    assert done.stderr.startswith(b"--address: http://127.0.0.1:1 does not accept the job (")
 
 
 def test_a_job_s_own_folder_is_no_place_for_results(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

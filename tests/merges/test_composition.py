@@ -76,10 +76,13 @@ def test_on_one_a_a_task_is_added_only_where_it_adapts() -> None:
     [
         (
             lambda merged: merges.drop(merged, "mth"),
-            r"^merge\.method\.drop: there is no block 'mth'; there are nlu, math, code, safety\. Did you mean 'math'\?",
+            r"^merge\.method\.drop: unknown component 'mth'; there are nlu, math, code, safety\. Did you mean 'math'\?",
         ),
-        (lambda merged: merges.reweight(merged, {"x": 1.0}), r"^merge\.method\.reweight: there is no block 'x'"),
-        (lambda merged: merges.drop(merged, *NAMES), r"^merge\.method\.drop: nlu, math, code, safety are all blocks"),
+        (lambda merged: merges.reweight(merged, {"x": 1.0}), r"^merge\.method\.reweight: unknown component 'x'"),
+        (
+            lambda merged: merges.drop(merged, *NAMES),
+            r"^merge\.method\.drop: nlu, math, code, safety are all " r"components",
+        ),
         (
             lambda merged: merges.reweight(merged, {"nlu": math.inf}),
             r"^merge\.method\.reweight\.nlu: got inf; give a finite number",

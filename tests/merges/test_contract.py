@@ -365,7 +365,7 @@ def test_a_weight_that_is_not_finite_is_refused(merge: Merge, three: list[Adapte
 
 
 def test_no_adapters_are_refused(merge: Merge) -> None:
-    with pytest.raises(AdapterError, match=r"^merge: no adapters were given; give at least one"):
+    with pytest.raises(AdapterError, match=r"^merge: got no adapters; give at least one"):
         merge([], weights=[])
 
 

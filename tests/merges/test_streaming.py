@@ -69,7 +69,7 @@ def test_an_opened_adapter_is_the_loaded_one_and_saves_to_the_same_bytes(tmp_pat
 def test_damage_in_the_middle_is_named_and_leaves_nothing(tmp_path: Path, method: str, what: str) -> None:
     paths = saved(tmp_path, (5, 5, 5))
     spoil(paths[1], f"0.layers.1.q_proj.{what}")
-    message = r"^\S*task1\.safetensors: B of layers\.1\.q_proj in block 0 is not what its digest is of; the file is dam"
+    message = r"^\S*task1\.safetensors: B of layers\.1\.q_proj in block 0 does not match its digest; the file is dam"
     with pytest.raises(AdapterError, match=message):
         merge_files(paths, tmp_path / "merged.safetensors", method=method)
     assert sorted(tmp_path.iterdir()) == paths

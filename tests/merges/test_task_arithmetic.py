@@ -29,6 +29,6 @@ def test_a_task_negated_twice_cancels_with_itself() -> None:
 def test_an_unknown_name_is_refused_with_the_nearest() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"^merge\.method\.negate: there is no adapter 'toxik'; there are math, toxic\. Did you mean 'toxic'\?",
+        match=r"^merge\.method\.negate: unknown adapter 'toxik'; there are math, toxic\. Did you mean 'toxic'\?",
     ):
         merge([ONE, OTHER], weights=[1, 1], options={"negate": ["toxik"]})

@@ -108,11 +108,12 @@ def test_patterns_that_fit_nothing_are_named_with_what_there_is(three: list[Adap
     with pytest.raises(ConfigError) as caught:
         merge(three, method="linear", weights=[{"k_proj": 1.0, "q_porj": 2.0}, 1.0, {"layers.7.*": 1.0, "*": 1.0}])
     assert str(caught.value).split("\n") == [
-        "merge.weights: of task0, 'k_proj' fits none of its 4 modules, which are called q_proj, up_proj, such as "
+        "merge.weights: of task0, 'k_proj' matches none of its 4 modules, which are called q_proj, up_proj, such as "
         "layers.0.q_proj. Did you mean 'q_proj'?",
-        "merge.weights: of task0, 'q_porj' fits none of its 4 modules, which are called q_proj, up_proj, such as "
+        "merge.weights: of task0, 'q_porj' matches none of its 4 modules, which are called q_proj, up_proj, such as "
         "layers.0.q_proj. Did you mean 'q_proj'?",
-        "merge.weights: of task2, 'layers.7.*' fits none of its 4 modules, which are called q_proj, up_proj, such as "
+        "merge.weights: of task2, 'layers.7.*' matches none of its 4 modules, which are called q_proj, up_proj, "
+        "such as "
         "layers.0.q_proj. Did you mean 'layers.1.q_proj'?",
     ]
 
@@ -120,7 +121,7 @@ def test_patterns_that_fit_nothing_are_named_with_what_there_is(three: list[Adap
 def test_patterns_are_for_the_modules_of_their_own_adapter(three: list[Adapter]) -> None:
     few = adapter(block("few", seed=9, modules=["layers.0.q_proj"]), modules=["layers.0.q_proj"])
     merge([few, three[0]], method="linear", weights=[1.0, {"up_proj": 1.0}])
-    with pytest.raises(ConfigError, match="of few, 'up_proj' fits none of its 1 modules"):
+    with pytest.raises(ConfigError, match="of few, 'up_proj' matches none of its 1 modules"):
         merge([few, three[0]], method="linear", weights=[{"up_proj": 1.0}, 1.0])
 
 

@@ -109,7 +109,7 @@ def test_all_mistakes_are_told_at_once(tree: dict[str, Any]) -> None:
             r"multitask\.projection: got 'orignal'; it should be 'original', 'in_place' or",
         ),
         ({"granularity": "row"}, r"multitask\.granularity: got 'row'"),
-        ({"weights": {"code": 0}}, r"multitask\.weights\.code: got 0; it should be a finite number above 0"),
+        ({"weights": {"code": 0}}, r"multitask\.weights\.code: got 0; wanted a finite number above 0"),
         ({"weights": {"code": "x"}}, r"multitask\.weights: got "),
         ({"project": "none"}, r"multitask\.project: joint has no such option; .* Did you mean 'projection'\?"),
     ],

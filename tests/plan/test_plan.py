@@ -16,7 +16,7 @@ from lori_dist.__main__ import main
 from lori_dist.benchmarks.plan import run as measure
 from lori_dist.errors import ConfigError
 from lori_dist.gpus import DEVICES
-from lori_dist.plan import Hardware, plan, rows
+from lori_dist.plan import Hardware, picture, plan, rows
 from lori_dist.plan.model import Counted, count
 from lori_dist.plan.placement import MEMORY, memory, placements, sent, traffic
 from lori_dist.training.data import encode, read
@@ -478,3 +478,10 @@ def test_plans_are_within_five_percent_and_peaks_within_twenty(
     for kind in ("peak", "peak_checkpointed"):
         low, high = ratios[kind]
         assert 0.8 <= low <= high <= 1.2, (kind, low, high)
+
+
+def test_every_kind_of_memory_has_a_colour_of_its_own_in_the_picture() -> None:
+    assert set(picture.COLOURS) == set(MEMORY)
+    assert len({tuple(colour) for colour in picture.COLOURS.values()}) == len(MEMORY)
+    greys = [kind for kind, colour in picture.COLOURS.items() if max(colour) - min(colour) < 0.05]
+    assert len(greys) <= 1

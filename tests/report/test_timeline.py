@@ -74,7 +74,7 @@ def test_a_run_has_its_timeline_in_its_report(tmp_path: Path) -> None:
         f"train-math, attempt 1, after 20.0 s: {KILLED}",
         "train-code, attempt 1, after 5.0 s: row 7 is no row",
         "finished before",
-        "not done, needs what failed",
+        "not done, needs a failed job",
         "attempt that failed",
     ):
         assert words in page.words, words

@@ -232,7 +232,7 @@ def test_guards_are_part_of_what_a_job_is_only_where_they_guard(run: Run) -> Non
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"early_stop": 2}, "train.early_stop: is given without train.validate_every"),
+        ({"early_stop": 2}, "train.early_stop: is set without train.validate_every"),
         ({"on_divergence": "rollback", "checkpoint_every": None}, "train.on_divergence: rollback goes back to a check"),
         ({"spike": 1.0}, "train.spike: got 1.0; it should be greater than 1"),
         ({"on_divergence": "ignore"}, "train.on_divergence: got 'ignore'; "),
@@ -248,5 +248,5 @@ def test_what_cannot_be_is_refused(run: Run, change: dict[str, Any], message: st
 def test_packed_trainings_have_no_guards(run: Run) -> None:
     tree = config.dump(run)
     tree["cluster"]["packing"] = "auto"
-    with pytest.raises(ConfigError, match=r"cluster.packing: got auto, and trainings with train.spike are not"):
+    with pytest.raises(ConfigError, match=r"cluster.packing: got auto, and training jobs with train.spike are not"):
         config.validate(tree)

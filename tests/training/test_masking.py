@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lori_dist import config, plugin
 from lori_dist.adapter.per_task import of_a
+from lori_dist.benchmarks._traffic import process_bytes
 from lori_dist.config import Choice
 from lori_dist.errors import LoriError
 from lori_dist.masks import _select
@@ -21,7 +22,6 @@ from lori_dist.training.engine import Part, Quantity
 from lori_dist.training.world import World, from_environment
 from tests.distributed import run_distributed
 from tests.masks.oracle import DENSITIES, adapters, flat
-from tests.training.test_loading import memory
 
 PHASE = "calibrate"
 FOREIGN = "tests.launched"
@@ -137,9 +137,9 @@ def most_held(path: Path) -> tuple[int, int]:
     for do in (lambda: write(path, shared, world), lambda: choose(path, world, Choice(name="magnitude"), 0.1)):
         do()  # the first time, as libraries then load code of their own
         Path("/proc/self/clear_refs").write_text("5")
-        before = memory("VmRSS")
+        before = process_bytes("VmRSS")
         do()
-        held.append(memory("VmHWM") - before)
+        held.append(process_bytes("VmHWM") - before)
     return held[0], held[1]
 
 

@@ -99,7 +99,9 @@ def test_a_signal_to_one_rank_saves_on_all_and_nothing_is_done_twice(run: Run, t
         done = steps(run, place=".partial-train-")[-1]
         assert done in ((phase, 2), (phase, 3))  # the signal is on its way while the step is counted
         where = f"long after step {done[1]} of {STEPS[phase]} of phase {phase}"
-        assert first == second == f"{where}: saved and ended, as SIGTERM came; the same command resumes from there"
+        assert (
+            first == second == f"{where}: saved and ended, as SIGTERM was received; the same command resumes from there"
+        )
     run_distributed(fit, run, world_size=2)
     assert steps(run) == EVERY
     assert torch.equal(values(run), values(whole))

@@ -10,12 +10,11 @@ from lori_dist import config, plugin
 from lori_dist.adapter import file
 from lori_dist.adapter.adapter import Spec
 from lori_dist.adapter.attach import attach, extract
-from lori_dist.benchmarks._traffic import Traffic
+from lori_dist.benchmarks._traffic import Traffic, process_bytes
 from lori_dist.training.engine import Engine, gather
 from lori_dist.training.world import World, from_environment
 from tests.distributed import run_distributed
 from tests.models import on_meta
-from tests.training.test_loading import memory
 
 ENGINES: list[tuple[str, dict[str, Any]]] = [
     ("ddp", {}),
@@ -45,9 +44,9 @@ def save(name: str, options: dict[str, Any], path: Path) -> tuple[int, int]:
     with Traffic() as traffic:  # the first time, as libraries then load code of their own
         write(model, engine, world, path)
     Path("/proc/self/clear_refs").write_text("5")
-    before = memory("VmRSS")
+    before = process_bytes("VmRSS")
     write(model, engine, world, path)
-    return memory("VmHWM") - before, traffic.gathered
+    return process_bytes("VmHWM") - before, traffic.gathered
 
 
 def write(model: Any, engine: Engine, world: World, path: Path) -> None:

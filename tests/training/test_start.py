@@ -146,8 +146,8 @@ def test_an_adapter_of_another_base_is_refused(place: Path, tmp_path: Path) -> N
     ("change", "message"),
     [
         ({"tasks.more.start": "nowhere"}, "tasks.more.start: there is no file or folder 'nowhere'"),
-        ({"tasks.more.seed": 3}, "tasks.more.seed: is given with tasks.more.start, whose A stays"),
-        ({"multitask": "joint"}, "tasks.more.start: is given with multitask joint"),
+        ({"tasks.more.seed": 3}, "tasks.more.seed: cannot be combined with tasks.more.start, whose A stays"),
+        ({"multitask": "joint"}, "tasks.more.start: cannot be combined with multitask joint"),
         ({"adapter.projection": "trained"}, "tasks.more.start: its A stays and its kept entries alone are trained"),
     ],
 )
