@@ -10,6 +10,7 @@ does not repeat becomes a range.
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "RESULTS.md"
 README = ROOT / "README.md"
-BEGIN, END = "<!-- figures: tests/benchmarks/results.py -->", "<!-- end of figures -->"
+SECTION = "\n## What it saves\n"
+"""Of README.md: the one whose table is written here."""
 
 Measured = Mapping[str, Any]
 
@@ -190,12 +192,13 @@ def rows_of(found: Sequence[Measured]) -> list[list[str]]:
 
 
 def filled(readme: str, figures: str) -> str:
-    """README.md with another table between its two marks."""
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    if not rest or not after:
-        raise SystemExit(f"README.md: has no {BEGIN} followed by {END}")
-    return f"{before}{BEGIN}\n\n{figures}\n\n{END}{after}"
+    """README.md with another table in its section."""
+    before, title, rest = readme.partition(SECTION)
+    inside, end, after = rest.partition("\n## ")
+    found = re.search(r"^\|.*\|\n(?:\|.*\|\n)*", inside, re.MULTILINE)
+    if found is None:
+        raise SystemExit(f"README.md: has no section {SECTION.strip()!r} with a table")
+    return f"{before}{title}{inside[: found.start()]}{figures}\n{inside[found.end() :]}{end}{after}"
 
 
 def main() -> int:

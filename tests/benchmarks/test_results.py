@@ -32,6 +32,6 @@ def test_a_ratio_that_does_not_repeat_is_a_range(tmp_path: Path) -> None:
     assert text.count("| `lori bench joint` | 2026-01-01 | a processor, 2 cores | 0.5 | torch 2.13.0 |") == 2
 
 
-def test_only_the_table_of_the_readme_is_written() -> None:
-    readme = f"before\n{results.BEGIN}\n\nold\n\n{results.END}\nafter\n"
-    assert results.filled(readme, "new") == f"before\n{results.BEGIN}\n\nnew\n\n{results.END}\nafter\n"
+def test_only_the_table_of_its_section_is_written() -> None:
+    readme = "before\n\n| a |\n## What it saves\n\ntext\n\n{}\n\nmore\n\n## Next\n\n| b |\n"
+    assert results.filled(readme.format("| old |\n| --- |"), "| new |") == readme.format("| new |")
