@@ -154,7 +154,7 @@ sys.exit(code)
         (
             "report first.safetensors train.steps=3 --out out",
             2,
-            " " r"^train\.steps=3: is an override, which needs a configuration",
+            r"^train\.steps=3: is an override, which needs a configuration",
         ),
         ("report first.safetensors --out out --run run.yaml output=x", 2, r"^--run: '.*x/demo/summary\.json' does not"),
         ("report first.safetensors --out out --evaluation no.json", 2, r"^--evaluation: 'no\.json' does not exist"),
@@ -350,7 +350,7 @@ def test_report_says_when_an_evaluation_has_no_drops(folder: Path, tmp_path: Pat
     words = ["report", "first.safetensors", "--out", tmp_path / "out", "--evaluation", tmp_path / "matrix.json"]
     result = lori(*words, cwd=folder)
     assert result.returncode == 0
-    assert "there are no drops" in result.stderr
+    assert "no drops can be computed" in result.stderr
 
 
 # --- bench -----------------------------------------------------------------------------------------------------------

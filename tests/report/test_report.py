@@ -298,7 +298,7 @@ def test_conflicts_of_a_joint_training_are_in_all_of_it(tmp_path: Path) -> None:
     page = Page((tmp_path / "report.html").read_text())
     assert not page.all("script")
     assert f"math and {HOSTILE[0]} conflicted most often: on average in 75.0%" in page.words
-    assert "12.5% was taken out" in page.words
+    assert "Projection removed 12.5% of" in page.words
     assert {"conflicts-1", "conflicts-depth-1"} <= {figure.get("id") for figure in page.all("figure")}
 
 
