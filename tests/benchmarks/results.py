@@ -20,6 +20,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "RESULTS.md"
 README = ROOT / "README.md"
+EARLIER = HERE / "results" / "earlier.txt"
+"""Measurements of before JSON files were kept, as they were written then."""
 SECTION = "\n## What it saves\n"
 """Of README.md: the one whose table is written here."""
 
@@ -66,58 +68,54 @@ def span(numbers: Sequence[float], style: str = "{:.2f}") -> str:
 # --- README.md -------------------------------------------------------------------------------------------------------
 
 
+PERCENT, TIMES, RATIO = "{:.1%}", "{:.1f}x", "{:.2f}"
+LORA, PEFT_MERGE = "PEFT's LoRA", "PEFT's `add_weighted_adapter`"
+
+# What is read, its suite, the ratios of which each makes a number or a range, how these are written, against what.
+FIGURES: list[tuple[str, str, list[list[tuple[str, ...]]], str, str]] = [
+    (
+        "Adam moments of a rank, gradient bytes reduced (10% of B, rank 32)",
+        "train",
+        [[("*", "lori_s", "optimizer_bytes"), ("*", "lori_s", "gradient_bytes")]],
+        PERCENT,
+        LORA,
+    ),
+    ("adapter file in bf16", "train", [[("*", "lori_s", "adapter_file_bytes")]], PERCENT, LORA),
+    ("bytes saved for the backward pass", "train", [[("*", "lori_s", "saved_activation_bytes")]], PERCENT, LORA),
+    ("time of a step, six engines and placements", "train", [[("*", "lori_s", "step_seconds")]], RATIO, LORA),
+    ("the same, over the base alone", "train", [[("*", "lori_s", "step_seconds_over_floor")]], RATIO, "no adapter"),
+    (
+        "2, 4, 8 tasks over one sharded base, rows of equal length: tokens/s",
+        "packed",
+        [[("*", number, "packed_over_after")] for number in ("2", "4", "8")],
+        TIMES,
+        "one task after another",
+    ),
+    (
+        "speed of concat, TIES and linear merges of four adapters of a 40-layer 70B shape, file to file",
+        "merge",
+        [[(method, "file_to_file")] for method in ("concat", "ties", "linear")],
+        TIMES,
+        PEFT_MERGE,
+    ),
+    (
+        "most memory of a rank while fsdp loads a base of 1 GB on 2 and 4 ranks",
+        "loading",
+        [[("fsdp", number)] for number in ("2", "4")],
+        RATIO,
+        "the base",
+    ),
+]
+
+
 def readme_table(found: Mapping[str, Sequence[Measured]]) -> str:
-    """The figures that decide for a user."""
-    train, packed, merge, loading = (found[name] for name in ("train", "packed", "merge", "loading"))
-    times = "{:.1f}x"
-    tasks = [span(values(packed, "*", number, "packed_over_after"), times) for number in ("2", "4", "8")]
-    faster = [span(values(merge, method, "file_to_file", "seconds"), times) for method in ("concat", "ties", "linear")]
-    shares = [span(values(loading, "fsdp", number)) for number in ("2", "4")]
-    rows = [
-        (
-            "Adam moments of a rank, gradient bytes reduced (10% of B, rank 32)",
-            span(
-                values(train, "*", "lori_s", "optimizer_bytes") + values(train, "*", "lori_s", "gradient_bytes"),
-                PERCENT,
-            ),
-            "PEFT's LoRA",
-        ),
-        ("adapter file in bf16", span(values(train, "*", "lori_s", "adapter_file_bytes"), PERCENT), "PEFT's LoRA"),
-        (
-            "bytes that adapted layers keep for the backward pass",
-            span(values(train, "*", "lori_s", "saved_activation_bytes"), PERCENT),
-            "PEFT's LoRA",
-        ),
-        (
-            "time of a training step, six engines and placements",
-            span(values(train, "*", "lori_s", "step_seconds")),
-            "PEFT's LoRA",
-        ),
-        (
-            "time of a step over the base alone with gradients",
-            span(values(train, "*", "lori_s", "step_seconds_over_floor")),
-            "no adapter",
-        ),
-        (
-            "2, 4, 8 tasks over one sharded base, rows of equal length: tokens/s",
-            "; ".join(tasks),
-            "one task after another",
-        ),
-        (
-            "merging four adapters of a 40-layer 70B shape, file to file: concat, TIES, linear",
-            "; ".join(faster),
-            "PEFT's `add_weighted_adapter`",
-        ),
-        (
-            "most memory of a rank while a 1 GB base is loaded (fsdp), 2 and 4 ranks",
-            "; ".join(shares),
-            "the base",
-        ),
-    ]
+    """The figures that decide for a user, of the suites that have been measured."""
+    rows = []
+    for what, suite, numbers, style, against in FIGURES:
+        if suite in found:
+            each = [[value for path in paths for value in values(found[suite], *path)] for paths in numbers]
+            rows.append((what, "; ".join(span(one, style) for one in each), against))
     return table(("what", "measured", "against"), rows)
-
-
-PERCENT = "{:.1%}"
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -130,6 +128,8 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def page(found: Mapping[str, Sequence[Measured]]) -> str:
     parts = [HEAD, *(section(suite, measured) for suite, measured in sorted(found.items()))]
+    if EARLIER.exists():
+        parts.append(EARLIER.read_text().strip())
     return "\n\n".join(parts) + "\n"
 
 
