@@ -211,6 +211,7 @@ def environment() -> dict[str, str]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_way_from_rows_to_a_served_model_can_be_gone(tmp_path: Path) -> None:
     (script,) = [found.text for found in blocks("bash", "configs/README.md") if "demo.yaml" in found.text]
     (tmp_path / "configs").symlink_to(ROOT / "configs")

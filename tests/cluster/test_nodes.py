@@ -59,6 +59,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
         yield nodes
 
 
+@pytest.mark.slow
 def test_ranks_are_placed_as_the_run_asks(nodes: Nodes, tmp_path: Path) -> None:
     run = described(tmp_path, address=nodes.address)
     wanted = [

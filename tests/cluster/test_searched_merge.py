@@ -189,6 +189,7 @@ execute(config.validate(json.load(sys.stdin)))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on(first: Searched, place: Path) -> None:
     run = described(place, "third")
     for task in ("copy", "reverse"):
@@ -215,6 +216,7 @@ def wait(known: Path, process: "subprocess.Popen[bytes]") -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_weights_per_projection_by_cma(first: Searched, place: Path) -> None:
     pytest.importorskip("cma", reason="the extra `search` is not installed")
     run = described(place, "fourth", method="cma", per="projection", budget=6)
