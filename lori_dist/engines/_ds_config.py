@@ -4,7 +4,6 @@ A value counts as a contradiction only where the file writes it: what it leaves 
 """
 
 import functools
-import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from lori_dist import files, plugin
 from lori_dist.config import Run, Train
 from lori_dist.errors import ConfigError
+from lori_dist.training.data import num_micro_batches
 
 AUTO = "auto"
 LARGEST = 2**20
@@ -86,15 +86,10 @@ def _of_zero(zero: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def number_of_micro_batches(train: Train, ranks: int) -> int:
-    """That each rank runs in a step."""
-    return math.ceil(math.ceil(train.batch_size / ranks) / train.micro_batch_size)
-
-
 def of_ranks(path: str, train: Train, ranks: int) -> Iterator[str]:
     """What contradicts the YAML on so many ranks."""
     name = "gradient_accumulation_steps"
-    found, wanted = read(path).get(name, AUTO), number_of_micro_batches(train, ranks)
+    found, wanted = read(path).get(name, AUTO), num_micro_batches(train.batch_size, ranks, train.micro_batch_size)
     if found != AUTO and found != wanted:
         yield (
             f"{PLACE}: {path} has {name} {found!r}, and train.batch_size {train.batch_size} in pieces of "
@@ -141,10 +136,6 @@ def _optimizer(section: Mapping[str, Any], train: Train, path: str, other: Any) 
     if str(kind).lower() not in (AUTO, "adamw", "adam"):
         yield other("optimizer.type", kind, "the optimizer of train", "AdamW (train.lr, train.betas, train.eps)")
         return
-    yield from _strange(section, ("type", "params"), "optimizer", path)
-    params = section.get("params", {})
-    if not isinstance(params, dict):
-        return
     values: dict[str, tuple[str, Any]] = {
         "lr": ("train.lr", train.lr),
         "betas": ("train.betas", list(train.betas)),
@@ -154,10 +145,7 @@ def _optimizer(section: Mapping[str, Any], train: Train, path: str, other: Any) 
         "bias_correction": ("the bias correction of AdamW", True),
         "amsgrad": ("amsgrad of AdamW", False),
     }
-    yield from _strange(params, (*values, "torch_adam", "fused"), "optimizer.params", path)
-    for key, (place, wanted) in values.items():
-        if (found := params.get(key, AUTO)) not in (AUTO, wanted):
-            yield other(f"optimizer.params.{key}", found, place, wanted)
+    yield from _params("optimizer", section, values, ("torch_adam", "fused"), path, other)
 
 
 def _scheduler(section: Mapping[str, Any], train: Train, path: str, other: Any) -> Iterator[str]:
@@ -165,10 +153,6 @@ def _scheduler(section: Mapping[str, Any], train: Train, path: str, other: Any) 
     if kind not in (AUTO, None) and DECAYS.get(kind) != train.schedule:
         near = next(name for name, schedule in DECAYS.items() if schedule == train.schedule)
         yield other("scheduler.type", kind, "train.schedule", f"{train.schedule}, which is DeepSpeed's {near}")
-        return
-    yield from _strange(section, ("type", "params"), "scheduler", path)
-    params = section.get("params", {})
-    if not isinstance(params, dict):
         return
     values: dict[str, tuple[str, Any]] = {
         "warmup_min_lr": ("the learning rate before the first step", 0),
@@ -180,10 +164,27 @@ def _scheduler(section: Mapping[str, Any], train: Train, path: str, other: Any) 
         "warmup_type": ("the course of train.warmup_steps", "linear"),
         "last_batch_iteration": ("the step before the first", -1),
     }
-    yield from _strange(params, tuple(values), "scheduler.params", path)
+    yield from _params("scheduler", section, values, (), path, other)
+
+
+def _params(
+    name: str,
+    section: Mapping[str, Any],
+    values: Mapping[str, tuple[str, Any]],
+    ignored: tuple[str, ...],
+    path: str,
+    other: Any,
+) -> Iterator[str]:
+    """What is unknown in a section with a type and params, or contradicts `values`: key -> its place in the YAML and
+    its value there. ignored: keys that change no result."""
+    yield from _strange(section, ("type", "params"), name, path)
+    params = section.get("params", {})
+    if not isinstance(params, dict):
+        return
+    yield from _strange(params, (*values, *ignored), f"{name}.params", path)
     for key, (place, wanted) in values.items():
         if (found := params.get(key, AUTO)) not in (AUTO, wanted):
-            yield other(f"scheduler.params.{key}", found, place, wanted)
+            yield other(f"{name}.params.{key}", found, place, wanted)
 
 
 def _strange(section: Mapping[str, Any], known: tuple[str, ...], where: str, path: str) -> Iterator[str]:
@@ -277,18 +278,9 @@ def _impossible(tree: Mapping[str, Any], path: str) -> Iterator[str]:
             "`train: {activation_checkpointing: true}` if that is meant"
         )
     for name in PARALLEL:
-        section = tree.get(name)
-        is_meant = (
-            bool(section)
-            if name == "pipeline"
-            else any(
-                section.get(key, default) not in (AUTO, default)
-                for key, default in (("enabled", False), ("autotp_size", 0))
-            )
-            if section
-            else False
-        )
-        if is_meant:
+        section = tree.get(name, {})
+        is_on = section.get("enabled", False) not in (AUTO, False) or section.get("autotp_size", 0) not in (AUTO, 0)
+        if is_on or (name == "pipeline" and section):
             yield f"{PLACE}: {path} asks for {name}, which is not done here; remove the section"
 
 

@@ -1,7 +1,6 @@
 """What gangs take of a cluster under one placement: memory, seconds of a step, and of all steps."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from lori_dist.gpus import GIB
 from lori_dist.plan.model import Counted, count
 from lori_dist.plan.placement import Placement, memory, sent, traffic, with_adapters, with_rows
 from lori_dist.plan.steps import Gang, Member, Work, adapter_at, full, passes, segments, work
+from lori_dist.training.data import num_micro_batches
 from lori_dist.training.train import CALIBRATE, TRAIN
 
 
@@ -137,7 +137,7 @@ def _validation(model: Counted, member: Member, ranks: int) -> Work:
     """One pass over the rows of all tasks."""
     number = sum(one.number for one in member.validation)
     mean = sum(one.number * one.mean for one in member.validation) / number
-    micro = sum(math.ceil(math.ceil(one.number / ranks) / member.train.micro_batch_size) for one in member.validation)
+    micro = sum(num_micro_batches(one.number, ranks, member.train.micro_batch_size) for one in member.validation)
     longest = max(int(one.tokens.max()) for one in member.validation)
     computed = number * (mean + longest) / 2 / ranks  # between no padding and all
     attention = sum(layer.per_pair * layer.pairs(round(mean)) for layer in model.attention) * number / ranks

@@ -233,7 +233,7 @@ def work(model: Counted, members: Sequence[Member], phase: str, ranks: int) -> W
     train = members[0].train
     generator = np.random.default_rng(0)
     batches = [_batch(member, phase) for member in members]
-    num_micro = max(math.ceil(math.ceil(batch / ranks) / train.micro_batch_size) for batch in batches)
+    num_micro = max(data.num_micro_batches(batch, ranks, train.micro_batch_size) for batch in batches)
     most = max(1, (DRAWN_PACKED if train.pack else DRAWN) // len(members))
     drawn_ranks = min(ranks, most)
     rows = min(train.micro_batch_size, math.ceil(max(batches) / ranks))

@@ -13,6 +13,7 @@ import torch
 
 from lori_dist.config import Choice, Run, checked_engine
 from lori_dist.errors import ConfigError
+from lori_dist.training.data import num_micro_batches
 
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
 NEEDLESS = "none"
@@ -260,8 +261,13 @@ def _others(run: Run, environment: Mapping[str, str]) -> Iterator[str]:
         )
     steps = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1").lower()
     ranks = environment.get("WORLD_SIZE", "")
-    per_rank = -(-run.train.batch_size // int(ranks)) if ranks.isdecimal() and int(ranks) else run.train.batch_size
-    if steps not in ("1", "auto", "none", str(-(-per_rank // run.train.micro_batch_size))):
+    size = int(ranks) if ranks.isdecimal() and int(ranks) else 1
+    if steps not in (
+        "1",
+        "auto",
+        "none",
+        str(num_micro_batches(run.train.batch_size, size, run.train.micro_batch_size)),
+    ):
         yield (
             f"train.batch_size: accelerate's configuration asks for gradient_accumulation_steps {steps}, and here they "
             f"follow from train.batch_size {run.train.batch_size} over all ranks and train.micro_batch_size "

@@ -331,9 +331,15 @@ def micro_batches(rows: Sequence[Row], world_rank: int, world_size: int, micro_b
 
     Every rank gets the same number of pieces, as each is a round of collectives; some may be empty.
     """
-    largest_share = math.ceil(len(rows) / world_size)
-    share = list(rows[world_rank::world_size])
-    return [share[first : first + micro_batch_size] for first in range(0, largest_share, micro_batch_size)]
+    share, size = list(rows[world_rank::world_size]), micro_batch_size
+    return [
+        share[number * size : (number + 1) * size] for number in range(num_micro_batches(len(rows), world_size, size))
+    ]
+
+
+def num_micro_batches(num_rows: int, world_size: int, micro_batch_size: int) -> int:
+    """The number of pieces that each rank computes of a global batch: those of the rank with the largest share."""
+    return math.ceil(math.ceil(num_rows / world_size) / micro_batch_size)
 
 
 def _total_rows(num_rows: int, epochs: float) -> int:
