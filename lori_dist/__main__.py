@@ -313,8 +313,9 @@ def export(arguments: argparse.Namespace) -> None:
     if arguments.format == "folded":
         from lori_dist.integrations.folded import export_folded
 
-        trusts = arguments.trust_remote_code
-        export_folded(arguments.base, adapter, arguments.out, origin=origin, trust_remote_code=trusts)
+        export_folded(
+            arguments.base, adapter, arguments.out, origin=origin, trust_remote_code=arguments.trust_remote_code
+        )
     else:
         from lori_dist.integrations import official, peft
 

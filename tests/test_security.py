@@ -104,8 +104,10 @@ def unsafe(source: str) -> Iterator[str]:
             given = {word.arg: ast.unparse(word.value) for word in node.keywords}
             if called == "torch.load" and given.get("weights_only") != "True":
                 yield called
-            # A model's own code runs where model.trust_remote_code says so, never because the package does.
-            if given.get("allow_pickle", "False") != "False" or given.get("trust_remote_code") == "True":
+            if given.get("allow_pickle", "False") != "False":
+                yield called
+            trusts = given.get("trust_remote_code", "False")
+            if trusts != "False" and trusts.rpartition(".")[2] != "trust_remote_code":  # the user's word, handed on
                 yield called
             loads_model = called.startswith("AutoModel") and called.endswith("from_pretrained")
             if loads_model and given.get("use_safetensors") != "True":
@@ -129,6 +131,7 @@ def test_nothing_in_the_package_reads_a_pickle() -> None:
         "torch.load(path, weights_only=False)",
         "np.load(path, allow_pickle=True)",
         "AutoModelForCausalLM.from_pretrained(path)",
+        "AutoTokenizer.from_pretrained(path, trust_remote_code=True)",
         "yaml.load(text)",
     ],
 )

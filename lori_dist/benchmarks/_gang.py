@@ -29,8 +29,7 @@ PRELOADED = (
 def gang(function: Callable[..., dict[str, Any]], num_ranks: int, *args: Any) -> dict[str, Any]:
     """What function(world, *args), called on every rank of new processes, gives on rank 0; plain JSON."""
     with tempfile.TemporaryDirectory() as place:
-        told = (function, num_ranks, Path(place), args)
-        start(_rank, told, num_ranks)
+        start(_rank, (function, num_ranks, Path(place), args), num_ranks)
         found: dict[str, Any] = json.loads((Path(place) / "result.json").read_text())
         return found
 
