@@ -38,7 +38,7 @@ LIBRARIES = {
     "errors.py": set(),
     "files.py": set(),
     "atomic.py": set(),
-    "tensors.py": {"torch"},
+    "tensors.py": {"torch", "numpy"},
     "adapter/projection_cuda.py": {"torch", "triton"},
     "adapter/product_cuda.py": {"torch", "triton"},
     "adapter": {"torch", "safetensors", "numpy"},
