@@ -98,6 +98,12 @@ def task_seed(run: config.Run, task: str) -> int:
 # --- the jobs there are ----------------------------------------------------------------------------------------------
 
 
+def plan(run: config.Run) -> list[Job]:
+    """The jobs of a run as `multitask` plans them, each after what it needs. Raises ConfigError."""
+    method = plugin.find("multitask", run.multitask.name, "plan", "multitask")
+    return order(method.load()(run, **method.bind(run.multitask.options, "multitask")))
+
+
 def train_job(run: config.Run, task: str, after: Sequence[Job] = (), sequel: Mapping[str, Any] | None = None) -> Job:
     """The training of one task's adapter. sequel: to what it is added, as `training.train.train` takes it."""
     tree = config.dump(run)
