@@ -19,6 +19,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from lori_dist import schema
+    from lori_dist.config import schema
 
     print(schema.as_yaml() if arguments.yaml else schema.text(), end="")
