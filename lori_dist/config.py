@@ -23,7 +23,7 @@ import yaml
 
 from lori_dist import plugin, storage, tables
 from lori_dist.errors import ConfigError
-from lori_dist.files import read_regular
+from lori_dist.files import folder_problem, read_regular
 
 Name = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 """Names become folder names: nothing in them can leave the run's folder."""
@@ -1253,10 +1253,8 @@ def _files(run: Run) -> Iterator[str]:
 
 
 def _model(run: Run) -> Iterator[str]:
-    is_hub_name = run.model.path.count("/") == 1 and not run.model.path.startswith((".", "/", "~"))
-    is_local = not is_hub_name or Path(run.model.path).parent.is_dir()
-    if is_local and not os.path.isfile(Path(run.model.path) / "config.json"):
-        yield f"model.path: there is no config.json in {run.model.path!r}; give a model's folder or its name on the hub"
+    if problem := folder_problem(run.model.path):
+        yield f"model.path: {problem}"
 
 
 def _output(run: Run) -> Iterator[str]:

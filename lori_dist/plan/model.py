@@ -17,9 +17,9 @@ from lori_dist.errors import ConfigError
 from lori_dist.training.cost import Counted, Sizes
 from lori_dist.training.flops import attention, per_token
 from lori_dist.training.model import blocks
-from lori_dist.training.model_files import check_causal, loading, made_from, settings_of
+from lori_dist.training.model_files import check_causal, has_weights, loading, made_from, settings_of
 from lori_dist.training.quantized import QuantizedLinear, quantize_layers
-from lori_dist.training.weights import attention_of
+from lori_dist.training.weights import attention_of, find_weights
 
 __all__ = ["Counted", "count", "skeleton", "spec"]
 
@@ -31,6 +31,8 @@ def count(run: Run, *, ranks: int = 1, adapters: int = 1, start: Adapter | None 
     Raises ConfigError for a model whose configuration cannot be read, that has no blocks or fewer positions than a
     row has tokens, and for a mixture of experts, whose activations depend on what it is shown."""
     model = skeleton(run)
+    if has_weights(run.model):  # else the plan is of a model that is not on this machine
+        find_weights(skeleton(run, quantized=False), run.model)
     check_causal(model, run.model)
     experts = next((path for path, module in model.named_modules() if is_experts(module)), None)
     if experts is not None:
