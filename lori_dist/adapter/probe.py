@@ -114,16 +114,22 @@ def _probed(kind: type, settings: Any) -> Probe:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without words, without a trace in the random numbers of torch, on the CPU in float32."""
+    """Without words, without a trace in the random numbers of torch, on the CPU in float32.
+
+    In one thread: a copy of a mixture of experts makes thousands of operations of a few numbers each, and to divide
+    them among threads takes ten times as long as to compute them.
+    """
     library, dtype = logging.getLogger("transformers"), torch.get_default_dtype()
-    level = library.level
+    level, num_threads = library.level, torch.get_num_threads()
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
         warnings.simplefilter("ignore")
         library.setLevel(logging.CRITICAL)
+        torch.set_num_threads(1)
         torch.set_default_dtype(torch.float32)
         try:
             yield
         finally:
+            torch.set_num_threads(num_threads)
             torch.set_default_dtype(dtype)
             library.setLevel(level)
 
