@@ -1,6 +1,7 @@
-"""What a model does with tokens, seen on a small copy of it: which layers run, and whether tokens see later ones.
+"""What a model does with tokens, seen on a small copy of it: which layers run, how many of a mixture's experts compute
+a token, and whether tokens see later ones.
 
-Both are properties of a model's code and configuration, not of its weights. So the copy has the model's class and its
+All are properties of a model's code and configuration, not of its weights. So the copy has the model's class and its
 configuration with narrow layers and few words, random weights, and all its blocks, or the first few where even these
 are large. A copy of a model of 70B parameters has about 20M and answers in a second or two, on the CPU; ranks, a plan
 and a dry run make the same copy and get the same answer, whatever engine shards the model itself, and before any of its
@@ -15,8 +16,8 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -63,6 +64,8 @@ class Probe:
     """Those of them that are never called when the model reads tokens: an update there would do nothing."""
     is_causal: bool | None
     """Whether no logit depends on a later token; None for models without logits at every token."""
+    chosen: Mapping[str, int] = field(default_factory=dict)
+    """Path of fused experts -> how many of them compute each token."""
 
     def is_idle(self, path: str) -> bool:
         """Of the model's layer at a path. Blocks that the copy does not have are as those it has."""
@@ -70,6 +73,11 @@ class Probe:
             return path in self.idle
         alike = [other for other in self.layers if _kind(other) == _kind(path)]
         return bool(alike) and self.idle.issuperset(alike)
+
+    def num_chosen(self, path: str) -> int | None:
+        """How many of the fused experts at a path compute each token; None where that is not known."""
+        alike = (number for other, number in self.chosen.items() if _kind(other) == _kind(path))
+        return self.chosen.get(path, next(alike, None))
 
 
 NOTHING = Probe(layers=frozenset(), idle=frozenset(), is_causal=None)
@@ -223,14 +231,20 @@ def _cut(settings: Any) -> None:
 
 def _observed(model: Any) -> Probe:
     layers = {path: module for path, module in model.named_modules() if _is_layer(module)}
-    called: set[str] = set()
+    called: dict[str, tuple[Any, ...]] = {}
     for path, module in layers.items():
-        module.register_forward_pre_hook(lambda module, inputs, path=path: called.add(path))
+        module.register_forward_pre_hook(lambda module, inputs, path=path: called.update({path: inputs}))
     ids = _two_rows(model)
     more = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
     output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **more)
-    idle = frozenset(layers) - called
-    return Probe(layers=frozenset(layers), idle=idle, is_causal=_is_causal(getattr(output, "logits", None)))
+    idle = frozenset(layers) - called.keys()
+    chosen = {
+        path: int(inputs[1].shape[-1])  # the numbers of each token's experts
+        for path, inputs in called.items()
+        if is_experts(layers[path]) and len(inputs) > 1
+    }
+    is_causal = _is_causal(getattr(output, "logits", None))
+    return Probe(layers=frozenset(layers), idle=idle, is_causal=is_causal, chosen=chosen)
 
 
 def _is_layer(module: nn.Module) -> bool:
