@@ -442,6 +442,11 @@ def _both_phases(model: nn.Module, train: Train, task: str) -> Adapter:
 def trained_together(how: str) -> dict[str, Tensor]:
     """Both phases of both tasks over one base. how: `` for one process, `fsdp attach first`, `fsdp shard first`, or a
     stage of ZeRO."""
+    with quiet_deepspeed() if how.isdecimal() else contextlib.nullcontext() as deepspeed:
+        return _trained_together(how, deepspeed)
+
+
+def _trained_together(how: str, deepspeed: Any) -> dict[str, Tensor]:
     model: Any = tiny_llama()
     if how == "fsdp shard first":
         shard(model)
