@@ -56,6 +56,16 @@ def read_regular(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> b
     return data
 
 
+def folder_problem(model_path: str) -> str | None:
+    """Why a path is not a model's folder: it has no config.json. None for a folder that has one, and for names on the
+    hub."""
+    is_hub_name = model_path.count("/") == 1 and not model_path.startswith((".", "/", "~"))
+    is_local = not is_hub_name or os.path.isdir(os.path.dirname(model_path))
+    if is_local and not os.path.isfile(os.path.join(model_path, "config.json")):
+        return f"there is no config.json in {model_path!r}; give a model's folder or its name on the hub"
+    return None
+
+
 def _check(mode: int, path: str | os.PathLike[str]) -> None:
     if not stat.S_ISREG(mode):
         kind = next((name for test, name in _KINDS if test(mode)), "a special file")

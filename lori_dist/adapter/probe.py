@@ -1,6 +1,7 @@
-"""A model's treatment of tokens, seen on a small copy: which layers run, and whether tokens see later ones.
+"""A model's treatment of tokens, seen on a small copy: which layers run, how many of a mixture's experts compute a
+token, and whether tokens see later ones.
 
-Both are properties of a model's code and configuration, not of its weights. So the copy has the model's class and its
+All are properties of a model's code and configuration, not of its weights. So the copy has the model's class and its
 configuration with narrow layers and few words, random weights, and all its blocks, or the first few where even these
 are large. A copy of a model of 70B parameters has about 20M and answers in a second or two, on the CPU; ranks, a plan
 and a dry run make the same copy and get the same answer, whatever engine shards the model itself, and before any of its
@@ -15,8 +16,8 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -64,6 +65,8 @@ class Probe:
     """The layers among them that are never called when the model reads tokens: an update there would do nothing."""
     is_causal: bool | None
     """Whether no logit depends on a later token; None for models without logits at every token."""
+    chosen: Mapping[str, int] = field(default_factory=dict)
+    """Path of fused experts -> how many of them compute each token."""
 
     def is_idle(self, path: str) -> bool:
         """Tells whether the layer at a path is idle. Blocks that the copy lacks are taken to be like those it has."""
@@ -71,6 +74,11 @@ class Probe:
             return path in self.idle
         alike = [other for other in self.layers if _kind(other) == _kind(path)]
         return bool(alike) and self.idle.issuperset(alike)
+
+    def num_chosen(self, path: str) -> int | None:
+        """How many of the fused experts at a path compute each token; None where that is not known."""
+        alike = (number for other, number in self.chosen.items() if _kind(other) == _kind(path))
+        return self.chosen.get(path, next(alike, None))
 
 
 NOTHING = Probe(layers=frozenset(), idle=frozenset(), is_causal=None)
@@ -115,16 +123,22 @@ def _probed(kind: type, settings: Any) -> Probe:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without words, without a trace in the random numbers of torch, on the CPU in float32."""
+    """Without words, without a trace in the random numbers of torch, on the CPU in float32.
+
+    In one thread: a copy of a mixture of experts makes thousands of operations of a few numbers each, and to divide
+    them among threads takes ten times as long as to compute them.
+    """
     library, dtype = logging.getLogger("transformers"), torch.get_default_dtype()
-    level = library.level
+    level, num_threads = library.level, torch.get_num_threads()
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
         warnings.simplefilter("ignore")
         library.setLevel(logging.CRITICAL)
+        torch.set_num_threads(1)
         torch.set_default_dtype(torch.float32)
         try:
             yield
         finally:
+            torch.set_num_threads(num_threads)
             torch.set_default_dtype(dtype)
             library.setLevel(level)
 
@@ -218,14 +232,20 @@ def _cut(settings: Any) -> None:
 
 def _observed(model: Any) -> Probe:
     layers = {path: module for path, module in model.named_modules() if _is_layer(module)}
-    called: set[str] = set()
+    called: dict[str, tuple[Any, ...]] = {}
     for path, module in layers.items():
-        module.register_forward_pre_hook(lambda module, inputs, path=path: called.add(path))
+        module.register_forward_pre_hook(lambda module, inputs, path=path: called.update({path: inputs}))
     ids = _two_rows(model)
     more = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
     output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **more)
-    idle = frozenset(layers) - called
-    return Probe(layers=frozenset(layers), idle=idle, is_causal=_is_causal(getattr(output, "logits", None)))
+    idle = frozenset(layers) - called.keys()
+    chosen = {
+        path: int(inputs[1].shape[-1])  # the numbers of each token's experts
+        for path, inputs in called.items()
+        if is_experts(layers[path]) and len(inputs) > 1
+    }
+    is_causal = _is_causal(getattr(output, "logits", None))
+    return Probe(layers=frozenset(layers), idle=idle, is_causal=is_causal, chosen=chosen)
 
 
 def _is_layer(module: nn.Module) -> bool:

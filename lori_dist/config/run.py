@@ -42,6 +42,7 @@ from lori_dist.config.kinds import (
     section,
 )
 from lori_dist.errors import ConfigError
+from lori_dist.files import folder_problem
 
 # --- what the checks of single keys find -----------------------------------------------------------------------------
 
@@ -52,10 +53,8 @@ def is_installed(package: str) -> bool:
 
 
 def _model_folder(path: str) -> Iterator[str]:
-    is_hub_name = path.count("/") == 1 and not path.startswith((".", "/", "~"))
-    is_local = not is_hub_name or Path(path).parent.is_dir()
-    if is_local and not os.path.isfile(Path(path) / "config.json"):
-        yield f"there is no config.json in {path!r}; give a model's folder or its name on the hub"
+    if problem := folder_problem(path):
+        yield problem
 
 
 def _quantized(quantize: str) -> Iterator[str]:

@@ -135,8 +135,8 @@ def memory(
         "moments": said.moments,
         "buffers": (model.widest_b + model.quantized) * (model.dtype + FP32) + said.buffers,
     }
-    kept_of_block = model.block_input if checkpointing else model.block_activations
-    saved = model.num_blocks * kept_of_block + model.other_activations
+    of_blocks = model.num_blocks * model.block_input if checkpointing else model.blocks_activations
+    saved = of_blocks + model.other_activations
     again = model.block_activations if checkpointing else 0
     # Of the logits in fp32: they, their log-softmax, and the gradient of either.
     logits = 3 * FP32 * model.tokens * model.vocabulary
@@ -160,7 +160,9 @@ def load_of(
     return Load(ranks=placement.ranks, nodes=nodes, trained=trained, micro_batches=micro_batches, tasks=tasks)
 
 
-OF_ROWS = ("block_activations", "block_gradients", "block_input", "other_activations", "tokens")
+OF_ROWS = (
+    "block_activations", "blocks_activations", "block_gradients", "block_input", "other_activations", "tokens",
+)  # fmt: skip
 """What is proportional to the rows of a micro-batch,"""
 OF_ADAPTERS = ("projections", "widest_b", *OF_ROWS)
 """and to the adapters over a base, each of which has rows of its own."""
