@@ -1,4 +1,4 @@
-"""What a configuration may hold: as a JSON schema for editors, as YAML for readers. Both are made from the sections."""
+"""The configuration's schema: as JSON schema for editors, as YAML for readers. Both are made from the sections."""
 
 import json
 import textwrap
@@ -19,7 +19,7 @@ from lori_dist.config import Choice, Methods
 FILE = Path(__file__).parent / "config.schema.json"
 """The schema as it ships, which configurations name in their first line."""
 WIDTH, COLUMN = 120, 32
-"""Of the YAML: its longest line, and where comments begin."""
+"""Longest line of the YAML, and the column of its comments."""
 
 
 class _Generator(GenerateJsonSchema):

@@ -26,7 +26,8 @@ from lori_dist.training.engine import QUANTITIES, Engine, Quantity, State, entri
 from lori_dist.training.world import World
 
 FORMAT, UNORDERED = "lori-checkpoint-3", "lori-checkpoint-2"
-"""What is written, and what earlier versions wrote: its digest does not depend on the order of the modules."""
+"""The format that is written, and the one of earlier versions, whose digest does not depend on the order of the
+modules."""
 KEY = "lori"
 DIGEST_BYTES = 16
 LISTED = 5
@@ -169,7 +170,7 @@ def check(path: Path, phase: str, *, origin: Origin) -> tuple[dict[str, int], St
 
 
 class Damaged(JobError):
-    """What a file says about itself is not so."""
+    """A checkpoint's content contradicts its own header."""
 
 
 def _refuse_another(path: Path, header: Mapping[str, Any], phase: str, origin: Origin) -> None:
@@ -201,7 +202,7 @@ def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 def _open(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
-    """What a file says about itself, and where its tensors lie."""
+    """The header of a checkpoint, and the places of its tensors."""
     with _damage(path):
         found = stored(path)
         header = json.loads(metadata(path)[KEY])
@@ -231,7 +232,7 @@ def _verify(path: Path, header: Mapping[str, Any], found: Mapping[str, Stored], 
 
 
 def _digest(header: Mapping[str, Any]) -> Any:
-    """Of the header: as it stands, for values belong to modules by their order."""
+    """Digest of the header in its written order, since values belong to modules by their order."""
     text = json.dumps(header, sort_keys=header["format"] == UNORDERED)
     return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES)
 
