@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,6 +67,14 @@ class Stored:
         flat = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu").view(self.dtype)
         self.read(flat)
         return flat.view(self.shape)
+
+    def mapped(self) -> Tensor:
+        """The tensor, on the CPU, as a map of the file: an entry takes memory once it is read, and the processes of a
+        machine share that memory. Changes stay in this process. Raises OSError if the file is shorter."""
+        if not self.numel:
+            return self.load()
+        pages = np.memmap(self.path, dtype=np.uint8, mode="c", offset=self.offset, shape=(self.nbytes,))
+        return torch.from_numpy(pages).view(self.dtype).view(self.shape)
 
     def read(self, into: Tensor, start: int = 0) -> None:
         """Fills a contiguous tensor with the stored entries from the flat position `start` on, in its own dtype.
