@@ -16,6 +16,7 @@ ROLES: Mapping[str, str] = {
     "merges": "merge",
     "engines": "build",
     "multitask": "plan",
+    "balances": "balance",
     "evaluation": "score",
     "benchmarks": "run",
 }

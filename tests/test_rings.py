@@ -18,7 +18,7 @@ PACKAGE = Path(lori_dist.__file__).parent
 RINGS = (
     {"__init__.py", "adapter", "masks", "merges", "interference.py"}
     | {"tensors.py", "files.py", "atomic.py", "plugin.py", "errors.py"},
-    {"config", "tables.py", "rows.py", "jobs.py", "folder.py", "storage.py", "multitask", "scores.py"},
+    {"config", "tables.py", "rows.py", "jobs.py", "folder.py", "storage.py", "multitask", "balances", "scores.py"},
     {"training", "engines", "evaluation"},
     {
         "cluster",
@@ -52,6 +52,7 @@ LIBRARIES = {
     "folder.py": {"pydantic", "yaml"},
     "storage.py": {"fsspec", "pydantic", "yaml"},
     "multitask": {"pydantic", "yaml"},
+    "balances": {"torch", "numpy"},
     "scores.py": set(),
     "engines/deepspeed.py": {"torch", "numpy", "transformers", "deepspeed"},
     "engines/_ds_keys.py": {"pydantic", "deepspeed"},

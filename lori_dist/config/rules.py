@@ -97,11 +97,12 @@ def _compiled(run: Run) -> Iterator[str]:
             "train.compile: cannot be combined with cluster.packing, whose layers need to know each batch's "
             "tasks; set only one"
         )
-    if run.multitask.name == "joint" and run.multitask.options.get("projection") != "none":
+    how = run.multitask.options
+    if run.multitask.name == "joint" and "none" not in (how.get("projection"), how.get("balance")):
         yield (
             "train.compile: cannot be combined with multitask joint, whose layers keep each task's gradient "
             "apart; remove it, "
-            "or set multitask.projection to none"
+            "or set multitask.balance to none"
         )
 
 
@@ -175,7 +176,7 @@ def _mixtures(run: Run) -> Iterator[str]:
             yield f"tasks.{name}.mixture: {task.train!r} is also tasks.{name}.train, which has the rest; remove it"
         if task.mixture and run.multitask.name == "joint":
             yield (
-                f"tasks.{name}.mixture: cannot be combined with multitask joint, which mixes tasks evenly; set only one"
+                f"tasks.{name}.mixture: cannot be combined with multitask joint, which mixes tasks itself; set only one"
             )
         if task.template.messages is None and task.template.date is not None:
             yield f"tasks.{name}.template.date: is for chat templates, and template.messages is not given; remove it"

@@ -95,7 +95,7 @@ class Replicated:
                 (loss.sum() * (self.world.size if tasks is None else 1)).backward()
             losses.append(loss.detach())
         if tasks is not None:
-            for path, gradient in tasks.gradient(self.parts("values"), self.num_steps).items():
+            for path, gradient in tasks.gradient(self.parts("values"), self.num_steps, losses).items():
                 self.parameters[path].grad = gradient
         norm = clip(self.parameters.values(), self.max_norm)
         result = finish(losses, norm)

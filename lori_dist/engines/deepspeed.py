@@ -271,7 +271,7 @@ class Partitioned:
                 self.model.backward(loss.sum() * (self.world.size if tasks is None else 1))
                 losses.append(loss.detach())
         if tasks is not None:
-            for path, gradient in tasks.gradient(self.parts("values"), self.num_steps).items():
+            for path, gradient in tasks.gradient(self.parts("values"), self.num_steps, losses).items():
                 self._put_gradient(self.parameters[path], gradient)
             self.model.set_gradient_accumulation_boundary(True)
         return self._update(losses, accept)

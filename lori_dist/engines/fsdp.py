@@ -311,7 +311,7 @@ class FullySharded:
             (loss.sum() * (self.world.size if tasks is None else 1)).backward()
             losses.append(loss.detach())
         if tasks is not None:
-            for path, gradient in tasks.gradient(self.parts("values"), self.num_steps).items():
+            for path, gradient in tasks.gradient(self.parts("values"), self.num_steps, losses).items():
                 self.parameters[path].grad = _like(self.parameters[path], gradient)
         norm = self._clip()
         result = finish(losses, norm)

@@ -3,8 +3,9 @@
 import collections
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from lori_dist.training import data
 from lori_dist.training.cost import Counted
 from lori_dist.training.data import Example
 from lori_dist.training.flops import BACKWARD, Attention, of_attention
+from lori_dist.training.joint import balance_of, counts_in_batch, shares_of
 from lori_dist.training.train import CALIBRATE, Phase, phases
 
 DRAWN = 2**18
@@ -70,8 +72,10 @@ class Member:
     """A task, or `joint`."""
     train: Train
     streams: tuple[Stream, ...]
-    """One, or those of the tasks of a joint training, which have as many rows in a batch, to one."""
+    """One, or those of the tasks of a joint training."""
     phases: tuple[Phase, ...]
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """How many rows in a batch are of each task, as a joint job's settings say."""
     validation: tuple[Lengths, ...] = ()
 
     @property
@@ -89,7 +93,8 @@ class Member:
         return sum(count * mean for count, mean in zip(counts, means, strict=True)) / sum(counts)
 
     def _counts(self, batch: int) -> list[int]:
-        return [len(range(number, batch, len(self.streams))) for number in range(len(self.streams))]
+        shares = shares_of(self.sampling, [stream.number for stream in self.streams])
+        return counts_in_batch(shares, len(self.streams), batch)
 
     def rows(self, phase: Phase) -> int:
         """Rows that all steps of a phase take."""
@@ -159,7 +164,7 @@ def _gang(run: Run, jobs: Sequence[Job], counter: Counter) -> Gang:
         return Gang(members=members, apart=1)
     joint, sequel = settings.get("joint"), settings.get("sequel")
     if joint is not None:
-        return Gang(members=members, apart=0 if joint["projection"] == "none" else len(joint["tasks"]))
+        return Gang(members=members, apart=0 if balance_of(joint)[0] == "none" else len(joint["tasks"]))
     start = run.tasks[settings["task"]].start if "start" in settings else None
     return Gang(members=members, earlier=0 if sequel is None else len(sequel["before"]), start=start)
 
@@ -171,6 +176,7 @@ def _member(run: Run, job: Job, counter: Counter) -> Member:
     train = run.train if joint is not None else trained_as(run, task)
     density = 1.0 if "start" in job.settings else run.adapter.density
     needs_number = train.steps is None or (density < 1 and train.calibrate.epochs is not None)
+    needs_number |= joint is not None and "sampling" in joint
     streams = tuple(_stream(run, name, counter, needs_number) for name in tasks)
     number = sum(stream.number for stream in streams)
     validation = () if run.train.validate_every is None else tuple(_validation(run, name, counter) for name in tasks)
@@ -178,6 +184,7 @@ def _member(run: Run, job: Job, counter: Counter) -> Member:
         name=task,
         train=train,
         streams=streams,
+        sampling={} if joint is None else joint,
         phases=tuple(phases(train, density, number)),
         validation=validation,
     )

@@ -146,7 +146,7 @@ class Gradients:
         self.routing.begin(batch.tasks, batch.input_ids.shape[1])
 
     @torch.no_grad()
-    def gradient(self, parts: Mapping[str, Part], step: int) -> dict[str, Tensor]:
+    def gradient(self, parts: Mapping[str, Part], step: int, losses: Sequence[Tensor]) -> dict[str, Tensor]:
         if self._exchange is None:
             self._exchange = Exchange(parts, 1, self.world)
         own = [(name, summed[0]) for name, summed in self._exchange.reduce(self.routing.sums)]

@@ -35,6 +35,7 @@ from lori_dist.training.divergence import MOST, UPDATE, Divergence
 from lori_dist.training.engine import Engine, State, StepResult, gather, held_of_base, trained
 from lori_dist.training.joint import Joint
 from lori_dist.training.joint import batches as joint_batches
+from lori_dist.training.joint import joint as joint_of
 from lori_dist.training.joint import rows_of_step as joint_rows
 from lori_dist.training.metrics import METRICS
 from lori_dist.training.metrics import Record as Record
@@ -219,6 +220,10 @@ def make_job(
     tokenizer = load_tokenizer(run.model)
     tasks = joint["tasks"] if joint is not None else (task,)
     rows = {name: _rows(run, name, tokenizer) for name in tasks}
+    examples = [
+        data.encode([*chain(*parts)], tokenizer, run.train.max_length, where=f"tasks.{name}.train")
+        for name, parts in rows.items()
+    ]
     return Job(
         run=run if joint is not None else dataclasses.replace(run, train=trained_as(run, task)),
         name=planned.name,
@@ -230,14 +235,11 @@ def make_job(
         track=track,
         progress=progress,
         told=told,
-        examples=[
-            data.encode([*chain(*parts)], tokenizer, run.train.max_length, where=f"tasks.{name}.train")
-            for name, parts in rows.items()
-        ],
+        examples=examples,
         mixture=[] if len(rows[tasks[0]]) == 1 else [len(part) for part in rows[tasks[0]]],
         pad_id=data.pad_id(tokenizer),
         origin={"fingerprint": fingerprint, **planned.settings},
-        joint=None if joint is None else Joint(**joint),
+        joint=None if joint is None else joint_of(joint, [len(of_task) for of_task in examples]),
         before=None if sequel is None else _before(run, sequel["before"]),
         is_disjoint=sequel is not None and sequel["masks"] == "disjoint",
         start=_start(run, task) if "start" in planned.settings else None,
@@ -446,6 +448,8 @@ def _build(job: Job, phase: Phase, masks: Mapping[str, Tensor] | None) -> _Built
     method = plugin.find("engines", chosen.name, "build", "train.engine")
     options = method.bind(chosen.options, "train.engine")
     tasks = _surgery(job, model)
+    if tasks is not None and first:
+        tasks.state = notes.get("balance", {})
     engine: Engine = method.load()(model, weights, job.run.train, job.world, state=found, **options)
     checksums = projection_checksums(model)
     agree(job.world, json.dumps(checksums), "projection A", "install the same version of the program on all machines")
@@ -484,13 +488,13 @@ def _do_steps(job: Job, phase: Phase, built: _Built) -> End:
     divergence, end = from_first(job.world, lambda: _known(job, phase, first, built.notes))
     best = end.best
     if first == 0 and train.on_divergence == "rollback":
-        _save(job, phase, engine, origin, end, divergence)
+        _save(job, phase, engine, origin, end, divergence, tasks)
     for step in range(first, phase.num_steps):
         if train.early_stop is not None and best.num_since >= train.early_stop:
             break
         record, num_done = _step(job, phase, engine, step, tasks, built.mfu, divergence), step + 1
         if divergence.problem is not None:
-            _treat(job, phase, engine, divergence, origin, record)
+            _treat(job, phase, engine, divergence, origin, record, tasks)
         if _is_measured(job, phase, num_done):
             losses = [_validation_loss(job, engine, examples) for examples in job.validation]
             record[validation.LOSS] = sum(losses) / len(losses)
@@ -506,7 +510,7 @@ def _do_steps(job: Job, phase: Phase, built: _Built) -> End:
         is_saved = is_due(job, phase, num_done) or (train.early_stop is not None and best.step == num_done)
         notice = notice_after(job, phase, num_done)
         if is_saved or notice:
-            _save(job, phase, engine, origin, end, divergence)
+            _save(job, phase, engine, origin, end, divergence, tasks)
         if notice > Notice.NODE:
             from_first(job.world, lambda: None)  # which may be writing, and ends with the first that ends
             raise preempted(notice, {job.task: (num_done, phase.num_steps, phase.name)})
@@ -536,7 +540,15 @@ def _known(job: Job, phase: Phase, first: int, notes: Mapping[str, Any]) -> tupl
     return Divergence(spike, records), End(step=first, loss=loss, best=validation.best(records))
 
 
-def _save(job: Job, phase: Phase, engine: Engine, origin: Mapping[str, Any], end: End, divergence: Divergence) -> None:
+def _save(
+    job: Job,
+    phase: Phase,
+    engine: Engine,
+    origin: Mapping[str, Any],
+    end: End,
+    divergence: Divergence,
+    tasks: Surgery | None,
+) -> None:
     checkpoint.save(
         job.folder / CHECKPOINTS,
         phase.name,
@@ -547,12 +559,21 @@ def _save(job: Job, phase: Phase, engine: Engine, origin: Mapping[str, Any], end
         still_mine=job.still_mine,
         skipped=end.step - engine.num_steps,
         spare=end.best.step if job.run.train.early_stop is not None else None,
-        notes=end.notes(divergence),
+        notes={
+            **end.notes(divergence),
+            **({"balance": dict(tasks.state)} if tasks is not None and tasks.state else {}),
+        },
     )
 
 
 def _treat(
-    job: Job, phase: Phase, engine: Engine, divergence: Divergence, origin: Mapping[str, Any], record: Record
+    job: Job,
+    phase: Phase,
+    engine: Engine,
+    divergence: Divergence,
+    origin: Mapping[str, Any],
+    record: Record,
+    tasks: Surgery | None,
 ) -> None:
     """After a step whose update was not done: ends, or goes on, maybe with an earlier state. The record tells it."""
     policy, problem = job.run.train.on_divergence, str(divergence.problem)
@@ -569,6 +590,8 @@ def _treat(
         if found is None:
             raise JobError(f"{said}, and there is no checkpoint to go back to; lower the learning rate")
         engine.load(found)
+        if tasks is not None:
+            tasks.state = found.notes.get("balance", {})
         record[UPDATE] = f"rolled back to step {back}"
     record.update({key: None for key in ("loss", "grad_norm") if not math.isfinite(record[key])})
     log.warning("%s; its update is %s", said, record[UPDATE])
@@ -674,13 +697,14 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 def _surgery(job: Job, model: nn.Module) -> Surgery | None:
     """What makes one gradient of the tasks', where that is asked for."""
     joint = job.joint
-    if joint is None or joint.projection == "none":
+    if joint is None or joint.balance == "none":
         return None
     return surgery(
         model,
         joint.tasks,
         job.world,
-        projection=joint.projection,
+        balance=joint.balance,
+        options=joint.options,
         granularity=joint.granularity,
         reduce=joint.reduce,
         seed=joint.seed,
@@ -743,7 +767,8 @@ def rows_of_step(job: Job, phase: Phase, step: int) -> list[tuple[int, int]]:
     """(task, row)."""
     train, num_rows = job.run.train, [len(examples) for examples in job.examples]
     if job.joint is not None:
-        return joint_rows(step, num_rows=num_rows, batch_size=train.batch_size, seed=train.seed)
+        shares = job.joint.shares
+        return joint_rows(step, num_rows=num_rows, batch_size=train.batch_size, seed=train.seed, shares=shares)
     if job.mixture:
         shares = tuple(job.run.tasks[job.task].mixture.values())
         rows = data.mixed_rows_of_step(
@@ -767,7 +792,9 @@ def _of_tasks(job: Job, result: StepResult, tasks: Surgery | None) -> Record:
         return {}
     weighted = zip(job.joint.tasks, result.task_losses, job.joint.weights, strict=True)
     losses = {"task_losses": {task: loss / weight for task, loss, weight in weighted}}
-    return losses if tasks is None or tasks.conflicts is None else {**losses, **conflicts.figures(tasks.conflicts)}
+    if tasks is None or tasks.conflicts is None:
+        return losses
+    return {**losses, **conflicts.figures(tasks.conflicts, job.joint.tasks)}
 
 
 def _draw_seed(seed: int, phase: str, step: int, rank: int) -> int:
@@ -805,7 +832,7 @@ def rewind(job: Job, phase: Phase, first: int) -> None:
 
 def _conflicts(job: Job, model: nn.Module) -> Record:
     """Those of the last phase, over all of its steps."""
-    if job.joint is None or job.joint.projection == "none":
+    if job.joint is None or job.joint.balance == "none":
         return {}
     records, lines = (
         [line for line in metrics.steps(job.folder, name) if line["phase"] == TRAIN]
