@@ -109,7 +109,11 @@ def run(arguments: argparse.Namespace) -> int | None:
         summary = execute(described, progress=show_progress)
     made = {**summary["adapters"], **summary["merges"]}
     files = [(name, describe.size(item["kept"], item["total"]), item["path"]) for name, item in made.items()]
-    print(table(summary["evaluation"]), describe.table(("model", "size", "adapter"), files), sep="\n\n")
+    print(
+        table(summary["evaluation"], summary["intervals"]),
+        describe.table(("model", "size", "adapter"), files),
+        sep="\n\n",
+    )
     before = [name for name, state in summary["jobs"].items() if state.get("cached")]
     if before:
         remedy = "Delete their folders, or give the run another name, to do them again."
@@ -281,26 +285,36 @@ def evaluate(arguments: argparse.Namespace) -> None:
     described = config.load(arguments.config, arguments.settings)
     if arguments.out is not None:
         _check_writable(arguments.out, "--out")
-    adapters = {str(path): path for path in arguments.adapter or ()} or _finished_adapters(described)
-    models = {"base": None, **adapters}
     from lori_dist.cluster import scratch
+    from lori_dist.cluster.member import member
 
     scratch.check()
-    import torch
+    with member(functools.partial(_told, verbose=arguments.verbose)) as watch:
+        text = _evaluated(described, arguments, watch)
+        if text is not None:
+            print(text)
 
-    from lori_dist import evaluation, progress
+
+def _evaluated(described: config.Run, arguments: argparse.Namespace, watch: "Callable[[World], None]") -> str | None:
+    """The tables, on rank 0."""
+    adapters = {str(path): path for path in arguments.adapter or ()} or _finished_adapters(described)
+    import torch.distributed as dist
+
+    from lori_dist import progress
+    from lori_dist.cluster.matrix import evaluate_models
     from lori_dist.evaluation._table import table
-    from lori_dist.training.device import first
+    from lori_dist.training.accelerate_launch import followed
+    from lori_dist.training.world import from_environment
 
-    device = first(torch.cuda.device_count())
-    for path in adapters.values():
-        evaluation.check_adapter(path, described.model)
-    matrix: dict[str, dict[str, dict[str, float]]] = {}
-    with progress.of_evaluation(tuple(models)) as show_progress:
-        matrix.update(evaluation.evaluate_all(described, models, device=device, progress=show_progress))
-    print(table(matrix))
-    if arguments.out is not None:
-        _write_json(arguments.out, matrix)
+    described = followed(described, os.environ, has_engine=config.has_engine(arguments.config, arguments.settings))
+    world = from_environment()
+    watch(world)
+    with progress.of_evaluation() as show_progress:
+        matrix, intervals = evaluate_models(
+            described, {"base": None, **adapters}, world, out=arguments.out, progress=show_progress
+        )
+    dist.destroy_process_group()
+    return table(matrix, intervals) if world.rank == 0 else None
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -741,10 +755,16 @@ examples:
         "evaluate base and adapters on every task of a configuration",
         f"""\
 Prints one table per metric, with a row per model and a column per task. Without --adapter it evaluates the base and
-every adapter and merge that a run of this configuration has finished.
+every adapter and merge that a run of this configuration has finished. Under a launcher, the ranks share the base as
+evaluate.engine says (default: train.engine) and divide the rows. With --out, intervals and each row's prediction are
+written beside the figures, and the same command resumes an evaluation that was cut off.
 
-example:
+examples:
   lori evaluate run.yaml --adapter merged.safetensors --out matrix.json evaluate.rows=100
+  torchrun --nproc-per-node 8 -m lori_dist evaluate run.yaml evaluate.engine=fsdp
+  deepspeed --num_gpus 8 --module lori_dist evaluate run.yaml evaluate.engine=deepspeed evaluate.engine.stage=3
+  accelerate launch --multi_gpu --num_processes 8 -m lori_dist evaluate run.yaml
+  srun --ntasks-per-node 8 lori evaluate run.yaml
 
 {OVERRIDES}""",
     )
@@ -753,6 +773,7 @@ example:
         "--adapter", metavar="PATH", type=Path, action="append", help="adapter file or folder; can be repeated"
     )
     verb.add_argument("--out", metavar="FILE", type=Path, help="also write the figures as JSON")
+    _add_local_rank(verb)
 
     verb = _add(
         verbs,

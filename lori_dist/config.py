@@ -121,6 +121,7 @@ class Methods(typing.NamedTuple):
 
 
 MASKS, ENGINES = Methods("masks", "mask"), Methods("engines", "build")
+PLACERS = Methods("engines", "place")
 MERGES, PLANS = Methods("merges", "merge"), Methods("multitask", "plan")
 Chosen = pydantic.BeforeValidator(_choice)
 
@@ -359,11 +360,14 @@ class LmEval:
 class Evaluate:
     """How base, adapters and merges are measured on every task's test rows."""
 
+    engine: Annotated[Choice | None, Chosen, PLACERS] = None
+    """Engine that holds the base, sharded or on every rank, which divide the rows: ddp, fsdp or {name: deepspeed,
+    stage: 3}; null: as in training."""
     metrics: Annotated[tuple[str, ...], pydantic.Field(min_length=1)] = ("loss", "exact_match", "choice")
     """Metrics to measure. choice is lm-eval's acc, on tasks that have labels; choice_norm and choice_bytes divide by a
     label's length, as acc_norm and acc_bytes do; choice_end counts the end token too."""
     batch_size: Positive = 32
-    """Rows evaluated at once."""
+    """Rows that a rank evaluates at once, on all models of a pass together."""
     rows: Positive | None = None
     """Evaluate on the first test rows only, this many; null: all."""
     max_new_tokens: Positive = 64
@@ -913,7 +917,7 @@ def _value_of(section: type, key: str, value: Any, place: Place, problems: dict[
         for below, errors in _places(error).items():
             problems.setdefault((*place, *below), _problem(errors))
         return ABSENT
-    if kind.methods is not None:
+    if kind.methods is not None and content is not None:
         path = ".".join(place)
         try:
             plugin.find(kind.methods.folder, content.name, kind.methods.role, path).bind(content.options, path)

@@ -47,7 +47,7 @@ def json_schema() -> dict[str, Any]:
             for methods in getattr(hint, "__metadata__", ()):
                 if isinstance(methods, Methods):
                     key.pop("$ref", None)
-                    key["anyOf"] = list(_methods(methods))
+                    key["anyOf"] = [*_methods(methods), *([{"type": "null"}] if "default" in key else [])]
     return {"$schema": GenerateJsonSchema.schema_dialect, **schema, "title": "Configuration of a lori_dist run"}
 
 

@@ -61,18 +61,27 @@ class Probe:
     """Paths of the copy's linear layers and fused experts."""
     idle: frozenset[str]
     """Those of them that are never called when the model reads tokens: an update there would do nothing."""
+    mixing: frozenset[str]
+    """Those whose input has neither a row for each row of the batch, nor one for each token in their order."""
     is_causal: bool | None
     """Whether no logit depends on a later token; None for models without logits at every token."""
 
     def is_idle(self, path: str) -> bool:
         """Of the model's layer at a path. Blocks that the copy does not have are as those it has."""
+        return self._is_in(self.idle, path)
+
+    def mixes_rows(self, path: str) -> bool:
+        """Whether the layer at a path cannot tell which row of the batch its input is of."""
+        return self._is_in(self.mixing, path)
+
+    def _is_in(self, some: frozenset[str], path: str) -> bool:
         if path in self.layers:
-            return path in self.idle
+            return path in some
         alike = [other for other in self.layers if _kind(other) == _kind(path)]
-        return bool(alike) and self.idle.issuperset(alike)
+        return bool(alike) and some.issuperset(alike)
 
 
-NOTHING = Probe(layers=frozenset(), idle=frozenset(), is_causal=None)
+NOTHING = Probe(layers=frozenset(), idle=frozenset(), mixing=frozenset(), is_causal=None)
 _known: dict[tuple[type, str], Probe] = {}
 
 
@@ -218,13 +227,21 @@ def _cut(settings: Any) -> None:
 def _observed(model: Any) -> Probe:
     layers = {path: module for path, module in model.named_modules() if _is_layer(module)}
     called: set[str] = set()
+    mixing: set[str] = set()
+
+    def look(path: str, x: Any) -> None:
+        called.add(path)
+        if isinstance(x, Tensor) and x.shape[0] != 2 and x.numel() != 2 * NUM_TOKENS * x.shape[-1]:
+            mixing.add(path)
+
     for path, module in layers.items():
-        module.register_forward_pre_hook(lambda module, inputs, path=path: called.add(path))
+        module.register_forward_pre_hook(lambda module, inputs, path=path: look(path, next(iter(inputs), None)))
     ids = _two_rows(model)
     more = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
     output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **more)
     idle = frozenset(layers) - called
-    return Probe(layers=frozenset(layers), idle=idle, is_causal=_is_causal(getattr(output, "logits", None)))
+    is_causal = _is_causal(getattr(output, "logits", None))
+    return Probe(layers=frozenset(layers), idle=idle, mixing=frozenset(mixing), is_causal=is_causal)
 
 
 def _is_layer(module: nn.Module) -> bool:
