@@ -15,5 +15,6 @@ def judge(subject: Subject, answers: Sequence[Answer]) -> list[Row]:
 
 
 def score(subject: Subject) -> float | None:
-    """As `choice`, with the end token's log-probability: of labels that begin alike, a short one needs its end."""
+    """Scores as `choice` does, with the end token's log-probability added: a short label needs its end where a longer
+    one begins alike."""
     return scored(subject, ask, judge)

@@ -15,5 +15,5 @@ def judge(subject: Subject, answers: Sequence[Answer]) -> list[Row]:
 
 
 def score(subject: Subject) -> float | None:
-    """As `choice`, of log-likelihoods over the number of the label's characters, without the blanks it begins with."""
+    """Scores as `choice` does, with log-likelihoods divided by the label's characters without leading blanks."""
     return scored(subject, ask, judge)

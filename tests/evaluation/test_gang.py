@@ -11,7 +11,7 @@ from lori_dist import config
 from lori_dist.adapter import attach, file
 from lori_dist.adapter.adapter import Spec
 from lori_dist.benchmarks._traffic import Traffic
-from lori_dist.evaluation import Found, Store, evaluate_all
+from lori_dist.evaluation import Found, evaluate_all
 from lori_dist.training.model import identity, load_model
 from lori_dist.training.world import from_environment
 from tests.distributed import run_distributed
@@ -35,7 +35,7 @@ ROWS = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Path | None]]:
-    """A run of two tasks, and the models: the base, two adapters that differ in their layers, one with a trained head."""
+    """A run of two tasks, and its models: the base, adapters of different layers, and one with a trained head."""
     folder = tmp_path_factory.mktemp("gang")
     model = tiny_llama()
     with torch.no_grad():
