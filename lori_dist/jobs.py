@@ -18,6 +18,9 @@ from lori_dist.files import open_regular, parse_json, read_regular
 
 Kind = Literal["train", "merge", "evaluate"]
 
+GANGS: tuple[Kind, ...] = ("train", "evaluate")
+"""Kinds of job that are done by ranks, as they run the model."""
+
 FORMAT = 1
 """Part of every fingerprint: another number does everything anew."""
 
@@ -97,7 +100,7 @@ def train_job(run: config.Run, task: str, after: Sequence[Job] = (), sequel: Map
             **({} if run.train.validate_every is None else {"validation": sha256(str(own.validation))}),
         },
         **({} if sequel is None else {"sequel": dict(sequel)}),
-        **({} if own.start is None else {"start": _contents(Path(own.start))}),
+        **({} if own.start is None else {"start": contents(Path(own.start))}),
         **_protocol(replace(run, train=config.trained_as(run, task))),
     )
 
@@ -294,11 +297,11 @@ def _choice(*metrics: str) -> dict[str, Any]:
 
 def _lm_eval(settings: config.LmEval) -> dict[str, Any]:
     """What is measured, with the user's own tasks by their content; not the rows that these name."""
-    files = {} if settings.include is None else _contents(Path(settings.include))
+    files = {} if settings.include is None else contents(Path(settings.include))
     return {**config.fingerprinted(settings), "files": files}
 
 
-def _contents(path: Path) -> dict[str, str]:
+def contents(path: Path) -> dict[str, str]:
     """Of a file, or of all in a folder: path in it -> digest."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     return {str(file.relative_to(path)): sha256(file) for file in files if file.exists() and not file.is_dir()}
@@ -335,7 +338,7 @@ def check_inputs(run: config.Run, job: Job) -> None:
             raise JobError(f"{where}: the file has changed since the run began; give the same command again")
         if "mixture" in data and data["mixture"] != _mixture(run.tasks[task].mixture):
             raise JobError(f"tasks.{task}.mixture: a file has changed since the run began; give the same command again")
-    if "start" in read and read["start"] != _contents(Path(str(run.tasks[read["task"]].start))):
+    if "start" in read and read["start"] != contents(Path(str(run.tasks[read["task"]].start))):
         raise JobError(f"tasks.{read['task']}.start: has changed since the run began; give the same command again")
     if _model(run.model)["content"] != read["model"]["content"]:
         raise JobError("model.path: the model has changed since the run began; give the same command again")

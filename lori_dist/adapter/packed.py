@@ -29,6 +29,7 @@ from lori_dist.adapter.attach import (
 )
 from lori_dist.adapter.experts import Expert
 from lori_dist.adapter.linear import AdaptedLinear, features, shaped
+from lori_dist.adapter.probe import probe
 from lori_dist.adapter.projection import Recipe, checksum
 from lori_dist.errors import AdapterError
 from lori_dist.plugin import nearest
@@ -383,32 +384,34 @@ def _attach(
                 f"{name}: adapters over one base may differ in their seeds only, with a cached A; got {spec}"
             )
     bases = match(model, first.targets, exclude=first.exclude)
-    _refuse_unroutable(bases, saves=bool(first.modules_to_save))
+    _refuse_unroutable(model, bases, saves=bool(first.modules_to_save))
     model.requires_grad_(False)
     put(model, {path: _adapted(base, _to_train(path, base, specs, masks, routing)) for path, base in bases.items()})
     setattr(model, ATTACHED, dict(specs))
     return routing
 
 
-def _refuse_unroutable(bases: Mapping[str, nn.Module], *, saves: bool) -> None:
-    if problem := _unroutable(bases, saves=saves):
+def _refuse_unroutable(model: nn.Module, bases: Mapping[str, nn.Module], *, saves: bool) -> None:
+    if problem := _unroutable(model, bases, saves=saves):
         raise AdapterError(problem)
 
 
-def _unroutable(bases: Mapping[str, nn.Module], *, saves: bool) -> str | None:
+def _unroutable(model: nn.Module, bases: Mapping[str, nn.Module], *, saves: bool) -> str | None:
     """Why rows cannot be distinguished; None: they can."""
     if saves:
         return "modules_to_save: what is trained in full cannot be distinguished by rows; attach one at a time"
-    expert = next((path for path, base in bases.items() if isinstance(base, Expert)), None)
-    if expert is None:
-        return None
     remedy = "attach one adapter at a time, in a run by cluster.packing: off"
-    return f"{expert}: experts see tokens without their rows; {remedy}"
+    expert = next((path for path, base in bases.items() if isinstance(base, Expert)), None)
+    if expert is not None:
+        return f"{expert}: experts see tokens without their rows; {remedy}"
+    known = probe(model)
+    mixing = next((path for path in bases if known.mixes_rows(path)), None)
+    return None if mixing is None else f"{mixing}: its input is not divided into rows; {remedy}"
 
 
 def is_routable(model: nn.Module, adapters: Mapping[str, Adapter]) -> bool:
     """Whether `attach_several` takes them: experts, and what was trained in full, do not know the rows."""
-    return _unroutable(_bases(model, adapters), saves=_save(adapters)) is None
+    return _unroutable(model, _bases(model, adapters), saves=_save(adapters)) is None
 
 
 def _bases(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, nn.Module]:
@@ -546,7 +549,7 @@ def _attach_trained(
     refuse_adapted(model)
     routing = Routing(names=tuple(adapters))
     bases = _bases(model, adapters)
-    _refuse_unroutable(bases, saves=_save(adapters))
+    _refuse_unroutable(model, bases, saves=_save(adapters))
     model.requires_grad_(False)
     deltas = {path: _frozen(path, base, adapters, routing) for path, base in bases.items()}
     put(model, {path: _adapted(bases[path], delta) for path, delta in deltas.items()})

@@ -63,6 +63,8 @@ class Probe:
     """Paths of the copy's linear layers and fused experts."""
     idle: frozenset[str]
     """The layers among them that are never called when the model reads tokens: an update there would do nothing."""
+    mixing: frozenset[str]
+    """The layers whose input has neither a row for each row of the batch, nor one for each of its tokens in order."""
     is_causal: bool | None
     """Whether no logit depends on a later token; None for models without logits at every token."""
     chosen: Mapping[str, int] = field(default_factory=dict)
@@ -70,10 +72,17 @@ class Probe:
 
     def is_idle(self, path: str) -> bool:
         """Tells whether the layer at a path is idle. Blocks that the copy lacks are taken to be like those it has."""
+        return self._is_in(self.idle, path)
+
+    def mixes_rows(self, path: str) -> bool:
+        """Whether the layer at a path cannot tell which row of the batch its input is of."""
+        return self._is_in(self.mixing, path)
+
+    def _is_in(self, some: frozenset[str], path: str) -> bool:
         if path in self.layers:
-            return path in self.idle
+            return path in some
         alike = [other for other in self.layers if _kind(other) == _kind(path)]
-        return bool(alike) and self.idle.issuperset(alike)
+        return bool(alike) and some.issuperset(alike)
 
     def num_chosen(self, path: str) -> int | None:
         """How many of the fused experts at a path compute each token; None where that is not known."""
@@ -81,7 +90,7 @@ class Probe:
         return self.chosen.get(path, next(alike, None))
 
 
-NOTHING = Probe(layers=frozenset(), idle=frozenset(), is_causal=None)
+NOTHING = Probe(layers=frozenset(), idle=frozenset(), mixing=frozenset(), is_causal=None)
 _known: dict[tuple[type, str], Probe] = {}
 
 
@@ -238,14 +247,23 @@ def _observed(model: Any) -> Probe:
     ids = _two_rows(model)
     more = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
     output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **more)
-    idle = frozenset(layers) - called.keys()
-    chosen = {
-        path: int(inputs[1].shape[-1])  # the numbers of each token's experts
-        for path, inputs in called.items()
-        if is_experts(layers[path]) and len(inputs) > 1
-    }
-    is_causal = _is_causal(getattr(output, "logits", None))
-    return Probe(layers=frozenset(layers), idle=idle, is_causal=is_causal, chosen=chosen)
+    return Probe(
+        layers=frozenset(layers),
+        idle=frozenset(layers) - called.keys(),
+        mixing=frozenset(path for path, inputs in called.items() if inputs and _mixes(inputs[0])),
+        is_causal=_is_causal(getattr(output, "logits", None)),
+        # The numbers of each token's experts.
+        chosen={
+            path: int(inputs[1].shape[-1])
+            for path, inputs in called.items()
+            if is_experts(layers[path]) and len(inputs) > 1
+        },
+    )
+
+
+def _mixes(x: Any) -> bool:
+    """Whether a layer's input has neither a row for each of the two rows, nor an entry for each of their tokens."""
+    return isinstance(x, Tensor) and x.shape[0] != 2 and x.numel() != 2 * NUM_TOKENS * x.shape[-1]
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from lori_dist.cluster.gang import Broken, Gangs
 from lori_dist.cluster.schedule import Failure
 from lori_dist.cluster.summary import ATTEMPTS, CHECKPOINTS, METRICS, attempts_of, is_step, log_file
 from lori_dist.cluster.trials import TRIED
-from lori_dist.cluster.work import Assignment, evaluate_model, merge_adapters, train_rank
+from lori_dist.cluster.work import Assignment, evaluate_rank, merge_adapters, train_rank
 from lori_dist.config import Run
 from lori_dist.errors import JobError
-from lori_dist.jobs import Job, check_inputs
+from lori_dist.jobs import GANGS, Job, check_inputs
+from lori_dist.scores import MEASURED
 
 BACKOFF_SECONDS = 1.0
 """Before a job is started again."""
@@ -31,7 +32,7 @@ def do(run: Run, job: Job, inputs: Mapping[str, Any], gangs: Gangs) -> dict[str,
     """One job with all its attempts. Returns what its job.json holds. inputs: digests of what it reads of others."""
     start = time.monotonic()
     partial = folder.open(run.folder, job)
-    mirror = storage.open(run.output, run.name) if storage.is_url(run.output) else None
+    mirror = mirror_of(run)
     if mirror:
         mirror.push(partial.name)
         mirror.prune(partial.name)
@@ -58,14 +59,7 @@ def do(run: Run, job: Job, inputs: Mapping[str, Any], gangs: Gangs) -> dict[str,
             again = f"restarting it ({number} of {run.cluster.retries})"
             log.warning("%s: %s; %s", job.name, failure.message, again)
             gangs.stopping.wait(BACKOFF_SECONDS)
-    published = publish(run, assignment, history, start, inputs, result)
-    if mirror:
-        for place in folder.kept(run.folder, job.name):
-            mirror.push(place.name)
-        mirror.push(job.name)
-        mirror.prune(job.name)
-        mirror.delete(partial.name)
-    return published
+    return publish(run, assignment, history, start, inputs, result)
 
 
 def publish(
@@ -83,30 +77,50 @@ def publish(
     history.end(None)
     seconds = round(time.monotonic() - start, 3)
     record = {"seconds": seconds, "attempts": history.attempts, "inputs": dict(inputs), "result": dict(result)}
-    folder.publish(run.folder, job, record, scratch=[CHECKPOINTS, TRIED, ATTEMPTS])
+    folder.publish(run.folder, job, record, scratch=[CHECKPOINTS, TRIED, ATTEMPTS, MEASURED])
+    if mirror := mirror_of(run):
+        for place in (*folder.kept(run.folder, job.name), run.folder / job.name):
+            mirror.push(place.name)
+        mirror.prune(job.name)
+        mirror.delete(assignment.attempt.partial.name)
     published = folder.finished(run.folder, job)
     assert published is not None
     return published
+
+
+def mirror_of(run: Run) -> storage.Mirror | None:
+    """What keeps a run's folder on storage, where that is a URL."""
+    return storage.open(run.output, run.name) if storage.is_url(run.output) else None
 
 
 def _result(run: Run, assignment: Assignment, gangs: Gangs, history: "History") -> dict[str, Any]:
     """What the job's rank 0 returns. Raises Broken, or what goes wrong in this process."""
     job = assignment.job
     if job.kind == "train":
-        ranks = gangs.take(job, run.cluster)
-        history.begin(workers=ranks.shape.count)
-        try:
-            result: dict[str, Any] = ranks.run(train_rank, assignment, gangs.stopping, gangs.asked)
-        except BaseException:
-            ranks.close()
-            raise
-        gangs.give_back(ranks)
-        return result
+        return dict(of_gang(run, [history], gangs, job, train_rank, assignment))
+    if job.kind == "evaluate":
+        found = of_gang(run, [history], gangs, job, evaluate_rank, [assignment])
+        return dict(found[job.name]["result"])
     history.begin(workers=1)
     if "search" in job.settings:
         assignment = trials.searched(run, assignment, gangs.stopping)
-    function = {"merge": merge_adapters, "evaluate": evaluate_model}[job.kind]
-    return dict(gang.result(gang.remote(run, job, function)(assignment), gangs.stopping))
+    return dict(gang.result(gang.remote(run, job, merge_adapters)(assignment), gangs.stopping))
+
+
+def of_gang(
+    run: Run, histories: Sequence["History"], gangs: Gangs, job: Job, function: Callable[[Any], Any], argument: Any
+) -> Any:
+    """What function(argument) returns on rank 0 of a gang of the job's shape. Raises Broken."""
+    ranks = gangs.take(job, run.cluster)
+    for history in histories:
+        history.begin(workers=ranks.shape.count)
+    try:
+        result = ranks.run(function, argument, gangs.stopping, gangs.asked)
+    except BaseException:
+        ranks.close()
+        raise
+    gangs.give_back(ranks)
+    return result
 
 
 def is_stop(failure: Failure) -> bool:
@@ -121,7 +135,7 @@ def failure_of(error: Exception) -> Failure:
 
 
 def described(run: Run, job: Job, failure: Failure) -> str:
-    where = f" (rank {failure.rank})" if job.kind == "train" and failure.rank is not None else ""
+    where = f" (rank {failure.rank})" if job.kind in GANGS and failure.rank is not None else ""
     return f"{failure.message}{where}; see {log_file(run.folder, job, failure.rank or 0)}"
 
 

@@ -123,8 +123,14 @@ class Board:
         return sorted(possible, key=lambda job: -lengths[job.name])
 
     def startable(self, nodes: Sequence[Resources]) -> list[tuple[Job, ...]]:
-        """What is to start now; jobs that one gang is to do together."""
-        packs = {jobs[0].name: jobs for jobs in schedule.packs(self.ready(), self.run.cluster.packing)}
+        """What is to start now; jobs that one gang is to do together.
+
+        Evaluations wait for each other: all models are evaluated in one pass over the base.
+        """
+        found = self.ready()
+        if any(job.kind == "evaluate" and job not in found for job in self.named("waiting")):
+            found = [job for job in found if job.kind != "evaluate"]
+        packs = {jobs[0].name: jobs for jobs in schedule.packs(found, self.run.cluster.packing)}
         running = {self.leaders.get(job.name, job.name): job for job in self.named("running")}
         leaders = [jobs[0] for jobs in packs.values()]
         admitted = schedule.admit(leaders, list(running.values()), self.run.cluster, nodes)

@@ -6,7 +6,7 @@ from typing import Any
 
 from lori_dist.config import Cluster
 from lori_dist.errors import ConfigError
-from lori_dist.jobs import Job
+from lori_dist.jobs import GANGS, Job
 
 UNIT = 10_000
 """Ray counts resources in ten-thousandths; so do sums here."""
@@ -65,13 +65,13 @@ class Shape:
 
 def wanted(job: Job, cluster: Cluster) -> Shape:
     """What a job takes where nothing is missing."""
-    if job.kind == "train":
+    if job.kind in GANGS:
         part = Resources(cpus=cluster.cpus_per_worker, gpus=cluster.gpus_per_worker)
         return Shape(count=cluster.workers, part=part, placement=cluster.placement)
     if job.kind == "merge" and "search" not in job.settings:
         # Small matrices, one module at a time; has room wherever a training has.
         return Shape(count=cluster.workers, part=Resources(cpus=min(1.0, cluster.cpus_per_worker)))
-    # An evaluation, and a search, whose evaluations wait for each other's room, runs the model: as a training does.
+    # A search, whose evaluations wait for each other's room, runs the model in one process each.
     return Shape(count=1, part=Resources(cpus=1.0, gpus=min(1, cluster.gpus_per_worker)))
 
 
@@ -84,7 +84,7 @@ def possible(job: Job, cluster: Cluster, nodes: Iterable[Resources]) -> Shape | 
         return shape
     if job.kind == "merge" and room > 0:  # its result does not depend on their number
         return replace(shape, count=room)
-    if job.kind == "train" and cluster.min_workers is not None and room >= cluster.min_workers:
+    if job.kind in GANGS and cluster.min_workers is not None and room >= cluster.min_workers:
         return replace(shape, count=room)
     return None
 
@@ -103,7 +103,7 @@ def no_room(job: Job, cluster: Cluster, nodes: Sequence[Resources]) -> str:
     where = {"strict_pack": " on one node", "strict_spread": ", each on its own node"}.get(shape.placement, "")
     found = f"{job.name} takes {shape.count} x ({_text(shape.part)}){where}, the cluster has room for "
     found += f"{shape.room(nodes)} ({there})"
-    if job.kind == "train":
+    if job.kind in GANGS:
         return f"cluster.workers: {found}; lower it, or what a worker takes, or use a larger cluster"
     return f"cluster: {found}; use a larger cluster"
 
@@ -128,8 +128,8 @@ def admit(ready: Iterable[Job], running: Sequence[Job], cluster: Cluster, nodes:
 
 
 def packs(ready: Iterable[Job], packing: str | int) -> list[tuple[Job, ...]]:
-    """The jobs that could start, in their order, those together that are to share a copy of the base: trainings of a
-    task each, which read nothing of others, and evaluations."""
+    """The jobs that could start, in their order, those together that are to share a copy of the base: all evaluations,
+    and, with packing, trainings of a task each, which read nothing of others."""
     most = 1 if packing == "off" else packing if isinstance(packing, int) else None
     found: list[list[Job]] = []
     packs: dict[str, list[Job]] = {}
@@ -137,7 +137,7 @@ def packs(ready: Iterable[Job], packing: str | int) -> list[tuple[Job, ...]]:
         pack = packs.get(job.kind)
         if not may_be_packed(job):
             found.append([job])
-        elif pack is not None and (most is None or len(pack) < most):
+        elif pack is not None and (job.kind == "evaluate" or most is None or len(pack) < most):
             pack.append(job)
         else:
             packs[job.kind] = [job]

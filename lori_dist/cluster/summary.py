@@ -46,6 +46,8 @@ def summarize(
     measured = {job.settings["subject"]: result["evaluation"] for job, result in done if job.kind == "evaluate"}
     adapters, merges = files("train", "task", run.tasks), files("merge", "merge", run.merges)
     evaluation = {name: measured[name] for name in ("base", *adapters, *merges) if name in measured}
+    # Results of earlier versions have no intervals.
+    limits = {job.settings["subject"]: result.get("intervals", {}) for job, result in done if job.kind == "evaluate"}
     chain = [job.settings["task"] for job in jobs if "sequel" in job.settings]
     return {
         "run": run.name,
@@ -54,6 +56,7 @@ def summarize(
         "adapters": adapters,
         "merges": merges,
         "evaluation": evaluation,
+        "intervals": {name: limits[name] for name in evaluation},
         **({"transfer": transfer(chain, evaluation)} if chain else {}),
         **({"same_merges": same} if same else {}),
     }
@@ -70,7 +73,7 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 def log_file(root: Path, job: Job, rank: int) -> Path:
     """Where a rank of a job writes what it has to say."""
-    return root / "logs" / (f"{job.name}.rank{rank}.log" if job.kind == "train" else f"{job.name}.log")
+    return root / "logs" / (f"{job.name}.rank{rank}.log" if job.kind == "train" or rank else f"{job.name}.log")
 
 
 def attempts_of(partial: Path) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ def train_rank(assignment: Assignment) -> dict[str, Any]:
             assignment.attempt.partial,
             fingerprint=assignment.job.fingerprint,
             still_mine=assignment.attempt.check,
-            progress=_pushing(run, assignment),
+            progress=_pushing(run, [assignment]),
             told=told,
             joint=assignment.job.settings.get("joint"),
             sequel=assignment.job.settings.get("sequel"),
@@ -72,7 +72,7 @@ def train_rank_of_pack(assignments: Sequence[Assignment]) -> dict[str, Any]:
     What the process writes goes to the log of the first.
     """
     rank = int(os.environ["RANK"])
-    with working(assignments[0], rank) as run, _listening() as told, contextlib.ExitStack() as stack:
+    with working(assignments[0], rank, assignments[1:]) as run, _listening() as told, contextlib.ExitStack() as stack:
         import torch
 
         from lori_dist.training.packed import train_packed
@@ -96,7 +96,6 @@ def train_rank_of_pack(assignments: Sequence[Assignment]) -> dict[str, Any]:
                 told=told,
             )
 
-        _refer(run, assignments, rank)
         outcomes = train_packed(run, {one.job.settings["task"]: make(one) for one in assignments}, world)
     return {
         f"train-{task}": {"error": str(outcome)} if isinstance(outcome, LoriError) else {"result": outcome}
@@ -143,11 +142,11 @@ def _listening() -> Iterator["Told"]:
         ended.set()
 
 
-def _refer(run: Run, assignments: Sequence[Assignment], rank: int) -> None:
+def _refer(root: Path, assignments: Sequence[Assignment], rank: int) -> None:
     """Says in the logs of all jobs of a pack but the first where theirs is."""
-    names, first = ", ".join(one.job.name for one in assignments), log_file(run.folder, assignments[0].job, rank)
+    names, first = ", ".join(one.job.name for one in assignments), log_file(root, assignments[0].job, rank)
     for one in assignments[1:]:
-        with log_file(run.folder, one.job, rank).open("a", encoding="utf-8") as stream:
+        with log_file(root, one.job, rank).open("a", encoding="utf-8") as stream:
             stream.write(f"attempt {one.attempt.number}: packed, {names}; see {first}\n")
 
 
@@ -233,62 +232,77 @@ def _call(function: Callable[[Any], Any], item: Any) -> Any:
     return function(item)
 
 
-def evaluate_model(assignment: Assignment) -> dict[str, Any]:
-    with working(assignment, 0) as run:
+def evaluate_rank(assignments: Sequence[Assignment]) -> dict[str, Any]:
+    """One rank of the evaluation of several models on one copy of the base. Gives, for each job, its `result`.
+
+    What the process writes goes to the log of the first.
+    """
+    rank = int(os.environ["RANK"])
+    with working(assignments[0], rank, assignments[1:]) as run, contextlib.ExitStack() as stack:
         import torch
 
-        from lori_dist.evaluation import evaluate
-        from lori_dist.training.device import first
+        from lori_dist.evaluation import Store, evaluate_all
+        from lori_dist.training.world import from_environment
 
-        torch.set_num_threads(1)
-        name = assignment.job.settings["adapter"]
-        adapter = None if name is None else run.folder / name / ADAPTER
-        device = first(run.cluster.gpus_per_worker)
-        with recorded(run, assignment.job.name, assignment.attempt.partial) as record:
-            result = evaluate(run, adapter, device=device, record=record)
-        folder.write_json(assignment.attempt.partial / "evaluation.json", result)
-        return {"evaluation": result}
-
-
-def evaluate_models(assignments: Sequence[Assignment]) -> dict[str, Any]:
-    """Several evaluations on one copy of the base. Gives, for each job, its `result`."""
-    with working(assignments[0], 0) as run:
-        import torch
-
-        from lori_dist.evaluation import evaluate_all
-        from lori_dist.training.device import first
-
-        _refer(run, assignments, 0)
-        torch.set_num_threads(1)
+        torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
+        world = from_environment()
         needs = {one.job.name: one.job.settings["adapter"] for one in assignments}
+        stores, records = dict[str, Store](), dict[str, Callable[[dict[str, Any]], None]]()
+        if rank == 0:
+            for one in assignments:
+                stores[one.job.name] = Store.of_folder(one.attempt.partial)
+                before = stores[one.job.name].records()
+                records[one.job.name] = stack.enter_context(
+                    recorded(run, one.job.name, one.attempt.partial, before=before)
+                )
+
+        def record(name: str, line: dict[str, Any]) -> None:
+            records[name](line)
+            pushing(line)
+
+        pushing = _pushing(run, assignments)
         paths = {name: None if need is None else run.folder / need / ADAPTER for name, need in needs.items()}
+        found = evaluate_all(run, paths, world=world, progress=_logged_progress(), record=record, stores=stores)
         results: dict[str, Any] = {}
-        start = time.monotonic()
-        measured = evaluate_all(run, paths, device=first(run.cluster.gpus_per_worker))
-        for one, (name, values) in zip(assignments, measured, strict=True):
-            with recorded(run, one.job.name, one.attempt.partial) as record:
-                seconds = time.monotonic() - start
-                for task, metrics in values.items():
-                    for metric, value in metrics.items():
-                        record({"metric": metric, "task": task, "value": value, "seconds": seconds})
-            folder.write_json(one.attempt.partial / "evaluation.json", values)
-            results[name] = {"result": {"evaluation": values}}
-            start = time.monotonic()
+        for one in assignments:
+            of_model = found[one.job.name]
+            if rank == 0:
+                one.attempt.check()
+                folder.write_json(one.attempt.partial / "evaluation.json", of_model.values)
+            results[one.job.name] = {"result": {"evaluation": of_model.values, "intervals": of_model.intervals}}
         return results
 
 
+def _logged_progress() -> Callable[[str, int, int], None]:
+    """Says in the job's log what is measured next, and how long all will take."""
+    start = time.monotonic()
+
+    def show(what: str, done: int, total: int) -> None:
+        seconds = time.monotonic() - start
+        left = f", about {(total - done) * seconds / done:.0f} s left" if done else ""
+        log.info("%s (%d of %d measurements are done%s)", what, done, total, left)
+
+    return show
+
+
 @contextlib.contextmanager
-def working(assignment: Assignment, rank: int) -> Iterator[Run]:
-    """The run, while all that this process writes goes to the job's log, also what goes wrong."""
+def working(assignment: Assignment, rank: int, others: Sequence[Assignment] = ()) -> Iterator[Run]:
+    """The run, while all that this process writes goes to the job's log, also what goes wrong.
+
+    others: jobs that are done together with it, whose log says where to look.
+    """
     output, name = assignment.tree["output"], assignment.tree["name"]
     mirror = storage.open(output, name) if storage.is_url(output) else None
     root = mirror.here if mirror else Path(output) / name
     if mirror:
-        for prefix in (assignment.attempt.partial.name, *assignment.job.needs):
-            mirror.pull(prefix)
-    with _putting(mirror, assignment, rank), _logged(log_file(root, assignment.job, rank)):
+        for one in (assignment, *others):
+            for prefix in (one.attempt.partial.name, *one.job.needs):
+                mirror.pull(prefix)
+    with _putting(mirror, (assignment, *others), rank), _logged(log_file(root, assignment.job, rank)):
         try:
-            assignment.attempt.check()
+            for one in (assignment, *others):
+                one.attempt.check()
+            _refer(root, (assignment, *others), rank)
             log.info(
                 "%s: attempt %d, rank %d, process %d", assignment.job.name, assignment.attempt.number, rank, os.getpid()
             )
@@ -302,15 +316,16 @@ def working(assignment: Assignment, rank: int) -> Iterator[Run]:
 
 
 @contextlib.contextmanager
-def _putting(mirror: storage.Mirror | None, assignment: Assignment, rank: int) -> Iterator[None]:
-    """Puts on storage what a process leaves, also when it fails; of a training's folder only rank 0 does."""
+def _putting(mirror: storage.Mirror | None, assignments: Sequence[Assignment], rank: int) -> Iterator[None]:
+    """Puts on storage what a process leaves, also when it fails; of a gang's folders only rank 0 does."""
     try:
         yield
     finally:
         if mirror:
-            mirror.push(log_file(Path(), assignment.job, rank).as_posix())
-            if rank == 0:
-                _push(mirror, assignment)
+            for one in assignments:
+                mirror.push(log_file(Path(), one.job, rank).as_posix())
+                if rank == 0:
+                    _push(mirror, one)
 
 
 def _push(mirror: storage.Mirror, assignment: Assignment) -> None:
@@ -320,8 +335,8 @@ def _push(mirror: storage.Mirror, assignment: Assignment) -> None:
     mirror.prune(f"{assignment.attempt.partial.name}/checkpoints")
 
 
-def _pushing(run: Run, assignment: Assignment) -> Callable[[dict[str, Any]], None]:
-    """Puts a training's metrics and checkpoints on storage every few seconds."""
+def _pushing(run: Run, assignments: Sequence[Assignment]) -> Callable[[dict[str, Any]], None]:
+    """Puts what jobs have measured and saved on storage every few seconds."""
     if not storage.is_url(run.output):
         return lambda record: None
     mirror = storage.open(run.output, run.name)
@@ -330,7 +345,8 @@ def _pushing(run: Run, assignment: Assignment) -> Callable[[dict[str, Any]], Non
     def push(record: dict[str, Any]) -> None:
         nonlocal last
         if time.monotonic() - last > PUSH_SECONDS:
-            _push(mirror, assignment)
+            for assignment in assignments:
+                _push(mirror, assignment)
             last = time.monotonic()
 
     return push

@@ -136,7 +136,7 @@ def _value_of(section: type, key: str, value: Any, place: Place, problems: dict[
         for below, errors in _places(error).items():
             problems.setdefault((*place, *below), _problem(errors))
         return ABSENT
-    if kind.methods is not None:
+    if kind.methods is not None and content is not None:
         path = ".".join(place)
         try:
             plugin.find(kind.methods.folder, content.name, kind.methods.role, path).bind(content.options, path)

@@ -136,6 +136,7 @@ class Methods(typing.NamedTuple):
 
 
 MASKS, ENGINES = Methods("masks", "mask"), Methods("engines", "build")
+PLACERS = Methods("engines", "place")
 MERGES, PLANS = Methods("merges", "merge"), Methods("multitask", "plan")
 Chosen = pydantic.BeforeValidator(_choice)
 

@@ -18,6 +18,7 @@ from lori_dist.config.kinds import (
     ENGINES,
     MASKS,
     MERGES,
+    PLACERS,
     PLANS,
     Check,
     Choice,
@@ -429,6 +430,9 @@ class LmEval:
 class Evaluate:
     """How base, adapters and merges are measured on every task's test rows."""
 
+    engine: Annotated[Choice | None, Chosen, PLACERS, Fingerprint.NEVER] = None
+    """Engine that holds the base, sharded or on every rank, while the ranks divide the rows: ddp, fsdp or {name:
+    deepspeed, stage: 3}; null: as in training."""
     metrics: Annotated[tuple[str, ...], pydantic.Field(min_length=1), Check(_metrics)] = (
         "loss",
         "exact_match",
@@ -437,7 +441,7 @@ class Evaluate:
     """Metrics to measure. choice is lm-eval's acc, on tasks that have labels; choice_norm and choice_bytes divide by a
     label's length, as acc_norm and acc_bytes do; choice_end counts the end token too."""
     batch_size: Annotated[Positive, Fingerprint.NEVER] = 32
-    """Rows evaluated at once."""
+    """Rows that a rank evaluates at once, on all models of a pass together."""
     rows: Positive | None = None
     """Evaluate on the first test rows only, this many; null: all."""
     max_new_tokens: Positive = 64

@@ -50,7 +50,7 @@ def json_schema() -> dict[str, Any]:
                 key["additionalProperties"] = False
             if stated.methods is not None:
                 key.pop("$ref", None)
-                key["anyOf"] = list(_methods(stated.methods))
+                key["anyOf"] = [*_methods(stated.methods), *([{"type": "null"}] if "default" in key else [])]
             if stated.fingerprint is not None:
                 key["x-fingerprint"] = stated.fingerprint.value
     return {"$schema": GenerateJsonSchema.schema_dialect, **schema, "title": "Configuration of a lori_dist run"}
