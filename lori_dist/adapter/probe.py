@@ -1,6 +1,7 @@
-"""What a model does with tokens, seen on a small copy of it: which layers run, and whether tokens see later ones.
+"""What a model does with tokens, seen on a small copy of it: which layers run, whether tokens see later ones, and how
+logits are made.
 
-Both are properties of a model's code and configuration, not of its weights. So the copy has the model's class and its
+All are properties of a model's code and configuration, not of its weights. So the copy has the model's class and its
 configuration with narrow layers and few words, random weights, and all its blocks, or the first few where even these
 are large. A copy of a model of 70B parameters has about 20M and answers in a second or two, on the CPU; ranks, a plan
 and a dry run make the same copy and get the same answer, whatever engine shards the model itself, and before any of its
@@ -10,17 +11,20 @@ known, and the log says so.
 
 import contextlib
 import copy
+import functools
+import inspect
 import itertools
 import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lori_dist.adapter.experts import is_experts
 from lori_dist.adapter.linear import is_conv1d
@@ -63,6 +67,10 @@ class Probe:
     """Those of them that are never called when the model reads tokens: an update there would do nothing."""
     is_causal: bool | None
     """Whether no logit depends on a later token; None for models without logits at every token."""
+    ends_in_head: bool = False
+    """Whether the logits are what the layer of the output embeddings returns, and nothing is done to them after it."""
+    keeps_logits: bool = False
+    """Whether `forward(logits_to_keep=mask)`, of a boolean mask of tokens, returns the logits of those tokens alone."""
 
     def is_idle(self, path: str) -> bool:
         """Of the model's layer at a path. Blocks that the copy does not have are as those it has."""
@@ -84,9 +92,11 @@ def probe(model: nn.Module) -> Probe:
     settings: Any = getattr(model, "config", None)
     if not hasattr(settings, "to_dict") or getattr(model, "main_input_name", None) != "input_ids":
         return NOTHING
-    key = type(model), json.dumps(settings.to_dict(), sort_keys=True, default=str)
+    # FSDP gives a module a class of its own.
+    kind = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    key = kind, json.dumps(settings.to_dict(), sort_keys=True, default=str)
     if key not in _known:
-        _known[key] = _probed(type(model), settings)
+        _known[key] = _probed(kind, settings)
     return _known[key]
 
 
@@ -222,9 +232,30 @@ def _observed(model: Any) -> Probe:
         module.register_forward_pre_hook(lambda module, inputs, path=path: called.add(path))
     ids = _two_rows(model)
     more = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
-    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **more)
-    idle = frozenset(layers) - called
-    return Probe(layers=frozenset(layers), idle=idle, is_causal=_is_causal(getattr(output, "logits", None)))
+    read = functools.partial(model, input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **more)
+    returned: list[Any] = []
+    if isinstance(head := model.get_output_embeddings(), nn.Module):
+        head.register_forward_hook(lambda module, inputs, output: returned.append(output))
+    logits = getattr(read(), "logits", None)
+    return Probe(
+        layers=frozenset(layers),
+        idle=frozenset(layers) - called,
+        is_causal=_is_causal(logits),
+        ends_in_head=_is_per_token(logits) and len(returned) == 1 and returned[0] is logits,
+        keeps_logits=_is_per_token(logits) and _keeps_logits(model, read, logits),
+    )
+
+
+def _keeps_logits(model: Any, read: Callable[..., Any], logits: Tensor) -> bool:
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return False
+    mask = torch.ones(logits.shape[:2], dtype=torch.bool)
+    mask[0, 1:] = mask[1, 0] = False  # not as many of each row
+    try:
+        kept = read(logits_to_keep=mask).logits
+    except Exception:  # a model whose code knows numbers of tokens only
+        return False
+    return kept.shape == logits[mask].shape and torch.allclose(kept, logits[mask], rtol=1e-4, atol=1e-5)
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -241,9 +272,13 @@ def _two_rows(model: Any) -> Tensor:
     return torch.tensor([usable[:-1], [*usable[:-2], usable[-1]]])
 
 
+def _is_per_token(logits: Any) -> TypeGuard[Tensor]:
+    return isinstance(logits, Tensor) and logits.ndim == 3 and logits.shape[:2] == (2, NUM_TOKENS)
+
+
 def _is_causal(logits: Any) -> bool | None:
     """Whether those before the last token are the same in both rows."""
-    if not isinstance(logits, Tensor) or logits.shape[:2] != (2, NUM_TOKENS):
+    if not _is_per_token(logits):
         return None
     extent = logits.max() - logits.min()
     if not torch.isfinite(logits).all() or torch.equal(logits[0, -1], logits[1, -1]):
