@@ -19,7 +19,7 @@ ROLES: Mapping[str, str] = {
     "evaluation": "score",
     "benchmarks": "run",
 }
-"""What the function of each plug-in folder is called."""
+"""Name of the function in each plug-in folder's files."""
 
 
 def methods() -> str:

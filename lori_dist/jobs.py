@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -23,31 +23,6 @@ FORMAT = 1
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,199}", re.ASCII)
 """Of jobs: nothing in it can leave the run's folder."""
-
-PLACEMENT = (
-    "engine",
-    "micro_batch_size",
-    "activation_checkpointing",
-    "compile",
-    "checkpoint_every",
-    "keep",
-    "projection",
-    "pack",
-    "deterministic",
-    "time_limit",
-)
-"""Settings of training and of the adapter that change the result by rounding at most; but for a trained projection."""
-
-NEUTRAL: Mapping[str, Any] = {
-    "on_divergence": "stop",
-    "spike": None,
-    "validate_every": None,
-    "early_stop": None,
-    "modules_to_save": [],
-    "exclude": [],
-}
-"""Settings of training and of the adapter that change nothing at these values, and are part of a fingerprint only at
-others."""
 
 JOINT = "joint"
 """The adapter that tasks have together has this name in the place of a task's."""
@@ -98,10 +73,15 @@ def task_seed(run: config.Run, task: str) -> int:
 # --- the jobs there are ----------------------------------------------------------------------------------------------
 
 
+def plan(run: config.Run) -> list[Job]:
+    """The jobs of a run as `multitask` plans them, each after what it needs. Raises ConfigError."""
+    method = plugin.find("multitask", run.multitask.name, "plan", "multitask")
+    return order(method.load()(run, **method.bind(run.multitask.options, "multitask")))
+
+
 def train_job(run: config.Run, task: str, after: Sequence[Job] = (), sequel: Mapping[str, Any] | None = None) -> Job:
     """The training of one task's adapter. sequel: to what it is added, as `training.train.train` takes it."""
-    tree = config.dump(run)
-    own, held_out = tree["tasks"][task], config.held_out(run, task)
+    own, held_out = run.tasks[task], config.held_out(run, task)
     return _job(
         "train",
         task,
@@ -110,21 +90,20 @@ def train_job(run: config.Run, task: str, after: Sequence[Job] = (), sequel: Map
         seed=task_seed(run, task),
         model=_model(run.model),
         data={
-            "rows": sha256(own["train"]),
+            "rows": sha256(own.train),
             "template": _template(run, own),
-            **({"mixture": _mixture(own["mixture"])} if own["mixture"] else {}),
+            **({"mixture": _mixture(own.mixture)} if own.mixture else {}),
             **({"held_out": held_out} if held_out else {}),  # a run without a search has the fingerprints it had
-            **({} if run.train.validate_every is None else {"validation": sha256(own["validation"])}),
+            **({} if run.train.validate_every is None else {"validation": sha256(str(own.validation))}),
         },
         **({} if sequel is None else {"sequel": dict(sequel)}),
-        **({} if own["start"] is None else {"start": _contents(Path(own["start"]))}),
+        **({} if own.start is None else {"start": _contents(Path(own.start))}),
         **_protocol(replace(run, train=config.trained_as(run, task))),
     )
 
 
 def joint_job(run: config.Run, joint: Mapping[str, Any]) -> Job:
     """The training of one adapter on all tasks together. joint: how, as `training.joint.Joint` takes it."""
-    tree = config.dump(run)
     return _job(
         "train",
         JOINT,
@@ -133,8 +112,7 @@ def joint_job(run: config.Run, joint: Mapping[str, Any]) -> Job:
         seed=task_seed(run, JOINT),
         model=_model(run.model),
         tasks={
-            name: {"rows": sha256(task["train"]), "template": _template(run, task)}
-            for name, task in tree["tasks"].items()
+            name: {"rows": sha256(task.train), "template": _template(run, task)} for name, task in run.tasks.items()
         },
         joint=dict(joint),
         **_protocol(run),
@@ -143,11 +121,10 @@ def joint_job(run: config.Run, joint: Mapping[str, Any]) -> Job:
 
 def _protocol(run: config.Run) -> dict[str, Any]:
     """How an adapter is trained, whatever its rows."""
-    tree = config.dump(run)
     is_trained = {"projection": "trained"} if run.adapter.projection == "trained" else {}
     return {
-        "adapter": {**_telling(tree["adapter"], ("seed", "share_projection", *PLACEMENT)), **is_trained},
-        "train": _telling(tree["train"], PLACEMENT),
+        "adapter": {**config.fingerprinted(run.adapter), **is_trained},
+        "train": config.fingerprinted(run.train),
         **_engine(run),
         **_kinds(run),
         **_code("adapter.mask", run.adapter.mask.name),
@@ -188,23 +165,19 @@ def _kinds(run: config.Run) -> dict[str, str]:
     return {"kinds": "experts' matrices by name"} if has_experts else {}
 
 
-def _telling(section: Mapping[str, Any], outside: Sequence[str]) -> dict[str, Any]:
-    return {
-        key: value
-        for key, value in section.items()
-        if key not in outside and not (key in NEUTRAL and value == NEUTRAL[key])
-    }
-
-
 def _mixture(shares: Mapping[str, float]) -> list[list[Any]]:
     return [[sha256(path), share] for path, share in shares.items()]
 
 
-def _template(run: config.Run, task: Mapping[str, Any]) -> dict[str, Any]:
+def _template(run: config.Run, task: config.Task) -> dict[str, Any]:
     """Runs without messages have the fingerprints they had, and so have those whose chat template writes no date."""
-    given = {key: value for key, value in task["template"].items() if value is not None}
+    given = config.fingerprinted(task.template)
     is_dated = "messages" in given and "date" not in given and _writes_date(run.model.path)
     return {**given, **({"date": rows.DATE} if is_dated else {})}
+
+
+def _labels(task: config.Task) -> list[str] | None:
+    return None if task.labels is None else list(task.labels)
 
 
 def _writes_date(path: str) -> bool:
@@ -279,13 +252,12 @@ def same_merges_said(groups: Iterable[Sequence[str]]) -> Iterator[str]:
 
 def _search(run: config.Run, search: config.Search, tasks: Sequence[str]) -> dict[str, Any]:
     def data(name: str) -> dict[str, Any]:
-        task = config.dump(run)["tasks"][name]
-        part = "train" if task["validation"] is None else "validation"
-        return {"part": part, "rows": sha256(task[part]), "template": _template(run, task), "labels": task["labels"]}
+        task = run.tasks[name]
+        part, path = ("train", task.train) if task.validation is None else ("validation", task.validation)
+        return {"part": part, "rows": sha256(path), "template": _template(run, task), "labels": _labels(task)}
 
     return {
-        **{item.name: getattr(search, item.name) for item in fields(search)},
-        "bounds": list(search.bounds),
+        **config.fingerprinted(search),
         "tasks": {name: data(name) for name in tasks},
         "model": _model(run.model),
         "max_length": run.train.max_length,
@@ -296,7 +268,6 @@ def _search(run: config.Run, search: config.Search, tasks: Sequence[str]) -> dic
 
 def evaluate_job(run: config.Run, model: str, adapter: Job | None) -> Job:
     """The evaluation of a model on every task. adapter: the job that makes the adapter; None is the base alone."""
-    tree = config.dump(run)
     return _job(
         "evaluate",
         model,
@@ -305,10 +276,10 @@ def evaluate_job(run: config.Run, model: str, adapter: Job | None) -> Job:
         adapter=adapter.name if adapter else None,
         model=_model(run.model),
         tasks={
-            name: {"rows": sha256(task["test"]), "template": _template(run, task), "labels": task["labels"]}
-            for name, task in tree["tasks"].items()
+            name: {"rows": sha256(task.test), "template": _template(run, task), "labels": _labels(task)}
+            for name, task in run.tasks.items()
         },
-        evaluate={key: value for key, value in tree["evaluate"].items() if key not in ("batch_size", "lm_eval")},
+        evaluate=config.fingerprinted(run.evaluate),
         **({} if run.evaluate.lm_eval is None else {"lm_eval": _lm_eval(run.evaluate.lm_eval)}),
         max_length=run.train.max_length,
         **_choice(*run.evaluate.metrics),
@@ -324,8 +295,7 @@ def _choice(*metrics: str) -> dict[str, Any]:
 def _lm_eval(settings: config.LmEval) -> dict[str, Any]:
     """What is measured, with the user's own tasks by their content; not the rows that these name."""
     files = {} if settings.include is None else _contents(Path(settings.include))
-    rest = {item.name: getattr(settings, item.name) for item in fields(settings) if item.name != "include"}
-    return {**rest, "tasks": list(settings.tasks), "files": files}
+    return {**config.fingerprinted(settings), "files": files}
 
 
 def _contents(path: Path) -> dict[str, str]:
@@ -389,14 +359,9 @@ def sha256(path: str | Path) -> str:
 
 
 def _model(model: config.Model) -> dict[str, Any]:
-    asked = {name: getattr(model, name) for name in ("quantize", "attention")}
-    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-    if model.trust_remote_code:
-        given["trust_remote_code"] = True
-    if _joins(model.path):
-        given["tokens"] = "joined"
+    tokens = {"tokens": "joined"} if _joins(model.path) else {}
     content = model_content(model.path, code=model.trust_remote_code)
-    return {"content": content, "dtype": model.dtype, **given}
+    return {"content": content, **config.fingerprinted(model), **tokens}
 
 
 def _joins(path: str) -> bool:

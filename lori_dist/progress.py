@@ -14,7 +14,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from lori_dist.cluster.board import Progress
 
 SECONDS_BETWEEN_LINES = 30.0
-"""Of a log."""
+"""Seconds between two lines in a log."""
 STEPS_OF_A_PACE = 32
 """The last steps, whose median time says how long the others will take."""
 

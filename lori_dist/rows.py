@@ -11,7 +11,7 @@ from lori_dist.errors import ConfigError
 from lori_dist.tables import kind
 
 DATE = "2024-07-26"
-"""What a chat template that writes today's date writes by default: that of Llama 3's own templates without a clock."""
+"""Date for chat templates that write today's date: the one that Llama 3's own templates use without a clock."""
 LISTED = 20
 """Malformed rows whose mistake an error shows; of the others it gives the lines."""
 

@@ -1,4 +1,4 @@
-"""What an evaluation says of merges, and of tasks that were trained one after another."""
+"""Figures of an evaluation on merges, and on tasks that were trained one after another."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean

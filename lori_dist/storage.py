@@ -44,7 +44,7 @@ MIRRORS = "LORI_MIRRORS"
 
 
 def mirror_folder(output: str, name: str) -> Path:
-    """Where this machine's and this user's copy of a run is. The same in every process."""
+    """Folder of this machine's and this user's copy of a run, which is the same in every process."""
     digest = hashlib.blake2b(output.rstrip("/").encode(), digest_size=8).hexdigest()
     return Path(os.environ.get(MIRRORS) or tempfile.gettempdir()) / f"lori-{os.getuid()}" / digest / name
 
@@ -253,7 +253,8 @@ def driving(output: str, name: str) -> Iterator[None]:
 
 
 def _read_known(path: Path) -> dict[str, Any]:
-    """What was fetched and put; nothing where the file is damaged, and then all is fetched again."""
+    """The record of files that were fetched and stored. It is empty if the file is damaged; then all is fetched
+    again."""
     try:
         tree = json.loads(read_regular(path).decode())
     except FileNotFoundError:

@@ -28,7 +28,7 @@ BLANKS = re.compile(r"[ \t\n\r]*")
 UNDECODED = re.compile("[\udc80-\udcff]")
 """Bytes that are not UTF-8, as `surrogateescape` keeps them."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-"""What may follow the ending that tells the kind of file. The content tells how a file is compressed."""
+"""Endings that may follow the one of the file's kind. How a file is compressed is found from its content."""
 HOLDERS = ("data", "rows", "examples", "instances", "items", "records")
 """Keys that a JSON object with other keys has its rows under."""
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -82,7 +82,7 @@ def is_hub(path: str) -> bool:
 
 
 def problem_of(path: str) -> str | None:
-    """What is wrong with a name before anything is read."""
+    """The mistake in a file's name, found before anything is read; None if there is none."""
     if is_hub(path) and len(path.split(":")) != 3:
         return f"got {path!r}; wanted hub:NAME:SPLIT, such as hub:openai/gsm8k:train"
     if (is_hub(path) or ending(path) == ".parquet") and importlib.util.find_spec("datasets") is None:
@@ -91,7 +91,7 @@ def problem_of(path: str) -> str | None:
 
 
 def ending(path: str) -> str:
-    """Of a file's name, in small letters and without that of a compressed file: `.csv` of `ROWS.CSV.gz`."""
+    """The ending of a file's name in lower case, without that of its compression: `.csv` for `ROWS.CSV.gz`."""
     name = Path(path).name.lower()
     while name.endswith(COMPRESSED):
         name = name.rpartition(".")[0]
@@ -209,7 +209,7 @@ class _Decoder(json.JSONDecoder):
         return found
 
     def problem(self) -> ConfigError | None:
-        """What was wrong with what was read since the last call."""
+        """The mistake found by reading since the last call; None if there was none."""
         found = None
         if self.constants:
             found = ConfigError(
@@ -272,7 +272,7 @@ def _through_text(file: IO[bytes]) -> list[bytes]:
 
 
 def _rows_within(text: str) -> Iterator[tuple[int, Row | ConfigError]] | None:
-    """Those in a text that is one JSON object with a list of rows under its only key, or under one that says so.
+    """The rows of a text that is one JSON object with the list of rows under its only key, or under a usual one.
 
     Messages are one row.
     """
@@ -297,7 +297,7 @@ def _rows_within(text: str) -> Iterator[tuple[int, Row | ConfigError]] | None:
 
 
 def _only_row(text: str) -> Row | ConfigError | None:
-    """That of a file with one object on several lines."""
+    """The row of a file that holds one JSON object on several lines."""
     if _whole(text) is None or "\n" not in text.strip():
         return None
     decoder = _Decoder()
@@ -306,7 +306,7 @@ def _only_row(text: str) -> Row | ConfigError | None:
 
 
 def _whole(text: str) -> Row | None:
-    """What a text holds that is one JSON object."""
+    """The JSON object that a text consists of; None if it is anything else."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -393,7 +393,7 @@ def _streamed(name: str, **options: Any) -> Iterator[tuple[int, Row | ConfigErro
 
 
 def kind(value: Any) -> str:
-    """What a value is, in the words of an error."""
+    """The type of a value, as errors name it."""
     if isinstance(value, Missing):
         return f"{value.written or 'empty'}, which in CSV is a missing value (JSON lines can have an empty text)"
     if value is None:

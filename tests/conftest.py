@@ -19,7 +19,9 @@ settings.register_profile("lori", deadline=None, derandomize=True, database=None
 settings.load_profile("lori")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        share_out(items)
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return
@@ -28,3 +30,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+# The files that take longest start first, so that no process ends with one of them while the others are idle.
+LONG = ("test_launchers", "test_readme", "engines/test_contract", "training/test_train", "test_cli", "plan/test_plan")
+
+
+def share_out(items: list[pytest.Item]) -> None:
+    """Groups the tests for ``pytest -n``: a file stays in one process, which loads its models once.
+
+    Tests that start a Ray cluster share one group: a small machine has no room for two clusters at a time.
+    """
+    tests = Path(__file__).parent
+
+    def group(item: pytest.Item) -> str:
+        return "ray" if item.get_closest_marker("ray") else item.path.relative_to(tests).with_suffix("").as_posix()
+
+    order = {name: place for place, name in enumerate(("ray", *LONG))}
+    items.sort(key=lambda item: order.get(group(item), len(order)))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))

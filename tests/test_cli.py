@@ -13,14 +13,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lori_dist import Adapter, Spec, attach, extract, load_adapter, plugin, save_adapter, trainable
+from lori_dist import Adapter, Spec, attach, commands, extract, load_adapter, plugin, save_adapter, trainable
 from lori_dist.__main__ import main
 from lori_dist.config import Model
 from lori_dist.training.model import identity
 from tests.models import tiny_llama
 from tests.tokenizers import save
 
-VERBS = ("run", "status", "stop", "train", "merge", "evaluate", "export", "report", "show", "schema", "bench")
 YAML = """
 name: demo
 output: runs
@@ -74,10 +73,11 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     printed = capsys.readouterr().out
-    assert all(re.search(rf"^    {verb} ", printed, re.MULTILINE) for verb in VERBS)
+    assert tuple(re.findall(r"^    (\w+)  ", printed, re.MULTILINE)) == commands.VERBS
+    assert set(commands.VERBS) == set(plugin.names("commands"))
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", commands.VERBS)
 def test_help_of_a_verb_has_an_example_of_it(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([verb, "--help"])

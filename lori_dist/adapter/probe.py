@@ -1,5 +1,5 @@
-"""What a model does with tokens, seen on a small copy of it: which layers run, whether tokens see later ones, and how
-logits are made.
+"""A model's treatment of tokens, seen on a small copy: which layers run, whether tokens see later ones, and how logits
+are made.
 
 All are properties of a model's code and configuration, not of its weights. So the copy has the model's class and its
 configuration with narrow layers and few words, random weights, and all its blocks, or the first few where even these
@@ -30,17 +30,18 @@ from lori_dist.adapter.experts import is_experts
 from lori_dist.adapter.linear import is_conv1d
 
 SCALES = (64, 32, 16, 8, 4, 2, 1)
-"""What widths are divided by, the first that gives a model that computes."""
+"""Divisors of the widths; the first that gives a model that computes is used."""
 MOST_PARAMETERS = 2**24
-"""Of a copy with all blocks: 64 MB."""
+"""Most parameters of a copy with all blocks: 64 MB."""
 NUM_BLOCKS = 8
-"""Of a copy that would be larger."""
+"""Number of blocks of a copy that would otherwise be larger."""
 NARROWEST = 32
 """Features of a token in a copy that is narrower than its model: in fewer, normalisation hides what tokens are."""
 VOCABULARY = 256
 NUM_TOKENS = 6
 LEAK = 1e-3
-"""Of the range of the logits. Rounding moves them by less than 1e-5 of it, a token that is seen by 1e-2 or more."""
+"""Share of the logits' range above which a change counts. Rounding changes them by less than 1e-5 of the range, a
+visible token by 1e-2 or more."""
 
 _WIDTH = re.compile(
     r"(_size|_dim|_headdim|_rank|_width|_channels|_d_head|_d_ssm)$|^(n_embd|n_inner|d_model|d_ff|d_inner|d_kv|dim|width)$"
@@ -59,12 +60,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Probe:
-    """What is known of a model."""
+    """The findings about a model."""
 
     layers: frozenset[str]
     """Paths of the copy's linear layers and fused experts."""
     idle: frozenset[str]
-    """Those of them that are never called when the model reads tokens: an update there would do nothing."""
+    """The layers among them that are never called when the model reads tokens: an update there would do nothing."""
     is_causal: bool | None
     """Whether no logit depends on a later token; None for models without logits at every token."""
     ends_in_head: bool = False
@@ -73,7 +74,7 @@ class Probe:
     """Whether `forward(logits_to_keep=mask)`, of a boolean mask of tokens, returns the logits of those tokens alone."""
 
     def is_idle(self, path: str) -> bool:
-        """Of the model's layer at a path. Blocks that the copy does not have are as those it has."""
+        """Tells whether the layer at a path is idle. Blocks that the copy lacks are taken to be like those it has."""
         if path in self.layers:
             return path in self.idle
         alike = [other for other in self.layers if _kind(other) == _kind(path)]
@@ -85,7 +86,7 @@ _known: dict[tuple[type, str], Probe] = {}
 
 
 def probe(model: nn.Module) -> Probe:
-    """What is known of a model of transformers; nothing of other modules. The model may be on the meta device.
+    """Probes a model of transformers, which may be on the meta device. Other modules give an empty finding.
 
     It is kept, so that a second call for the same configuration costs nothing.
     """
@@ -205,7 +206,7 @@ def _divided(value: Any, scale: int) -> Any:
 
 
 def _sections(sizes: list[int], scale: int) -> list[int]:
-    """Of as many numbers, whose sum is divided."""
+    """A model's section sizes for the small copy: as many, with their sum divided by scale."""
     size, rest = divmod(max(len(sizes), sum(sizes) // scale), len(sizes))
     return [size + (number < rest) for number in range(len(sizes))]
 

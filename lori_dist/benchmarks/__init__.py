@@ -15,14 +15,14 @@ VERSIONS_OF = ("torch", "deepspeed", "transformers", "accelerate", "peft", "ray"
 
 
 def provenance(command: str) -> dict[str, Any]:
-    """What a figure needs to be believed: the command, the day, the machine and its load, and the versions."""
+    """The provenance of a figure: command, date, machine and its load, and versions."""
     versions = {name: found for name in VERSIONS_OF if (found := _version(name)) is not None}
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     return {"command": command, "date": today, "machine": machine(), "versions": versions}
 
 
 def machine() -> dict[str, Any]:
-    """Where something was measured. load: processes that ran or waited, on average over the last minute."""
+    """The machine of a measurement. load: processes that ran or waited, on average over the last minute."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     load = round(os.getloadavg()[0], 1)
     return {"cpu": _processor(), "cores": os.cpu_count(), "gpu": gpu, "torch": torch.__version__, "load": load}

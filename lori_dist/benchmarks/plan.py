@@ -1,4 +1,4 @@
-"""What `lori plan` says beside what is measured: memory by kind, traffic, files and the peak of a step."""
+"""The figures of `lori plan` beside measured ones: memory by kind, traffic, files and the peak of a step."""
 
 import ctypes
 import gc
@@ -48,7 +48,7 @@ MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What every rank is told."""
+    """Settings of every rank."""
 
     run: config.Run
     place: Path
@@ -227,7 +227,7 @@ def _of_adapter(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _values(engine: Any, setting: Setting) -> int:
-    """What computes, and what DeepSpeed updates beside it."""
+    """Bytes of the values that compute, and of the copies that DeepSpeed updates beside them."""
     found = sum(map(_held, trained(engine.model.module if setting.engine != "fsdp" else engine.model).values()))
     if setting.engine == "deepspeed":
         zero = engine.model.optimizer
@@ -245,7 +245,7 @@ def _held(parameter: Any) -> int:
 
 
 def _keep_no_freed_memory() -> None:
-    """What is freed goes back to the system at once, so that a process has what its tensors take."""
+    """Returns freed memory to the system at once, so that the process's size is that of its tensors."""
     libc = ctypes.CDLL(None)
     libc.mallopt(MMAP_THRESHOLD, 1 << 14)
     libc.mallopt(TRIM_THRESHOLD, 1 << 14)

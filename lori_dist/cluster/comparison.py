@@ -14,7 +14,7 @@ from lori_dist.atomic import write_text
 from lori_dist.config import Name, Run, Seed, Text, section
 from lori_dist.errors import ConfigError, JobError, LoriError
 from lori_dist.files import read_regular
-from lori_dist.jobs import Job
+from lori_dist.jobs import plan
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def runs(comparison: Comparison, overrides: Sequence[str] = ()) -> dict[tuple[st
 
 
 def _rows(run: Run, name: str, variant: Variant, metric: str) -> Iterator[str]:
-    measured = [job.settings["subject"] for job in _plan(run) if job.kind == "evaluate"]
+    measured = [job.settings["subject"] for job in plan(run) if job.kind == "evaluate"]
     known = [*measured, *([OWN] if set(run.tasks) <= set(measured) else [])]
     for row, model in variant.rows.items():
         if model not in known:
@@ -86,12 +86,6 @@ def _rows(run: Run, name: str, variant: Variant, metric: str) -> Iterator[str]:
             yield f"variants.{name}.rows.{row}: unknown model {model!r}; there are {', '.join(known)}.{near}"
     if metric not in run.evaluate.metrics:
         yield f"metric: {metric} is not measured; there are {', '.join(run.evaluate.metrics)}"
-
-
-def _plan(run: Run) -> list[Job]:
-    method = plugin.find("multitask", run.multitask.name, "plan", "multitask")
-    jobs: list[Job] = method.load()(run, **method.bind(run.multitask.options, "multitask"))
-    return jobs
 
 
 def compare(

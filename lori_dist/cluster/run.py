@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lori_dist import folder, plugin, rows, storage, tables
+from lori_dist import folder, rows, storage, tables
 from lori_dist.cluster import attempts, packs, schedule, scratch
 from lori_dist.cluster.board import Board, Progress
 from lori_dist.cluster.connection import TOKEN_FILE, connected, disconnect, runtime_env
@@ -25,7 +25,7 @@ from lori_dist.cluster.trials import TRIED
 from lori_dist.config import Run
 from lori_dist.errors import JobError, Preempted, Stopped
 from lori_dist.integrations import model_card
-from lori_dist.jobs import Job, order, same_merges, same_merges_said
+from lori_dist.jobs import Job, plan, same_merges, same_merges_said
 from lori_dist.report import write_of_run
 from lori_dist.training import preemption
 
@@ -79,8 +79,7 @@ def _execute(run: Run, progress: Callable[[Progress], None] | None) -> dict[str,
 
 def planned(run: Run) -> list[Job]:
     """The jobs of a run, each after what it needs."""
-    method = plugin.find("multitask", run.multitask.name, "plan", "multitask")
-    jobs = order(method.load()(run, **method.bind(run.multitask.options, "multitask")))
+    jobs = plan(run)
     for line in same_merges_said(same_merges(run, jobs)):
         log.warning("%s", line)
     return jobs

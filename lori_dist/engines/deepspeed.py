@@ -117,7 +117,8 @@ def settled(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(run: Run, ranks: int | None = None) -> Iterator[str]:
-    """What is wrong with the configuration file of a run, or contradicts its YAML. ranks: where they are known."""
+    """Yields mistakes in a run's DeepSpeed file and its contradictions to the YAML. ranks: their number, if it is
+    known."""
     options = run.train.engine.options
     path = options.get("config")
     if path is None:
@@ -162,8 +163,8 @@ def placements(ranks: int, nodes: int) -> Iterator[dict[str, Any]]:
 def memory(
     model: Counted, load: Load, *, stage: int = 2, hpz: int = 1, offload: bool = False, config: str | None = None
 ) -> Held:
-    """What is updated is sharded at every stage, and what computes at stage 3 alone. Gradients of an adapter are one
-    bucket, which is whole until it is reduced, but at stage 3."""
+    """Updated values are sharded at every stage, computing ones at stage 3 alone. Gradients of an adapter form one
+    bucket, which is whole until it is reduced, except at stage 3."""
     _check(load.ranks, stage, hpz, offload)
     zero = _ds_config.zero(config)
     size, share = FP32 * load.trained, -(-FP32 * load.trained // load.ranks)
@@ -310,7 +311,7 @@ class Partitioned:
         return {path: part(parameter, quantity) for path, parameter in self.parameters.items()}
 
     def _put_gradient(self, parameter: Any, gradient: Tensor) -> None:
-        """In the place of what DeepSpeed has reduced, which is nothing."""
+        """Writes a gradient where DeepSpeed expects its reduced one, which is empty here."""
         if self.stage == 3:
             padded = gradient.new_zeros(parameter.ds_tensor.numel())
             padded[: gradient.numel()] = gradient
@@ -351,7 +352,7 @@ class Partitioned:
 
     @torch.no_grad()
     def _copy(self, state: State) -> None:
-        """To what is updated, and to the copies that compute."""
+        """Copies a state to the values that are updated, and to the copies that compute."""
         restore(self, state)
         for path, parameter in self.parameters.items():
             part = _share(parameter.ds_tensor, parameter) if self.stage == 3 else whole(parameter)

@@ -103,7 +103,7 @@ def build(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """What `build` takes, in torch's words."""
+    """The options of `build` in torch's terms."""
 
     shards_base: bool
     replicas: int
@@ -169,8 +169,9 @@ def memory(
     offload: bool = False,
     pin_memory: bool = True,
 ) -> Held:
-    """Of FSDP all but blocks stays whole from the forward to the backward pass, and blocks that are not freed. A block
-    is there whole while it computes, with those that are gathered ahead, one as it arrives and is copied into place."""
+    """FSDP keeps everything but the blocks whole from the forward to the backward pass, and blocks that are not
+    resharded. A block is whole while it computes, with those that are prefetched, of which one is also being copied
+    into place."""
     shards = _check(load.ranks, base, replicas, offload, pin_memory, reshard_after_forward)
     is_sharded = base == "sharded" and shards > 1
     share = -(-FP32 * load.trained // shards)
@@ -330,7 +331,8 @@ class FullySharded:
         return {path: _part(p if quantity == "values" else state[p][quantity]) for path, p in self.parameters.items()}
 
     def _clip(self) -> Tensor:
-        """As `clip_grad_norm_`, which makes a DTensor's way of each operation, and cannot where they are offloaded."""
+        """Clips as `clip_grad_norm_` does, which would make each operation one on DTensors, and cannot clip offloaded
+        ones."""
         grads = [parameter.grad.to_local() for parameter in self.parameters.values()]
         squared = torch.nn.utils.get_total_norm(grads).to(self.world.device).square()
         dist.all_reduce(squared, group=self.mesh.get_group("shard"))
@@ -387,7 +389,8 @@ def _unknown_class(name: str, there: Iterable[str], model: str) -> ConfigError:
 
 
 def _prefetch(groups: Sequence[FSDPModule], settings: Settings) -> None:
-    """In the order of the forward pass. Without this, torch gathers one group ahead in the backward pass alone."""
+    """Sets prefetching in the order of the forward pass. By default torch prefetches one group, in the backward pass
+    alone."""
     for number, group in enumerate(groups):
         if settings.forward_prefetch:
             group.set_modules_to_forward_prefetch(list(groups[number + 1 : number + 1 + settings.forward_prefetch]))

@@ -5,5 +5,6 @@ from lori_dist.evaluation._choices import accuracy
 
 
 def score(subject: Subject) -> float | None:
-    """As `choice`, with the end token's log-probability: of labels that begin alike, a short one needs its end."""
+    """Scores as `choice` does, with the end token's log-probability added: a short label needs its end where a longer
+    one begins alike."""
     return accuracy(subject, with_end=True)

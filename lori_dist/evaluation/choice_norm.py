@@ -5,5 +5,5 @@ from lori_dist.evaluation._choices import accuracy
 
 
 def score(subject: Subject) -> float | None:
-    """As `choice`, of log-likelihoods over the number of the label's characters, without the blanks it begins with."""
+    """Scores as `choice` does, with log-likelihoods divided by the label's characters without leading blanks."""
     return accuracy(subject, length=len)

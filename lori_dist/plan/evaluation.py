@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from lori_dist import plugin
+from lori_dist import jobs
 from lori_dist.config import Run
-from lori_dist.jobs import Job, order
 from lori_dist.plan.cost import Hardware
 from lori_dist.plan.model import Counted
 from lori_dist.plan.rows import Counter, Lengths
@@ -16,7 +15,7 @@ def planned(run: Run, model: Counted, hardware: Hardware, counter: Counter) -> d
     """models: how many are evaluated; memory: bytes of the device; fits; seconds: of a device, over all models, with
     the merges that searches for weights try; gpu_hours; uncounted: what takes time and cannot be counted."""
     rows = {name: counter.of(name, "test", task.test) for name, task in run.tasks.items()}
-    models = sum(1 for job in _jobs(run) if job.kind == "evaluate")
+    models = sum(1 for job in jobs.plan(run) if job.kind == "evaluate")
     rate = hardware.tflops * 1e12 * hardware.efficiency
     seconds = models * sum(
         _seconds(run, name, metric, one, _limited(run, one.number), model, hardware, rate)
@@ -39,11 +38,6 @@ def planned(run: Run, model: Counted, hardware: Hardware, counter: Counter) -> d
         "gpu_hours": seconds / 3600,
         "uncounted": list(_uncounted(run)),
     }
-
-
-def _jobs(run: Run) -> list[Job]:
-    method = plugin.find("multitask", run.multitask.name, "plan", "multitask")
-    return order(method.load()(run, **method.bind(run.multitask.options, "multitask")))
 
 
 def _limited(run: Run, number: int) -> int:

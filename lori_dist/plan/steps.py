@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from lori_dist import plugin
 from lori_dist.adapter import source
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.cluster import schedule
 from lori_dist.config import FLASH, Run, Train, held_out, trained_as
 from lori_dist.errors import AdapterError, ConfigError
-from lori_dist.jobs import Job, order
+from lori_dist.jobs import Job, plan
 from lori_dist.plan.rows import Counter, Lengths
 from lori_dist.training import data
 from lori_dist.training.cost import Counted
@@ -141,9 +140,7 @@ class Work:
 
 def trainings(run: Run) -> list[Job]:
     """The jobs of the run's plan that train, in the order in which they are done."""
-    method = plugin.find("multitask", run.multitask.name, "plan", "multitask")
-    jobs = order(method.load()(run, **method.bind(run.multitask.options, "multitask")))
-    return [job for job in jobs if job.kind == "train"]
+    return [job for job in plan(run) if job.kind == "train"]
 
 
 def gangs(run: Run, counter: Counter) -> list[Gang]:

@@ -106,7 +106,7 @@ def write_of_run(summary: Mapping[str, Any], out: Path) -> dict[str, str] | None
 
 
 def _blocks(adapter: Adapter) -> list[Adapter]:
-    """What each task added, where an adapter has grown from task to task."""
+    """The parts of an adapter that has grown from task to task: what each task added."""
     return [dataclasses.replace(adapter, blocks=(block,)) for block in adapter.blocks]
 
 

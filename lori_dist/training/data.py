@@ -294,7 +294,7 @@ def collate(examples: Sequence[Example], pad_id: int, pack: int | None = None) -
     for row, example in enumerate(rows):
         end = example.num_tokens
         input_ids[row, :end] = example.prompt_ids + example.response_ids
-        attention_mask[row, :end] = 1 if examples else 0
+        attention_mask[row, :end] = 1
         labels[row, len(example.prompt_ids) : end] = example.labels()
     return Batch(
         input_ids=torch.from_numpy(input_ids),

@@ -29,7 +29,7 @@ def group_settings(local_rank: int) -> dict[str, Any]:
 
 
 def of_rank(local_rank: int, backend: str) -> torch.device:
-    """Where a rank of this machine computes, which is then the process's current device.
+    """The device of a rank on this machine, which becomes the process's current device.
 
     Raises JobError where there are fewer CUDA devices than ranks.
     """
@@ -62,12 +62,12 @@ def without_cuda() -> None:
 
 
 def num_ranks(wanted: int) -> int:
-    """As many ranks of this machine as are wanted, on CUDA at most one for each device."""
+    """The wanted number of ranks on this machine; with CUDA at most one for each device."""
     return min(wanted, torch.cuda.device_count()) if torch.cuda.is_available() else wanted
 
 
 def dtype_of_base() -> str:
-    """What a base is usually in: bfloat16 on CUDA, float32 on CPUs."""
+    """Usual data type of a base: bfloat16 on CUDA, float32 on CPUs."""
     return "bfloat16" if torch.cuda.is_available() else "float32"
 
 

@@ -82,11 +82,11 @@ def _matrices(model: PreTrainedModel) -> Iterator[tuple[int, bool]]:
 # --- attention -------------------------------------------------------------------------------------------------------
 
 LOCAL = ("sliding_attention", "local", "sliding")
-"""Names that configurations have for layers whose tokens see a window,"""
+"""Names in configurations for layers whose tokens see a window."""
 CHUNKED = ("chunked_attention",)
-"""the chunk that they are in,"""
+"""Names for layers whose tokens see the chunk that they are in."""
 NO_PRODUCTS = ("linear_attention", "mamba", "mamba2", "conv", "recurrent", "linear")
-"""and for layers without a product of every two tokens."""
+"""Names for layers without a product of every two tokens."""
 BACKWARD = 2
 """Products of attention in the backward pass, over those of the forward pass: each of the two has two gradients."""
 
@@ -103,7 +103,7 @@ class Attention:
     """Whether windows do not overlap: a token sees those before it in its chunk."""
 
     def pairs(self, length: int, *, skips: bool = True) -> float:
-        """Of a row: how many tokens all tokens see together.
+        """Pairs of tokens in a row that attention computes.
 
         skips: only those at or before a token and in its window; else every token sees all of the row, which is what
         a kernel computes that applies the mask afterwards.
@@ -137,7 +137,7 @@ def attention(config: Any) -> list[Attention]:
 
 
 def _windows(text: Any, num_layers: int) -> Iterator[tuple[int | None, bool]]:
-    """Of each layer with attention."""
+    """Yields the window of each layer with attention."""
     sliding = getattr(text, "sliding_window", None) or getattr(text, "window_size", None)
     kinds = getattr(text, "layer_types", None) or getattr(text, "attention_layers", None)
     kinds = kinds or getattr(text, "layers_block_type", None)

@@ -66,7 +66,7 @@ def read(folder: Path, name: str = METRICS) -> list[Record]:
 
 
 def steps(folder: Path, name: str = METRICS) -> list[Record]:
-    """Those records that are of steps of a training."""
+    """The records of training steps."""
     return [line for line in read(folder, name) if is_step(line)]
 
 

@@ -45,7 +45,8 @@ def check_device(model: config.Model, device: torch.device) -> None:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """Its transformer blocks, inner ones first: the modules that transformers keeps on one device, if it says so."""
+    """The model's transformer blocks, inner ones first: the modules that transformers keeps on one device, if it names
+    any."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     return [module for module in model.modules() if type(module).__name__ in names][::-1]
 

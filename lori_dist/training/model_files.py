@@ -1,4 +1,4 @@
-"""What lies in a base model's folder, or in its snapshot from the hub: the only place where any of it is opened.
+"""The content of a base model's folder, or of its snapshot from the hub: no other module opens any of it.
 
 Training, evaluation, export, plan and identity read configuration, tokenizer and weights through these functions, so
 that a folder means the same model to all of them, and code in it runs in all of them or in none.
@@ -47,9 +47,9 @@ UNREAD = (
 )
 """Weights that a folder may have in other forms, named where there are none that are read."""
 PIECES = 64
-"""Places of a weight file that its identity looks at,"""
+"""Places of a weight file that its identity samples."""
 PIECE_BYTES = 4096
-"""and how many bytes it reads at each."""
+"""Bytes that are sampled at each place."""
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def load_tokenizer(model: config.Model) -> PreTrainedTokenizerBase:
 
 
 def generation_settings(model: config.Model) -> GenerationConfig | None:
-    """What generation_config.json says; None where there is none."""
+    """The content of generation_config.json; None if there is no such file."""
     if _found(model, "generation_config.json") is None:
         return None
     with loading(model):
@@ -224,7 +224,7 @@ def _file(model: config.Model, name: str) -> Path:
 
 
 def identity(model: config.Model) -> dict[str, str]:
-    """What tells this base from others, the same on every machine and in every folder.
+    """The identity of this base, which is the same on every machine and in every folder.
 
     name: of the folder, or on the hub. model_type: as in config.json. architecture: a hash of all tensors' names and
     shapes. weights: a hash of samples of every weight file, so cheap at any size; models that differ by a whole
@@ -260,7 +260,7 @@ def _sample(file: Path, digest: hashlib.blake2b) -> None:
 
 @contextlib.contextmanager
 def loading(model: config.Model, part: str = "") -> Iterator[None]:
-    """What goes wrong below is about the folder or name that the user gave; the libraries raise nearly any class."""
+    """Names the user's folder or model in errors that occur inside, as the libraries raise nearly any class."""
     try:
         for file in Path(model.path).iterdir() if Path(model.path).is_dir() else ():
             if file.suffix in (*TEXTS, *WEIGHTS):  # which the libraries open, and would wait for if it were a pipe

@@ -27,7 +27,7 @@ from lori_dist.training.model_files import check_causal, loading, made_from, set
 from lori_dist.training.quantized import QuantizedWeights, quantize_layers
 
 HOLDERS = (AdaptedLinear, AdaptedExperts)
-"""What an adapter puts in the place of modules of the base, which are then their `base`."""
+"""Modules by which an adapter replaces those of the base, which become their `base`."""
 
 
 UNUSED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class Weights(Protocol):
-    """Where a base's weights come from."""
+    """A source of a base's weights."""
 
     def read(self, name: str, into: Tensor, start: int) -> None:
         """Fills a flat tensor with entries of a parameter or buffer, row by row, from the flat position `start` on."""
@@ -48,7 +48,7 @@ class Weights(Protocol):
 
 
 def attention_of(model: config.Model) -> dict[str, str]:
-    """What transformers takes when it makes a model, for `model.attention`."""
+    """Arguments for transformers, when it makes a model, that follow from `model.attention`."""
     return {} if model.attention is None else {"attn_implementation": model.attention}
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from lori_dist import config, plugin
+from lori_dist import config, jobs, plugin
+from lori_dist.config import check
 from lori_dist.gpus import DEVICES
 from lori_dist.plan import Hardware, plan
 
@@ -139,6 +140,22 @@ CANNOT_MATTER: dict[str, tuple[list[str], str]] = {
 WITH_SEARCH = ["merges.all.search={{rows: 2}}"]
 WITH_LM_EVAL = ["evaluate.lm_eval={{tasks: [hellaswag]}}"]
 
+CHATS = [
+    *(f"tasks.one.{part}={{chats}}" for part in ("train", "test", "validation")),
+    "tasks.one.template.messages=messages",
+]
+CHANGES_RESULT: dict[str, tuple[list[str], list[str]]] = {
+    "adapter.projection": ([], ["adapter.projection=trained"]),
+    "train.engine": (["train.engine=fsdp"], ["train.engine={{name: fsdp, param_dtype: bfloat16}}"]),
+    "tasks.*.template.date": (CHATS, [*CHATS, "tasks.one.template.date=2025-01-01"]),
+    "tasks.*.validation": (
+        ["train.validate_every=2"], ["train.validate_every=2", "tasks.one.validation={short}"]
+    ),
+    "merges.*.search.method": (WITH_SEARCH, ["merges.all.search={{rows: 2, method: cma}}"]),
+    "evaluate.lm_eval.tasks": ([], WITH_LM_EVAL),
+}  # fmt: skip
+"""Key -> two values of it with different results, where those above have the same."""
+
 
 def keys(kind: Any, place: str = "") -> Iterator[str]:
     """Every key of a section and of those in it; `*` for names that users give."""
@@ -212,7 +229,7 @@ def _adapter(folder: Path, model: str) -> str:
     return str(path)
 
 
-def planned(places: dict[str, str], *overrides: str) -> dict[str, Any]:
+def described(places: dict[str, str], *overrides: str) -> config.Run:
     task = {"train": places["rows"], "test": places["rows"], "validation": places["rows"]}
     tree = {
         "name": "keys",
@@ -232,11 +249,13 @@ def planned(places: dict[str, str], *overrides: str) -> dict[str, Any]:
         given.append("train.calibrate.steps=null")
     if any(override.startswith("evaluate.lm_eval") for override in given):
         with pytest.MonkeyPatch.context() as patch:  # planned where it is not installed
-            patch.setattr(config, "_is_installed", lambda package: True)
-            run = config.load(path, given)
-    else:
-        run = config.load(path, given)
-    found = plan(run, Hardware(gpus=4, nodes=1, **DEVICES["h100"]))
+            patch.setattr("lori_dist.config.run.is_installed", lambda package: True)
+            return config.load(path, given)
+    return config.load(path, given)
+
+
+def planned(places: dict[str, str], *overrides: str) -> dict[str, Any]:
+    found = plan(described(places, *overrides), Hardware(gpus=4, nodes=1, **DEVICES["h100"]))
     return {key: found[key] for key in ("model", "adapter", "training", "placements", "evaluation", "notes")}
 
 
@@ -270,6 +289,31 @@ def test_a_key_that_cannot_matter_changes_nothing(key: str, places: dict[str, st
     assert reason
     before = WITH_SEARCH if ".search." in key else WITH_LM_EVAL if ".lm_eval." in key else []
     assert planned(places, *overrides) == compared(usual, places, *before)
+
+
+@pytest.mark.parametrize("key", [*MATTERS, *CANNOT_MATTER])
+def test_a_key_is_in_the_fingerprints_of_jobs_as_its_mark_says(key: str, places: dict[str, str]) -> None:
+    if key in CHANGES_RESULT:
+        before, after = CHANGES_RESULT[key]
+    else:
+        before = BEFORE.get(key, WITH_SEARCH if ".search." in key else WITH_LM_EVAL if ".lm_eval." in key else [])
+        after = [*before, *(MATTERS[key] if key in MATTERS else CANNOT_MATTER[key][0])]
+    is_same = fingerprints(places, *before) == fingerprints(places, *after)
+    assert is_same == (mark(key) is config.Fingerprint.NEVER)
+
+
+def fingerprints(places: dict[str, str], *overrides: str) -> dict[str, str]:
+    return {job.name: job.fingerprint for job in jobs.plan(described(places, *overrides))}
+
+
+def mark(key: str) -> config.Fingerprint | None:
+    """That of a key, or of the section that it is in."""
+    section, marks = config.Run, []
+    for name in key.replace(".*", "").split("."):
+        found = check.keys(section)[name]
+        section = found.section or found.sections
+        marks.append(found.fingerprint)
+    return config.Fingerprint.NEVER if config.Fingerprint.NEVER in marks else marks[-1]
 
 
 @pytest.mark.parametrize(

@@ -416,9 +416,9 @@ def test_cma_must_be_installed_and_needs_two_weights(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     found = problems(MINIMAL, "merges.all={method: concat, tasks: [code], search: {method: cma}}", "trackers=[]")
     assert found == [
-        "merges.all.search.method: cma needs two weights, there is one; use coordinate",
         "merges.all.search.method: cma needs the package of this name, which is not installed; "
         "pip install 'lori_dist[search]', or use coordinate",
+        "merges.all.search.method: cma needs two weights, there is one; use coordinate",
     ]
 
 
@@ -427,9 +427,9 @@ def test_flash_attention_must_be_installed_and_fit_the_run(monkeypatch: pytest.M
     (place / "model" / "config.json").write_text('{"model_type": "llama"}')
     asked = ["model.attention=flash_attention_2", "train.pack=true", "trackers=[]"]
     assert [problem.partition("; ")[0] for problem in problems(MINIMAL, *asked)] == [
+        "model.attention: flash_attention_2 needs the package flash_attn, which is not installed",
         "model.attention: got flash_attention_2, which computes in half precision, and model.dtype is float32",
         "model.attention: got flash_attention_2, which lets packed rows see each other in a batch of several sequences",
-        "model.attention: flash_attention_2 needs the package flash_attn, which is not installed",
     ]
     Path("run.yaml").write_text(MINIMAL)
     alone = ["model={path: model, attention: flash_attention_3, dtype: bfloat16}"]
@@ -520,11 +520,11 @@ clustr: {}
         "merges.nlu.method",
         "cluster",
         "clustr",
-        "evaluate.metrics",
-        "train.steps, train.epochs",
         "tasks.nlu.test",
         "tasks.nlu.template.prompt",
         "tasks.nlu.labels",
+        "evaluate.metrics",
+        "train.steps, train.epochs",
         "merges.nlu",
         "merges.nlu.weights",
         "merges.all.weights",
@@ -544,7 +544,7 @@ except config.ConfigError as error:
     print(error)
 print(sorted({"torch", "transformers", "numpy", "ray", "deepspeed"} & set(sys.modules)))
 """
-    environment = {"PYTHONPATH": str(Path(config.__file__).parents[1])}
+    environment = {"PYTHONPATH": str(Path(config.__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[0].startswith("adapter.mask: unknown 'magnitud' in masks")
     assert done.stdout.splitlines()[1] == "[]"
