@@ -24,8 +24,6 @@ ALPACA = (
     "### Instruction:\n{instruction}\n\n### Response:\n",
 )
 """Prompts of the Alpaca data, with and without an input."""
-CONVERSATIONS = "conversations"
-"""Field of ShareGPT rows."""
 ROLES: Mapping[str, str] = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bing", "bard", "function_call"), "assistant"),
@@ -61,9 +59,10 @@ def read(path: str, template: config.Template, *, where: str = "", labels: Seque
     """
     prefix = f"{where}: " if where else ""
     render = _renderer(template, prefix, labels, has_all_keys=tables.is_hub(path) or tables.ending(path) == ".parquet")
-    texts, problems = list[Text](), list[tuple[int, ConfigError]]()
+    texts, problems, has_tools = list[Text](), list[tuple[int, ConfigError]](), template.tools is None
     try:
         for number, row in tables.read(path):
+            has_tools = has_tools or (isinstance(row, Mapping) and template.tools in row)
             try:
                 texts.append(render(_usable(row)))
             except ConfigError as error:
@@ -78,6 +77,8 @@ def read(path: str, template: config.Template, *, where: str = "", labels: Seque
         raise ConfigError("\n".join(_listed(f"{prefix}{path}", problems, len(texts) + len(problems))))
     if not texts:
         raise ConfigError(f"{prefix}{path}: holds no rows; wanted one JSON object a line")
+    if not has_tools:
+        raise ConfigError(f"{prefix}{path}: no row has the field {template.tools!r}, which template.tools names")
     return texts
 
 
@@ -238,8 +239,6 @@ def _message(message: Any, where: str, *, is_sharegpt: bool) -> Message:
 
 def _part(part: Any, where: str) -> str:
     """The text of a part of a message's content, as {"type": "text", "text": ...} has it."""
-    if isinstance(part, str):
-        return part
     text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
     if not isinstance(text, str):
         found = repr(part["type"]) if isinstance(part, dict) and part.get("type", "text") != "text" else kind(part)
@@ -251,16 +250,20 @@ def _calls(calls: Any, where: str) -> list[Mapping[str, Any]]:
     """Calls of tools, their arguments as objects: chat templates write these as JSON themselves."""
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise ConfigError(f"the tool_calls of {where} are {kind(calls)}; wanted a list of objects")
-    made = []
+    made = list[Mapping[str, Any]]()
     for call in calls:
         function = call.get("function", call)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ConfigError(f"a call in the tool_calls of {where} has no name of a function; wanted name and arguments")
+            raise ConfigError(
+                f"a call in the tool_calls of {where} has no name of a function; wanted name and arguments"
+            )
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
             arguments = _parsed(arguments, f"the arguments of {function['name']!r} in {where}")
         function = {**function, "arguments": arguments}
-        made.append({**call, "function": function} if "function" in call else {"type": "function", "function": function})
+        made.append(
+            {**call, "function": function} if "function" in call else {"type": "function", "function": function}
+        )
     return made
 
 
@@ -274,7 +277,9 @@ def _of_sharegpt(message: Any, where: str) -> Any:
         raise ConfigError(f"{where} is from {found}; wanted one of {', '.join(ROLES)}")
     if speaker != "function_call":
         return {"role": ROLES[speaker], "content": message["value"]}
-    calls = _parsed(message["value"], f"the value of {where}") if isinstance(message["value"], str) else message["value"]
+    calls = (
+        _parsed(message["value"], f"the value of {where}") if isinstance(message["value"], str) else message["value"]
+    )
     return {"role": "assistant", "content": None, "tool_calls": calls if isinstance(calls, list) else [calls]}
 
 
@@ -286,7 +291,9 @@ def _tools(row: Mapping[str, Any], field: str) -> Sequence[Mapping[str, Any]] | 
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ConfigError(f"field {field!r} is {kind(tools)}; wanted a list of tools, each an object with its JSON schema")
+        raise ConfigError(
+            f"field {field!r} is {kind(tools)}; wanted a list of tools, each an object with its JSON schema"
+        )
     return tools
 
 

@@ -17,7 +17,7 @@ from lori_dist.adapter import attach, packed, source
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.errors import AdapterError, ConfigError
 from lori_dist.rows import responses
-from lori_dist.training.data import Example, encode, read
+from lori_dist.training.data import Example, Segments, encode, read
 from lori_dist.training.metrics import Record
 from lori_dist.training.model import check, check_base, load_model, load_tokenizer
 
@@ -44,7 +44,7 @@ class Subject:
     """Of a generated response."""
 
 
-Rows = list[tuple[str, str]]  # (prompt, response)
+Rows = list[Segments]  # (prompt, response)
 Measure = Callable[[PreTrainedModel, PreTrainedTokenizerBase], Mapping[str, Mapping[str, float]]]
 """Gives task -> metric -> value."""
 
@@ -220,7 +220,9 @@ def _test_rows(run: config.Run, tokenizer: PreTrainedTokenizerBase) -> dict[str,
     problems: list[str] = []
     for name, task in run.tasks.items():
         try:
-            found = read(task.test, task.template, where=f"tasks.{name}.test", tokenizer=tokenizer, labels=task.labels)
+            found = read(
+                task.test, task.test_template, where=f"tasks.{name}.test", tokenizer=tokenizer, labels=task.labels
+            )
             rows[name] = found[: run.evaluate.rows]
         except ConfigError as error:
             problems.append(str(error))

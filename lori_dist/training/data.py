@@ -4,7 +4,6 @@ import datetime
 import functools
 import logging
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -174,7 +173,7 @@ class _Renderer:
                     f"it changes the text of message {place + 1} when others follow, so its answer cannot be found "
                     "there; set template.train_on to last"
                 )
-        start = len(os.path.commonprefix([opened, whole]))
+        start = _num_common(opened, whole)
         if start < len(opened):
             if not whole.startswith(before) or start <= len(before):
                 raise ConfigError(
@@ -200,6 +199,12 @@ class _Renderer:
                 **self.named,
             )
         )
+
+
+def _num_common(one: str, other: str) -> int:
+    """Characters that both begin with."""
+    differing = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differing, min(len(one), len(other)))
 
 
 @functools.cache

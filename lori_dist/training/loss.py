@@ -138,7 +138,7 @@ def _head_losses(
         exact.append(_ChunkedLosses.apply(hidden[predicts], head.weight, head.bias, targets))
         return exact[0]
 
-    head.forward = forward  # type: ignore[method-assign]
+    head.forward = forward  # type: ignore[assignment, method-assign]
     try:
         losses = model(**inputs).logits
     finally:

@@ -72,9 +72,7 @@ def segments(rows: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase) 
         for before, _ in pairs(cuts, tokenizer):
             differing = (i for i, (a, b) in enumerate(zip(whole, before, strict=False)) if a != b)
             borders.append(max(borders[-1], next(differing, min(len(whole), len(before)))))
-        found[place] = tuple(
-            whole[start:end] for start, end in zip([0, *borders], [*borders, len(whole)], strict=True)
-        )
+        found[place] = tuple(whole[start:end] for start, end in zip([0, *borders], [*borders, len(whole)], strict=True))
     return found
 
 
