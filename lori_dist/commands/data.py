@@ -96,6 +96,8 @@ def _shown(token: Any) -> str:
 
 
 def _marked(text: str, *, is_learned: bool) -> str:
+    # What a file says cannot move the cursor.
+    text = "".join(one if one.isprintable() or one in "\n\t" else repr(one)[1:-1] for one in text)
     if not is_learned or not text:
         return text
     return f"{GREEN}{text}{PLAIN}" if sys.stdout.isatty() else f"[{text}]"
