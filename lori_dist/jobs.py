@@ -175,7 +175,7 @@ def _mixture(shares: Mapping[str, float]) -> list[list[Any]]:
 def _template(run: config.Run, task: config.Task) -> dict[str, Any]:
     """Runs without messages have the fingerprints they had, and so have those whose chat template writes no date."""
     given = config.fingerprinted(task.template)
-    is_dated = "messages" in given and "date" not in given and _writes_date(run.model.path)
+    is_dated = task.template.chat is not None and "date" not in given and _writes_date(run.model.path)
     return {**given, **({"date": rows.DATE} if is_dated else {})}
 
 

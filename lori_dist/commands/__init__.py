@@ -14,6 +14,7 @@ VERBS = (
     "run",
     "compare",
     "plan",
+    "data",
     "status",
     "stop",
     "train",

@@ -16,7 +16,7 @@ from typing import Any
 
 from lori_dist import plugin, storage, tables
 from lori_dist.config.kinds import ENGINES
-from lori_dist.config.run import FLASH, Run, engine_files, files, names_of, wrong_labels, wrong_template
+from lori_dist.config.run import FLASH, Run, Template, engine_files, files, names_of, wrong_labels, wrong_template
 from lori_dist.errors import ConfigError
 from lori_dist.files import read_regular
 
@@ -178,10 +178,22 @@ def _mixtures(run: Run) -> Iterator[str]:
             yield (
                 f"tasks.{name}.mixture: cannot be combined with multitask joint, which mixes tasks itself; set only one"
             )
-        if task.template.messages is None and task.template.date is not None:
-            yield f"tasks.{name}.template.date: is for chat templates, and template.messages is not given; remove it"
-        if task.template.messages is not None and task.labels is not None:
-            yield f"tasks.{name}.labels: are for template.response, and template.messages is given; set only one"
+
+
+def _chats(run: Run) -> Iterator[str]:
+    for name, task in run.tasks.items():
+        where, template, usual = f"tasks.{name}.template", task.template, Template()
+        for key in ("date", "tools", "arguments", "train_on"):
+            if template.chat is None and getattr(template, key) != getattr(usual, key):
+                yield f"{where}.{key}: is for chat templates, and template.messages is not given; remove it"
+        given = "layout" if template.layout is not None else "messages" if template.messages is not None else None
+        if given is not None and task.labels is not None:
+            yield f"tasks.{name}.labels: are for template.response, and template.{given} is given; set only one"
+        for key in ("prompt", "response"):
+            if given is not None and getattr(template, key) != getattr(usual, key):
+                yield f"{where}.{key}: is not used where template.{given} is given; set only one"
+        if template.layout == "alpaca" and template.messages is not None:
+            yield f"{where}.messages: alpaca rows have no messages; set only one of messages and layout"
 
 
 def _starts(run: Run) -> Iterator[str]:
@@ -304,13 +316,21 @@ def _labels_of_templates(run: Run) -> Iterator[str]:
         )
 
 
+def _fields_of(template: Template) -> dict[str, list[str]]:
+    """Key of the template -> fields that every row must have for it."""
+    if template.chat is not None:
+        return {"layout" if template.messages is None else "messages": [template.chat]}
+    if template.layout == "alpaca":
+        return {"layout": ["instruction", "output"]}
+    return {key: names_of(getattr(template, key)) for key in ("prompt", "response")}
+
+
 def _fields(run: Run) -> Iterator[str]:
     """Looks at the first row only: the usual mistake shows there, and a file may have gigabytes."""
     for name, task in run.tasks.items():
         rows = {part: _first_row(path) for part, path in files(task)}
-        messages = task.template.messages
-        for text in ("prompt", "response") if messages is None else ("messages",):
-            for wanted in names_of(getattr(task.template, text)) if messages is None else [messages]:
+        for text, named in _fields_of(task.template).items():
+            for wanted in named:
                 lacking = [part for part, row in rows.items() if row is not None and wanted not in row]
                 if lacking:
                     row = rows[lacking[0]] or {}
@@ -463,6 +483,7 @@ RULES: tuple[Rule, ...] = (
     _validation_rows,
     _tasks,
     _mixtures,
+    _chats,
     _starts,
     _packed_rows,
     _output,
@@ -486,6 +507,7 @@ EACH = {
     _validation_rows: "tasks",
     _tasks: "tasks",
     _mixtures: "tasks",
+    _chats: "tasks",
     _starts: "tasks",
     _labels_of_templates: "tasks",
     _fields: "tasks",

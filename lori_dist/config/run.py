@@ -99,6 +99,22 @@ def names_of(template: str) -> list[str]:
         return []
 
 
+CONVERSATIONS = "conversations"
+"""Field of ShareGPT rows."""
+RESERVED = (
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "date_string", "documents",
+    "max_length", "messages", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize",
+    "tokenizer_kwargs", "tools", "truncation",
+)  # fmt: skip
+"""What a chat template is given, or transformers takes, from elsewhere."""
+
+
+def _reserved_arguments(arguments: Mapping[str, Any]) -> Iterator[str]:
+    for name in arguments:
+        if name in RESERVED or not name.isidentifier():
+            yield f"{name!r} is not an argument of a chat template's own; remove it"
+
+
 def _rows_are_there(path: str) -> Iterator[str]:
     if problem := tables.problem_of(path):
         yield problem
@@ -252,11 +268,25 @@ class Template:
     """Text of the prompt; {field} stands for a field of the row."""
     response: Annotated[str, Check(wrong_template)] = "{response}"
     """Text of the response, which is what is learned."""
+    layout: Annotated[Literal["alpaca", "sharegpt"] | None, Fingerprint.IF_SET] = None
+    """Rows of a known kind, used instead of both: alpaca (instruction, input, output) or sharegpt (conversations, whose
+    messages have from and value), which are chats."""
     messages: Annotated[Text | None, Fingerprint.IF_SET] = None
     """Field with a list of chat messages (role, content), used instead of both: the last one is the response."""
+    tools: Annotated[Text | None, Fingerprint.IF_SET] = None
+    """Field with the JSON schemas of the tools that a chat may call, as a list or as JSON text."""
+    arguments: Annotated[dict[str, Any], Check(_reserved_arguments), Fingerprint.IF_SET] = field(default_factory=dict)
+    """What the chat template takes besides the messages, such as {enable_thinking: false}."""
+    train_on: Annotated[Literal["last", "all"], Fingerprint.IF_SET] = "last"
+    """Which answers of a chat are learned; evaluation always asks for the last."""
     date: Annotated[Date | None, Fingerprint.IF_SET] = None
     """Date that a chat template writes as today's, as 2026-01-31; null: 2024-07-26, so that the text of a run is the
     same on every day."""
+
+    @property
+    def chat(self) -> str | None:
+        """The field that holds a chat's messages, or None where rows are not chats."""
+        return CONVERSATIONS if self.messages is None and self.layout == "sharegpt" else self.messages
 
 
 @section
@@ -291,6 +321,11 @@ class Task:
     """Passes over this task's rows; overrides train.steps and train.epochs."""
     lr: Annotated[Rate | None, Fingerprint.DERIVED] = None
     """Learning rate of this task; overrides train.lr."""
+
+    @property
+    def test_template(self) -> Template:
+        """How test rows read: of a chat, the last answer is asked for."""
+        return replace(self.template, train_on="last")
 
 
 @section

@@ -8,6 +8,7 @@ from lori_dist.config import Run
 from lori_dist.plan.cost import Hardware
 from lori_dist.plan.model import Counted
 from lori_dist.plan.rows import Counter, Lengths
+from lori_dist.training.loss import logits_bytes
 
 
 def planned(run: Run, model: Counted, hardware: Hardware, counter: Counter) -> dict[str, Any]:
@@ -64,10 +65,11 @@ def _seconds(
 
 
 def _memory(run: Run, model: Counted, longest: int, models: int) -> int:
-    """The base, the adapters, the logits of a batch in two dtypes, and the keys and values of what is generated."""
+    """The base, the adapters, the logits of a batch, and the keys and values of what is generated."""
     rows, adapters = run.evaluate.batch_size, models if run.cluster.packing != "off" else 1
     of_adapters = adapters * (model.projections // model.adapters + 8 * model.kept)
-    logits = rows * longest * model.vocabulary * (model.dtype + 4)
+    hidden = rows * longest * model.block_input // model.tokens
+    logits = logits_bytes(rows * longest, model.vocabulary, hidden, chunked=model.chunked)
     generated = longest + run.evaluate.max_new_tokens if "exact_match" in run.evaluate.metrics else 0
     cached = rows * generated * model.num_blocks * model.key_values * model.dtype
     return model.base + of_adapters + max(logits, cached)

@@ -18,6 +18,7 @@ from lori_dist.config import FLASH, Run
 from lori_dist.errors import ConfigError
 from lori_dist.training.cost import Counted, Sizes
 from lori_dist.training.flops import active_shares, attention, per_token
+from lori_dist.training.loss import is_chunked
 from lori_dist.training.model import blocks
 from lori_dist.training.model_files import check_causal, has_weights, loading, made_from, settings_of
 from lori_dist.training.quantized import QuantizedLinear, quantize_layers
@@ -79,6 +80,7 @@ def count(run: Run, *, ranks: int = 1, adapters: int = 1, start: Adapter | None 
         dequantized=round(sum(quantized) * _moved(run, dtype)),
         widest_b=adapters * max(delta.out_features * delta.rank for delta in deltas),
         vocabulary=settings.vocab_size,
+        chunked=is_chunked(model),
         dtype=dtype.itemsize,
         block_activations=max(of_blocks),
         blocks_activations=sum(of_blocks),

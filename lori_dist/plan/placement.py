@@ -10,6 +10,7 @@ from lori_dist import plugin
 from lori_dist.config import Choice, Run
 from lori_dist.errors import ConfigError
 from lori_dist.training.cost import FP32, Collective, Counted, Held, Load
+from lori_dist.training.loss import logits_bytes
 
 MEMORY = (
     "base", "gathered", "projections", "positions", "values", "gradients", "moments", "activations", "logits",
@@ -138,8 +139,7 @@ def memory(
     of_blocks = model.num_blocks * model.block_input if checkpointing else model.blocks_activations
     saved = of_blocks + model.other_activations
     again = model.block_activations if checkpointing else 0
-    # Of the logits in fp32: they, their log-softmax, and the gradient of either.
-    logits = 3 * FP32 * model.tokens * model.vocabulary
+    logits = logits_bytes(model.tokens, model.vocabulary, model.block_input, chunked=model.chunked)
     moments = [
         {"activations": saved, "logits": logits, "gathered": said.gathered_at_loss},
         {"activations": saved + again + model.block_gradients, "logits": 0, "gathered": said.gathered_in_block},

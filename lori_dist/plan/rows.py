@@ -144,9 +144,17 @@ def _tokenizer(run: Run) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def _estimated(text: Any) -> int:
-    """Of (prompt, response), or of messages, with bos and eos."""
-    parts = [part["content"] for part in text] if not isinstance(text, tuple) else list(text)
+def _estimated(text: rows.Text) -> int:
+    """Of (prompt, response), or of a chat, with bos and eos."""
+    if isinstance(text, rows.Chat):
+        more = [json.dumps(calls) for message in text.messages if (calls := message.get("tool_calls"))]
+        parts = [
+            *(message["content"] for message in text.messages),
+            *more,
+            json.dumps(text.tools) if text.tools else "",
+        ]
+    else:
+        parts = list(text)
     size = sum(len(part.encode("utf-8", "surrogatepass")) for part in parts)
     return 2 + -(-size // BYTES_PER_TOKEN)
 
