@@ -5,6 +5,7 @@ is wrong, the rule ends there, and the key's own mistake is reported alone.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -305,8 +306,9 @@ def _labels_of_templates(run: Run) -> Iterator[str]:
 
 def _fields(run: Run) -> Iterator[str]:
     """Looks at the first row only: the usual mistake shows there, and a file may have gigabytes."""
+    first_row = functools.cache(_first_row)  # tasks may have files in common
     for name, task in run.tasks.items():
-        rows = {part: _first_row(path) for part, path in files(task)}
+        rows = {part: first_row(path) for part, path in files(task)}
         messages = task.template.messages
         for text in ("prompt", "response") if messages is None else ("messages",):
             for wanted in names_of(getattr(task.template, text)) if messages is None else [messages]:
