@@ -10,12 +10,12 @@ import itertools
 import json
 import lzma
 import math
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from pathlib import Path
 from typing import IO, Any
 
 from lori_dist.errors import ConfigError
@@ -42,10 +42,6 @@ class Missing:
     """No value, as a CSV file writes it."""
 
     written: str
-
-
-def _plain(path: str) -> IO[bytes]:
-    return open(path, "rb")
 
 
 def _zstandard(path: str) -> IO[bytes]:
@@ -92,10 +88,10 @@ def problem_of(path: str) -> str | None:
 
 def ending(path: str) -> str:
     """The ending of a file's name in lower case, without that of its compression: `.csv` for `ROWS.CSV.gz`."""
-    name = Path(path).name.lower()
+    name = os.path.basename(path.rstrip("/")).lower()
     while name.endswith(COMPRESSED):
         name = name.rpartition(".")[0]
-    return Path(name).suffix
+    return os.path.splitext(name)[1]
 
 
 def read(path: str) -> Iterator[tuple[int, Row | ConfigError]]:
@@ -140,12 +136,20 @@ def read(path: str) -> Iterator[tuple[int, Row | ConfigError]]:
 
 
 def _opened(path: str) -> IO[bytes]:
-    with open(path, "rb") as file:
+    file = open(path, "rb")  # noqa: SIM115  # the caller closes it
+    try:
         head = file.read(6)
-    for sign, problem in OTHERS.items():
-        if head.startswith(sign):
-            raise ConfigError(f"{path}: {problem}")
-    opener = next((opener for sign, opener in OPENERS.items() if head.startswith(sign)), _plain)
+        for sign, problem in OTHERS.items():
+            if head.startswith(sign):
+                raise ConfigError(f"{path}: {problem}")
+        opener = next((opener for sign, opener in OPENERS.items() if head.startswith(sign)), None)
+        file.seek(0)
+    except BaseException:
+        file.close()
+        raise
+    if opener is None:
+        return file
+    file.close()
     opened: IO[bytes] = opener(path)
     return opened
 
@@ -176,14 +180,15 @@ def check_encodable(value: str, what: str) -> None:
 
 
 def _lines(file: Iterable[bytes]) -> Iterator[tuple[int, Row | ConfigError]]:
+    decoder = _Decoder()
     for number, raw in enumerate(file, start=1):  # as bytes: lines end at \n only, not at separators in a JSON string
         line = raw.removeprefix(codecs.BOM_UTF8).strip()
         if line:
-            yield number, _parsed(line)
+            yield number, _parsed(line, decoder)
 
 
-def _parsed(line: bytes) -> Row | ConfigError:
-    decoder = _Decoder()
+def _parsed(line: bytes, decoder: "_Decoder") -> Row | ConfigError:
+    decoder.problem()  # forgets what a line that was not read to its end had
     try:
         row = decoder.decode(line.decode())
     except UnicodeDecodeError as error:

@@ -5,6 +5,7 @@ is wrong, the rule ends there, and the key's own mistake is reported alone.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -327,8 +328,9 @@ def _fields_of(template: Template) -> dict[str, list[str]]:
 
 def _fields(run: Run) -> Iterator[str]:
     """Looks at the first row only: the usual mistake shows there, and a file may have gigabytes."""
+    first_row = functools.cache(_first_row)  # tasks may have files in common
     for name, task in run.tasks.items():
-        rows = {part: _first_row(path) for part, path in files(task)}
+        rows = {part: first_row(path) for part, path in files(task)}
         for text, named in _fields_of(task.template).items():
             for wanted in named:
                 lacking = [part for part, row in rows.items() if row is not None and wanted not in row]

@@ -242,6 +242,14 @@ def test_files_of_almost_a_mebibyte_are_read_or_refused_in_two_seconds(text: str
     assert time.process_time() - start < 2
 
 
+def test_thousands_of_tasks_are_read_in_two_seconds(place: Path) -> None:
+    tasks = "".join(f"  t{n}: {{train: rows.jsonl, test: rows.jsonl}}\n" for n in range(8_000))
+    (place / "run.yaml").write_text(f"name: demo\nmodel: {{path: ./model}}\ntrain: {{steps: 10}}\ntasks:\n{tasks}")
+    start = time.process_time()
+    assert len(config.load("run.yaml").tasks) == 8_000
+    assert time.process_time() - start < 2
+
+
 def test_aliases_that_repeat_aliases_take_no_room() -> None:
     names = "abcdefghijkl"
     laughs = "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise(names))
