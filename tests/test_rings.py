@@ -16,9 +16,9 @@ PACKAGE = Path(lori_dist.__file__).parent
 # A part is a file or a folder of the package; the libraries are what it may import besides the standard library, and a
 # file's own line goes before its folder's.
 RINGS = (
-    {"__init__.py", "adapter", "masks", "merges", "interference.py"}
+    {"__init__.py", "adapter", "masks", "merges", "balances", "interference.py"}
     | {"tensors.py", "files.py", "atomic.py", "plugin.py", "errors.py"},
-    {"config", "tables.py", "rows.py", "jobs.py", "folder.py", "storage.py", "multitask", "balances", "scores.py"},
+    {"config", "tables.py", "rows.py", "jobs.py", "folder.py", "storage.py", "multitask", "scores.py"},
     {"training", "engines", "evaluation"},
     {
         "cluster",

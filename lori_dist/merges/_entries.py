@@ -23,6 +23,7 @@ Elect = Literal["total", "frequency"]
 
 _DRAW = b"lori_dist.merges.dare.v1"
 _CHUNK = 1 << 20  # words drawn at a time
+_ROWS = 256  # ranked at a time
 _BELOW_ONE = 1 - 2.0**-53  # 2^64 is not a 64-bit word
 
 
@@ -80,6 +81,10 @@ def by_rank(x: Tensor, density: float, epsilon: float) -> Tensor:
     """How probably each entry is kept, as x: from density - epsilon for the smallest entry of a row to density +
     epsilon for its largest, in equal steps from one size to the next. Zeros have no rank; alone, an entry has
     `density`."""
+    return torch.cat([_by_rank(rows, density, epsilon) for rows in torch.split(x, _ROWS)])
+
+
+def _by_rank(x: Tensor, density: float, epsilon: float) -> Tensor:
     sizes = torch.where(x == 0, torch.inf, x.abs())  # behind all others
     ranks = sizes.argsort(dim=1, stable=True).argsort(dim=1).double()
     steps = (torch.count_nonzero(x, dim=1) - 1).unsqueeze(1).double()
