@@ -19,6 +19,7 @@ VERBS = (
     "train",
     "merge",
     "evaluate",
+    "generate",
     "export",
     "report",
     "show",

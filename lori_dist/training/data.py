@@ -116,6 +116,32 @@ def _of_messages(
 ) -> tuple[str, str]:
     """All but the last as prompt, and what the last adds to their text as response. date: what the template takes for
     today, or its text would be another one tomorrow. bos: what is left out, as the tokenizer adds it."""
+    prompt, whole = _written(messages[:-1], tokenizer, date, asks=True), _written(messages, tokenizer, date)
+    if not whole.startswith(prompt):
+        raise ConfigError(
+            "it changes the earlier text when an answer follows, so the answer cannot be separated from the prompt"
+        )
+    response, eos = whole[len(prompt) :].rstrip("\n"), str(tokenizer.eos_token)
+    return prompt.removeprefix(bos), response.removesuffix(eos)
+
+
+def chat_prompt(messages: Sequence[rows.Message], tokenizer: PreTrainedTokenizerBase, date: str | None = None) -> str:
+    """The text after which a model writes its answer to messages, without the bos that the tokenizer adds by itself.
+
+    date: what the chat template takes for today; None: as in training. Raises ConfigError where the template refuses
+    the messages.
+    """
+    try:
+        text = _written(messages, tokenizer, date, asks=True)
+    except Exception as error:  # templates raise errors of their own
+        raise ConfigError(f"prompt: the chat template refuses it ({error})") from error
+    return text.removeprefix(str(tokenizer.bos_token)) if tokens.adds_bos(tokenizer) else text
+
+
+def _written(
+    messages: Sequence[rows.Message], tokenizer: PreTrainedTokenizerBase, date: str | None, *, asks: bool = False
+) -> str:
+    """Messages as the tokenizer's chat template writes them. asks: whether it ends where an answer would begin."""
     today = datetime.date.fromisoformat(date or rows.DATE)
     template, named = tokenizer.get_chat_template(), dict[str, Any]()
     if "strftime_now" in template:
@@ -124,20 +150,11 @@ def _of_messages(
         named["date_string"] = today.strftime("%d %b %Y")  # as templates call it that have a date of their own
     # Parquet gives every message the keys of all.
     context = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    prompt, whole = (
-        str(
-            tokenizer.apply_chat_template(
-                some, chat_template=template, tokenize=False, add_generation_prompt=some is not context, **named
-            )
+    return str(
+        tokenizer.apply_chat_template(
+            context, chat_template=template, tokenize=False, add_generation_prompt=asks, **named
         )
-        for some in (context[:-1], context)
     )
-    if not whole.startswith(prompt):
-        raise ConfigError(
-            "it changes the earlier text when an answer follows, so the answer cannot be separated from the prompt"
-        )
-    response, eos = whole[len(prompt) :].rstrip("\n"), str(tokenizer.eos_token)
-    return prompt.removeprefix(bos), response.removesuffix(eos)
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------
