@@ -20,6 +20,7 @@ VERBS = (
     "train",
     "merge",
     "evaluate",
+    "generate",
     "export",
     "report",
     "show",

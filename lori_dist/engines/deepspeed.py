@@ -38,6 +38,7 @@ from lori_dist.engines import _ds_config, _ds_keys, ddp
 from lori_dist.errors import ConfigError
 from lori_dist.training.cost import FP32, Collective, Counted, Held, Kind, Load, Owner
 from lori_dist.training.data import Batch
+from lori_dist.training.device import return_freed
 from lori_dist.training.engine import (
     Accept,
     LearningRate,
@@ -70,6 +71,8 @@ BUCKET = 25_000_000
 
 PREFETCHED = 50_000_000
 """Entries that stage 3 gathers ahead (stage3_prefetch_bucket_size)."""
+SMALL = 24
+"""Of the base: what is kept gathered where nothing is trained."""
 
 
 def build(
@@ -117,14 +120,16 @@ def place(
     _check(world.size, stage, hpz, offload)
     if stage < 3:
         return ddp.place(model, weights, world)
+    total = sum(parameter.numel() for parameter in model.parameters())
     largest = max((sum(p.numel() for p in block.parameters()) for block in blocks(model)), default=BUCKET)
+    live = min(largest, total // SMALL)
     zero: dict[str, Any] = {
         "stage": 3,
         "stage3_param_persistence_threshold": 0,
         # There is no backward pass for which anything should stay gathered.
         "stage3_max_reuse_distance": 0,
-        "stage3_max_live_parameters": largest,
-        "stage3_prefetch_bucket_size": min(largest // 2, PREFETCHED),
+        "stage3_max_live_parameters": live,
+        "stage3_prefetch_bucket_size": min(live // 2, PREFETCHED),
         "memory_efficient_linear": False,  # see _FrozenLinear
         "zero_hpz_partition_size": hpz,
     }
@@ -132,6 +137,8 @@ def place(
         zero["offload_param"] = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
     config = {"train_micro_batch_size_per_gpu": 1, "steps_per_print": SELDOM, "zero_optimization": zero}
     _prepare(world)
+    if world.device.type == "cpu":
+        return_freed()
     _partition(model, weights, config, world)
     engine, *_ = deepspeed.initialize(model=model, config=config)
 

@@ -20,11 +20,14 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from lori_dist import plugin
+from lori_dist.adapter.linear import is_quantized
+from lori_dist.adapter.probe import probe
 from lori_dist.config import Train
 from lori_dist.engines import ddp
 from lori_dist.errors import ConfigError, JobError
 from lori_dist.training.cost import FP32, Collective, Counted, Held, Kind, Load, Owner
 from lori_dist.training.data import Batch
+from lori_dist.training.device import return_freed
 from lori_dist.training.engine import (
     Accept,
     LearningRate,
@@ -133,9 +136,30 @@ def place(
         offload=CPUOffloadPolicy(pin_memory=pin_memory and world.device.type == "cuda") if offload else OffloadPolicy(),
     )
     mesh = _mesh(world, replicas)
-    _shard(model, mesh, settings, apart=_ends(model))
+    layers = _layers_of_large_blocks(model) if wrap is None else []
+    root = _shard(model, mesh, settings, apart=[*layers, *_ends(model)])
+    if world.device.type == "cpu":
+        root._set_unshard_async_op(True)  # else each group's buffer is kept until the next, for overlap that GPUs have
+        return_freed()
     _fill(model, weights, world, settings)
     return lambda: None
+
+
+SMALL = 24
+"""Of the base: blocks that are a larger part of it are gathered layer by layer."""
+
+
+def _layers_of_large_blocks(model: nn.Module) -> list[nn.Module]:
+    """The linear layers of blocks that are so large that the gathered ones would be much of a rank's memory."""
+    total, known = sum(parameter.numel() for parameter in model.parameters()), probe(model)
+    large = {one for one in blocks(model) if SMALL * sum(parameter.numel() for parameter in one.parameters()) > total}
+    return [
+        layer
+        for path, block in model.named_modules()
+        if block in large
+        for name, layer in block.named_modules()
+        if isinstance(layer, nn.Linear) and not known.is_idle(f"{path}.{name}") and not is_quantized(layer)
+    ]
 
 
 def _ends(model: nn.Module) -> list[nn.Module]:
@@ -415,6 +439,8 @@ def _shard(model: nn.Module, mesh: DeviceMesh, settings: Settings, apart: Sequen
         "offload_policy": settings.offload,
         "mp_policy": settings.precision,
     }
+    for module in apart:
+        fully_shard(module, reshard_after_forward=settings.frees, **options)
     # A module is sharded after those inside it, and blocks are given last first.
     groups = blocks(model) if settings.wrap is None else _of_classes(model, settings.wrap)
     if not groups:
@@ -424,10 +450,8 @@ def _shard(model: nn.Module, mesh: DeviceMesh, settings: Settings, apart: Sequen
         )
     for group in groups:
         # Values alone are so small that they may stay gathered between forward and backward.
-        fully_shard(group, reshard_after_forward=settings.frees, **options)
-    for module in apart:
-        if not hasattr(module, "_get_fsdp_state"):  # of a class in train.engine.wrap
-            fully_shard(module, reshard_after_forward=settings.frees, **options)
+        if not hasattr(group, "_get_fsdp_state"):  # one that is apart
+            fully_shard(group, reshard_after_forward=settings.frees, **options)
     root = fully_shard(model, **options)
     _prefetch([group for group in groups if isinstance(group, FSDPModule)][::-1], settings)
     return root

@@ -5,9 +5,6 @@ the task. The metrics here have two more: `ask(subject)` gives what to ask of th
 what that says of each row. So the requests of all models share the batches, and these are divided among the ranks.
 """
 
-import contextlib
-import functools
-import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,11 +15,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lori_dist import config, plugin
-from lori_dist.adapter import attach, packed, source
-from lori_dist.adapter.adapter import Adapter
+from lori_dist.adapter import source
 from lori_dist.errors import ConfigError
 from lori_dist.evaluation._answers import BASE, Reader
-from lori_dist.evaluation._place import Base, place
+from lori_dist.evaluation._passes import attached, passes_of
+from lori_dist.evaluation._place import place
 from lori_dist.evaluation._rows import Answer, Ask, Judge, Row, interval, mean
 from lori_dist.evaluation._store import LM_EVAL, Key, Measured, Store
 from lori_dist.rows import responses
@@ -139,9 +136,17 @@ def evaluate_all(
         base = place(run, world, torch.device(device))
         try:
             subjects = {task: _subject(run, task, rows[task], base.model, tokenizer) for task in run.tasks}
-            passes = list(_passes(base.model, loaded, matrix.names))
-            for turn, (reader, names, attached) in enumerate(_readers(run, base, tokenizer, world, device, passes)):
-                with attached():
+            reader = Reader(
+                model=base.model,
+                tokenizer=tokenizer,
+                batch_size=run.evaluate.batch_size,
+                device=torch.device(device) if world is None else world.device,
+                world=world,
+                is_sharded=base.is_sharded,
+            )
+            passes = passes_of(base.model, loaded, matrix.names)
+            for turn, one in enumerate(passes):
+                with attached(reader, one) as names:
                     for number, (task, metric) in enumerate(measurements):
                         if progress is not None:
                             progress(f"{metric.name} of {task}", turn * total + number, total * len(passes))
@@ -153,70 +158,6 @@ def evaluate_all(
         finally:
             base.close()
     return {name: matrix.of(name, keys) for name in adapters}
-
-
-# --- which models share a pass ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Pass:
-    """Models that run together."""
-
-    names: tuple[str, ...]
-    adapters: Mapping[str, Adapter]
-    """Of those that have one."""
-    is_routed: bool
-    """Whether each row meets its own adapter; else there is one."""
-
-
-def _passes(model: PreTrainedModel, adapters: Mapping[str, Adapter], names: Sequence[str]) -> Iterator[_Pass]:
-    """As few as possible: what rows cannot be routed to, one after another, and then all others with the base."""
-    apart = [name for name, adapter in adapters.items() if not packed.is_routable(model, {name: adapter})]
-    for name in apart:
-        yield _Pass(names=(name,), adapters={name: adapters[name]}, is_routed=False)
-    together = tuple(name for name in names if name not in apart)
-    if together:
-        of_them = {name: adapters[name] for name in together if name in adapters}
-        yield _Pass(names=together, adapters=of_them, is_routed=bool(of_them))
-
-
-def _readers(
-    run: config.Run,
-    base: Base,
-    tokenizer: PreTrainedTokenizerBase,
-    world: World | None,
-    device: torch.device | str,
-    passes: Sequence[_Pass],
-) -> Iterator[tuple[Reader, dict[str, str | None], Callable[[], contextlib.AbstractContextManager[None]]]]:
-    """Of each pass: what answers, name -> what the reader calls that model, and what puts its adapters on the model."""
-    for one in passes:
-        reader = Reader(
-            model=base.model,
-            tokenizer=tokenizer,
-            batch_size=run.evaluate.batch_size,
-            device=torch.device(device) if world is None else world.device,
-            world=world,
-            is_sharded=base.is_sharded,
-        )
-        names = {name: name if one.is_routed and name in one.adapters else None for name in one.names}
-        yield reader, names, functools.partial(_attached, reader, one)
-
-
-@contextlib.contextmanager
-def _attached(reader: Reader, one: _Pass) -> Iterator[None]:
-    model = reader.model
-    if one.is_routed:
-        reader.routing = packed.attach_several(model, one.adapters)
-    elif one.adapters:
-        [adapter] = one.adapters.values()
-        attach.attach(model, adapter)
-    try:
-        yield
-    finally:
-        if one.adapters:
-            reader.routing = None
-            attach.detach(model)
-            gc.collect()
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------

@@ -160,6 +160,10 @@ class _Renderer:
             done = end
         return (found[0].removeprefix(self.bos), *found[1:])
 
+    def prompt(self, messages: Sequence[rows.Message]) -> str:
+        """The text that asks for the answer to messages."""
+        return self._text(rows.Chat(messages=messages), len(messages), opens=True).removeprefix(self.bos)
+
     def _answer(self, chat: rows.Chat, place: int, whole: str) -> tuple[int, int]:
         """Where the answer of a message begins in the text of all, and where it ends."""
         before, opened = self._text(chat, place), self._text(chat, place, opens=True)
@@ -199,6 +203,20 @@ class _Renderer:
                 **self.named,
             )
         )
+
+
+def chat_prompt(
+    messages: Sequence[rows.Message], tokenizer: PreTrainedTokenizerBase, template: config.Template | None = None
+) -> str:
+    """The text after which a model writes its answer to messages, without the bos that the tokenizer adds by itself.
+
+    template: gives the chat template's date and arguments; None: as training has them by default. Raises ConfigError
+    if the chat template refuses the messages.
+    """
+    try:
+        return _Renderer(tokenizer, template or config.Template(), "").prompt(messages)
+    except Exception as error:  # templates raise errors of their own
+        raise ConfigError(f"prompt: the chat template refuses it ({error})") from error
 
 
 def _num_common(one: str, other: str) -> int:
