@@ -1,4 +1,7 @@
-"""One job with all its attempts: how each ends, and whether there is another."""
+"""One job with all its attempts: the loop over them, the record of each, and the published result.
+
+Why an attempt failed and whether there is another is decided in failures.py.
+"""
 
 import contextlib
 import logging
@@ -8,21 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from lori_dist import config, folder, storage
-from lori_dist.cluster import gang, schedule, trials
-from lori_dist.cluster.gang import Broken, Gangs
-from lori_dist.cluster.schedule import Failure
-from lori_dist.cluster.summary import ATTEMPTS, CHECKPOINTS, METRICS, attempts_of, is_step, log_file
+from lori_dist.cluster import gang, trials
+from lori_dist.cluster.failures import BACKOFF_SECONDS, CUT_OFF, STOPPED, described, failure_of, is_stop, retry
+from lori_dist.cluster.gang import Gangs
+from lori_dist.cluster.summary import ATTEMPTS, CHECKPOINTS, METRICS, attempts_of, is_step
 from lori_dist.cluster.trials import TRIED
 from lori_dist.cluster.work import Assignment, evaluate_model, merge_adapters, train_rank
 from lori_dist.config import Run
 from lori_dist.errors import JobError
 from lori_dist.jobs import Job, check_inputs
-
-BACKOFF_SECONDS = 1.0
-"""Before a job is started again."""
-
-CUT_OFF = "cut off with its driver"
-STOPPED = "stopped with its run"
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +50,7 @@ def do(run: Run, job: Job, inputs: Mapping[str, Any], gangs: Gangs) -> dict[str,
             failure = failure_of(error)
             log.debug("%s: attempt %d failed", job.name, assignment.attempt.number, exc_info=error)
             history.end(STOPPED if gangs.is_ending and is_stop(failure) else failure.message)
-            if gangs.is_ending or not schedule.retry(failure, number, run.cluster.retries):
+            if gangs.is_ending or not retry(failure, number, run.cluster.retries):
                 raise JobError(described(run, job, failure)) from error
             again = f"restarting it ({number} of {run.cluster.retries})"
             log.warning("%s: %s; %s", job.name, failure.message, again)
@@ -107,22 +104,6 @@ def _result(run: Run, assignment: Assignment, gangs: Gangs, history: "History") 
         assignment = trials.searched(run, assignment, gangs.stopping)
     function = {"merge": merge_adapters, "evaluate": evaluate_model}[job.kind]
     return dict(gang.result(gang.remote(run, job, function)(assignment), gangs.stopping))
-
-
-def is_stop(failure: Failure) -> bool:
-    """Whether a job that failed while its run ended did so for that reason: it saved, or lost its processes."""
-    return "Stopped" in failure.types or not schedule.is_final(failure)
-
-
-def failure_of(error: Exception) -> Failure:
-    if isinstance(error, Broken):
-        return error.failure
-    return schedule.failure_of(schedule.record_of(error, None, time.time()))
-
-
-def described(run: Run, job: Job, failure: Failure) -> str:
-    where = f" (rank {failure.rank})" if job.kind == "train" and failure.rank is not None else ""
-    return f"{failure.message}{where}; see {log_file(run.folder, job, failure.rank or 0)}"
 
 
 class History:

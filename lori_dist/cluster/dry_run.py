@@ -7,9 +7,9 @@ from typing import Any
 
 from lori_dist import config, folder, rows, storage
 from lori_dist.cluster import schedule, scratch
-from lori_dist.cluster.attempts import failure_of
 from lori_dist.cluster.board import Board
 from lori_dist.cluster.connection import connected, runtime_env
+from lori_dist.cluster.failures import failure_of
 from lori_dist.cluster.gang import Gangs
 from lori_dist.cluster.run import planned, with_absolute_paths
 from lori_dist.cluster.work import Rehearsal, rehearse_rank

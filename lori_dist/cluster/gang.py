@@ -1,7 +1,7 @@
 """A gang: the processes of one training, placed together, started together and ended together.
 
 They are actors of Ray in one placement group. After a training that went well they wait for the next one of the same
-shape, with all that is heavy imported.
+shape, with all that is heavy imported. Which of their failures ended a gang is decided in failures.py.
 """
 
 import contextlib
@@ -21,22 +21,28 @@ from typing import Any
 
 from lori_dist.cluster import schedule
 from lori_dist.cluster.connection import runtime_env
-from lori_dist.cluster.schedule import Failure, Resources, Shape
+from lori_dist.cluster.failures import (
+    DIED,
+    GRACE_SECONDS,
+    MAX_STARTS,
+    Broken,
+    Failure,
+    Outcome,
+    cause_of,
+    from_record,
+    not_started,
+    outcome_of,
+)
+from lori_dist.cluster.schedule import Resources, Shape
 from lori_dist.config import Cluster, Run
 from lori_dist.errors import JobError, Stopped
 from lori_dist.jobs import Job
 
-DIED = "the process died: it was killed, or its machine ran out of memory or was lost"
-
 PLACE_SECONDS = 15.0
 """After which a gang that found no place asks anew: nodes may have gone that Ray had counted on."""
 POLL_SECONDS = 1.0
-MAX_STARTS = 3
-"""How often the processes of one attempt may die before they have begun."""
 START_SECONDS = 300.0
 """In which a process must have started. It may have to wait until its machine has fetched the program."""
-GRACE_SECONDS = 2.0
-"""In which the others tell their errors, once one process has failed."""
 END_SECONDS = 10.0
 """For which the end of a gang's processes is awaited."""
 
@@ -45,31 +51,6 @@ log = logging.getLogger(__name__)
 
 class Unplaced(Exception):
     """There was no room for a gang."""
-
-
-class Broken(Exception):
-    """A job's processes have ended without its result."""
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(failure.message)
-        self.failure = failure
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """What a process says at its end."""
-
-    result: Any = None
-    failure: dict[str, Any] | None = None
-    """As `schedule.record_of` writes it."""
-
-
-def outcome_of(rank: int, function: Callable[..., Any], *arguments: Any) -> Outcome:
-    """Calls a function. What it raises comes back as data: Ray would wrap it, and ask for its class elsewhere."""
-    try:
-        return Outcome(result=function(*arguments))
-    except BaseException as error:
-        return Outcome(failure=schedule.record_of(error, rank, time.time()))
 
 
 # --- in each process -------------------------------------------------------------------------------------------------
@@ -269,7 +250,7 @@ class Gang:
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-            raise Broken(Failure(rank=None, time=time.time(), types=(), message=_said(error))) from error
+            raise Broken(Failure(rank=None, time=time.time(), types=(), message=not_started(error))) from error
         order = ranked(places)
         self._processes = [self._processes[number] for number in order]
         self._variables = variables([places[number] for number in order])
@@ -294,7 +275,7 @@ class Gang:
         outcomes: dict[int, Outcome | None] = {}
         for rank, outcome in _ended(calls, self._processes, stopping, asked or threading.Event()):
             outcomes[rank] = outcome
-        failure = _cause(outcomes)
+        failure = cause_of(outcomes)
         if failure is not None:
             raise Broken(failure)
         first = outcomes[0]
@@ -325,12 +306,6 @@ def _all_of(calls: Sequence[Any], end: float, is_ending: Callable[[], bool]) -> 
         if waiting and time.monotonic() > end:
             raise ray.exceptions.GetTimeoutError(f"no answer for {START_SECONDS:g} s")
     return list(ray.get(list(calls)))
-
-
-def _said(error: Exception) -> str:
-    """Of a process that did not start. Where the program itself could not be loaded, the last line is the reason."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"a process of the gang did not start: {lines[-1] if lines else type(error).__name__}"
 
 
 def _bundle(part: Resources) -> dict[str, float]:
@@ -372,17 +347,6 @@ def _outcome(call: Any, process: Any) -> Outcome | None:
     except ray.exceptions.TaskCancelledError:
         outcome = ray.get(process.outcome.remote())
     return outcome
-
-
-def _cause(outcomes: Mapping[int, Outcome | None]) -> Failure | None:
-    """What brought a gang down, from what its processes said."""
-    reported, lost = [], []
-    for rank, outcome in sorted(outcomes.items()):
-        if outcome is None:
-            lost.append(Failure(rank=rank, time=0.0, types=(), message=DIED))
-        elif outcome.failure is not None:
-            reported.append(schedule.failure_of(outcome.failure))
-    return schedule.cause(reported, lost)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -492,5 +456,5 @@ def result(reference: Any, stopping: threading.Event | None = None) -> Any:
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.LocalRayletDiedError):
         raise Broken(Failure(rank=0, time=time.time(), types=(), message=DIED)) from None
     if outcome.failure is not None:
-        raise Broken(schedule.failure_of(outcome.failure))
+        raise Broken(from_record(outcome.failure))
     return outcome.result

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lori_dist import config, folder
-from lori_dist.cluster import gang, schedule
-from lori_dist.cluster.attempts import BACKOFF_SECONDS, STOPPED, History, described, failure_of, is_stop, publish
+from lori_dist.cluster import gang
+from lori_dist.cluster.attempts import History, publish
+from lori_dist.cluster.failures import BACKOFF_SECONDS, STOPPED, described, failure_of, is_stop, retry
 from lori_dist.cluster.gang import Gangs
 from lori_dist.cluster.summary import log_file
 from lori_dist.cluster.work import Assignment, evaluate_models, train_rank_of_pack
@@ -52,7 +53,7 @@ def do(
             log.debug("%s: attempt %d failed", jobs[0].name, number, exc_info=error)
             for history in histories:
                 history.end(STOPPED if gangs.is_ending and is_stop(failure) else failure.message)
-            if gangs.is_ending or not schedule.retry(failure, number, run.cluster.retries):
+            if gangs.is_ending or not retry(failure, number, run.cluster.retries):
                 raise JobError(described(run, jobs[0], failure)) from error
             again = f"restarting them ({number} of {run.cluster.retries})"
             log.warning("%s: %s; %s", ", ".join(job.name for job in jobs), failure.message, again)

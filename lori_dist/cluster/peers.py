@@ -1,7 +1,8 @@
-"""Tells when another rank of a gang ends before its time.
+"""How the ranks that a launcher has started learn that one of them ended before its time.
 
-Every rank holds a connection to rank 0, which closes with its process, however that ends. Collectives tell as well, but
-only the next one, which may be many minutes away while a model is loaded, and those of NCCL only after a timeout.
+Every rank holds a connection to rank 0, which closes with its process, however that ends. Collectives notice as well,
+but only the next one, which may be many minutes away while a model is loaded, and those of NCCL only after a timeout.
+What a rank does when it learns of an end is in failures.py.
 """
 
 import ipaddress

@@ -1,8 +1,10 @@
-"""What the runner of jobs decides, as functions of data: what starts, why a job failed, whether it is tried again."""
+"""The jobs that start next, as a function of data: what each takes of the cluster, and whether there is room for it.
 
-from collections.abc import Iterable, Mapping, Sequence
+Why a job failed and whether it is tried again is in failures.py.
+"""
+
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from lori_dist.config import Cluster
 from lori_dist.errors import ConfigError
@@ -23,22 +25,6 @@ class Resources:
         """How many processes that take `part` have room here."""
         wanted = [(_units(self.cpus), _units(part.cpus)), (_units(self.gpus), _units(part.gpus))]
         return min(have // want for have, want in wanted if want > 0)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Failure:
-    """What one process of a job ended with."""
-
-    rank: int | None
-    """None where it is not known which one it was."""
-    time: float
-    """Seconds since the epoch, by its own clock."""
-    types: tuple[str, ...]
-    """Names of the error's class and of its bases; empty if the process died without a word."""
-    message: str
-
-
-# --- room ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,56 +148,3 @@ def _units(amount: float) -> int:
 def _text(resources: Resources) -> str:
     amounts = [("CPU", resources.cpus)] + [("GPU", resources.gpus)] * (resources.gpus > 0)
     return ", ".join(f"{amount:g} {unit}{'' if amount == 1 else 's'}" for unit, amount in amounts)
-
-
-# --- failures --------------------------------------------------------------------------------------------------------
-
-FINAL = (
-    "LoriError",
-    "ArithmeticError",
-    "AssertionError",
-    "AttributeError",
-    "ImportError",
-    "LookupError",
-    "NameError",
-    "NotImplementedError",
-    "SyntaxError",
-    "TypeError",
-    "ValueError",
-)
-"""Errors that the next attempt would meet again: mistakes of the user or of a program."""
-
-
-def cause(reported: Iterable[Failure], lost: Iterable[Failure]) -> Failure | None:
-    """The failure that brought a job down; the others are its consequences. None if there is none.
-
-    reported: by the processes themselves. lost: processes that died without a word. Where one died, its peers report
-    broken connections, unless one of them had found a mistake before.
-    """
-    by_time = sorted(reported, key=lambda failure: failure.time)
-    final = [failure for failure in by_time if is_final(failure)]
-    return next(iter([*final, *lost, *by_time]), None)
-
-
-def is_final(failure: Failure) -> bool:
-    """Whether another attempt would end in the same way."""
-    return not set(FINAL).isdisjoint(failure.types)
-
-
-def retry(failure: Failure, number: int, retries: int) -> bool:
-    """Whether attempt `number`, counted from 1, that failed so is followed by another."""
-    return number <= retries and not is_final(failure)
-
-
-def failure_of(record: Mapping[str, Any]) -> Failure:
-    """The failure that `record_of` wrote down."""
-    return Failure(rank=record["rank"], time=record["time"], types=tuple(record["types"]), message=record["message"])
-
-
-def record_of(error: BaseException, rank: int | None, time: float) -> dict[str, Any]:
-    """A failure as plain JSON. Of our own errors the whole message, of others the first line."""
-    names = [kind.__name__ for kind in type(error).__mro__]
-    text = str(error).strip()
-    if "LoriError" not in names or not text:
-        text = f"{names[0]}: {text.partition(chr(10))[0]}" if text else names[0]
-    return {"rank": rank, "time": time, "types": names, "message": text}
