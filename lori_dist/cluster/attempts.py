@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 
 
 def do(run: Run, job: Job, inputs: Mapping[str, Any], gangs: Gangs) -> dict[str, Any]:
-    """One job with all its attempts. Returns what its job.json holds. inputs: digests of what it reads of others."""
+    """Does one job, with all its attempts. Returns what its job.json holds. inputs: digests of the results that it
+    reads. Raises JobError with the last attempt's failure."""
     start = time.monotonic()
     partial = folder.open(run.folder, job)
     mirror = storage.open(run.output, run.name) if storage.is_url(run.output) else None
@@ -73,7 +74,8 @@ def publish(
     inputs: Mapping[str, Any],
     result: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Makes an attempt's folder the job's. Returns what its job.json holds. start: of the work, by `time.monotonic`."""
+    """Publishes an attempt's folder as the job's result. Returns what its job.json holds. start: when the work began,
+    by `time.monotonic`."""
     job = assignment.job
     assignment.attempt.check()
     check_inputs(run, job)
@@ -87,7 +89,7 @@ def publish(
 
 
 def _result(run: Run, assignment: Assignment, gangs: Gangs, history: "History") -> dict[str, Any]:
-    """What the job's rank 0 returns. Raises Broken, or what goes wrong in this process."""
+    """Returns the result of the job's rank 0. Raises Broken if its processes fail, and any error of this process."""
     job = assignment.job
     if job.kind == "train":
         ranks = gangs.take(job, run.cluster)
@@ -107,11 +109,12 @@ def _result(run: Run, assignment: Assignment, gangs: Gangs, history: "History") 
 
 
 class History:
-    """What became of each attempt at a job, those of earlier drivers among them. For summary.json and job.json.
+    """The record of each attempt at a job, those of earlier drivers included, for summary.json and job.json.
 
-    Of each: its number; when it started, in seconds since the epoch; how many seconds it took, waiting for room among
-    them; how many workers it had; the error that ended it; and of a training the step from which it went on, the last
-    it reached, and how many seconds after the end of the attempt before it had done one. None where that is not known.
+    A record has the attempt's number; its start, in seconds since the epoch; the seconds it took, with those that it
+    waited for room; its number of workers; the error that ended it; and, for a training, the step from which it
+    resumed, the last step it reached, and the seconds from the end of the attempt before to its first step. What is not
+    known is None.
     """
 
     def __init__(self, partial: Path, number: int) -> None:
@@ -167,6 +170,6 @@ class History:
 
 
 def _steps(partial: Path) -> list[dict[str, Any]]:
-    """What a training's metrics say, but for lines that are not whole. Other jobs have no steps."""
+    """The steps in a training's metrics, without damaged lines. Other jobs have no steps."""
     records, _ = folder.read_lines(partial / METRICS)
     return [record for record in records if is_step(record)]

@@ -63,7 +63,7 @@ CONNECTION = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pip
 BACKOFF_SECONDS = 1.0
 """Seconds before a job is started again."""
 MAX_STARTS = 3
-"""How often the processes of one attempt may die while they start."""
+"""Number of times that the processes of one attempt may die while they start."""
 
 GRACE_SECONDS = 2.0
 """Seconds that the other ranks of a gang have to report their errors, once one rank has failed."""
@@ -210,7 +210,7 @@ def is_stop(failure: Failure) -> bool:
 
 @contextmanager
 def member(told: Told) -> Iterator[Callable[["World"], None]]:
-    """Surrounds all that a rank does. Gives what every rank calls when the process group is there.
+    """Surrounds all that a rank does. Yields the function that every rank calls once the process group exists.
 
     told: the message and the exit code for an error raised on purpose, None for any other. Where a launcher has started
     several ranks, nothing leaves this: the process ends here, well or not. A single process sees nothing of it.
@@ -231,7 +231,7 @@ def member(told: Told) -> Iterator[Callable[["World"], None]]:
 
 
 class Member:
-    """This rank among the others."""
+    """One rank of several that a launcher has started, and how it ends."""
 
     def __init__(self, rank: int, size: int, local_rank: int, told: Told) -> None:
         self.rank, self.size, self.local_rank, self.told = rank, size, local_rank, told
@@ -242,7 +242,7 @@ class Member:
         self._leaving = threading.Lock()
 
     def watch(self, world: "World") -> None:
-        """From here on this rank ends if another one does, whatever it is doing."""
+        """Makes this rank end from now on if another one ends, whatever it is doing."""
         from lori_dist.cluster.peers import watch
 
         self.peers = watch(world, self._leave)
@@ -255,7 +255,7 @@ class Member:
         os._exit(0)
 
     def end(self, error: BaseException) -> NoReturn:
-        """Says why, unless another has said it, and exits."""
+        """Prints why this rank ends, unless another rank has printed it, and exits."""
         self.is_ending, code = True, 1
         try:
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -265,7 +265,7 @@ class Member:
             os._exit(code)
 
     def _account_for(self, error: BaseException) -> int:
-        """Returns the exit code."""
+        """Prints what is to be printed. Returns the exit code."""
         told = self.told(error)
         if told is not None:
             message, code = told
@@ -290,7 +290,7 @@ class Member:
         return 1
 
     def _was_said(self, message: str) -> bool:
-        """Whether an earlier rank has said the same. Not every rank that could need be there, so the wait is short."""
+        """Whether an earlier rank has printed the same message. Some ranks may be gone, so the wait is short."""
         self._await_first(self._turn())
         first = self._first()
         if first is not None:
@@ -298,7 +298,7 @@ class Member:
         return self.is_stopped  # by the launcher, for a rank that had nobody to wait for
 
     def _turn(self) -> float:
-        """Seconds until it is this rank's turn to speak: the first of all, the first of each machine, the others."""
+        """Seconds until it is this rank's turn to print: rank 0, then each machine's first rank, then the others."""
         return 0.0 if self.rank == 0 else HOLD_S if self.local_rank == 0 else 2 * HOLD_S
 
     def _say(self, text: str, message: str) -> None:
@@ -318,7 +318,7 @@ class Member:
                 os._exit(1)
 
     def _follow(self, first: "Ended", here: str = "") -> None:
-        """Says for which rank this one ends, and stays until the launcher has seen that end, which it then reports."""
+        """Prints for which rank this one ends, and waits until the launcher has seen that end and reports it."""
         if not self._leaving.acquire(blocking=False):  # the other thread is at it, and exits
             time.sleep(2 * HOLD_S)
         elif first.said is None:  # at once, as the launcher may leave no time, and not name the rank
@@ -336,13 +336,13 @@ class Member:
         return self.peers.first if self.peers is not None else None
 
     def _await_first(self, seconds: float) -> None:
-        """Until a rank has ended, or the launcher ends this one."""
+        """Waits until a rank has ended or the launcher ends this one, at most so many seconds."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and not self.is_stopped and self._first() is None:
             time.sleep(0.05)
 
     def _await_stop(self, seconds: float) -> None:
-        """Until the launcher ends this rank."""
+        """Waits until the launcher ends this rank, at most so many seconds."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and not self.is_stopped:
             time.sleep(0.05)
@@ -360,6 +360,6 @@ def _digest(message: str) -> str:
 
 
 def _print(text: str) -> None:
-    """In one piece, as all ranks write to the same place, and after what has been printed before."""
+    """Prints a text to stderr in one piece, as all ranks write there, and after what stdout still holds."""
     sys.stdout.flush()
     print(f"{redacted(text)}\n", end="", file=sys.stderr, flush=True)

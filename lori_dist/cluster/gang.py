@@ -39,18 +39,18 @@ from lori_dist.errors import JobError, Stopped
 from lori_dist.jobs import Job
 
 PLACE_SECONDS = 15.0
-"""After which a gang that found no place asks anew: nodes may have gone that Ray had counted on."""
+"""Seconds after which a gang that found no place asks again: nodes that Ray had counted on may be gone."""
 POLL_SECONDS = 1.0
 START_SECONDS = 300.0
-"""In which a process must have started. It may have to wait until its machine has fetched the program."""
+"""Seconds within which a process must start. It may have to wait until its machine has fetched the package."""
 END_SECONDS = 10.0
-"""For which the end of a gang's processes is awaited."""
+"""Seconds for which the end of a gang's processes is awaited."""
 
 log = logging.getLogger(__name__)
 
 
 class Unplaced(Exception):
-    """There was no room for a gang."""
+    """Raised if there is no room for a gang."""
 
 
 # --- in each process -------------------------------------------------------------------------------------------------
@@ -58,15 +58,15 @@ class Unplaced(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Where a process found itself."""
+    """The node, port and GPUs that a process has."""
 
     node: str
     address: str
-    """Of the node."""
+    """The node's address."""
     port: int
-    """On which this process listens, should it become rank 0."""
+    """Port on which this process listens if it becomes rank 0."""
     gpus: tuple[str, ...]
-    """Its own, as CUDA_VISIBLE_DEVICES names them."""
+    """The process's own GPUs, as CUDA_VISIBLE_DEVICES names them."""
 
 
 class Process:
@@ -78,7 +78,7 @@ class Process:
         self._outcome: Outcome | None = None
 
     def place(self) -> Place:
-        """Opens a port anew with every call."""
+        """Opens a new port in every call. Returns where the process is."""
         import ray
 
         context = ray.get_runtime_context()
@@ -105,7 +105,7 @@ class Process:
         return self._outcome
 
     def outcome(self) -> Outcome | None:
-        """Of the last run. Of one that was cancelled Ray tells nothing, however it went."""
+        """The end of the last run. Ray loses the result of a cancelled call, so the driver asks for it here."""
         return self._outcome
 
     def _run(self, rank: int, function: Callable[..., Any], argument: Any) -> Any:
@@ -118,7 +118,7 @@ class Process:
         return result
 
     def _serve(self, listening: socket.socket) -> None:
-        """The store at which all ranks meet, on a socket that nobody can have taken meanwhile, and on no other
+        """Opens the store at which all ranks meet, on a socket that nobody can have taken meanwhile, and on no other
         interface than the node's own."""
         import torch.distributed as dist
 
@@ -129,7 +129,7 @@ class Process:
 
 
 def _leave() -> None:
-    """Makes the process ready for another world."""
+    """Makes the process ready for another process group."""
     import torch.distributed as dist
 
     from lori_dist.training.device import free_cached
@@ -165,7 +165,7 @@ def interface(address: str) -> str | None:
 
 
 def ranked(places: Sequence[Place]) -> list[int]:
-    """The processes in the order of their ranks: node by node as they come, on a node by GPU."""
+    """The processes in the order of their ranks: node by node in the given order, and by GPU on a node."""
     nodes = list(dict.fromkeys(place.node for place in places))
 
     def key(number: int) -> tuple[int, list[tuple[int, str]], int]:
@@ -176,7 +176,7 @@ def ranked(places: Sequence[Place]) -> list[int]:
 
 
 def variables(places: Sequence[Place]) -> list[dict[str, str]]:
-    """What each rank finds in its environment, as of torchrun. places: by rank."""
+    """The environment of each rank, with the variables that torchrun sets. places: in the order of the ranks."""
     nodes = list(dict.fromkeys(place.node for place in places))
     sizes = Counter(place.node for place in places)
     seen: Counter[str] = Counter()
@@ -206,12 +206,13 @@ def variables(places: Sequence[Place]) -> list[dict[str, str]]:
 
 
 class Gang:
-    """Processes that wait for a training."""
+    """Processes of one shape that wait for work."""
 
     def __init__(
         self, shape: Shape, environment: Mapping[str, Any], is_ending: Callable[[], bool] = lambda: False
     ) -> None:
-        """Raises Unplaced if there is no room now or the run is to end, Broken if the processes did not start."""
+        """Starts the processes. Raises Unplaced if there is no room now or the run is to end, Broken if they did not
+        start."""
         import ray
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -265,7 +266,7 @@ class Gang:
         """Calls function(argument) as each rank of a world. Returns what it returns on rank 0.
 
         stopping: when set, the ranks are given up. asked: when set, they are asked to save and end, and waited for.
-        Raises Broken for the failure that brought the others down, as soon as one rank has failed.
+        Raises Broken with the failure that caused the others, as soon as one rank has failed.
         """
         self.meet()
         calls = {
@@ -283,7 +284,7 @@ class Gang:
         return first.result
 
     def close(self) -> None:
-        """Ends the processes, and waits for that."""
+        """Ends the processes and waits until they are gone."""
         import ray
 
         for process in self._processes:
@@ -294,7 +295,7 @@ class Gang:
 
 
 def _all_of(calls: Sequence[Any], end: float, is_ending: Callable[[], bool]) -> list[Any]:
-    """What calls return. Raises the error of the first that fails, and Unplaced if the run is to end."""
+    """The results of calls. Raises the error of the first that fails, and Unplaced if the run is to end."""
     import ray
 
     waiting = list(calls)
@@ -315,7 +316,8 @@ def _bundle(part: Resources) -> dict[str, float]:
 def _ended(
     calls: dict[Any, int], processes: Sequence[Any], stopping: threading.Event, asked: threading.Event
 ) -> Iterator[tuple[int, Outcome | None]]:
-    """Rank and outcome, or None for a process that died, as they come; after the first failure only for a while."""
+    """Yields ranks and outcomes in the order of their ends, None for a process that died; after the first failure only
+    for GRACE_SECONDS."""
     import ray
 
     end, were_asked = float("inf"), False
@@ -351,16 +353,16 @@ def _outcome(call: Any, process: Any) -> Outcome | None:
 
 @dataclass(kw_only=True, slots=True)
 class Gangs:
-    """Those of a run: a gang that has ended a training well waits here for another of its shape."""
+    """The gangs of a run. A gang that has ended its work well waits here for more work of its shape."""
 
     environment: Mapping[str, Any]
-    """Ray's runtime_env for all of them."""
+    """Ray's runtime_env of all gangs."""
     nodes: Callable[[], Sequence[Resources]]
-    """The cluster's, now."""
+    """Returns the cluster's nodes as they are now."""
     stopping: threading.Event = field(default_factory=threading.Event)
-    """Set when the run ends now."""
+    """An event that is set when the run ends at once."""
     asked: threading.Event = field(default_factory=threading.Event)
-    """Set before, when trainings are to save and end, and no job is started any more."""
+    """An event that is set earlier: trainings are to save and end, and no job is started any more."""
     _idle: list[Gang] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -369,10 +371,10 @@ class Gangs:
         return self.asked.is_set() or self.stopping.is_set()
 
     def take(self, job: Job, cluster: Cluster) -> Gang:
-        """A gang for a training, as soon as there is room for one, one that waits or a new one.
+        """Returns a gang for a job as soon as there is room for one: one that waits, or a new one.
 
         Raises JobError if the cluster's nodes are too few for it for longer than cluster.patience, Stopped if the run
-        is to end; Broken if its processes end while they start, again and again.
+        is to end, and Broken if its processes died MAX_STARTS times while they started.
         """
         enough = time.monotonic()
         num_starts = 0
@@ -399,7 +401,7 @@ class Gangs:
             self._idle.append(gang)
 
     def keep(self, count: int) -> None:
-        """Ends all that wait but so many: others need the room."""
+        """Ends all waiting gangs but `count`, since others need their room."""
         with self._lock:
             extra, self._idle[:] = self._idle[count:], self._idle[:count]
         for gang in extra:
@@ -424,7 +426,7 @@ class Gangs:
 
 
 def remote(run: Run, job: Job, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function as a Ray task, with the room that one process of the job takes. Gives what `result` takes."""
+    """A function as a Ray task with the room of one process of the job. Calls return references for `result`."""
     import ray
 
     part = schedule.wanted(job, run.cluster).part
@@ -434,7 +436,7 @@ def remote(run: Run, job: Job, function: Callable[..., Any]) -> Callable[..., An
 
 
 def first_done(references: Sequence[Any], stopping: threading.Event) -> Any:
-    """That of the tasks which ends first. Raises Broken once `stopping` is set."""
+    """The reference of the first task to end. Raises Broken once `stopping` is set."""
     import ray
 
     while True:
@@ -446,7 +448,7 @@ def first_done(references: Sequence[Any], stopping: threading.Event) -> Any:
 
 
 def result(reference: Any, stopping: threading.Event | None = None) -> Any:
-    """What a task returned. Waits for its end. Raises Broken with its failure, or once `stopping` is set."""
+    """Waits for a task and returns its result. Raises Broken with its failure, or once `stopping` is set."""
     import ray
 
     if stopping is not None:

@@ -26,10 +26,11 @@ def do(
     gangs: Gangs,
     end: Callable[[Job, dict[str, Any] | str], None],
 ) -> None:
-    """Does trainings that need nothing of others, or evaluations. What fails is started again for all of them.
+    """Does trainings that read no other results, or evaluations, in one gang. A failed attempt is repeated for all of
+    them.
 
-    inputs: of each job, digests of what it reads of others. end: called once for each job, with what its job.json
-    holds or with why it failed.
+    inputs: job -> digests of the results that it reads. end: called once for each job, with the content of its job.json
+    or with the message of its failure. Raises JobError with the last attempt's failure.
     """
     start = time.monotonic()
     partials = [folder.open(run.folder, job) for job in jobs]

@@ -11,35 +11,35 @@ from lori_dist.errors import ConfigError
 from lori_dist.jobs import Job
 
 UNIT = 10_000
-"""Ray counts resources in ten-thousandths; so do sums here."""
+"""Steps in which amounts are added up: Ray counts resources in ten-thousandths as well."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resources:
-    """Of one node, or of one process."""
+    """CPUs and GPUs of one node, or of one process."""
 
     cpus: float
     gpus: float = 0.0
 
     def fits(self, part: "Resources") -> int:
-        """How many processes that take `part` have room here."""
+        """Number of processes with the resources `part` that fit here."""
         wanted = [(_units(self.cpus), _units(part.cpus)), (_units(self.gpus), _units(part.gpus))]
         return min(have // want for have, want in wanted if want > 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """What a job takes of the cluster."""
+    """The processes of a job, their resources and their placement."""
 
     count: int
-    """Processes."""
+    """Number of processes."""
     part: Resources
-    """Of each of them."""
+    """Resources of each process."""
     placement: str = "pack"
-    """A strategy of Ray's placement groups, in small letters."""
+    """A strategy of Ray's placement groups, in lower case."""
 
     def room(self, nodes: Iterable[Resources]) -> int:
-        """How many such processes fit on the nodes, placed so."""
+        """Number of such processes that fit on the nodes under this placement."""
         fitting = [node.fits(self.part) for node in nodes]
         match self.placement:
             case "strict_pack":
@@ -62,8 +62,8 @@ def wanted(job: Job, cluster: Cluster) -> Shape:
 
 
 def possible(job: Job, cluster: Cluster, nodes: Iterable[Resources]) -> Shape | None:
-    """What a job takes of these nodes if it has them for itself: with fewer workers than wanted where the run allows
-    that. None if there is no room."""
+    """The shape of a job that has these nodes for itself, with fewer workers than wanted if the run allows that. None
+    if there is no room."""
     shape = wanted(job, cluster)
     room = shape.room(nodes)
     if room >= shape.count:
@@ -83,7 +83,7 @@ def check_room(jobs: Iterable[Job], cluster: Cluster, nodes: Sequence[Resources]
 
 
 def no_room(job: Job, cluster: Cluster, nodes: Sequence[Resources]) -> str:
-    """Why the nodes are too few or too small for a job, with what can be done."""
+    """The message that the nodes are too few or too small for a job, with a remedy."""
     shape = wanted(job, cluster)
     there = "; ".join(_text(node) for node in nodes) or "no node"
     where = {"strict_pack": " on one node", "strict_spread": ", each on its own node"}.get(shape.placement, "")
