@@ -6,18 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lori_dist import config, folder
-from lori_dist.cluster import schedule
-from lori_dist.cluster.attempts import (
-    BACKOFF_SECONDS,
-    STOPPED,
-    History,
-    described,
-    failure_of,
-    is_stop,
-    mirror_of,
-    of_gang,
-    publish,
-)
+from lori_dist.cluster.attempts import History, mirror_of, of_gang, publish
+from lori_dist.cluster.failures import BACKOFF_SECONDS, STOPPED, described, failure_of, is_stop, retry
 from lori_dist.cluster.gang import Gangs
 from lori_dist.cluster.summary import log_file
 from lori_dist.cluster.work import Assignment, evaluate_rank, train_rank_of_pack
@@ -35,10 +25,11 @@ def do(
     gangs: Gangs,
     end: Callable[[Job, dict[str, Any] | str], None],
 ) -> None:
-    """Does trainings that need nothing of others, or evaluations. What fails is started again for all of them.
+    """Does trainings that read no other results, or evaluations, in one gang. A failed attempt is repeated for all of
+    them.
 
-    inputs: of each job, digests of what it reads of others. end: called once for each job, with what its job.json
-    holds or with why it failed.
+    inputs: job -> digests of the results that it reads. end: called once for each job, with the content of its job.json
+    or with the message of its failure. Raises JobError with the last attempt's failure.
     """
     start = time.monotonic()
     partials = [folder.open(run.folder, job) for job in jobs]
@@ -74,7 +65,7 @@ def do(
             log.debug("%s: attempt %d failed", jobs[0].name, number, exc_info=error)
             for history in histories:
                 history.end(STOPPED if gangs.is_ending and is_stop(failure) else failure.message)
-            if gangs.is_ending or not schedule.retry(failure, number, run.cluster.retries):
+            if gangs.is_ending or not retry(failure, number, run.cluster.retries):
                 raise JobError(described(run, jobs[0], failure)) from error
             again = f"restarting them ({number} of {run.cluster.retries})"
             log.warning("%s: %s; %s", ", ".join(job.name for job in jobs), failure.message, again)

@@ -1,4 +1,4 @@
-"""What the processes of a job do, wherever in the cluster they are."""
+"""The work of a job's processes, wherever in the cluster they are."""
 
 import contextlib
 import logging
@@ -28,23 +28,23 @@ if TYPE_CHECKING:
 
 PUSH_SECONDS = 1.0
 LOOK_SECONDS = 2.0
-"""Between two looks at whether a node is to go."""
+"""Seconds between two checks whether the node is about to go."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Assignment:
-    """What a worker is told."""
+    """The work that a process gets."""
 
     tree: dict[str, Any]
-    """The run."""
+    """The run as a plain tree."""
     job: Job
     attempt: Attempt
 
 
 def train_rank(assignment: Assignment) -> dict[str, Any]:
-    """One rank of a training, in a process of a gang."""
+    """Does one rank of a training, in a process of a gang. Returns the training's result."""
     with working(assignment, int(os.environ["RANK"])) as run, _listening() as told:
         import torch
 
@@ -67,7 +67,7 @@ def train_rank(assignment: Assignment) -> dict[str, Any]:
 
 
 def train_rank_of_pack(assignments: Sequence[Assignment]) -> dict[str, Any]:
-    """One rank of several tasks' trainings. Gives, for each job, its `result` or the `error` that ended it.
+    """Does one rank of several tasks' trainings. Returns, for each job, its `result` or the `error` that ended it.
 
     What the process writes goes to the log of the first.
     """
@@ -105,7 +105,8 @@ def train_rank_of_pack(assignments: Sequence[Assignment]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _listening() -> Iterator["Told"]:
-    """Gives what this process of a gang is told: by its driver, to save and end; by Ray, to save, as its node goes."""
+    """Yields what a rank asks after each step: whether its driver wants it to save and end, or Ray to save as its node
+    goes."""
     import ray
 
     from lori_dist.training.preemption import Notice
@@ -114,7 +115,7 @@ def _listening() -> Iterator["Told"]:
     node, ended, is_leaving = context.get_node_id(), threading.Event(), threading.Event()
 
     def look() -> None:
-        """Beside the steps, as Ray may take its time."""
+        """Asks beside the steps, as Ray may take its time."""
         while not ended.wait(LOOK_SECONDS):
             try:
                 if node in ray._private.state.state.get_draining_nodes():
@@ -152,19 +153,19 @@ def _refer(root: Path, assignments: Sequence[Assignment], rank: int) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rehearsal:
-    """What a worker is told of a training that is not to be done."""
+    """The work of a process in a training that is built but not done."""
 
     tree: dict[str, Any]
-    """The run."""
+    """The run as a plain tree."""
     job: Job
     partial: Path | None
-    """What an earlier attempt has left."""
+    """The folder that an earlier attempt has left."""
     sequel: Mapping[str, Any] | None
-    """As far as what it adds to is there."""
+    """The adapter that the training adds to, if that is finished."""
 
 
 def rehearse_rank(rehearsal: Rehearsal) -> dict[str, Any]:
-    """One rank of a training up to its first step. It logs nothing, and leaves nothing."""
+    """Does one rank of a training up to its first step. It logs nothing and leaves nothing."""
     import torch
 
     from lori_dist.training.train import rehearse
@@ -207,8 +208,8 @@ def merged(run: Run, assignment: Assignment, weights: Sequence[Any], out: Path, 
 
 
 def _spread(run: Run, job: Job) -> dict[str, Any]:
-    """How a merge is divided among workers, as `merge_files` takes it. Nothing where it has one, or where its workers
-    have no files in common: the result is the same."""
+    """The division of a merge among workers, as keyword arguments of `merge_files`. Empty for one worker, or if the
+    workers have no files in common: the result is the same."""
     import ray
 
     shape = schedule.wanted(job, run.cluster)
@@ -354,7 +355,7 @@ def _pushing(run: Run, assignments: Sequence[Assignment]) -> Callable[[dict[str,
 
 @contextlib.contextmanager
 def _logged(file: Path) -> Iterator[None]:
-    """All that this process writes to its standard output and error, from C as well, goes to the end of a file."""
+    """Appends to a file all that this process writes to its standard output and error, from C as well."""
     print_anything()
     file.parent.mkdir(parents=True, exist_ok=True)
     target = os.open(file, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)

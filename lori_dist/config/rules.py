@@ -1,4 +1,4 @@
-"""The checks that several keys are subject to together, each a function that gives every mistake of one kind.
+"""The checks that involve several keys, each a function that yields every mistake of one kind.
 
 What a single key may be is said with it, in run.py. A rule reads the run as if it were right: where a key that it reads
 is wrong, the rule ends there, and the key's own mistake is reported alone.
@@ -22,11 +22,12 @@ from lori_dist.errors import ConfigError
 from lori_dist.files import read_regular
 
 Rule = Callable[[Run], Iterator[str]]
-"""Gives every mistake of one kind."""
+"""Yields every mistake of one kind in a run."""
 
 
 def as_far_as_known(rule: Rule, run: Run) -> list[str]:
-    """What a rule finds in a run that lacks values. Where one task lacks what a rule reads, others may have it."""
+    """The mistakes that a rule finds in a run that lacks values. If one task lacks a value that the rule reads, others
+    are checked all the same."""
     found: list[str] = []
     if not _ends(rule, run, found) and rule in EACH:
         for name, item in getattr(run, EACH[rule], {}).items():
@@ -35,7 +36,7 @@ def as_far_as_known(rule: Rule, run: Run) -> list[str]:
 
 
 def _ends(rule: Rule, run: Run, found: list[str]) -> bool:
-    """Puts into `found` what a rule gives, and says whether it came to its end."""
+    """Appends a rule's mistakes to `found`. Returns whether the rule came to its end."""
     try:
         for problem in rule(run):
             found.append(problem)
@@ -232,7 +233,7 @@ def _packed_rows(run: Run) -> Iterator[str]:
 
 
 def unpackable(model_type: str) -> Iterator[str]:
-    """What is wrong with packing rows for a model."""
+    """Yields the reasons why rows cannot be packed for a model."""
     if model_type not in PACKED:
         yield (f"train.pack: {model_type} is not known to keep packed rows apart, as {', '.join(PACKED)} do; remove it")
 
@@ -247,7 +248,8 @@ def _output(run: Run) -> Iterator[str]:
 
 
 def _in_a_job(run: Run) -> Iterator[str]:
-    """A job of Ray works in a copy of what was submitted, which is deleted after it."""
+    """Yields the mistake of an output folder that would be lost: a job of Ray works in a copy of what was submitted,
+    which is deleted after it."""
     if (
         in_a_job()
         and not storage.is_url(run.output)
@@ -265,7 +267,7 @@ def in_a_job() -> bool:
 
 
 def relative_paths(run: Run) -> Iterator[str]:
-    """What is wrong with a run that is to work on machines which share no current directory with this one."""
+    """Yields the mistakes of a run that is to work on machines which share no current directory with this one."""
     paths = {"output": run.output, "model.path": run.model.path}
     if run.evaluate.lm_eval is not None and run.evaluate.lm_eval.include is not None:
         paths["evaluate.lm_eval.include"] = run.evaluate.lm_eval.include
@@ -280,7 +282,7 @@ def relative_paths(run: Run) -> Iterator[str]:
 
 
 def checked_engine(run: Run) -> Iterator[str]:
-    """What the engine itself says of files that its options name; only then is it imported."""
+    """Yields the mistakes that the engine finds in files that its options name; only then is it imported."""
     if not (paths := engine_files(run)):
         return
     engine = run.train.engine
@@ -366,7 +368,7 @@ def _labels(run: Run) -> Iterator[str]:
 
 
 LOOKED_AT = 10_000
-"""Rows of a file whose labels are compared before anything starts: a fraction of a second."""
+"""Number of a file's rows whose labels are compared before anything starts: a fraction of a second."""
 
 
 def _first_row(path: str) -> dict[str, Any] | None:
@@ -374,7 +376,7 @@ def _first_row(path: str) -> dict[str, Any] | None:
 
 
 def _num_rows(path: str, most: int) -> int:
-    """Rows, counted up to `most`; 0 if there is no such file."""
+    """Number of rows, counted up to `most`; 0 if there is no such file."""
     with contextlib.suppress(OSError, ConfigError):
         if not os.path.isfile(path) and not tables.is_hub(path):
             return 0
@@ -383,7 +385,7 @@ def _num_rows(path: str, most: int) -> int:
 
 
 def _rows(path: str, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Those of the first rows, numbered, that are some. What is wrong with the others is for the job to say."""
+    """The readable ones of a file's first rows, numbered. The job reports the mistakes of the others."""
     if tables.is_hub(path) or not os.path.isfile(path):
         return  # the one takes a network, and time; a device may have no end
     with contextlib.suppress(OSError, ConfigError):
@@ -502,7 +504,7 @@ RULES: tuple[Rule, ...] = (
 )
 
 OF_THIS_MACHINE = (_output, _in_a_job, checked_engine)
-"""What is so for this machine alone."""
+"""Rules that hold on this machine alone."""
 
 EACH = {
     _lengths_of_tasks: "tasks",
