@@ -75,9 +75,9 @@ def train_rank_of_pack(assignments: Sequence[Assignment]) -> dict[str, Any]:
     with working(assignments[0], rank) as run, _listening() as told, contextlib.ExitStack() as stack:
         import torch
 
-        from lori_dist.training.packed import train_packed
+        from lori_dist.training.task import make_job
         from lori_dist.training.trackers import tracked
-        from lori_dist.training.train import make_job
+        from lori_dist.training.train import train_together
         from lori_dist.training.world import from_environment
 
         torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
@@ -97,7 +97,7 @@ def train_rank_of_pack(assignments: Sequence[Assignment]) -> dict[str, Any]:
             )
 
         _refer(run, assignments, rank)
-        outcomes = train_packed(run, {one.job.settings["task"]: make(one) for one in assignments}, world)
+        outcomes = train_together({one.job.settings["task"]: make(one) for one in assignments}, world)
     return {
         f"train-{task}": {"error": str(outcome)} if isinstance(outcome, LoriError) else {"result": outcome}
         for task, outcome in outcomes.items()

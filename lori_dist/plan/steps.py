@@ -21,7 +21,7 @@ from lori_dist.training import data
 from lori_dist.training.cost import Counted
 from lori_dist.training.data import Example
 from lori_dist.training.flops import BACKWARD, Attention, of_attention
-from lori_dist.training.train import CALIBRATE, Phase, phases
+from lori_dist.training.phases import CALIBRATE, Phase, phases
 
 DRAWN = 2**18
 """Rows that are drawn to see what batches are like."""

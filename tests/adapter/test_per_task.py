@@ -17,7 +17,7 @@ from lori_dist.adapter.per_task import PerTask, of_a
 from lori_dist.errors import AdapterError
 from lori_dist.training.data import Batch, Example, collate
 from lori_dist.training.loss import loss_sum
-from lori_dist.training.train import checkpoint_activations
+from lori_dist.training.trainer import checkpoint_activations
 from tests.engines.oracle import examples
 from tests.models import tiny_gpt2, tiny_llama
 

@@ -17,8 +17,9 @@ from lori_dist.adapter.adapter import Adapter
 from lori_dist.config import Choice, Run
 from lori_dist.errors import LoriError
 from lori_dist.jobs import train_job
-from lori_dist.training import packed
-from lori_dist.training.train import Record, make_job, train
+from lori_dist.training.task import make_job
+from lori_dist.training.train import Record, train, train_together
+from lori_dist.training.trainer import Group
 from lori_dist.training.world import from_environment
 from tests.distributed import run_distributed
 
@@ -91,7 +92,7 @@ def pack(run: Run, tasks: list[str], die_after: tuple[str, str, int] | None = No
         )
 
     world = from_environment()
-    found = packed.train_packed(run, {task: make(task) for task in tasks}, world)
+    found = train_together({task: make(task) for task in tasks}, world)
     return {task: str(outcome) if isinstance(outcome, LoriError) else outcome for task, outcome in found.items()}
 
 
@@ -176,15 +177,14 @@ def test_what_goes_wrong_in_one_task_ends_that_one(run: Run, wanted: dict[str, A
 
 def diverging(run: Run) -> dict[str, Any]:
     """The pack, where the values of the task `long` are spoilt after its second sparse step."""
-    before = packed.Pack._step
+    before = Group._step
 
-    def step(self: packed.Pack, going: Any) -> Any:
-        found = before(self, going)
-        if self.steps["long"].name == "train" and self.done["long"] == 2:
+    def step(self: Group, active: Any) -> None:
+        before(self, active)
+        if self.courses["long"].phase.name == "train" and self.courses["long"].end.step == 2:
             for name, part in self.engine.parts("values").items():
                 if name.endswith("@long"):
                     part.data.fill_(math.nan)
-        return found
 
-    packed.Pack._step = step  # type: ignore[method-assign]
+    Group._step = step  # type: ignore[method-assign]
     return pack(run, list(TASKS))
