@@ -18,6 +18,7 @@ from lori_dist.adapter.linear import (
     AdaptedLinear,
     Delta,
     Kept,
+    RoutedLinear,
     dequantized,
     features,
     is_conv1d,
@@ -27,6 +28,7 @@ from lori_dist.adapter.linear import (
 from lori_dist.adapter.per_task import PerTask
 from lori_dist.adapter.probe import probe
 from lori_dist.adapter.projection import checksum
+from lori_dist.adapter.routing import name_of
 from lori_dist.adapter.targets import is_number, kind, unnumbered
 from lori_dist.errors import AdapterError
 from lori_dist.plugin import nearest
@@ -76,14 +78,7 @@ def attach(
             raise AdapterError("masks: got masks for an adapter, which has its own; remove them")
         if before is not None:
             raise AdapterError("before: cannot be combined with an adapter; merge the two instead")
-        if train and (len(what.blocks) != 1 or what.blocks[0].weight != 1.0):
-            raise AdapterError(
-                f"train: the adapter is a merge of {len(what.blocks)} weighted components; train one of one task, or "
-                "merge them into one with another method"
-            )
-        layers = _from_adapter(model, what, train)
-    else:
-        layers = _from_spec(model, what, masks, before)
+    layers = layers_for(model, what, masks=masks, before=before, train=train)
     whole = {} if isinstance(what, Adapter) else saved.match(model, what.modules_to_save)
     saved.refuse_both(layers, whole)
     if isinstance(what, Adapter):
@@ -102,6 +97,25 @@ def attach(
         sharded.join(model, _deltas(layers))
     setattr(model, ATTACHED, what)
     return layers
+
+
+def layers_for(
+    model: nn.Module,
+    what: Spec | Adapter,
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+    before: Adapter | None = None,
+    train: bool = False,
+) -> dict[str, AdaptedLinear]:
+    """Module path -> the layer that is to replace it, in the model's order. The arguments are those of `attach`."""
+    if isinstance(what, Spec):
+        return _from_spec(model, what, masks, before)
+    if train and (len(what.blocks) != 1 or what.blocks[0].weight != 1.0):
+        raise AdapterError(
+            f"train: the adapter is a merge of {len(what.blocks)} weighted components; train one of one task, or "
+            "merge them into one with another method"
+        )
+    return _from_adapter(model, what, train)
 
 
 def _deltas(layers: Mapping[str, AdaptedLinear]) -> list[tuple[str, Delta]]:
@@ -149,7 +163,7 @@ def put(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> None:
         else:
             _set(model, path, layer)
     for path, matrices_of in of_experts.items():
-        _set(model, path, AdaptedExperts(model.get_submodule(path), matrices_of))
+        _set(model, path, AdaptedExperts(model.get_submodule(path), matrices_of, path))
 
 
 def _set(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -289,15 +303,25 @@ def separate_tasks(model: nn.Module, num_tasks: int) -> PerTask:
 
 
 def projection_checksums(model: nn.Module) -> dict[str, str]:
-    """Module path -> checksum of the A in memory, of a model with one trained update per target.
+    """Module path -> checksum of the A in memory, of a model that is trained: one update per target, or, of several
+    adapters, one of each, under `name_of(path, adapter)`.
 
     Where A is recomputed, it is made for this, a module at a time. A trained A counts as it was at the start.
     """
     return {
-        path: checksum(delta.a() if delta.trained_a is None else delta.recipe.make(device="cpu"))
-        for path, layer in adapted(model).items()
-        for delta in layer.deltas[:1]
+        name_of(path, name): _checksum(delta) for path, layer in adapted(model).items() for name, delta in _owned(layer)
     }
+
+
+def _owned(layer: AdaptedLinear) -> list[tuple[str, Delta]]:
+    """The name of each adapter, which one alone does not have, and its update."""
+    if isinstance(layer, RoutedLinear):
+        return [(layer.routing.names[owner], d) for owner, d in zip(layer.owners, layer.deltas, strict=True)]
+    return [("", delta) for delta in layer.deltas[:1]]
+
+
+def _checksum(delta: Delta) -> str:
+    return checksum(delta.a() if delta.trained_a is None else delta.recipe.make(device="cpu"))
 
 
 def extract(
@@ -311,25 +335,28 @@ def extract(
 
     A collective where the model is sharded, by `fully_shard` or at ZeRO's stage 3: every rank calls it, and gets all.
 
-    name: of the task. values: module path -> (kept,) on the CPU replaces the parameters; they are not copied. A trained
-    A, (rank * in_features,), has the key `per_task.of_a(path)`, and a parameter that is trained in full, flat,
-    `saved.key(name)`. base: identity of the base model.
+    name: of the task, and of the adapter where the model trains several. values: module path -> (kept,) on the CPU
+    replaces the parameters; they are not copied. A trained A, (rank * in_features,), has the key
+    `per_task.of_a(path)`, and a parameter that is trained in full, flat, `saved.key(name)`. base: identity of the base.
     Raises AdapterError for a model whose adapter was attached ready-made and is not trained.
     """
     model = sharded.unwrapped(model)
     layers, spec = _attached(model), getattr(model, ATTACHED)
     if isinstance(spec, Adapter) and not trainable(model):
         raise AdapterError("model: holds an adapter that was trained before; save that one itself, or attach a Spec")
+    of_several: dict[str, Spec | Adapter] = spec if isinstance(spec, dict) else {}
+    own, spec = (name, of_several[name]) if of_several else ("", spec)
+    deltas = {path: delta for path, layer in layers.items() for owner, delta in _owned(layer) if owner == own}
     if values is None:
-        of_a: dict[str, Tensor] = {per_task.of_a(path): a for path, a in trainable_projections(model).items()}
-        heads: dict[str, Tensor] = {saved.key(name): parameter for name, parameter in saved.parameters(model).items()}
-        values = {name: sharded.full(parameter) for name, parameter in {**trainable(model), **of_a, **heads}.items()}
-    entries = {
-        path: Entries(index=_index(layer.deltas[0]), values=values[path])
-        for path, layer in layers.items()
-        if layer.deltas and layer.deltas[0].kept
-    }
-    whole = {name: values[saved.key(name)].view(shape) for name, shape in saved.shapes(model).items()}
+        sharded.reshard(model)
+        heads = dict(saved.copies(model, [*of_several].index(name))) if own else saved.parameters(model)
+        held: dict[str, Tensor] = {path: delta.values for path, delta in deltas.items() if delta.values is not None}
+        held |= {per_task.of_a(path): d.trained_a for path, d in deltas.items() if d.trained_a is not None}
+        held |= {saved.key(name): parameter for name, parameter in heads.items()}
+        values = {name: sharded.full(parameter) for name, parameter in held.items()}
+    entries = {path: Entries(index=_index(delta), values=values[path]) for path, delta in deltas.items() if delta.kept}
+    shapes_of_saved = saved.shapes_of_copies(model) if of_several else saved.shapes(model)
+    whole = {name: values[saved.key(name)].view(shape) for name, shape in shapes_of_saved.items()}
     if isinstance(spec, Adapter):
         block = dataclasses.replace(spec.blocks[0], name=name, entries=entries)
         return dataclasses.replace(spec, blocks=(block,), base=dict(base or spec.base), saved=whole)
@@ -342,10 +369,12 @@ def extract(
         alpha=spec.alpha,
         dtype=torch.float32 if is_trained else spec.dtype,
         entries=entries,
-        checksums={path: checksum(a) for path, a in projections.items()} if is_trained else projection_checksums(model),
+        checksums={path: checksum(a) for path, a in projections.items()}
+        if is_trained
+        else {path: _checksum(delta) for path, delta in deltas.items()},
         projections=projections,
     )
-    shapes = {path: features(layer.base) for path, layer in layers.items()}
+    shapes = {path: features(layers[path].base) for path in deltas}
     return Adapter(shapes=shapes, blocks=(block,), targets=spec.targets, base=dict(base or {}), saved=whole)
 
 

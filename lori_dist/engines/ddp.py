@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lori_dist.adapter.packed import adapter_of
+from lori_dist.adapter.routing import adapter_of
 from lori_dist.config import Train
 from lori_dist.training.cost import FP32, Collective, Counted, Held, Kind, Load
 from lori_dist.training.data import Batch

@@ -33,7 +33,8 @@ from deepspeed.utils import (
 )
 
 from lori_dist.adapter.experts import AdaptedExperts
-from lori_dist.adapter.packed import name_of
+from lori_dist.adapter.linear import RoutedLinear
+from lori_dist.adapter.routing import name_of
 from lori_dist.config import COMPILED_AT_STAGE_3, Run, Train
 from lori_dist.engines import _ds_config, _ds_keys
 from lori_dist.errors import ConfigError
@@ -66,6 +67,7 @@ from lori_dist.training.world import World
 
 LIVE = 10**9
 """Entries that stage 3 keeps gathered (stage3_max_live_parameters, max_reuse_distance)."""
+LEAVES = (AdaptedExperts, RoutedLinear)
 BUCKET = 25_000_000
 """Entries reduced or gathered at once; a sparse adapter has about that many at 70B."""
 
@@ -241,8 +243,10 @@ class Partitioned:
         else:
             materialize(model, world.device)
             fill(model, weights, whole)
-        if stage == 3 and any(isinstance(module, AdaptedExperts) for module in model.modules()):
-            set_z3_leaf_modules(model, [AdaptedExperts])  # their weights are used by others than their owner
+        # Modules whose weights are used by others than their owner.
+        leaves = [kind for kind in LEAVES if any(isinstance(module, kind) for module in model.modules())]
+        if stage == 3 and leaves:
+            set_z3_leaf_modules(model, leaves)
         self.parameters: dict[str, Any] = trained(model)
         self.optimizer = adamw(self.parameters, train)
         self.model: Any

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from lori_dist import plugin
-from lori_dist.adapter.packed import adapter_of
+from lori_dist.adapter.routing import adapter_of
 from lori_dist.config import Train
 from lori_dist.errors import ConfigError, JobError
 from lori_dist.training.cost import FP32, Collective, Counted, Held, Kind, Load, Owner

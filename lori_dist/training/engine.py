@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from lori_dist.adapter import packed, saved
 from lori_dist.adapter.attach import adapted, trainable, trainable_projections
 from lori_dist.adapter.per_task import of_a
+from lori_dist.adapter.routing import adapter_of
 from lori_dist.config import Train
 from lori_dist.training.data import Batch
 from lori_dist.training.world import World
@@ -147,7 +148,7 @@ class TaskGradients(Protocol):
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """Module path -> the kept entries of an adapted model, `of_a(path)` -> a trained A, `saved.key(name)` -> a
-    parameter that is trained in full; of a model with several adapters, `packed.name_of(path, adapter)` -> its entries;
+    parameter that is trained in full; of a model with several adapters, `name_of(name, adapter)` -> each of these;
     of another model, name -> parameter that needs a gradient."""
     if several := dict(packed.trainable(model)):
         return several
@@ -187,7 +188,7 @@ def adamw(parameters: Mapping[str, Tensor], train: Train) -> torch.optim.AdamW:
     """The optimizer, over the trained values only: a group for each adapter."""
     groups = [
         {
-            "params": [parameter for name, parameter in parameters.items() if packed.adapter_of(name) == adapter],
+            "params": [parameter for name, parameter in parameters.items() if adapter_of(name) == adapter],
             ADAPTER: adapter,
         }
         for adapter in adapters_of(parameters)
@@ -199,7 +200,7 @@ def adamw(parameters: Mapping[str, Tensor], train: Train) -> torch.optim.AdamW:
 
 def adapters_of(names: Iterable[str]) -> tuple[str, ...]:
     """The adapters that trained tensors belong to; one without a name where there are not several."""
-    return tuple(dict.fromkeys(map(packed.adapter_of, names)))
+    return tuple(dict.fromkeys(map(adapter_of, names)))
 
 
 def start_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[tuple[Tensor, int]]) -> None:
@@ -219,7 +220,7 @@ def steps_had(name: str, state: State | None) -> int:
     """Updates that a trained tensor has had, in a state with all adapters."""
     if state is None:
         return 0
-    return state.steps[packed.adapter_of(name)] if state.steps else state.step
+    return state.steps[adapter_of(name)] if state.steps else state.step
 
 
 def set_num_steps(moments: Iterable[tuple[str, Mapping[str, Tensor]]], state: State) -> None:
@@ -243,7 +244,7 @@ def update(
 ) -> bool:
     """Changes the values of the adapters that a step was accepted for. Returns whether there are any."""
     for name, parameter in parameters.items():
-        if not is_accepted(answer, packed.adapter_of(name)):
+        if not is_accepted(answer, adapter_of(name)):
             parameter.grad = None  # which leaves the moments as they are, too
     is_any = answer if isinstance(answer, bool) else any(answer.values())
     if is_any:

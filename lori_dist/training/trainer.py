@@ -22,7 +22,7 @@ from lori_dist import config, plugin
 from lori_dist.adapter import file, packed
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.adapter.attach import attach, extract, projection_checksums, refuse_other_projections
-from lori_dist.adapter.packed import Routing, adapter_of, module_of, name_of
+from lori_dist.adapter.routing import Routing, adapter_of, module_of, name_of
 from lori_dist.errors import ConfigError, JobError, LoriError
 from lori_dist.training import checkpoint, conflicts, data, flops, validation
 from lori_dist.training.compilation import compile_blocks
@@ -220,10 +220,7 @@ class Group:
             return None
         job.still_mine()
         base = identity(job.run.model)
-        if self.routing is None:
-            adapter = extract(self.model, name=job.task, values=values, base=base)
-        else:
-            adapter = packed.extract(self.model, task, values, base=base)
+        adapter = extract(self.model, name=task, values=values, base=base)
         if job.before is not None:
             adapter = dataclasses.replace(adapter, blocks=(*job.before.blocks, *adapter.blocks))
         file.save(adapter, job.folder / ADAPTER)
