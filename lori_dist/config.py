@@ -1094,17 +1094,6 @@ def _compiled(run: Run) -> Iterator[str]:
     engine = run.train.engine
     if engine.name == "deepspeed" and engine.options.get("stage") == 3:
         yield COMPILED_AT_STAGE_3
-    if run.cluster.packing != "off":
-        yield (
-            "train.compile: cannot be combined with cluster.packing, whose layers need to know each batch's "
-            "tasks; set only one"
-        )
-    if run.multitask.name == "joint" and run.multitask.options.get("projection") != "none":
-        yield (
-            "train.compile: cannot be combined with multitask joint, whose layers keep each task's gradient "
-            "apart; remove it, "
-            "or set multitask.projection to none"
-        )
 
 
 def _saved(run: Run) -> Iterator[str]:
@@ -1483,35 +1472,6 @@ def _cluster(run: Run) -> Iterator[str]:
         )
 
 
-def _packing(run: Run) -> Iterator[str]:
-    if run.cluster.packing == "off":
-        return
-    if run.adapter.projection != "cached":
-        yield (
-            f"cluster.packing: got {run.cluster.packing}, and packed adapters have a cached A, not a "
-            f"{run.adapter.projection} one; set it to off, or adapter.projection to cached"
-        )
-    if run.adapter.modules_to_save:
-        yield (
-            f"cluster.packing: got {run.cluster.packing}, and what adapter.modules_to_save trains in full is not "
-            "packed; set only one"
-        )
-    guarded = [name for name in ("spike", "validate_every") if getattr(run.train, name) is not None]
-    guarded += ["on_divergence"] if run.train.on_divergence != "stop" else []
-    if guarded:
-        yield (
-            f"cluster.packing: got {run.cluster.packing}, and training jobs with train.{guarded[0]} are not packed; "
-            "set only one of them"
-        )
-    if run.train.pack:
-        yield (
-            f"cluster.packing: got {run.cluster.packing}, and rows of several tasks do not share sequences, as "
-            "with train.pack; set only one"
-        )
-    if storage.is_url(run.output):
-        yield f"cluster.packing: got {run.cluster.packing}, with an output that is a URL; set it to off"
-
-
 def _searches(run: Run) -> Iterator[str]:
     for name, merge in run.merges.items():
         search, path = merge.search, f"merges.{name}"
@@ -1600,7 +1560,6 @@ RULES: tuple[Rule, ...] = (
     _merges,
     _searches,
     _cluster,
-    _packing,
     _lm_eval,
     _trackers,
 )

@@ -481,6 +481,8 @@ class _Routed(torch.autograd.Function):
     ) -> Tensor:
         deltas = [layer.deltas[use.number] for use in uses]
         flat, rows = _rows(x), _rows(y)
+        made: Tensor
+        reduced: list[Tensor]
         trains_a = any(ctx.needs_input_grad[5::2])
         ctx.layer, ctx.uses, ctx.x_dtype, ctx.x_shape = layer, uses, x.dtype, x.shape
         ctx.is_even = _is_even(uses, deltas, len(rows), held[1::2])
@@ -490,8 +492,8 @@ class _Routed(torch.autograd.Function):
             made = torch.baddbmm(rows.reshape(len(uses), -1, rows.shape[1]), reduced[0], b.mT)
         else:
             made, reduced = rows.clone(), []
-            for use, delta, values, a in zip(uses, deltas, held[::2], held[1::2], strict=True):
-                reduced.append(_down(flat[use.tokens].to(y.dtype), a, delta.recipe))
+            for use, delta, values, own_a in zip(uses, deltas, held[::2], held[1::2], strict=True):
+                reduced.append(_down(flat[use.tokens].to(y.dtype), own_a, delta.recipe))
                 made[use.tokens].addmm_(reduced[-1], delta.dense_b(values, y.dtype).t(), alpha=delta.scale)
         ctx.save_for_backward(x if trains_a else None, *reduced, *held)
         return shaped(made, y.shape)
@@ -500,42 +502,43 @@ class _Routed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         layer, uses = ctx.layer, ctx.uses
-        num_reduced = 1 if ctx.is_even else len(uses)
         x, *saved = ctx.saved_tensors
-        reduced, held = saved[:num_reduced], saved[num_reduced:]
-        deltas = [layer.deltas[use.number] for use in uses]
-        rows, flat = _rows(grad), None if x is None else _rows(x)
-        needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
-        grad_x = None
+        count = 1 if ctx.is_even else len(uses)
+        reduced, held = saved[:count], saved[count:]
+        (needs_x, needs_y), needs = ctx.needs_input_grad[:2], ctx.needs_input_grad[4:]
+        deltas, rows = [layer.deltas[use.number] for use in uses], _rows(grad)
+        of_reduced: Sequence[Tensor]  # of each use, the gradient of A x, (tokens, rank)
+        of_b: Sequence[Tensor] = ()  # and of B, flat
+        grad_x: Tensor | None = None
         if ctx.is_even:
             a, b = _stacked(deltas, held, grad.dtype)
             groups = rows.reshape(len(uses), -1, rows.shape[1])
-            of_b = torch.bmm(groups.mT, reduced[0]).flatten(1) if any(needs[::2]) else [None] * len(uses)
-            of_reduced = torch.bmm(groups, b) if needs_x or x is not None else None
+            stacked = torch.bmm(groups, b)
+            of_reduced = stacked.unbind()
+            if any(needs[::2]):
+                of_b = torch.bmm(groups.mT, reduced[0]).flatten(1).unbind()
             if needs_x:
-                grad_x = torch.bmm(of_reduced, a).view(-1, a.shape[-1])
+                grad_x = torch.bmm(stacked, a)
         else:
+            own = [rows[use.tokens] for use in uses]
+            matrices = [delta.dense_b(values, grad.dtype) for delta, values in zip(deltas, held[::2], strict=True)]
+            of_reduced = [(o @ b).mul_(delta.scale) for o, b, delta in zip(own, matrices, deltas, strict=True)]
+            if any(needs[::2]):
+                of_b = [(o.t() @ r).view(-1) for o, r in zip(own, reduced, strict=True)]
             if needs_x:
-                grad_x = torch.zeros(len(rows), ctx.x_shape[-1], dtype=grad.dtype, device=grad.device)
-            of_b, of_reduced = [None] * len(uses), [None] * len(uses)
-            for n, (use, delta) in enumerate(zip(uses, deltas, strict=True)):
-                own = rows[use.tokens]
-                if needs[2 * n]:
-                    of_b[n] = (own.t() @ reduced[n]).view(-1)
-                if needs_x or needs[2 * n + 1]:
-                    of_reduced[n] = (own @ delta.dense_b(held[2 * n], grad.dtype)).mul_(delta.scale)
-                if needs_x:
-                    grad_x[use.tokens] += _up(of_reduced[n], held[2 * n + 1], delta.recipe)
+                grad_x = rows.new_zeros(len(rows), ctx.x_shape[-1])
+                for use, delta, of_one, a in zip(uses, deltas, of_reduced, held[1::2], strict=True):
+                    grad_x[use.tokens] += _up(of_one, a, delta.recipe)
         for n, (use, delta) in enumerate(zip(uses, deltas, strict=True)):
             if needs[2 * n]:
                 picked = of_b[n] if delta.index is None else of_b[n].index_select(0, delta.index)
                 layer.add_gradient(use.number, picked.float().mul_(delta.scale))
             if needs[2 * n + 1]:
-                made = of_reduced[n].t() @ flat[use.tokens].to(grad.dtype)
+                made = of_reduced[n].t() @ _rows(x)[use.tokens].to(grad.dtype)
                 layer.add_gradient(use.number, made.float().view(-1), of_projection=True)
         if grad_x is not None:
             grad_x = grad_x.to(ctx.x_dtype).view(ctx.x_shape)
-        return grad_x, grad if ctx.needs_input_grad[1] else None, None, None, *(None for _ in held)
+        return grad_x, grad if needs_y else None, None, None, *(None for _ in held)
 
 
 def _is_even(uses: Sequence[Use], deltas: Sequence[Delta], num_rows: int, projections: Sequence[Tensor | None]) -> bool:

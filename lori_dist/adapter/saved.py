@@ -1,9 +1,9 @@
 """Modules that are trained in full, such as the head of a classifier, and stored with the adapter."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -154,9 +154,10 @@ class RoutedModule(nn.Module):
         segments = self.routing.segments(self.path, x if x.is_floating_point() else x[..., None])
         num_tokens, made = segments[-1].tokens.stop, []
         factor = num_tokens // x.shape[0]
+        apply = cast(Callable[..., Tensor], _ToSums.apply)
         for segment in segments:
             named = {
-                name: _ToSums.apply(parameter, self.routing, self._name(name, segment.adapter))
+                name: apply(parameter, self.routing, self._name(name, segment.adapter))
                 for name, parameter in self.copies(segment.adapter).items()
             }
             rows = slice(segment.tokens.start // factor, segment.tokens.stop // factor)

@@ -1,9 +1,9 @@
-"""One job with all its attempts: how each ends, and whether there is another."""
+"""A job, or several that share one base, with all attempts: how each ends, and whether there is another."""
 
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,14 @@ from lori_dist.cluster.gang import Broken, Gangs
 from lori_dist.cluster.schedule import Failure
 from lori_dist.cluster.summary import ATTEMPTS, CHECKPOINTS, METRICS, attempts_of, is_step, log_file
 from lori_dist.cluster.trials import TRIED
-from lori_dist.cluster.work import Assignment, evaluate_model, merge_adapters, train_rank
+from lori_dist.cluster.work import (
+    Assignment,
+    evaluate_model,
+    evaluate_models,
+    merge_adapters,
+    train_rank,
+    train_ranks,
+)
 from lori_dist.config import Run
 from lori_dist.errors import JobError
 from lori_dist.jobs import Job, check_inputs
@@ -27,45 +34,86 @@ STOPPED = "stopped with its run"
 log = logging.getLogger(__name__)
 
 
-def do(run: Run, job: Job, inputs: Mapping[str, Any], gangs: Gangs) -> dict[str, Any]:
-    """One job with all its attempts. Returns what its job.json holds. inputs: digests of what it reads of others."""
+def do(
+    run: Run,
+    jobs: Sequence[Job],
+    inputs: Mapping[str, Mapping[str, Any]],
+    gangs: Gangs,
+    end: Callable[[Job, dict[str, Any] | str], None],
+) -> None:
+    """A job with all its attempts, or several that share one base: trainings that need nothing of others, or
+    evaluations. What fails is started again for all of them.
+
+    inputs: of each job, digests of what it reads of others. end: called once for each job, with what its job.json
+    holds or with why it failed.
+    """
     start = time.monotonic()
-    partial = folder.open(run.folder, job)
+    partials = [folder.open(run.folder, job) for job in jobs]
     mirror = storage.open(run.output, run.name) if storage.is_url(run.output) else None
-    if mirror:
-        mirror.push(partial.name)
-        mirror.prune(partial.name)
-    number = 0
+    for partial in partials if mirror else ():
+        _push(mirror, partial)
+        _prune(mirror, partial)
+    names, number = ", ".join(job.name for job in jobs), 0
     while True:
         number += 1
-        assignment = Assignment(tree=config.dump(run), job=job, attempt=folder.attempt(partial))
-        history = History(partial, assignment.attempt.number)
+        tree = config.dump(run)
+        assignments = [
+            Assignment(tree=tree, job=job, attempt=folder.attempt(partial))
+            for job, partial in zip(jobs, partials, strict=True)
+        ]
+        histories = [History(partial, one.attempt.number) for partial, one in zip(partials, assignments, strict=True)]
         try:
-            if mirror:
-                mirror.push(partial.name)
-            result = _result(run, assignment, gangs, history)
-            if mirror:
-                mirror.pull(partial.name)
+            for partial in partials:
+                _push(mirror, partial)
+            outcomes = _outcomes(run, assignments, gangs, histories)
+            for partial in partials:
+                _pull(mirror, partial)
             break
         except Exception as error:
-            if mirror:
-                mirror.pull(partial.name)
+            for partial in partials:
+                _pull(mirror, partial)
             failure = failure_of(error)
-            log.debug("%s: attempt %d failed", job.name, assignment.attempt.number, exc_info=error)
-            history.end(STOPPED if gangs.is_ending and is_stop(failure) else failure.message)
+            log.debug("%s: attempt %d failed", jobs[0].name, number, exc_info=error)
+            for history in histories:
+                history.end(STOPPED if gangs.is_ending and is_stop(failure) else failure.message)
             if gangs.is_ending or not schedule.retry(failure, number, run.cluster.retries):
-                raise JobError(described(run, job, failure)) from error
-            again = f"restarting it ({number} of {run.cluster.retries})"
-            log.warning("%s: %s; %s", job.name, failure.message, again)
+                raise JobError(described(run, jobs[0], failure)) from error
+            again = f"restarting {'them' if len(jobs) > 1 else 'it'} ({number} of {run.cluster.retries})"
+            log.warning("%s: %s; %s", names, failure.message, again)
             gangs.stopping.wait(BACKOFF_SECONDS)
-    published = publish(run, assignment, history, start, inputs, result)
+    for assignment, history in zip(assignments, histories, strict=True):
+        job, outcome = assignment.job, outcomes[assignment.job.name]
+        if "error" in outcome:
+            history.end(outcome["error"])
+            end(job, f"{outcome['error']}; see {log_file(run.folder, jobs[0], 0)}")
+            continue
+        try:
+            made = publish(run, assignment, history, start, inputs[job.name], outcome["result"])
+            if mirror:
+                for place in folder.kept(run.folder, job.name):
+                    mirror.push(place.name)
+                mirror.push(job.name)
+                mirror.prune(job.name)
+                mirror.delete(assignment.attempt.partial.name)
+        except JobError as error:
+            end(job, str(error))
+        else:
+            end(job, made)
+
+
+def _push(mirror: storage.Mirror | None, partial: Path) -> None:
     if mirror:
-        for place in folder.kept(run.folder, job.name):
-            mirror.push(place.name)
-        mirror.push(job.name)
-        mirror.prune(job.name)
-        mirror.delete(partial.name)
-    return published
+        mirror.push(partial.name)
+
+
+def _prune(mirror: storage.Mirror | None, partial: Path) -> None:
+    if mirror:
+        mirror.prune(partial.name)
+
+
+def _pull(mirror: storage.Mirror | None, partial: Path) -> None:
+    if mirror:
+        mirror.pull(partial.name)
 
 
 def publish(
@@ -89,24 +137,36 @@ def publish(
     return published
 
 
-def _result(run: Run, assignment: Assignment, gangs: Gangs, history: "History") -> dict[str, Any]:
-    """What the job's rank 0 returns. Raises Broken, or what goes wrong in this process."""
-    job = assignment.job
-    if job.kind == "train":
-        ranks = gangs.take(job, run.cluster)
-        history.begin(workers=ranks.shape.count)
+def _outcomes(
+    run: Run, assignments: Sequence[Assignment], gangs: Gangs, histories: "Sequence[History]"
+) -> dict[str, dict[str, Any]]:
+    """Of each job, by name, its `result` or the `error` that ended it alone. Raises Broken, or what goes wrong in this
+    process."""
+    first, name = assignments[0], assignments[0].job.name
+    if first.job.kind == "train":
+        ranks = gangs.take(first.job, run.cluster)
+        for history in histories:
+            history.begin(workers=ranks.shape.count)
         try:
-            result: dict[str, Any] = ranks.run(train_rank, assignment, gangs.stopping, gangs.asked)
+            outcomes: dict[str, dict[str, Any]]
+            if len(assignments) > 1:
+                outcomes = ranks.run(train_ranks, assignments, gangs.stopping, gangs.asked)
+            else:
+                outcomes = {name: {"result": ranks.run(train_rank, first, gangs.stopping, gangs.asked)}}
         except BaseException:
             ranks.close()
             raise
         gangs.give_back(ranks)
-        return result
-    history.begin(workers=1)
-    if "search" in job.settings:
-        assignment = trials.searched(run, assignment, gangs.stopping)
-    function = {"merge": merge_adapters, "evaluate": evaluate_model}[job.kind]
-    return dict(gang.result(gang.remote(run, job, function)(assignment), gangs.stopping))
+        return outcomes
+    for history in histories:
+        history.begin(workers=1)
+    if len(assignments) > 1:
+        call = gang.remote(run, first.job, evaluate_models)(list(assignments))
+        return dict(gang.result(call, gangs.stopping))
+    if "search" in first.job.settings:
+        first = trials.searched(run, first, gangs.stopping)
+    function = {"merge": merge_adapters, "evaluate": evaluate_model}[first.job.kind]
+    return {name: {"result": dict(gang.result(gang.remote(run, first.job, function)(first), gangs.stopping))}}
 
 
 def is_stop(failure: Failure) -> bool:

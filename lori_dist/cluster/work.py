@@ -45,7 +45,7 @@ class Assignment:
 
 def train_rank(assignment: Assignment) -> dict[str, Any]:
     """One rank of a training, in a process of a gang."""
-    with working(assignment, int(os.environ["RANK"])) as run, _listening() as told:
+    with working([assignment], int(os.environ["RANK"])) as run, _listening() as told:
         import torch
 
         from lori_dist.training.train import train
@@ -59,20 +59,20 @@ def train_rank(assignment: Assignment) -> dict[str, Any]:
             assignment.attempt.partial,
             fingerprint=assignment.job.fingerprint,
             still_mine=assignment.attempt.check,
-            progress=_pushing(run, assignment),
+            progress=_pushing(run, [assignment]),
             told=told,
             joint=assignment.job.settings.get("joint"),
             sequel=assignment.job.settings.get("sequel"),
         )
 
 
-def train_rank_of_pack(assignments: Sequence[Assignment]) -> dict[str, Any]:
+def train_ranks(assignments: Sequence[Assignment]) -> dict[str, Any]:
     """One rank of several tasks' trainings. Gives, for each job, its `result` or the `error` that ended it.
 
     What the process writes goes to the log of the first.
     """
     rank = int(os.environ["RANK"])
-    with working(assignments[0], rank) as run, _listening() as told, contextlib.ExitStack() as stack:
+    with working(assignments, rank) as run, _listening() as told, contextlib.ExitStack() as stack:
         import torch
 
         from lori_dist.training.task import make_job
@@ -81,7 +81,7 @@ def train_rank_of_pack(assignments: Sequence[Assignment]) -> dict[str, Any]:
         from lori_dist.training.world import from_environment
 
         torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
-        world = from_environment()
+        world, push = from_environment(), _pushing(run, assignments)
 
         def make(assignment: Assignment) -> Callable[[], Any]:
             return lambda: make_job(
@@ -92,7 +92,7 @@ def train_rank_of_pack(assignments: Sequence[Assignment]) -> dict[str, Any]:
                 fingerprint=assignment.job.fingerprint,
                 still_mine=assignment.attempt.check,
                 track=stack.enter_context(tracked(run, assignment.job.name)),
-                progress=lambda record: None,
+                progress=push if assignment is assignments[0] else lambda record: None,
                 told=told,
             )
 
@@ -148,7 +148,7 @@ def _refer(run: Run, assignments: Sequence[Assignment], rank: int) -> None:
     names, first = ", ".join(one.job.name for one in assignments), log_file(run.folder, assignments[0].job, rank)
     for one in assignments[1:]:
         with log_file(run.folder, one.job, rank).open("a", encoding="utf-8") as stream:
-            stream.write(f"attempt {one.attempt.number}: packed, {names}; see {first}\n")
+            stream.write(f"attempt {one.attempt.number}: over one base, {names}; see {first}\n")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,7 +186,7 @@ def rehearse_rank(rehearsal: Rehearsal) -> dict[str, Any]:
 
 
 def merge_adapters(assignment: Assignment) -> dict[str, Any]:
-    with working(assignment, 0) as run:
+    with working([assignment], 0) as run:
         settings = assignment.job.settings
         weights = [dict(weight) if isinstance(weight, list) else weight for weight in settings["weights"]]
         spread = _spread(run, assignment.job)
@@ -234,7 +234,7 @@ def _call(function: Callable[[Any], Any], item: Any) -> Any:
 
 
 def evaluate_model(assignment: Assignment) -> dict[str, Any]:
-    with working(assignment, 0) as run:
+    with working([assignment], 0) as run:
         import torch
 
         from lori_dist.evaluation import evaluate
@@ -252,7 +252,7 @@ def evaluate_model(assignment: Assignment) -> dict[str, Any]:
 
 def evaluate_models(assignments: Sequence[Assignment]) -> dict[str, Any]:
     """Several evaluations on one copy of the base. Gives, for each job, its `result`."""
-    with working(assignments[0], 0) as run:
+    with working(assignments, 0) as run:
         import torch
 
         from lori_dist.evaluation import evaluate_all
@@ -278,21 +278,22 @@ def evaluate_models(assignments: Sequence[Assignment]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def working(assignment: Assignment, rank: int) -> Iterator[Run]:
-    """The run, while all that this process writes goes to the job's log, also what goes wrong."""
-    output, name = assignment.tree["output"], assignment.tree["name"]
+def working(assignments: Sequence[Assignment], rank: int) -> Iterator[Run]:
+    """The run, while all that this process writes goes to the log of the first job, also what goes wrong."""
+    first = assignments[0]
+    output, name = first.tree["output"], first.tree["name"]
     mirror = storage.open(output, name) if storage.is_url(output) else None
     root = mirror.here if mirror else Path(output) / name
     if mirror:
-        for prefix in (assignment.attempt.partial.name, *assignment.job.needs):
-            mirror.pull(prefix)
-    with _putting(mirror, assignment, rank), _logged(log_file(root, assignment.job, rank)):
+        for assignment in assignments:
+            for prefix in (assignment.attempt.partial.name, *assignment.job.needs):
+                mirror.pull(prefix)
+    with _putting(mirror, assignments, rank), _logged(log_file(root, first.job, rank)):
         try:
-            assignment.attempt.check()
-            log.info(
-                "%s: attempt %d, rank %d, process %d", assignment.job.name, assignment.attempt.number, rank, os.getpid()
-            )
-            yield config.validate(assignment.tree)
+            for assignment in assignments:
+                assignment.attempt.check()
+            log.info("%s: attempt %d, rank %d, process %d", first.job.name, first.attempt.number, rank, os.getpid())
+            yield config.validate(first.tree)
         except Stopped as stopped:
             log.info("%s", stopped)
             raise
@@ -302,15 +303,16 @@ def working(assignment: Assignment, rank: int) -> Iterator[Run]:
 
 
 @contextlib.contextmanager
-def _putting(mirror: storage.Mirror | None, assignment: Assignment, rank: int) -> Iterator[None]:
+def _putting(mirror: storage.Mirror | None, assignments: Sequence[Assignment], rank: int) -> Iterator[None]:
     """Puts on storage what a process leaves, also when it fails; of a training's folder only rank 0 does."""
     try:
         yield
     finally:
         if mirror:
-            mirror.push(log_file(Path(), assignment.job, rank).as_posix())
-            if rank == 0:
-                _push(mirror, assignment)
+            for assignment in assignments:
+                mirror.push(log_file(Path(), assignment.job, rank).as_posix())
+                if rank == 0:
+                    _push(mirror, assignment)
 
 
 def _push(mirror: storage.Mirror, assignment: Assignment) -> None:
@@ -320,8 +322,8 @@ def _push(mirror: storage.Mirror, assignment: Assignment) -> None:
     mirror.prune(f"{assignment.attempt.partial.name}/checkpoints")
 
 
-def _pushing(run: Run, assignment: Assignment) -> Callable[[dict[str, Any]], None]:
-    """Puts a training's metrics and checkpoints on storage every few seconds."""
+def _pushing(run: Run, assignments: Sequence[Assignment]) -> Callable[[dict[str, Any]], None]:
+    """Puts metrics and checkpoints of trainings on storage every few seconds."""
     if not storage.is_url(run.output):
         return lambda record: None
     mirror = storage.open(run.output, run.name)
@@ -330,7 +332,8 @@ def _pushing(run: Run, assignment: Assignment) -> Callable[[dict[str, Any]], Non
     def push(record: dict[str, Any]) -> None:
         nonlocal last
         if time.monotonic() - last > PUSH_SECONDS:
-            _push(mirror, assignment)
+            for assignment in assignments:
+                _push(mirror, assignment)
             last = time.monotonic()
 
     return push

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from lori_dist.adapter.linear import RoutedLinear
+from lori_dist.adapter.linear import AdaptedLinear, RoutedLinear
 from lori_dist.adapter.saved import RoutedModule
 from lori_dist.errors import ConfigError
 from lori_dist.training.model import blocks
@@ -39,7 +39,8 @@ def compile_blocks(model: nn.Module, *, backend: str = "inductor") -> None:
     settings.recompile_limit = max(settings.recompile_limit, GRAPHS * len(found))
     settings.accumulated_recompile_limit = max(settings.accumulated_recompile_limit, GRAPHS * len(found))
     for module in model.modules():
-        if isinstance(module, RoutedLinear | RoutedModule):  # which look at each batch's rows
+        keeps_apart = isinstance(module, AdaptedLinear) and any(delta.per_task for delta in module.deltas)
+        if keeps_apart or isinstance(module, RoutedLinear | RoutedModule):  # which look at each batch's rows
             module.forward = torch._dynamo.disable(module.forward)  # type: ignore[method-assign]
     for block in found:
         block.forward = torch.compile(block.forward, backend=backend)

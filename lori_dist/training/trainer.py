@@ -177,6 +177,8 @@ class Group:
         else:
             gradients = Gradients(routing=routing, world=world, max_norm=run.train.clip)
             train, state = dataclasses.replace(run.train, clip=None), _joined(states)
+        if run.train.compile:
+            compile_blocks(model)
         engine: Engine = method.load()(model, weights, train, world, state=state, **options)
         checksums = projection_checksums(model)
         remedy = "install the same version of the program on all machines"
@@ -465,7 +467,7 @@ def _adapted_model(
     jobs: Mapping[str, Job], masks: Mapping[str, Masks]
 ) -> tuple[PreTrainedModel, Weights, Routing | None]:
     """The base without its weights, with adapters whose values are zero; its weights; and, for several tasks, what
-    routes rows to adapters. The order matters: what is attached is checkpointed and compiled with its block."""
+    routes rows to adapters."""
     first = next(iter(jobs.values()))
     run = first.run
     model, weights = skeleton(run.model)
@@ -484,8 +486,6 @@ def _adapted_model(
         attach(model, first.start, train=True)
     if run.train.activation_checkpointing:
         checkpoint_activations(model)
-    if run.train.compile:
-        compile_blocks(model)
     return model, weights, routing
 
 

@@ -17,11 +17,14 @@ from lori_dist.adapter.adapter import Adapter
 from lori_dist.config import Choice, Run
 from lori_dist.errors import LoriError
 from lori_dist.jobs import train_job
+from lori_dist.training.metrics import Record
 from lori_dist.training.task import make_job
-from lori_dist.training.train import Record, train, train_together
+from lori_dist.training.train import train, train_together
 from lori_dist.training.trainer import Group
 from lori_dist.training.world import from_environment
 from tests.distributed import run_distributed
+from tests.models import tiny
+from tests.tokenizers import save
 
 TASKS = {"short": ("yes", 5), "long": ("no", 9), "middle": ("yes no yes", 7)}
 ENGINES = [
@@ -112,11 +115,15 @@ def flat(adapter: Adapter) -> Tensor:
 def assert_equal(found: Adapter, wanted: Adapter) -> None:
     assert [block.name for block in found.blocks] == [block.name for block in wanted.blocks]
     assert found.blocks[0].seed == wanted.blocks[0].seed
-    assert found.blocks[0].checksums == wanted.blocks[0].checksums
+    if not wanted.blocks[0].projections:  # a trained A is compared with B
+        assert found.blocks[0].checksums == wanted.blocks[0].checksums
     for module, entries in wanted.blocks[0].entries.items():
         ours = found.blocks[0].entries[module].index
         assert (ours is None) == (entries.index is None)
         assert ours is None or entries.index is None or torch.equal(ours, entries.index)
+    for name, tensor in wanted.saved.items():
+        mine, other = (one[:] if not isinstance(one, Tensor) else one for one in (found.saved[name], tensor))
+        assert float((mine - other).norm() / other.norm()) < TOLERANCE
     ours, theirs = flat(found), flat(wanted)
     assert float((ours - theirs).norm() / theirs.norm()) < TOLERANCE
 
@@ -141,6 +148,72 @@ def test_each_task_gets_what_it_gets_alone(run: Run, wanted: dict[str, Adapter])
         assert all(record["mfu"] is None for record in ours)  # nobody knows what a CPU can do
         for key in ("loss", "grad_norm", "lr"):
             assert [record[key] for record in ours] == pytest.approx([record[key] for record in theirs], rel=1e-4)
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+SPIKES = {"spike": 1.02, "epochs": None, "steps": 14, "checkpoint_every": 4}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "validate_every and early_stop": {"train": {"validate_every": 1, "early_stop": 1, "lr": 0.3}},
+    "spike and on_divergence: skip": {"train": {**SPIKES, "on_divergence": "skip"}},
+    "spike and on_divergence: rollback": {"train": {**SPIKES, "on_divergence": "rollback"}},
+    "train.pack": {"train": {"pack": True, "micro_batch_size": 3}},
+    "train.compile": {"train": {"compile": True}},
+    "activation_checkpointing": {"train": {"activation_checkpointing": True}},
+    "deterministic": {"train": {"deterministic": True}},
+    "adapter.projection: recomputed": {"adapter": {"projection": "recomputed"}},
+    "adapter.projection: trained": {"adapter": {"projection": "trained"}},
+    "adapter.share_projection": {"adapter": {"share_projection": True}},
+    "adapter.modules_to_save": {"adapter": {"modules_to_save": ["lm_head", "norm"]}},
+    "adapter.dtype: bfloat16": {"adapter": {"dtype": "bfloat16"}},
+    "tasks.NAME.start": {"start": "middle"},
+    "tasks.NAME.mixture": {"mixture": "middle"},
+    "experts": {"model": "mixtral"},
+}
+
+
+def both(run: Run) -> None:
+    """Each task alone, then all over one base, in one process."""
+    for task in run.tasks:
+        alone(replace(run, name="alone"), task)
+    found = pack(run, list(run.tasks))
+    assert not any(isinstance(outcome, str) for outcome in found.values()), found
+
+
+@pytest.mark.parametrize("option", [pytest.param(o, marks=pytest.mark.slow if "compile" in o else ()) for o in OPTIONS])
+@pytest.mark.filterwarnings("ignore")  # torch's compiler calls what torch warns of
+def test_whatever_one_task_can_have(run: Run, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    tree, change = config.dump(run), OPTIONS[option]
+    del tree["tasks"]["long"]["epochs"]
+    for section in ("train", "adapter"):
+        tree[section] |= change.get(section, {})
+    for task in tree["tasks"].values():
+        task["validation"] = run.tasks["long"].train
+    if "model" in change:
+        tree["model"]["path"] = str(save(tiny(change["model"]), tmp_path / "mixture"))
+    if "mixture" in change:
+        tree["tasks"]["long"]["mixture"] = {run.tasks[change["mixture"]].train: 0.3}
+    if "start" in change:
+        first = config.validate({**tree, "name": "first", "adapter": {**tree["adapter"], "rank": 2, "seed": 8}})
+        run_distributed(alone, first, change["start"], world_size=1)
+        tree["tasks"]["long"]["start"] = str(first.folder / f"train-{change['start']}" / "adapter.safetensors")
+    run = config.validate(tree)
+    run_distributed(both, run, world_size=1)
+    updates, steps = [], []
+    for task in run.tasks:
+        separate = replace(run, name="alone")
+        assert_equal(adapter(run, task), adapter(separate, task))
+        ours, theirs = records(run, task), records(separate, task)
+        assert [(r["phase"], r["step"], r.get("update")) for r in ours] == [
+            (r["phase"], r["step"], r.get("update")) for r in theirs
+        ]
+        for key in ("loss", "grad_norm", "validation_loss"):
+            assert [r.get(key) for r in ours] == pytest.approx([r.get(key) for r in theirs], rel=1e-3)
+        updates += [record["update"] for record in ours if "update" in record]
+        steps.append((len(ours), ours[-1]["num_steps"] - ours[-1]["step"]))
+    assert bool(updates) == ("spike" in option)  # or nothing is shown
+    assert any(left for _, left in steps) == ("early_stop" in option)
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: f"{engine.name} {engine.options}")

@@ -17,9 +17,10 @@ from lori_dist.cluster.launcher import train_task
 from lori_dist.config import Calibrate, Run
 from lori_dist.errors import ConfigError, Preempted
 from lori_dist.jobs import train_job
+from lori_dist.training.metrics import Record
 from lori_dist.training.preemption import Notice, Told, of_process
 from lori_dist.training.task import make_job
-from lori_dist.training.train import Record, train_together
+from lori_dist.training.train import train_together
 from lori_dist.training.world import from_environment
 from tests.distributed import run_distributed
 
