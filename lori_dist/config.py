@@ -1099,11 +1099,15 @@ def _compiled(run: Run) -> Iterator[str]:
 def _saved(run: Run) -> Iterator[str]:
     if not run.adapter.modules_to_save:
         return
-    if run.multitask.name != "independent":
+    if run.multitask.name == "joint" and run.multitask.options.get("projection") != "none":
         yield (
-            f"adapter.modules_to_save: cannot be combined with multitask {run.multitask.name}, where tasks would "
-            "share what is "
-            "trained in full; train them independent, or remove it"
+            "adapter.modules_to_save: cannot be combined with multitask joint, which projects the gradients of A and B "
+            "alone; set multitask.projection to none, or remove it"
+        )
+    elif run.multitask.name not in ("independent", "joint"):
+        yield (
+            f"adapter.modules_to_save: cannot be combined with multitask {run.multitask.name}, where each task adds "
+            "to what the earlier ones leave as it is; train them independent, or remove it"
         )
     if run.merges:
         yield (
@@ -1216,10 +1220,6 @@ PACKED = (
 def _packed_rows(run: Run) -> Iterator[str]:
     if not run.train.pack:
         return
-    if run.multitask.name == "joint":
-        yield (
-            "train.pack: cannot be combined with multitask joint, which distinguishes tasks by their rows; set only one"
-        )
     with contextlib.suppress(OSError, ValueError, AttributeError):  # the job says what is wrong with config.json
         settings = json.loads(read_regular(Path(run.model.path) / "config.json"))
         yield from unpackable(str(settings.get("model_type")))

@@ -98,7 +98,7 @@ class Replicated:
             losses.append(loss.detach())
         if tasks is not None:
             for path, gradient in tasks.gradient(self.parts("values"), self.num_steps).items():
-                self.parameters[path].grad = gradient
+                self.parameters[path].grad = gradient.view_as(self.parameters[path])
         norm = clip(self.parameters.values(), self.max_norm)
         result = finish(losses, norm)
         self.num_steps += update(self.optimizer, self.parameters, accept(result))

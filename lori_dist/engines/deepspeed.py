@@ -67,7 +67,6 @@ from lori_dist.training.world import World
 
 LIVE = 10**9
 """Entries that stage 3 keeps gathered (stage3_max_live_parameters, max_reuse_distance)."""
-LEAVES = (AdaptedExperts, RoutedLinear)
 BUCKET = 25_000_000
 """Entries reduced or gathered at once; a sparse adapter has about that many at 70B."""
 
@@ -243,10 +242,8 @@ class Partitioned:
         else:
             materialize(model, world.device)
             fill(model, weights, whole)
-        # Modules whose weights are used by others than their owner.
-        leaves = [kind for kind in LEAVES if any(isinstance(module, kind) for module in model.modules())]
-        if stage == 3 and leaves:
-            set_z3_leaf_modules(model, leaves)
+        if stage == 3 and any(isinstance(module, AdaptedExperts) for module in model.modules()):
+            set_z3_leaf_modules(model, [AdaptedExperts])  # their weights are used by others than their owner
         self.parameters: dict[str, Any] = trained(model)
         self.optimizer = adamw(self.parameters, train)
         self.model: Any
@@ -447,6 +444,9 @@ def _partition(model: nn.Module, weights: Weights, config: dict[str, Any], world
     if has_second:
         fill(model, weights, lambda parameter: _share(parameter.ds_secondary_tensor, parameter, init.rank_in_group))
     for module in model.modules():
+        if isinstance(module, RoutedLinear):  # which computes with what its updates hold, without calling them
+            for parameter in module.deltas.parameters():  # type: ignore[attr-defined]
+                deepspeed.zero.register_external_parameter(module, parameter)
         if type(module) is nn.Linear and not module.weight.requires_grad:
             module.forward = functools.partial(_linear, module)  # type: ignore[method-assign]
 

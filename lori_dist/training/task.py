@@ -363,9 +363,9 @@ class Course:
         """This rank's micro-batches of a step."""
         job, train, world = self.job, self.job.run.train, self.job.world
         pieces = data.micro_batches(rows, world.rank, world.size, train.micro_batch_size)
-        if job.joint is not None:
-            return joint_batches(rows, job.examples, job.joint.weights, pieces, job.pad_id)
         length = train.max_length if train.pack else None
+        if job.joint is not None:
+            return joint_batches(rows, job.examples, job.joint.weights, pieces, job.pad_id, length)
         return [data.collate([job.examples[0][row] for _, row in piece], job.pad_id, length) for piece in pieces]
 
     def seed(self) -> None:
