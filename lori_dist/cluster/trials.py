@@ -107,7 +107,7 @@ def _projections(run: Run, job: Job) -> dict[str, list[str]]:
 
 def _try(assignment: Assignment, weights: Sequence[Any], name: str) -> dict[str, float]:
     """Task -> what the search's metric says of the merge with these weights, on the rows of the search."""
-    with working(assignment, 0) as run:
+    with working([assignment], 0) as run:
         import torch
 
         from lori_dist.evaluation import evaluate

@@ -41,6 +41,6 @@ def compile_blocks(model: nn.Module, *, backend: str = "inductor") -> None:
     for module in model.modules():
         keeps_apart = isinstance(module, AdaptedLinear) and any(delta.per_task for delta in module.deltas)
         if keeps_apart or isinstance(module, RoutedLinear | RoutedModule):  # which look at each batch's rows
-            module.forward = torch._dynamo.disable(module.forward)  # type: ignore[method-assign]
+            module.forward = torch._dynamo.disable(module.forward)
     for block in found:
         block.forward = torch.compile(block.forward, backend=backend)

@@ -178,6 +178,7 @@ def test_whatever_one_task_can_have(run: Run, option: str, tmp_path: Path, monke
     for task in tree["tasks"].values():
         task["validation"] = run.tasks["long"].train
     tree = changed(tree, option, task="long", rows=run.tasks["middle"].train, start=start)
+    tree["evaluate"]["max_new_tokens"] = 8
     if "model" in OPTIONS[option]:
         tree["model"]["path"] = str(save(tiny(OPTIONS[option]["model"]), tmp_path / "mixture"))
     run = config.validate(tree)
