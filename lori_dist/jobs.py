@@ -133,7 +133,11 @@ def joint_job(run: config.Run, joint: Mapping[str, Any]) -> Job:
         seed=task_seed(run, JOINT),
         model=_model(run.model),
         tasks={
-            name: {"rows": sha256(task["train"]), "template": _template(run, task)}
+            name: {
+                "rows": sha256(task["train"]),
+                "template": _template(run, task),
+                **({} if run.train.validate_every is None else {"validation": sha256(task["validation"])}),
+            }
             for name, task in tree["tasks"].items()
         },
         joint=dict(joint),

@@ -242,12 +242,15 @@ class Group:
         data_wait = time.monotonic() - start
         results: dict[str, StepResult] = {}
 
-        def accept(result: StepResult) -> dict[str, bool]:
+        def accept(result: StepResult) -> bool | dict[str, bool]:
             results.update(self._results(result, active))
             answers = {task: course.divergence.accepts(results[task]) for task, course in courses.items()}
-            return {self._adapter(task): answers.get(task, False) for task in self.courses}
+            if self.routing is None:
+                return answers[active[0]]
+            return {task: answers.get(task, False) for task in self.courses}
 
-        lr = {self._adapter(task): rates.get(task, 0.0) for task in self.courses}
+        of_all = {task: rates.get(task, 0.0) for task in self.courses}
+        lr = of_all[active[0]] if self.routing is None else of_all
         if self.gradients is None:
             self.engine.step(batches, num_targets=num_targets, lr=lr, accept=accept)
         else:
