@@ -413,11 +413,10 @@ class Group:
 
     def _save(self, course: Course) -> None:
         job, end = course.job, course.end
-        task = next(task for task, one in self.courses.items() if one is course)
         checkpoint.save(
             job.folder / CHECKPOINTS,
             course.phase.name,
-            self.view(task),
+            self.view(job.task),
             job.world,
             origin=course.origin,
             keep=job.run.train.keep,
@@ -452,8 +451,7 @@ class Group:
         world, train, rows = job.world, job.run.train, num_rows(job)
         tokens = sum(example.num_tokens for examples in job.examples for example in examples)
         per_step = tokens / rows * train.batch_size
-        task = next(task for task, one in self.courses.items() if one is course)
-        values = sum(part.data.numel() for part in self.view(task).parts("values").values())
+        values = sum(part.data.numel() for part in self.view(job.task).parts("values").values())
         held, total = held_of_base(self.engine.model)
         return (
             f"phase {course.phase.name}, {course.phase.num_steps} steps of {train.batch_size} of {rows:,} rows (about "
