@@ -116,7 +116,12 @@ def joint_job(run: config.Run, joint: Mapping[str, Any]) -> Job:
         seed=task_seed(run, JOINT),
         model=_model(run.model),
         tasks={
-            name: {"rows": sha256(task.train), "template": _template(run, task)} for name, task in run.tasks.items()
+            name: {
+                "rows": sha256(task.train),
+                "template": _template(run, task),
+                **({} if run.train.validate_every is None else {"validation": sha256(str(task.validation))}),
+            }
+            for name, task in run.tasks.items()
         },
         joint=dict(joint),
         **_protocol(run),

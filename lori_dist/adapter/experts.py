@@ -73,7 +73,7 @@ class AdaptedExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states, (tokens, features); the experts of each token and their weights, (tokens, chosen)."""
         num_chosen, num_experts = top_k_index.shape[-1], cast(int, self.base.num_experts)
-        router, places, num_owners = self._router(), top_k_index.flatten(), 1
+        router, places, num_owners = self.router(), top_k_index.flatten(), 1
         if router is not None:  # an expert's tokens are then in the order of their adapters or tasks
             owners, num_owners = router.of_tokens(self.module, hidden_states) + 1, router.num_owners + 1
             places = places * num_owners + owners.repeat_interleave(num_chosen)
@@ -96,7 +96,7 @@ class AdaptedExperts(nn.Module):
         counts: list[int] = places.bincount(minlength=num_places).tolist()
         return counts
 
-    def _router(self) -> Routing | PerTask | None:
+    def router(self) -> Routing | PerTask | None:
         """What tells the tokens of several adapters, or of several tasks, apart."""
         [first] = self.first
         if isinstance(first, RoutedLinear):

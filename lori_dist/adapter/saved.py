@@ -131,6 +131,11 @@ class RoutedModule(nn.Module):
     def __init__(self, path: str, base: nn.Module, routing: Routing) -> None:
         super().__init__()
         self.path, self.routing = path, routing
+        if buffer := next((name for name, _ in base.named_buffers()), None):
+            raise AdapterError(
+                f"modules_to_save: {path} has a buffer ({buffer}), which cannot be kept apart for several adapters "
+                "over one base; train them one at a time (cluster.packing: off)"
+            )
         self.places = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
         copied = copy.deepcopy(base).requires_grad_(False)
         for module in copied.modules():  # the copies compute in the place of these
@@ -150,7 +155,12 @@ class RoutedModule(nn.Module):
         """Name in the module -> the parameter of one adapter."""
         return {name: getattr(self, f"copy_{number}_{place}") for place, name in enumerate(self.places)}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *more: Any, **options: Any) -> Tensor:
+        if more or options:
+            raise AdapterError(
+                f"modules_to_save: {self.path} is called with more than one tensor, so the rows of several adapters "
+                "cannot be kept apart; train them one at a time (cluster.packing: off)"
+            )
         segments = self.routing.segments(self.path, x if x.is_floating_point() else x[..., None])
         num_tokens, made = segments[-1].tokens.stop, []
         factor = num_tokens // x.shape[0]

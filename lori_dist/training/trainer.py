@@ -246,12 +246,15 @@ class Group:
         data_wait = time.monotonic() - start
         results: dict[str, StepResult] = {}
 
-        def accept(result: StepResult) -> dict[str, bool]:
+        def accept(result: StepResult) -> bool | dict[str, bool]:
             results.update(self._results(result, active))
             answers = {task: course.divergence.accepts(results[task]) for task, course in courses.items()}
-            return {self._adapter(task): answers.get(task, False) for task in self.courses}
+            if self.routing is None:
+                return answers[active[0]]
+            return {task: answers.get(task, False) for task in self.courses}
 
-        lr = {self._adapter(task): rates.get(task, 0.0) for task in self.courses}
+        of_all = {task: rates.get(task, 0.0) for task in self.courses}
+        lr = of_all[active[0]] if self.routing is None else of_all
         if self.gradients is None:
             self.engine.step(batches, num_targets=num_targets, lr=lr, accept=accept)
         else:
@@ -414,11 +417,10 @@ class Group:
 
     def _save(self, course: Course) -> None:
         job, end = course.job, course.end
-        task = next(task for task, one in self.courses.items() if one is course)
         checkpoint.save(
             job.folder / CHECKPOINTS,
             course.phase.name,
-            self.view(task),
+            self.view(job.task),
             job.world,
             origin=course.origin,
             keep=job.run.train.keep,
@@ -461,8 +463,7 @@ class Group:
         world, train, rows = job.world, job.run.train, num_rows(job)
         tokens = sum(example.num_tokens for examples in job.examples for example in examples)
         per_step = tokens / rows * train.batch_size
-        task = next(task for task, one in self.courses.items() if one is course)
-        values = sum(part.data.numel() for part in self.view(task).parts("values").values())
+        values = sum(part.data.numel() for part in self.view(job.task).parts("values").values())
         held, total = held_of_base(self.engine.model)
         return (
             f"phase {course.phase.name}, {course.phase.num_steps} steps of {train.batch_size} of {rows:,} rows (about "

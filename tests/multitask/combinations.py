@@ -15,7 +15,7 @@ from lori_dist.multitask import __file__ as package
 README = Path(package).parent / "README.md"
 BEGIN, END = "<!-- combinations: python -m tests.multitask.combinations -->", "<!-- end of combinations -->"
 
-SPIKES = {"spike": 1.001, "epochs": None, "steps": 14, "batch_size": 2, "checkpoint_every": 4}
+SPIKES = {"spike": 1.001, "lr": 1e-4, "epochs": None, "steps": 14, "batch_size": 2, "checkpoint_every": 4}
 OPTIONS: dict[str, dict[str, Any]] = {
     "train.validate_every": {"train": {"validate_every": 1, "early_stop": None}},
     "train.early_stop": {"train": {"validate_every": 1, "early_stop": 1, "lr": 0.3}},

@@ -207,6 +207,28 @@ def test_on_every_engine(run: Run, wanted: dict[str, Adapter], engine: Choice) -
         assert_equal(adapter(run, task), wanted[task])
 
 
+@pytest.mark.parametrize(
+    "engine", [ENGINES[1], ENGINES[5], *(pytest.param(ENGINES[n], marks=pytest.mark.slow) for n in (2, 3, 4))]
+)
+def test_whatever_one_task_can_have_where_it_is_sharded(run: Run, engine: Choice) -> None:
+    """States of one task are put back, its steps skipped, and its modules and A trained, beside those of others."""
+    tree = config.dump(run)
+    del tree["tasks"]["long"]["epochs"]
+    for task in tree["tasks"].values():
+        task["validation"] = run.tasks["long"].train
+    tree["adapter"] |= {"projection": "trained", "modules_to_save": ["norm", "lm_head"]}
+    guards = {"spike": 1.001, "on_divergence": "rollback", "validate_every": 3, "early_stop": 1}
+    tree["train"] |= {**guards, "epochs": None, "steps": 12, "batch_size": 2, "lr": 1e-4}
+    run = config.validate(tree)
+    run = replace(run, train=replace(run.train, engine=engine))
+    run_distributed(both, run, world_size=2)
+    for name in run.tasks:
+        separate = replace(run, name="alone")
+        assert_equal(adapter(run, name), adapter(separate, name))
+        about = [[(r["step"], r.get("update")) for r in records(one, name)] for one in (run, separate)]
+        assert about[0] == about[1]
+
+
 def test_tasks_that_were_killed_go_on_where_each_was(run: Run, wanted: dict[str, Adapter]) -> None:
     """In calibration, and with tasks at different steps in the sparse phase."""
     for moment in (("long", "calibrate", 3), ("middle", "train", 3), ("long", "train", 6)):
