@@ -89,7 +89,8 @@ def test_a_file_gets_lines_of_a_run_now_and_then() -> None:
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stderr == (
-        "1 of 4 jobs are done, at least 1:00:00 left; running: train-math train 7/9 loss 0.500 5,000 tokens/s 0:01:05 left\n"
+        "1 of 4 jobs are done, at least 1:00:00 left; "
+        "running: train-math train 7/9 loss 0.500 5,000 tokens/s 0:01:05 left\n"
     )
 
 

@@ -33,9 +33,10 @@ def status(root: Path) -> dict[str, Any]:
 
     `run`, `folder`, `driver` (the process that works on it, or None), `stopping` (whether it has been asked to end),
     `eta_seconds` until its end (None where that is not known), `eta_is_least` (whether there are jobs of which nothing
-    is known yet), `by_train` (whether the folder has training jobs of `lori train` alone, and no run) and `jobs`. Of each job, in the plan's order: `name`, `state` (waiting, running, finished, failed, blocked, or
-    interrupted: it ran, and its driver has gone), `needs`, `seconds`, `attempts` (how many; 0 where it was finished
-    before), `error` (of a job that is not finished: of its last attempt that has ended with one) and, of a training,
+    is known yet), `by_train` (whether the folder has training jobs of `lori train` alone, and no run) and `jobs`. Of
+    each job, in the plan's order: `name`, `state` (waiting, running, finished, failed, blocked, or interrupted: it ran,
+    and its driver has gone), `needs`, `seconds`, `attempts` (how many; 0 where it was finished before), `error` (of a
+    job that is not finished: of its last attempt that has ended with one) and, of a training,
     `phase`, `step` and `num_steps`: the last step that it has done; of one that does not run, `saved_step`: the step of
     that phase from which it resumes; of one that runs, `steps_per_second`, `tokens_per_second` and `eta_seconds`, until
     its end. None where that is not known. Raises JobError if there is no run in the folder.
