@@ -12,6 +12,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lori_dist.cluster.board import Progress
+from lori_dist.cluster.eta import Left
 
 SECONDS_BETWEEN_LINES = 30.0
 """Seconds between two lines in a log."""
@@ -27,28 +28,37 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
+def until(left: Left) -> str:
+    """Time until the end of a run: `about 1:05:09`, or `at least 1:05:09`."""
+    return f"{'at least' if left.is_least else 'about'} {duration(left.seconds)}"
+
+
 @contextmanager
 def of_run() -> Iterator[Callable[[Progress], None]]:
     """Gives what `cluster.run.execute` reports to. Shows how many jobs are done, and of each training that runs its
-    phase, step, loss, tokens/s and the time that is left.
+    phase, step, loss, tokens/s and the time that is left, which is also shown of the whole run.
 
     On a terminal that is a bar. Else it is lines of the log, every `SECONDS_BETWEEN_LINES`; that a job has started or
     ended is in the log in either case.
     """
     running: dict[str, str] = {}
     last = time.monotonic()
+    ends = ""
 
     def show(event: Progress) -> None:
-        nonlocal last
+        nonlocal last, ends
+        if event.left is not None:
+            ends = f", {until(event.left)} left"
         if event.state == "running":
             running[event.job] = _described(event)
         else:
             running.pop(event.job, None)
         bar.total, bar.n = event.num_jobs, event.num_done
-        bar.set_description_str("".join(f" | {text}" for text in running.values()))
+        bar.set_description_str(ends + "".join(f" | {text}" for text in running.values()))
         if bar.disable and running and time.monotonic() - last >= SECONDS_BETWEEN_LINES:
             last = time.monotonic()
-            log.info("%d of %d jobs are done; running: %s", event.num_done, event.num_jobs, "; ".join(running.values()))
+            done = f"{event.num_done} of {event.num_jobs} jobs are done{ends}"
+            log.info("%s; running: %s", done, "; ".join(running.values()))
 
     with _bar("{n_fmt}/{total_fmt} jobs [{elapsed}]{desc}") as bar:
         yield show

@@ -24,9 +24,10 @@ with progress.of_training("math") as show:
 RUN = """
 from lori_dist import progress
 from lori_dist.cluster.board import Progress
+from lori_dist.cluster.eta import Left
 with progress.of_run() as show:
     about = dict(state="running", seconds=1.0, num_done=1, num_jobs=4)
-    speed = dict(tokens_per_second=5000.0, eta_seconds=65.0)
+    speed = dict(tokens_per_second=5000.0, eta_seconds=65.0, left=Left(seconds=3600.0, is_least=True))
     show(Progress(job="train-math", phase="train", step=7, num_steps=9, loss=0.5, **speed, **about))
 """
 EVALUATION = """
@@ -58,7 +59,7 @@ def on_a_terminal(program: str) -> str:
     ("program", "told"),
     [
         (TRAINING, ["math: calibrate loss 2.000 1/3", "math: train loss 1.250 3/5", "12,346 tokens/s, 1:00:01 left"]),
-        (RUN, ["1/4 jobs", "train-math train 7/9 loss 0.500 5,000 tokens/s 0:01:05 left"]),
+        (RUN, ["1/4 jobs", "at least 1:00:00 left", "train-math train 7/9 loss 0.500 5,000 tokens/s 0:01:05 left"]),
         (EVALUATION, ["merged: loss of math 4/6"]),
     ],
     ids=["training", "run", "evaluation"],
@@ -88,7 +89,8 @@ def test_a_file_gets_lines_of_a_run_now_and_then() -> None:
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stderr == (
-        "1 of 4 jobs are done; running: train-math train 7/9 loss 0.500 5,000 tokens/s 0:01:05 left\n"
+        "1 of 4 jobs are done, at least 1:00:00 left; "
+        "running: train-math train 7/9 loss 0.500 5,000 tokens/s 0:01:05 left\n"
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from lori_dist import folder, storage
 from lori_dist.cluster import schedule
+from lori_dist.cluster.eta import Left, left
 from lori_dist.cluster.schedule import Resources
 from lori_dist.cluster.summary import ADAPTER, SUMMARY, attempts_of, last_saved, last_steps, speed, summarize
 from lori_dist.config import Run
@@ -46,6 +47,8 @@ class Progress:
     tokens_per_second: float | None = None
     eta_seconds: float | None = None
     """Seconds until the end of the training."""
+    left: Left | None = None
+    """Time until the end of the run."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -188,9 +191,22 @@ class Board:
         return bool(steps) and steps[-1].get("time", 0.0) >= self.states[job.name]["started"]
 
     def report_steps(self) -> None:
+        steps = {job.name: _last_step(self.run.folder, job) for job in self.named("running") if job.kind == "train"}
+        until_end = left(
+            [
+                {
+                    "name": job.name,
+                    "state": self.states[job.name]["state"],
+                    "needs": job.needs,
+                    "seconds": self.states[job.name].get("seconds", self.seconds(job)),
+                    "eta_seconds": steps.get(job.name, {}).get("eta_seconds"),
+                }
+                for job in self.jobs
+            ]
+        )
         for job in self.named("running"):
             if job.kind == "train":
-                self.progress(self._event(job, **_last_step(self.run.folder, job)))
+                self.progress(self._event(job, left=until_end, **steps[job.name]))
 
     def summary(self) -> dict[str, Any]:
         return {

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lori_dist import config, folder
+from lori_dist.cluster.eta import left
 from lori_dist.cluster.summary import SUMMARY, attempts_of, last_saved, last_steps, speed
 from lori_dist.errors import ConfigError, JobError
+from lori_dist.files import read_regular
 
 POLL_SECONDS = 0.2
 
@@ -30,38 +32,89 @@ def folder_of(run: str, overrides: list[str]) -> Path:
 def status(root: Path) -> dict[str, Any]:
     """Returns the state of the run in a folder as plain JSON.
 
-    `run`, `folder`, `driver` (the process that works on it, or None), `stopping` (whether it has been asked to end) and
-    `jobs`. Each job, in the plan's order, has `name`, `state` (waiting, running, finished, failed, blocked, or
-    interrupted: it ran, and its driver has gone), `needs`, `seconds`, `attempts` (their number; 0 if another run
-    finished it) and `error` (the last one, while the job is not finished). A training has its last step, as `phase`,
-    `step` and `num_steps`; while it does not run, `saved_step`, the step of that phase from which it resumes; while it
-    runs, `steps_per_second`, `tokens_per_second` and `eta_seconds`. What is not known is None. Raises JobError if there
-    is no run in the folder.
+    `run`, `folder`, `driver` (the process that works on it, or None), `stopping` (whether it has been asked to end),
+    `eta_seconds` until its end (None if it is not known), `eta_is_least` (whether there are jobs of which nothing is
+    known yet), `by_train` (whether the folder has training jobs of `lori train` alone, and no run) and `jobs`. Each
+    job, in the plan's order, has `name`, `state` (waiting, running, finished, failed, blocked, or interrupted: it ran,
+    and its driver has gone), `needs`, `seconds`, `attempts` (their number; 0 if another run finished it) and `error`
+    (the last one, while the job is not finished). A training has its last step, as `phase`, `step` and `num_steps`;
+    while it does not run, `saved_step`, the step of that phase from which it resumes; while it runs,
+    `steps_per_second`, `tokens_per_second` and `eta_seconds`. What is not known is None. Raises JobError if there is
+    no run in the folder.
     """
     driver = folder.owner(root)  # before the summary, which a driver writes before it goes
     summary = _summary(root)
+    by_train = summary is None
+    if summary is None:
+        summary = _of_trainings(root)
     states = {str(name): state for name, state in summary["jobs"].items()}
     for name in states:
         if re.fullmatch(JOB_NAME, name) is None:
             raise JobError(f"{root / SUMMARY}: {name!r} is not a job's name; the file is not one that `lori run` wrote")
     folder.check_entries(root)
+    jobs = [
+        _job(root, name, state, summary.get("needs", {}).get(name, []), is_alive=by_train or driver is not None)
+        for name, state in states.items()
+    ]
+    until_end = left(jobs)
     return {
         "run": str(summary.get("run")),
         "folder": str(root),
         "driver": None if driver is None else folder.shown_owner(driver),
         "stopping": driver is not None and folder.stop_requested(root, driver),
-        "jobs": [
-            _job(root, name, state, summary.get("needs", {}).get(name, []), is_alive=driver is not None)
-            for name, state in states.items()
-        ],
+        "eta_seconds": None if until_end is None else round(until_end.seconds, 1),
+        "eta_is_least": until_end is not None and until_end.is_least,
+        "by_train": by_train,
+        "jobs": jobs,
     }
 
 
-def _summary(root: Path) -> dict[str, Any]:
+QUIET_SECONDS = 60.0
+"""After so long without a step, or ten steps' time, a training of `lori train` counts as interrupted: no process is
+known that works on it."""
+
+
+def _of_trainings(root: Path) -> dict[str, Any]:
+    """As a summary, of what `lori train` has left in a run's folder. Raises JobError if there is nothing of it."""
+    states: dict[str, dict[str, Any]] = {}
+    for place in sorted(root.iterdir()) if root.is_dir() else ():
+        name = place.name.removeprefix(folder.PARTIAL)
+        if not name.startswith("train-") or re.fullmatch(JOB_NAME, name) is None:
+            continue
+        if place.name != name:
+            states[name] = _of_training(place)
+        elif name not in states and (record := _finished(place)) is not None:
+            states[name] = {"state": "finished", **record}
+    if not states:
+        raise JobError(f"{root}: no run was started here; start one with `lori run`")
+    return {"run": root.name, "jobs": states}
+
+
+def _finished(place: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads(read_regular(place / folder.FINISHED).decode())
+        return {"seconds": float(record["seconds"]), "attempts": list(record["attempts"])}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # not one that a training has published
+        return None
+
+
+def _of_training(partial: Path) -> dict[str, Any]:
+    attempts, records = attempts_of(partial), last_steps(partial)
+    if not attempts:
+        return {"state": "interrupted"}
+    last = attempts[-1]
+    pace = speed(records).get("steps_per_second")
+    quiet = time.time() - max(last["started"], records[-1]["time"] if records else 0.0)
+    is_running = last["seconds"] is None and quiet < max(QUIET_SECONDS, 10 / pace if pace else 0.0)
+    return {"state": "running" if is_running else "interrupted", "begun": True, "started": last["started"]}
+
+
+def _summary(root: Path) -> dict[str, Any] | None:
+    """What a run has written of itself; None where there was none."""
     try:
         tree = json.loads((root / SUMMARY).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise JobError(f"{root}: no run was started here; start one with `lori run`") from error
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError) as error:
         raise JobError(f"{root / SUMMARY}: cannot be read ({error}); run it again") from error
     if not isinstance(tree, dict) or not _is_mapping_of_mappings(tree.get("jobs")):
@@ -137,8 +190,8 @@ def _row(job: Mapping[str, Any]) -> tuple[str, ...]:
         job["name"],
         job["state"],
         _progress(job),
-        _duration(job["seconds"]),
-        _duration(job["eta_seconds"]),
+        duration(job["seconds"]),
+        duration(job["eta_seconds"]),
         speed,
         str(job["attempts"] or ""),
         ", ".join(job["needs"]),
@@ -156,7 +209,8 @@ def _progress(job: Mapping[str, Any]) -> str:
     return f"{done}, saved" if job["saved_step"] == job["step"] else f"{done}, {job['saved_step'] or 'none'} saved"
 
 
-def _duration(seconds: float | None) -> str:
+def duration(seconds: float | None) -> str:
+    """Hours, minutes and seconds; nothing where they are not known."""
     if seconds is None:
         return ""
     minutes, rest = divmod(round(seconds), 60)

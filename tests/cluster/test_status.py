@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from lori_dist import folder
 from lori_dist.__main__ import main
+from lori_dist.cluster.eta import left
 from lori_dist.cluster.status import status, stop
 from lori_dist.errors import JobError
 
@@ -163,6 +164,57 @@ def test_the_command_prints_a_table_or_json(run: Path, capsys: pytest.CaptureFix
     assert lines[1].endswith("row 8")
     assert main(["status", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == status(run)
+
+
+def test_training_jobs_of_lori_train_are_shown_without_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "summary.json").unlink()
+    done = run / "train-code"
+    done.mkdir()
+    (done / "job.json").write_text(json.dumps({"seconds": 3.5, "attempts": [{"number": 1}]}))
+    now = time.time()
+    (run / ".partial-train-math" / "metrics.jsonl").write_text("".join(record(n, at=now - 6 + n) for n in range(1, 7)))
+    found = status(run)
+    assert found["by_train"] and found["driver"] is None
+    assert [(one["name"], one["state"]) for one in found["jobs"]] == [
+        ("train-math", "running"),
+        ("train-code", "finished"),
+    ]
+    assert job(found, "train-math")["step"] == 6 and job(found, "train-math")["eta_seconds"] == 44.0
+    assert job(found, "train-code")["seconds"] == 3.5
+    assert found["eta_seconds"] == 44.0 and not found["eta_is_least"]
+    assert main(["status", str(run)]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith(f"{run}: training jobs that `lori train` has started; ") and first.endswith("0:00:44 left")
+    long_ago = "".join(record(n, at=now - 600 + n) for n in range(1, 7))
+    (run / ".partial-train-math" / "metrics.jsonl").write_text(long_ago)
+    started = {"number": 2, "started": now - 700, "seconds": None, "error": None}
+    (run / ".partial-train-math" / "attempts.json").write_text(json.dumps({"attempts": [started]}))
+    assert job(status(run), "train-math")["state"] == "interrupted"
+
+
+def one(
+    name: str, state: str, seconds: float | None = None, eta: float | None = None, needs: Any = ()
+) -> dict[str, Any]:
+    return {"name": name, "state": state, "seconds": seconds, "eta_seconds": eta, "needs": needs}
+
+
+def test_the_time_of_a_whole_run_follows_from_jobs_that_run_or_are_done() -> None:
+    trainings = ("train-c", "train-d", "train-e")
+    jobs = [
+        one("train-a", "finished", 100.0),
+        one("train-b", "running", 40.0, 60.0),
+        *(one(name, "waiting") for name in trainings),
+        one("merge-m", "waiting", needs=("train-b", *trainings)),
+    ]
+    alone = left(jobs)  # one at a time: the rest of b, three of 100 s, and a merge of which nothing is known
+    assert alone is not None and (alone.seconds, alone.is_least) == (360.0, True)
+    jobs[2] = one("train-c", "running", 10.0, 100.0)
+    jobs.append(one("merge-n", "finished", 7.0))
+    both = left(jobs)  # two at a time: d after b until 160, e after c until 200, then the merge
+    assert both is not None and (both.seconds, both.is_least) == (207.0, False)
+    assert left([one("train-a", "finished", 100.0), one("train-b", "interrupted", 3.0)]) is None
+    first = left([one("train-a", "running", 5.0), one("train-b", "waiting")])  # before the first steps
+    assert first is not None and first.is_least
 
 
 def test_a_folder_without_a_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
