@@ -66,6 +66,7 @@ def _held(adapter: "Adapter") -> int:
 
 
 def size(kept: int, total: int) -> str:
+    """The share of B's entries that is kept, in words."""
     return f"keeps {kept:,} of {total:,} entries of B ({100 * kept / max(1, total):.2f}%)"
 
 

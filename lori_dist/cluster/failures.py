@@ -248,6 +248,7 @@ class Member:
         self.peers = watch(world, self._leave)
 
     def done(self) -> NoReturn:
+        """Exits with code 0, after the others know that this rank is done."""
         if self.peers is not None:
             self.peers.close()
         sys.stdout.flush()

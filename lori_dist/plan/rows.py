@@ -44,6 +44,7 @@ class Lengths:
 
     @property
     def mean(self) -> float:
+        """Mean tokens of a row."""
         return float(self.tokens.mean())
 
 
