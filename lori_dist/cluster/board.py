@@ -209,7 +209,7 @@ class Board:
 
     def _change(self, job: Job, state: str, **more: Any) -> None:
         self.states[job.name] = {"state": state, **more}
-        log.info("%s: %s", job.name, _told(self.states[job.name]))
+        log.info("%s: %s", job.name, _described(self.states[job.name]))
         self.progress(self._event(job))
 
     def _event(self, job: Job, **more: Any) -> Progress:
@@ -250,7 +250,7 @@ def _saved(run: Run, job: Job) -> dict[str, str]:
     return {"saved": f"step {found['step']}{of} of phase {found['phase']}"}
 
 
-def _told(state: Mapping[str, Any]) -> str:
+def _described(state: Mapping[str, Any]) -> str:
     match state:
         case {"state": "failed", "error": error}:
             return f"failed: {error}"
