@@ -132,6 +132,7 @@ def packs(ready: Iterable[Job], packing: str | int) -> list[tuple[Job, ...]]:
 
 
 def may_be_packed(job: Job) -> bool:
+    """Whether a job may share a gang with others: an evaluation, or a task's training that reads no other result."""
     if job.kind == "evaluate":
         return True
     return job.kind == "train" and not job.needs and not {"joint", "sequel"} & set(job.settings)

@@ -200,6 +200,7 @@ def merge_adapters(assignment: Assignment) -> dict[str, Any]:
 
 
 def merged(run: Run, assignment: Assignment, weights: Sequence[Any], out: Path, **spread: Any) -> dict[str, Any]:
+    """Writes the merge of the job's adapters to `out`. Returns the result of `merge_files`, which gets `spread`."""
     from lori_dist.merges import merge_files
 
     method = dict(assignment.job.settings["method"])

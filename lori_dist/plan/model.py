@@ -171,6 +171,7 @@ def _attention_of(run: Run) -> dict[str, str]:
 
 
 def spec(run: Run) -> Spec:
+    """The Spec of a run's adapters."""
     adapter = run.adapter
     return Spec(
         rank=adapter.rank,

@@ -33,6 +33,7 @@ class Placement:
 
     @property
     def name(self) -> str:
+        """Name of the engine with its options, for tables."""
         shown = ", ".join(f"{key}={value}" for key, value in self.options.items())
         return f"{self.engine} ({shown})" if shown else self.engine
 
@@ -157,6 +158,7 @@ def memory(
 def load_of(
     model: Counted, placement: Placement, *, kept: int, micro_batches: int, nodes: int = 1, tasks: int = 0
 ) -> Load:
+    """The Load that an engine's `memory` and `traffic` take."""
     trained = (kept + model.whole) * model.adapters
     return Load(ranks=placement.ranks, nodes=nodes, trained=trained, micro_batches=micro_batches, tasks=tasks)
 

@@ -44,6 +44,7 @@ class Lengths:
 
     @property
     def mean(self) -> float:
+        """Mean tokens of a row."""
         return float(self.tokens.mean())
 
 
@@ -164,7 +165,7 @@ def _is_compressed(path: str) -> bool:
     return path.lower().endswith((".gz", ".bz2", ".xz", ".zst", ".zip", ".parquet"))
 
 
-def said(found: Sequence[Lengths], model: str) -> str:
+def how_counted(found: Sequence[Lengths], model: str) -> str:
     """A sentence for people on how the rows were counted."""
     tokens = np.concatenate([one.tokens for one in found])
     number, counted = sum(one.number for one in found), len(tokens)
