@@ -214,7 +214,7 @@ def _chat(row: Mapping[str, Any], field: str, template: config.Template) -> Chat
 
 
 def _message(message: Any, where: str, *, is_sharegpt: bool) -> Message:
-    """With a role, and content that is text: "" where an assistant calls tools and says nothing."""
+    """A message with a role and with content that is text: "" where an assistant calls tools and says nothing."""
     if is_sharegpt:
         message = _of_sharegpt(message, where)
     has_calls = isinstance(message, dict) and bool(message.get("tool_calls"))

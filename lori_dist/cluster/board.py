@@ -132,7 +132,7 @@ class Board:
         return sorted(possible, key=lambda job: -lengths[job.name])
 
     def startable(self, nodes: Sequence[Resources]) -> list[tuple[Job, ...]]:
-        """What is to start now; jobs that one gang is to do together.
+        """The jobs to start now; those that one gang does together are in one tuple.
 
         Evaluations wait for each other: all models are evaluated in one pass over the base.
         """

@@ -50,7 +50,7 @@ def evaluate_models(
 
 
 def intervals_beside(out: Path) -> Matrix | None:
-    """Those that were written with the figures in a file; None where there are none."""
+    """The intervals that were written with the figures in a file; None if there are none."""
     path = _beside(out, "intervals.json")
     found: Matrix | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     return found

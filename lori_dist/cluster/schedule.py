@@ -50,7 +50,7 @@ class Shape:
 
 
 def wanted(job: Job, cluster: Cluster) -> Shape:
-    """What a job takes where nothing is missing."""
+    """The shape of a job if the cluster has all that it asks for."""
     if job.kind in GANGS:
         part = Resources(cpus=cluster.cpus_per_worker, gpus=cluster.gpus_per_worker)
         return Shape(count=cluster.workers, part=part, placement=cluster.placement)

@@ -186,6 +186,7 @@ def rehearse_rank(rehearsal: Rehearsal) -> dict[str, Any]:
 
 
 def merge_adapters(assignment: Assignment) -> dict[str, Any]:
+    """Does a merge, in a Ray task. Returns its result."""
     with working([assignment], 0) as run:
         settings = assignment.job.settings
         weights = [dict(weight) if isinstance(weight, list) else weight for weight in settings["weights"]]

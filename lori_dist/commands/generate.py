@@ -42,7 +42,7 @@ examples:
 NARROWEST, GAP = 16, 2
 """Characters of a column, and between two."""
 ALIVE_SECONDS = 60.0
-"""After which ranks that wait for a line are told that nobody has typed one: no collective waits for minutes."""
+"""Seconds after which ranks that wait for a line hear that nobody has typed one: no collective waits for minutes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -137,7 +137,7 @@ def _adapters(described: config.Run, words: Sequence[str]) -> dict[str, Path | N
 
 
 def _filled(described: config.Run, task: str | None) -> Callable[[str], str]:
-    """What makes a prompt of a text, by the template of a task."""
+    """Returns a function that makes a prompt of a text, by the template of a task."""
     if task is None:
         return lambda text: text
     if task not in described.tasks:

@@ -107,7 +107,7 @@ RESERVED = (
     "max_length", "messages", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize",
     "tokenizer_kwargs", "tools", "truncation",
 )  # fmt: skip
-"""What a chat template is given, or transformers takes, from elsewhere."""
+"""Variables of chat templates, or arguments of transformers, that have another source."""
 
 
 def _reserved_arguments(arguments: Mapping[str, Any]) -> Iterator[str]:
@@ -277,9 +277,9 @@ class Template:
     tools: Annotated[Text | None, Fingerprint.IF_SET] = None
     """Field with the JSON schemas of the tools that a chat may call, as a list or as JSON text."""
     arguments: Annotated[dict[str, Any], Check(_reserved_arguments), Fingerprint.IF_SET] = field(default_factory=dict)
-    """What the chat template takes besides the messages, such as {enable_thinking: false}."""
+    """Variables of the chat template besides the messages, such as {enable_thinking: false}."""
     train_on: Annotated[Literal["last", "all"], Fingerprint.IF_SET] = "last"
-    """Which answers of a chat are learned; evaluation always asks for the last."""
+    """Answers of a chat that are learned; evaluation always asks for the last."""
     date: Annotated[Date | None, Fingerprint.IF_SET] = None
     """Date that a chat template writes as today's, as 2026-01-31; null: 2024-07-26, so that the text of a run is the
     same on every day."""
@@ -325,7 +325,7 @@ class Task:
 
     @property
     def test_template(self) -> Template:
-        """How test rows read: of a chat, the last answer is asked for."""
+        """The template of test rows: in a chat, the last answer is asked for."""
         return replace(self.template, train_on="last")
 
 
@@ -464,7 +464,7 @@ class LmEval:
 
 @section
 class Evaluate:
-    """How base, adapters and merges are measured on every task's test rows."""
+    """Measurements of base, adapters and merges on every task's test rows."""
 
     engine: Annotated[Choice | None, Chosen, PLACERS, Fingerprint.NEVER] = None
     """Engine that holds the base, sharded or on every rank, while the ranks divide the rows: ddp, fsdp or {name:
@@ -535,7 +535,7 @@ class Run:
     merges: dict[Name, Merge] = field(default_factory=dict)
     """Merged adapters by name."""
     evaluate: Evaluate = field(default_factory=Evaluate)
-    """How base, adapters and merges are measured on every task's test rows."""
+    """Measurements of base, adapters and merges on every task's test rows."""
     cluster: Annotated[Cluster, Fingerprint.NEVER] = field(default_factory=Cluster)
     """Cluster that the jobs run on, and the room that they take there."""
     trackers: Annotated[tuple[str, ...], Listed, Check(_trackers, is_of_this_machine=True), Fingerprint.NEVER] = (

@@ -166,9 +166,9 @@ def load_of(
 OF_ROWS = (
     "block_activations", "blocks_activations", "block_gradients", "block_input", "other_activations", "tokens",
 )  # fmt: skip
-"""What is proportional to the rows of a micro-batch,"""
+"""Counts that are proportional to the rows of a micro-batch."""
 OF_ADAPTERS = ("projections", "widest_b", *OF_ROWS)
-"""and to the adapters over a base, each of which has rows of its own."""
+"""Counts that are proportional to the adapters over a base, each of which has rows of its own."""
 
 
 def with_adapters(model: Counted, number: int) -> Counted:

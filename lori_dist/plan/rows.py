@@ -147,7 +147,7 @@ def _tokenizer(run: Run) -> PreTrainedTokenizerBase | None:
 
 
 def _estimated(text: rows.Text) -> int:
-    """Of (prompt, response), or of a chat, with bos and eos."""
+    """Estimated tokens of (prompt, response), or of a chat, with bos and eos."""
     if isinstance(text, rows.Chat):
         more = [json.dumps(calls) for message in text.messages if (calls := message.get("tool_calls"))]
         parts = [

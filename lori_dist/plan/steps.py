@@ -74,10 +74,10 @@ class Member:
     """A task, or `joint`."""
     train: Train
     streams: tuple[Stream, ...]
-    """One, or those of the tasks of a joint training."""
+    """One stream, or one for each task of a joint training."""
     phases: tuple[Phase, ...]
     sampling: Mapping[str, Any] = field(default_factory=dict)
-    """How many rows in a batch are of each task, as a joint job's settings say."""
+    """Numbers of rows of each task in a batch, as a joint job's settings give them."""
     validation: tuple[Lengths, ...] = ()
 
     @property
