@@ -1,6 +1,7 @@
 """Imports point inward only: seen in the source, and in what a fresh process has loaded."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -178,6 +179,14 @@ def spoil(source: Path, line: str) -> None:
 
 def test_every_part_of_the_package_has_a_ring() -> None:
     assert set(parts_of(PACKAGE)) <= set().union(*RINGS)
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("__init__.py")), ids=lambda file: file.parent.name)
+def test_every_package_says_what_is_in_it_and_names_only_files_that_exist(file: Path) -> None:
+    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    assert len(text.split()) >= 25 and len(text.splitlines()) <= 11
+    for name in re.findall(r"[\w./]+\.(?:py|md)\b", text):
+        assert any((place / name).exists() for place in (file.parent, PACKAGE, PACKAGE.parent)), name
 
 
 def test_imports_point_inward() -> None:

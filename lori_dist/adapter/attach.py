@@ -201,18 +201,32 @@ def adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
     return {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+def trainable(model: nn.Module, adapter: str | None = None) -> dict[str, nn.Parameter]:
     """Module path -> the kept entries being trained, (kept,). Modules that keep none are absent.
 
+    Of a model that trains several adapters: `path@name` -> the same; adapter: those of one of them alone.
     What `fully_shard` has sharded is a DTensor, also after a forward pass that has left it gathered.
     """
+    _check_named(model, adapter)
     sharded.reshard(model)
     return {
-        path: delta.values
+        name: parameter
         for path, layer in adapted(model).items()
         for delta in layer.deltas
-        if delta.values is not None and delta.values.requires_grad
+        for name, parameter in delta.trainable(path, adapter).items()
     }
+
+
+def _several(model: nn.Module) -> tuple[str, ...]:
+    """The names of the adapters that `attach_several` has put on a model; none of other models."""
+    found = getattr(sharded.unwrapped(model), ATTACHED, None)
+    return tuple(found) if isinstance(found, Mapping) else ()
+
+
+def _check_named(model: nn.Module, adapter: str | None) -> None:
+    if adapter is not None and adapter not in (names := _several(model)):
+        known = f"there are {', '.join(names)}.{nearest(adapter, names)}" if names else "the model has one, unnamed"
+        raise AdapterError(f"adapter: unknown adapter {adapter!r}; {known}")
 
 
 def trainable_projections(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -225,29 +239,26 @@ def trainable_projections(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def dense(model: nn.Module) -> dict[str, Tensor]:
+def dense(model: nn.Module, adapter: str | None = None) -> dict[str, Tensor]:
     """Module path -> B of a model being trained, (out_features, rank), fp32 on the CPU: what masks are chosen from.
 
-    A collective where the model is sharded: every rank calls it and gets all. Entries that are not kept are zero.
+    adapter: the name of one of several. A collective where the model is sharded: every rank calls it and gets all.
+    Entries that are not kept are zero. Raises AdapterError for a name that no adapter has.
     """
-    return {path: entries.dense(*_shape(model, path)) for path, entries in _entries(model).items()}
-
-
-def _shape(model: nn.Module, path: str) -> tuple[int, int]:
-    [delta] = adapted(model)[path].deltas
-    return delta.out_features, delta.rank
-
-
-def _entries(model: nn.Module) -> dict[str, Entries]:
-    layers = adapted(model)
-    return {
-        path: Entries(index=_index(layers[path].deltas[0]), values=sharded.full(values))
-        for path, values in trainable(model).items()
-    }
+    if adapter is None and (names := _several(model)):
+        raise AdapterError(f"adapter: the model has {', '.join(names)}; name one of them")
+    _check_named(model, adapter)
+    sharded.reshard(model)
+    found = {}
+    for path, delta in _deltas(adapted(model)):
+        for values in delta.trainable(path, adapter).values():
+            entries = Entries(index=_on_cpu(delta.index_of(adapter)), values=sharded.full(values))
+            found[path] = entries.dense(delta.out_features, delta.rank)
+    return found
 
 
 @torch.no_grad()
-def sparsify(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+def sparsify(model: nn.Module, masks: Mapping[str, Tensor] | Mapping[str, Mapping[str, Tensor]]) -> None:
     """Makes of an adapter that was trained dense (LoRI-D) the sparse one to train next (LoRI-S), in place.
 
     masks: module path -> (out_features, rank) bool, for every target, as the functions of lori_dist.masks give them
@@ -255,25 +266,35 @@ def sparsify(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     parameters are new, so the optimizer must be. The base stays where it is: with `fully_shard`, the new parameters
     take the place of the old in its groups; with DeepSpeed, call engine.destroy() before this and
     deepspeed.initialize after it.
+    Of a model with several adapters, masks are those of all of them: name -> module path -> mask.
     Raises AdapterError for a model that has no dense adapter to train, for masks that do not fit, and for what DDP or
     DeepSpeed have made around a model, which is to be made again around the new parameters.
     """
     sharded.refuse_wrapped(model)
     model = sharded.unwrapped(model)
     layers, spec = _attached(model), getattr(model, ATTACHED)
-    if not isinstance(spec, Spec) or any(delta.index is not None for _, delta in _deltas(layers)):
+    names: Sequence[str | None] = _several(model) or (None,)
+    specs = [spec[name] for name in names] if isinstance(spec, Mapping) else [spec]
+    indices = [delta.index_of(name) for _, delta in _deltas(layers) for name in names]
+    if not all(isinstance(one, Spec) for one in specs) or any(index is not None for index in indices):
         raise AdapterError("model: has no dense adapter that is trained; attach(model, spec) without masks first")
     if sharded.has_engine(model):
         raise AdapterError(
             "model: is trained by an engine of DeepSpeed, which does not take new parameters; call engine.destroy() "
             "first, and deepspeed.initialize after sparsify"
         )
-    _refuse_other_modules(masks, layers)
-    positions = {path: _positions(path, masks, (delta.out_features, delta.rank)) for path, delta in _deltas(layers)}
+    if isinstance(spec, Mapping):
+        from lori_dist.adapter import packed  # which is made of what is here
+
+        packed.sparsify(model, cast(Mapping[str, Mapping[str, Tensor]], masks))
+        return
+    masks = cast(Mapping[str, Tensor], masks)
+    refuse_other_modules(masks, layers)
+    of_modules = {path: positions(path, masks, (delta.out_features, delta.rank)) for path, delta in _deltas(layers)}
     sharded.reshard(model)
     places = sharded.forget(model, [delta for _, delta in _deltas(layers)])
     for path, delta in _deltas(layers):
-        delta.restrict(positions[path])
+        delta.restrict(of_modules[path])
     saved.begin_again(model)
     if sharded.is_fully_sharded(model):
         sharded.join(model, _deltas(layers), places)
@@ -311,13 +332,20 @@ def extract(
 
     A collective where the model is sharded, by `fully_shard` or at ZeRO's stage 3: every rank calls it, and gets all.
 
-    name: of the task. values: module path -> (kept,) on the CPU replaces the parameters; they are not copied. A trained
-    A, (rank * in_features,), has the key `per_task.of_a(path)`, and a parameter that is trained in full, flat,
-    `saved.key(name)`. base: identity of the base model.
+    name: of the task, or of one of several adapters. values: module path -> (kept,) on the CPU replaces the parameters;
+    they are not copied. A trained A, (rank * in_features,), has the key `per_task.of_a(path)`, and a parameter that is
+    trained in full, flat, `saved.key(name)`. base: identity of the base model.
     Raises AdapterError for a model whose adapter was attached ready-made and is not trained.
     """
     model = sharded.unwrapped(model)
     layers, spec = _attached(model), getattr(model, ATTACHED)
+    if isinstance(spec, Mapping):
+        from lori_dist.adapter import packed  # which is made of what is here
+
+        _check_named(model, name)
+        if isinstance(spec[name], Adapter):
+            raise AdapterError(f"{name}: is an adapter that was trained before; save that one itself")
+        return packed.extract(model, name, values, base=base)
     if isinstance(spec, Adapter) and not trainable(model):
         raise AdapterError("model: holds an adapter that was trained before; save that one itself, or attach a Spec")
     if values is None:
@@ -351,7 +379,11 @@ def extract(
 
 def _index(delta: Delta) -> Tensor | None:
     """Not a copy where it need not be: positions never change."""
-    return None if delta.index is None else delta.index.cpu()
+    return _on_cpu(delta.index)
+
+
+def _on_cpu(index: Tensor | None) -> Tensor | None:
+    return None if index is None else index.cpu()
 
 
 def _attached(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -366,14 +398,14 @@ def _from_spec(
     bases = match(model, spec.targets, spec.modules_to_save, spec.exclude)
     if before is not None:
         _refuse_other_projection(before, spec, {path: features(base) for path, base in bases.items()})
-    _refuse_other_modules(masks or {}, bases)
+    refuse_other_modules(masks or {}, bases)
     return {path: AdaptedLinear(base, [_delta(path, base, spec, masks, before)]) for path, base in bases.items()}
 
 
-def _refuse_other_modules(masks: Mapping[str, Tensor], targets: Mapping[str, nn.Module]) -> None:
+def refuse_other_modules(masks: Mapping[str, Tensor], targets: Mapping[str, nn.Module], where: str = "") -> None:
     for path in masks:
         if path not in targets:
-            raise AdapterError(f"masks: there is a mask for {path}, which is not a target; {_listing(targets)}")
+            raise AdapterError(f"{where}masks: there is a mask for {path}, which is not a target; {_listing(targets)}")
 
 
 def _refuse_other_projection(before: Adapter, spec: Spec, shapes: Mapping[str, tuple[int, int]]) -> None:
@@ -408,7 +440,7 @@ def _sum(adapter: Adapter, path: str) -> Kept | None:
 
 def _delta(path: str, base: nn.Module, spec: Spec, masks: Mapping[str, Tensor] | None, before: Adapter | None) -> Delta:
     out_features, in_features = features(base)
-    index = None if masks is None else _positions(path, masks, (out_features, spec.rank))
+    index = None if masks is None else positions(path, masks, (out_features, spec.rank))
     return Delta(
         module=path,
         in_features=in_features,
@@ -425,7 +457,7 @@ def _delta(path: str, base: nn.Module, spec: Spec, masks: Mapping[str, Tensor] |
     )
 
 
-def _positions(path: str, masks: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor | None:
+def positions(path: str, masks: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor | None:
     """Flat positions of a module's kept entries, int32; None for all of them."""
     if path not in masks:
         raise AdapterError(f"masks: no mask for {path}; give one for every target, or none at all")

@@ -66,14 +66,18 @@ class AdaptedExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states, (tokens, features); the experts of each token and their weights, (tokens, chosen)."""
-        num_chosen, num_experts = top_k_index.shape[-1], cast(int, self.base.num_experts)
+        num_chosen = top_k_index.shape[-1]
         order = top_k_index.flatten().argsort(stable=True)
-        counts = top_k_index.flatten().bincount(minlength=num_experts).tolist()
-        inputs = torch.split(hidden_states[order // num_chosen], counts)
+        inputs = torch.split(hidden_states[order // num_chosen], self.count(top_k_index))
         outputs = torch.cat([self._expert(number, x) for number, x in enumerate(inputs)])
         weighted = outputs * top_k_weights.flatten()[order, None]
         back = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
         return weighted[back].view(*top_k_index.shape, -1).sum(-2).to(hidden_states.dtype)
+
+    def count(self, top_k_index: Tensor) -> list[int]:
+        """How many tokens each expert has."""
+        counts: list[int] = top_k_index.flatten().bincount(minlength=cast(int, self.base.num_experts)).tolist()
+        return counts
 
     def _expert(self, number: int, x: Tensor) -> Tensor:
         base = cast(Any, self.base)

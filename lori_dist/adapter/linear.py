@@ -323,6 +323,14 @@ class Delta(nn.Module):
         held = (self.projection, self.values, self.index)  # a layer that has no values has an index
         return next(tensor.device for tensor in held if tensor is not None)
 
+    def trainable(self, path: str, adapter: str | None = None) -> dict[str, nn.Parameter]:
+        """Path -> the entries being trained; nothing where there are none. It has one adapter, without a name."""
+        return {path: self.values} if self.values is not None and self.values.requires_grad else {}
+
+    def index_of(self, adapter: str | None = None) -> Tensor | None:
+        """(kept,), int32, positions in the flat (out_features, rank); None for all."""
+        return self.index
+
     def restrict(self, index: Tensor | None) -> None:
         """From here on only these entries of B are kept, from zero, and a trained A is what it began as.
 

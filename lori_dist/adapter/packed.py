@@ -16,9 +16,20 @@ from torch.autograd.function import once_differentiable
 
 from lori_dist.adapter import sharded
 from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec
-from lori_dist.adapter.attach import ATTACHED, adapted, checked_projection, match, put, refuse_adapted, trained_on
+from lori_dist.adapter.attach import (
+    ATTACHED,
+    adapted,
+    checked_projection,
+    match,
+    positions,
+    put,
+    refuse_adapted,
+    refuse_other_modules,
+    trained_on,
+)
 from lori_dist.adapter.experts import Expert
 from lori_dist.adapter.linear import AdaptedLinear, features, shaped
+from lori_dist.adapter.probe import probe
 from lori_dist.adapter.projection import Recipe, checksum
 from lori_dist.errors import AdapterError
 from lori_dist.plugin import nearest
@@ -30,6 +41,8 @@ class Routing:
 
     names: tuple[str, ...]
     """Of the adapters."""
+    collects: bool = False
+    """Whether the backward pass adds gradients to `sums`, and gives parameters none, so that no engine reduces them."""
     groups: tuple[int, ...] = ()
     """The adapter of each of as many equal groups, into which the batch's rows are divided in their order. -1: none."""
     num_rows: int = 0
@@ -117,20 +130,26 @@ class _Grouped(torch.autograd.Function):
         layer: PackedDelta = ctx.layer
         of_groups = grad.reshape(*reduced.shape[:2], -1)
         a, b = layer.operands(ctx.groups, values, grad.dtype)
+        grads: tuple[Tensor | None, ...] = (None,) * len(values)
         if any(ctx.needs_input_grad[3:]):
-            layer.add_gradients(ctx.groups, torch.bmm(of_groups.mT, reduced))
+            grad_b = torch.bmm(of_groups.mT, reduced)
+            if layer.routing.collects:
+                layer.add_gradients(ctx.groups, grad_b)
+            else:
+                grads = layer.gradients(ctx.groups, grad_b, values)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.bmm(torch.bmm(of_groups, b).mul_(layer.scale), a).to(ctx.x_dtype).view(ctx.x_shape)
-        return grad_x, grad if ctx.needs_input_grad[1] else None, None, *(None for _ in values)
+        return grad_x, grad if ctx.needs_input_grad[1] else None, None, *grads
 
 
 class PackedDelta(nn.Module):
     """The updates of several adapters for one module: adds to each group of rows that of its own.
 
     A parameter, or a buffer where nothing is trained, for each adapter that keeps entries here: `values_0`, ... Their A
-    are one buffer; adapters of smaller rank have rows of zeros. While it is trained, the backward pass gives parameters
-    no gradient: it adds them to the sums of its routing.
+    are one buffer; adapters of smaller rank have rows of zeros. Every parameter has a gradient after a backward pass,
+    zero where the batch has no rows of its adapter, so that ranks reduce the same ones; or all gradients are added to
+    the sums of the routing, if it `collects` them.
     """
 
     projections: Tensor  # (adapters, rank, in_features)
@@ -180,6 +199,24 @@ class PackedDelta(nn.Module):
         """The adapters that keep entries here."""
         return [number for number, values in enumerate(self._values()) if values is not None]
 
+    def trainable(self, path: str, adapter: str | None = None) -> dict[str, nn.Parameter]:
+        """`name_of(path, adapter)` -> the entries being trained, of all adapters or of one."""
+        return {name_of(path, name): p for name, p in self.trained().items() if adapter in (None, name)}
+
+    def restrict(self, indices: Sequence[Tensor | None]) -> None:
+        """Keeps only these entries of each adapter's B from here on, from zero. The parameters are new ones.
+
+        indices: of each adapter, ascending flat positions in (out_features, rank), int32; None for all.
+        """
+        size, device = self.out_features * self.rank, self.projections.device
+        self.kept = [size if index is None else index.numel() for index in indices]
+        self.positions = _positions([None if index is None else index.to(device) for index in indices], size)
+        for number, kept in enumerate(self.kept):
+            name = f"values_{number}"
+            delattr(self, name)
+            made = nn.Parameter(torch.zeros(kept, device=device)) if kept else None
+            self.register_parameter(name, made)
+
     def trained(self) -> dict[str, nn.Parameter]:
         """Adapter -> the entries that are trained."""
         found = {name: getattr(self, f"values_{number}") for number, name in enumerate(self.routing.names)}
@@ -191,6 +228,10 @@ class PackedDelta(nn.Module):
         if self.positions is None or self.kept[number] == size:
             return None
         return self._of(self.positions, number) - number * size
+
+    def index_of(self, adapter: str | None) -> Tensor | None:
+        """As `index`, by name."""
+        return self.index(self.routing.names.index(str(adapter)))
 
     def _of(self, positions: Tensor, number: int) -> Tensor:
         start = sum(self.kept[:number])
@@ -250,6 +291,20 @@ class PackedDelta(nn.Module):
         names = [name_of(self.module, self.routing.names[number]) for number in held]
         into = [self._sum(name, size, flat.device) for name, size in zip(names, sizes, strict=True)]
         torch._foreach_add_(into, [part.float() for part in torch.split(picked, sizes)], alpha=self.scale)
+
+    def gradients(self, groups: tuple[int, ...], grad_b: Tensor, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Each holder's gradient, (kept,). grad_b: (groups, out_features, rank). values: of the holders."""
+        found = []
+        for number, of_one in zip(self.holders(), values, strict=True):
+            index = self.index(number)
+            flat = torch.zeros_like(of_one)
+            for group, other in enumerate(groups):
+                if other == number:
+                    of_group = grad_b[group].view(-1)
+                    picked = of_group if index is None else of_group.index_select(0, index)
+                    flat.add_(picked, alpha=self.scale)
+            found.append(flat)
+        return tuple(found)
 
     def _sum(self, name: str, size: int, device: torch.device) -> Tensor:
         if name not in self.routing.sums:
@@ -311,9 +366,16 @@ def attach(
     """Puts an adapter to train for each name on a model, in place, whose base is frozen.
 
     specs: by name; they differ in nothing but their seeds. masks: name -> module path -> (out_features, rank) bool;
-    without masks all entries of B exist. Returns what is to be told of each batch.
+    without masks all entries of B exist. Returns the routing, which collects the gradients, and whose `begin` is called
+    before each batch.
     Raises AdapterError as `attach.attach`, and for specs that differ in more.
     """
+    return _attach(model, specs, masks, Routing(names=tuple(specs), collects=True))
+
+
+def _attach(
+    model: nn.Module, specs: Mapping[str, Spec], masks: Mapping[str, Mapping[str, Tensor]] | None, routing: Routing
+) -> Routing:
     refuse_adapted(model)
     first = next(iter(specs.values()))
     for name, spec in specs.items():
@@ -321,34 +383,35 @@ def attach(
             raise AdapterError(
                 f"{name}: adapters over one base may differ in their seeds only, with a cached A; got {spec}"
             )
-    routing = Routing(names=tuple(specs))
     bases = match(model, first.targets, exclude=first.exclude)
-    _refuse_unroutable(bases, saves=bool(first.modules_to_save))
+    _refuse_unroutable(model, bases, saves=bool(first.modules_to_save))
     model.requires_grad_(False)
     put(model, {path: _adapted(base, _to_train(path, base, specs, masks, routing)) for path, base in bases.items()})
     setattr(model, ATTACHED, dict(specs))
     return routing
 
 
-def _refuse_unroutable(bases: Mapping[str, nn.Module], *, saves: bool) -> None:
-    if problem := _unroutable(bases, saves=saves):
+def _refuse_unroutable(model: nn.Module, bases: Mapping[str, nn.Module], *, saves: bool) -> None:
+    if problem := _unroutable(model, bases, saves=saves):
         raise AdapterError(problem)
 
 
-def _unroutable(bases: Mapping[str, nn.Module], *, saves: bool) -> str | None:
+def _unroutable(model: nn.Module, bases: Mapping[str, nn.Module], *, saves: bool) -> str | None:
     """Why rows cannot be distinguished; None: they can."""
     if saves:
         return "modules_to_save: what is trained in full cannot be distinguished by rows; attach one at a time"
-    expert = next((path for path, base in bases.items() if isinstance(base, Expert)), None)
-    if expert is None:
-        return None
     remedy = "attach one adapter at a time, in a run by cluster.packing: off"
-    return f"{expert}: experts see tokens without their rows; {remedy}"
+    expert = next((path for path, base in bases.items() if isinstance(base, Expert)), None)
+    if expert is not None:
+        return f"{expert}: experts see tokens without their rows; {remedy}"
+    known = probe(model)
+    mixing = next((path for path in bases if known.mixes_rows(path)), None)
+    return None if mixing is None else f"{mixing}: its input is not divided into rows; {remedy}"
 
 
 def is_routable(model: nn.Module, adapters: Mapping[str, Adapter]) -> bool:
     """Whether `attach_several` takes them: experts, and what was trained in full, do not know the rows."""
-    return _unroutable(_bases(model, adapters), saves=_save(adapters)) is None
+    return _unroutable(model, _bases(model, adapters), saves=_save(adapters)) is None
 
 
 def _bases(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, nn.Module]:
@@ -377,7 +440,8 @@ def _to_train(
         Recipe(seed=one.seed, module=path, rank=one.rank, in_features=in_features, dtype=one.dtype)
         for one in specs.values()
     ]
-    indices = [None if masks is None else _index_of(masks[name][path], device) for name in specs]
+    shape = out_features, spec.rank
+    indices = [None if masks is None else _index_of(name, path, masks[name], shape, device) for name in specs]
     sizes = [out_features * spec.rank if index is None else index.numel() for index in indices]
     return PackedDelta(
         module=path,
@@ -392,33 +456,100 @@ def _to_train(
     )
 
 
-def _index_of(mask: Tensor, device: torch.device) -> Tensor | None:
-    if bool(mask.all()):
-        return None
-    index = mask.flatten().nonzero().squeeze(1).to(torch.int32)
-    return index if device.type == "meta" else index.to(device)
+def _index_of(
+    name: str, path: str, masks: Mapping[str, Tensor], shape: tuple[int, int], device: torch.device
+) -> Tensor | None:
+    try:
+        index = positions(path, masks, shape)
+    except AdapterError as error:
+        raise AdapterError(f"{name}: {error}") from error
+    return index if index is None or device.type == "meta" else index.to(device)
 
 
-def attach_several(model: nn.Module, adapters: Mapping[str, Adapter]) -> Routing:
-    """Puts trained adapters on a model, in place and frozen, each under a name: for inference.
+def sparsify(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """As `attach.sparsify`, of all adapters of a model. masks: name -> module path -> (out_features, rank) bool."""
+    layers, names = packed(model), tuple(getattr(model, ATTACHED))
+    if masks.keys() != set(names):
+        raise AdapterError(
+            f"masks: got masks for {', '.join(masks) or 'nothing'}; the model has adapters {', '.join(names)}, all of "
+            "which get one"
+        )
+    for name, of_one in masks.items():
+        refuse_other_modules(of_one, adapted(model), f"{name}: ")
+    cpu = torch.device("cpu")
+    indices = {
+        path: [_index_of(name, path, masks[name], (delta.out_features, delta.rank), cpu) for name in names]
+        for path, delta in layers.items()
+    }
+    sharded.reshard(model)
+    places = sharded.forget(model, [*layers.values()])
+    for path, delta in layers.items():
+        delta.restrict(indices[path])
+    if sharded.is_fully_sharded(model):
+        sharded.join(model, [*layers.items()], places)
 
-    They may have been trained on other targets, with other ranks, and be merges. `rows` of what this returns says which
-    row of a batch meets which; before the first time, all meet the first. The model may be one that
-    `fully_shard` was applied to: every rank then has all of the adapters, and its own rows.
-    Raises AdapterError as `attach.attach`, and for a Spec.
+
+def attach_several(
+    model: nn.Module,
+    adapters: Mapping[str, Adapter | Spec],
+    *,
+    masks: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> Routing:
+    """Puts several adapters on a model, in place, each under a name. `rows` of what this returns says which row of a
+    batch meets which; before the first time, all meet the first.
+
+    With Adapters: trained ones, frozen, for inference. They may have been trained on other targets, with other ranks,
+    and be merges. The model may be one that `fully_shard` was applied to: every rank then has all of the adapters, and
+    its own rows.
+    With Specs: adapters to train together over one frozen base, which differ in their seeds only. `trainable`, `dense`,
+    `extract` and `sparsify` take such a model, and name the adapter. Each parameter's gradient is that of its own
+    adapter's rows, so each is trained as it would be alone. The model may be one that `fully_shard` was applied to;
+    for DDP and DeepSpeed call this first. masks: name -> module path -> (out_features, rank) bool, the entries of B
+    that exist; without masks, all do.
+    Raises AdapterError as `attach.attach`, for Specs beside Adapters, and for masks of Adapters.
     """
+    if not adapters:
+        raise AdapterError("adapters: there are none; give at least one Adapter or Spec, by name")
+    specs = {name: one for name, one in adapters.items() if isinstance(one, Spec)}
+    trained = {name: one for name, one in adapters.items() if isinstance(one, Adapter)}
+    wrong = next((name for name in adapters if name not in specs and name not in trained), None)
+    if wrong is not None:
+        raise AdapterError(f"{wrong}: got a {type(adapters[wrong]).__name__}; wanted an Adapter or a Spec")
+    if specs and trained:
+        raise AdapterError(
+            f"{next(iter(specs))}: is a Spec, and {next(iter(trained))} a trained Adapter; attach Specs to train, or "
+            "Adapters for inference"
+        )
+    return _attach_specs(model, specs, masks) if specs else _attach_trained(model, trained, masks)
+
+
+def _attach_specs(
+    model: nn.Module, specs: Mapping[str, Spec], masks: Mapping[str, Mapping[str, Tensor]] | None
+) -> Routing:
+    if masks is not None and masks.keys() != specs.keys():
+        raise AdapterError(
+            f"masks: got masks for {', '.join(masks) or 'nothing'}; wanted them for {', '.join(specs)}, or none at all"
+        )
+    sharded.refuse_late(model)
+    sharded.reshard(model)
+    routing = _attach(model, specs, masks, Routing(names=tuple(specs)))
+    if sharded.is_fully_sharded(model):
+        sharded.join(model, [*packed(model).items()])
+    routing.only(routing.names[0])
+    return routing
+
+
+def _attach_trained(
+    model: nn.Module, adapters: Mapping[str, Adapter], masks: Mapping[str, Mapping[str, Tensor]] | None
+) -> Routing:
+    if masks is not None:
+        raise AdapterError("masks: got masks for trained adapters, which have their own; remove them")
     model = sharded.unwrapped(model)
     sharded.refuse_split(model)
     refuse_adapted(model)
-    untrained = next((name for name, adapter in adapters.items() if not isinstance(adapter, Adapter)), None)
-    if untrained is not None:
-        raise AdapterError(
-            f"{untrained}: got a {type(adapters[untrained]).__name__}; wanted a trained Adapter. Adapters are trained "
-            "together over one base by `lori run` with cluster.packing, in a loop of your own one after the other"
-        )
     routing = Routing(names=tuple(adapters))
     bases = _bases(model, adapters)
-    _refuse_unroutable(bases, saves=_save(adapters))
+    _refuse_unroutable(model, bases, saves=_save(adapters))
     model.requires_grad_(False)
     deltas = {path: _frozen(path, base, adapters, routing) for path, base in bases.items()}
     put(model, {path: _adapted(bases[path], delta) for path, delta in deltas.items()})
@@ -465,10 +596,17 @@ def _rank(adapter: Adapter, path: str) -> int:
 
 
 def extract(
-    model: nn.Module, name: str, values: Mapping[str, Tensor], *, base: Mapping[str, Any] | None = None
+    model: nn.Module, name: str, values: Mapping[str, Tensor] | None = None, *, base: Mapping[str, Any] | None = None
 ) -> Adapter:
-    """One of the adapters that a model trains. values: module path -> (kept,), on the CPU, which are not copied."""
+    """One of the adapters that a model trains.
+
+    values: module path -> (kept,), on the CPU, which are not copied; without them a collective where the model is
+    sharded, which takes those that the model holds.
+    """
     spec: Spec = getattr(model, ATTACHED)[name]
+    if values is None:
+        held = {path: delta.trained().get(name) for path, delta in packed(model).items()}
+        values = {path: sharded.full(tensor) for path, tensor in held.items() if tensor is not None}
     layers = packed(model)
     number = next(iter(layers.values())).routing.names.index(name)
     indices = {path: delta.index(number) for path, delta in layers.items()}

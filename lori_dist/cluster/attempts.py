@@ -1,37 +1,36 @@
-"""One job with all its attempts: how each ends, and whether there is another."""
+"""One job with all its attempts: the loop over them, the record of each, and the published result.
+
+Why an attempt failed and whether there is another is decided in failures.py.
+"""
 
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lori_dist import config, folder, storage
-from lori_dist.cluster import gang, schedule, trials
-from lori_dist.cluster.gang import Broken, Gangs
-from lori_dist.cluster.schedule import Failure
-from lori_dist.cluster.summary import ATTEMPTS, CHECKPOINTS, METRICS, attempts_of, is_step, log_file
+from lori_dist.cluster import gang, trials
+from lori_dist.cluster.failures import BACKOFF_SECONDS, CUT_OFF, STOPPED, described, failure_of, is_stop, retry
+from lori_dist.cluster.gang import Gangs
+from lori_dist.cluster.summary import ATTEMPTS, CHECKPOINTS, METRICS, attempts_of, is_step
 from lori_dist.cluster.trials import TRIED
-from lori_dist.cluster.work import Assignment, evaluate_model, merge_adapters, train_rank
+from lori_dist.cluster.work import Assignment, evaluate_rank, merge_adapters, train_rank
 from lori_dist.config import Run
 from lori_dist.errors import JobError
 from lori_dist.jobs import Job, check_inputs
-
-BACKOFF_SECONDS = 1.0
-"""Before a job is started again."""
-
-CUT_OFF = "cut off with its driver"
-STOPPED = "stopped with its run"
+from lori_dist.scores import MEASURED
 
 log = logging.getLogger(__name__)
 
 
 def do(run: Run, job: Job, inputs: Mapping[str, Any], gangs: Gangs) -> dict[str, Any]:
-    """One job with all its attempts. Returns what its job.json holds. inputs: digests of what it reads of others."""
+    """Does one job, with all its attempts. Returns what its job.json holds. inputs: digests of the results that it
+    reads. Raises JobError with the last attempt's failure."""
     start = time.monotonic()
     partial = folder.open(run.folder, job)
-    mirror = storage.open(run.output, run.name) if storage.is_url(run.output) else None
+    mirror = mirror_of(run)
     if mirror:
         mirror.push(partial.name)
         mirror.prune(partial.name)
@@ -53,19 +52,12 @@ def do(run: Run, job: Job, inputs: Mapping[str, Any], gangs: Gangs) -> dict[str,
             failure = failure_of(error)
             log.debug("%s: attempt %d failed", job.name, assignment.attempt.number, exc_info=error)
             history.end(STOPPED if gangs.is_ending and is_stop(failure) else failure.message)
-            if gangs.is_ending or not schedule.retry(failure, number, run.cluster.retries):
+            if gangs.is_ending or not retry(failure, number, run.cluster.retries):
                 raise JobError(described(run, job, failure)) from error
             again = f"restarting it ({number} of {run.cluster.retries})"
             log.warning("%s: %s; %s", job.name, failure.message, again)
             gangs.stopping.wait(BACKOFF_SECONDS)
-    published = publish(run, assignment, history, start, inputs, result)
-    if mirror:
-        for place in folder.kept(run.folder, job.name):
-            mirror.push(place.name)
-        mirror.push(job.name)
-        mirror.prune(job.name)
-        mirror.delete(partial.name)
-    return published
+    return publish(run, assignment, history, start, inputs, result)
 
 
 def publish(
@@ -76,61 +68,67 @@ def publish(
     inputs: Mapping[str, Any],
     result: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Makes an attempt's folder the job's. Returns what its job.json holds. start: of the work, by `time.monotonic`."""
+    """Publishes an attempt's folder as the job's result. Returns what its job.json holds. start: when the work began,
+    by `time.monotonic`."""
     job = assignment.job
     assignment.attempt.check()
     check_inputs(run, job)
     history.end(None)
     seconds = round(time.monotonic() - start, 3)
     record = {"seconds": seconds, "attempts": history.attempts, "inputs": dict(inputs), "result": dict(result)}
-    folder.publish(run.folder, job, record, scratch=[CHECKPOINTS, TRIED, ATTEMPTS])
+    folder.publish(run.folder, job, record, scratch=[CHECKPOINTS, TRIED, ATTEMPTS, MEASURED])
+    if mirror := mirror_of(run):
+        for place in (*folder.kept(run.folder, job.name), run.folder / job.name):
+            mirror.push(place.name)
+        mirror.prune(job.name)
+        mirror.delete(assignment.attempt.partial.name)
     published = folder.finished(run.folder, job)
     assert published is not None
     return published
 
 
+def mirror_of(run: Run) -> storage.Mirror | None:
+    """What keeps a run's folder on storage, where that is a URL."""
+    return storage.open(run.output, run.name) if storage.is_url(run.output) else None
+
+
 def _result(run: Run, assignment: Assignment, gangs: Gangs, history: "History") -> dict[str, Any]:
-    """What the job's rank 0 returns. Raises Broken, or what goes wrong in this process."""
+    """Returns the result of the job's rank 0. Raises Broken if its processes fail, and any error of this process."""
     job = assignment.job
     if job.kind == "train":
-        ranks = gangs.take(job, run.cluster)
-        history.begin(workers=ranks.shape.count)
-        try:
-            result: dict[str, Any] = ranks.run(train_rank, assignment, gangs.stopping, gangs.asked)
-        except BaseException:
-            ranks.close()
-            raise
-        gangs.give_back(ranks)
-        return result
+        return dict(of_gang(run, [history], gangs, job, train_rank, assignment))
+    if job.kind == "evaluate":
+        found = of_gang(run, [history], gangs, job, evaluate_rank, [assignment])
+        return dict(found[job.name]["result"])
     history.begin(workers=1)
     if "search" in job.settings:
         assignment = trials.searched(run, assignment, gangs.stopping)
-    function = {"merge": merge_adapters, "evaluate": evaluate_model}[job.kind]
-    return dict(gang.result(gang.remote(run, job, function)(assignment), gangs.stopping))
+    return dict(gang.result(gang.remote(run, job, merge_adapters)(assignment), gangs.stopping))
 
 
-def is_stop(failure: Failure) -> bool:
-    """Whether a job that failed while its run ended did so for that reason: it saved, or lost its processes."""
-    return "Stopped" in failure.types or not schedule.is_final(failure)
-
-
-def failure_of(error: Exception) -> Failure:
-    if isinstance(error, Broken):
-        return error.failure
-    return schedule.failure_of(schedule.record_of(error, None, time.time()))
-
-
-def described(run: Run, job: Job, failure: Failure) -> str:
-    where = f" (rank {failure.rank})" if job.kind == "train" and failure.rank is not None else ""
-    return f"{failure.message}{where}; see {log_file(run.folder, job, failure.rank or 0)}"
+def of_gang(
+    run: Run, histories: Sequence["History"], gangs: Gangs, job: Job, function: Callable[[Any], Any], argument: Any
+) -> Any:
+    """What function(argument) returns on rank 0 of a gang of the job's shape. Raises Broken."""
+    ranks = gangs.take(job, run.cluster)
+    for history in histories:
+        history.begin(workers=ranks.shape.count)
+    try:
+        result = ranks.run(function, argument, gangs.stopping, gangs.asked)
+    except BaseException:
+        ranks.close()
+        raise
+    gangs.give_back(ranks)
+    return result
 
 
 class History:
-    """What became of each attempt at a job, those of earlier drivers among them. For summary.json and job.json.
+    """The record of each attempt at a job, those of earlier drivers included, for summary.json and job.json.
 
-    Of each: its number; when it started, in seconds since the epoch; how many seconds it took, waiting for room among
-    them; how many workers it had; the error that ended it; and of a training the step from which it went on, the last
-    it reached, and how many seconds after the end of the attempt before it had done one. None where that is not known.
+    A record has the attempt's number; its start, in seconds since the epoch; the seconds it took, with those that it
+    waited for room; its number of workers; the error that ended it; and, for a training, the step from which it
+    resumed, the last step it reached, and the seconds from the end of the attempt before to its first step. What is not
+    known is None.
     """
 
     def __init__(self, partial: Path, number: int) -> None:
@@ -186,6 +184,6 @@ class History:
 
 
 def _steps(partial: Path) -> list[dict[str, Any]]:
-    """What a training's metrics say, but for lines that are not whole. Other jobs have no steps."""
+    """The steps in a training's metrics, without damaged lines. Other jobs have no steps."""
     records, _ = folder.read_lines(partial / METRICS)
     return [record for record in records if is_step(record)]

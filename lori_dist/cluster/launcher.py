@@ -78,7 +78,7 @@ def _train(
 
 @contextlib.contextmanager
 def _logged(file: Path) -> Iterator[None]:
-    """What this package logs goes to the end of a file as well."""
+    """Appends to a file what this package logs."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace", delay=True)
     handler.setFormatter(Redacting(LOG_FORMAT))

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lori_dist import config, folder
-from lori_dist.cluster import gang, schedule
-from lori_dist.cluster.attempts import BACKOFF_SECONDS, STOPPED, History, described, failure_of, is_stop, publish
+from lori_dist.cluster.attempts import History, mirror_of, of_gang, publish
+from lori_dist.cluster.failures import BACKOFF_SECONDS, STOPPED, described, failure_of, is_stop, retry
 from lori_dist.cluster.gang import Gangs
 from lori_dist.cluster.summary import log_file
-from lori_dist.cluster.work import Assignment, evaluate_models, train_rank_of_pack
+from lori_dist.cluster.work import Assignment, evaluate_rank, train_rank_of_pack
 from lori_dist.config import Run
 from lori_dist.errors import JobError
 from lori_dist.jobs import Job
@@ -25,13 +25,19 @@ def do(
     gangs: Gangs,
     end: Callable[[Job, dict[str, Any] | str], None],
 ) -> None:
-    """Does trainings that need nothing of others, or evaluations. What fails is started again for all of them.
+    """Does trainings that read no other results, or evaluations, in one gang. A failed attempt is repeated for all of
+    them.
 
-    inputs: of each job, digests of what it reads of others. end: called once for each job, with what its job.json
-    holds or with why it failed.
+    inputs: job -> digests of the results that it reads. end: called once for each job, with the content of its job.json
+    or with the message of its failure. Raises JobError with the last attempt's failure.
     """
     start = time.monotonic()
     partials = [folder.open(run.folder, job) for job in jobs]
+    mirror = mirror_of(run)
+    if mirror:
+        for partial in partials:
+            mirror.push(partial.name)
+            mirror.prune(partial.name)
     number = 0
     while True:
         number += 1
@@ -42,17 +48,24 @@ def do(
         ]
         histories = [History(partial, one.attempt.number) for partial, one in zip(partials, assignments, strict=True)]
         try:
-            if jobs[0].kind == "train":
-                outcomes = _trained(run, assignments, histories, gangs)
-            else:
-                outcomes = _evaluated(run, assignments, histories, gangs)
+            if mirror:
+                for partial in partials:
+                    mirror.push(partial.name)
+            function = train_rank_of_pack if jobs[0].kind == "train" else evaluate_rank
+            outcomes: dict[str, Any] = of_gang(run, histories, gangs, jobs[0], function, assignments)
+            if mirror:
+                for partial in partials:
+                    mirror.pull(partial.name)
             break
         except Exception as error:
+            if mirror:
+                for partial in partials:
+                    mirror.pull(partial.name)
             failure = failure_of(error)
             log.debug("%s: attempt %d failed", jobs[0].name, number, exc_info=error)
             for history in histories:
                 history.end(STOPPED if gangs.is_ending and is_stop(failure) else failure.message)
-            if gangs.is_ending or not schedule.retry(failure, number, run.cluster.retries):
+            if gangs.is_ending or not retry(failure, number, run.cluster.retries):
                 raise JobError(described(run, jobs[0], failure)) from error
             again = f"restarting them ({number} of {run.cluster.retries})"
             log.warning("%s: %s; %s", ", ".join(job.name for job in jobs), failure.message, again)
@@ -69,27 +82,3 @@ def do(
             )
         except JobError as error:
             end(assignment.job, str(error))
-
-
-def _trained(
-    run: Run, assignments: Sequence[Assignment], histories: Sequence[History], gangs: Gangs
-) -> dict[str, dict[str, Any]]:
-    ranks = gangs.take(assignments[0].job, run.cluster)
-    for history in histories:
-        history.begin(workers=ranks.shape.count)
-    try:
-        outcomes: dict[str, dict[str, Any]] = ranks.run(train_rank_of_pack, assignments, gangs.stopping, gangs.asked)
-    except BaseException:
-        ranks.close()
-        raise
-    gangs.give_back(ranks)
-    return outcomes
-
-
-def _evaluated(
-    run: Run, assignments: Sequence[Assignment], histories: Sequence[History], gangs: Gangs
-) -> dict[str, dict[str, Any]]:
-    for history in histories:
-        history.begin(workers=1)
-    call = gang.remote(run, assignments[0].job, evaluate_models)(list(assignments))
-    return dict(gang.result(call, gangs.stopping))

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Annotated, Any, Literal
 
@@ -34,10 +34,11 @@ from deepspeed.utils import (
 
 from lori_dist.adapter.experts import AdaptedExperts
 from lori_dist.config import COMPILED_AT_STAGE_3, Run, Train
-from lori_dist.engines import _ds_config, _ds_keys
+from lori_dist.engines import _ds_config, _ds_keys, ddp
 from lori_dist.errors import ConfigError
 from lori_dist.training.cost import FP32, Collective, Counted, Held, Kind, Load, Owner
 from lori_dist.training.data import Batch
+from lori_dist.training.device import return_freed
 from lori_dist.training.engine import (
     Accept,
     LearningRate,
@@ -58,6 +59,7 @@ from lori_dist.training.engine import (
     trained,
 )
 from lori_dist.training.loss import task_loss_sums
+from lori_dist.training.model import blocks
 from lori_dist.training.weights import Weights, fill, materialize, on, whole
 from lori_dist.training.world import World
 
@@ -65,6 +67,12 @@ LIVE = 10**9
 """Entries that stage 3 keeps gathered (stage3_max_live_parameters, max_reuse_distance)."""
 BUCKET = 25_000_000
 """Entries reduced or gathered at once; a sparse adapter has about that many at 70B."""
+
+
+PREFETCHED = 50_000_000
+"""Entries that stage 3 gathers ahead (stage3_prefetch_bucket_size)."""
+SMALL = 24
+"""Of the base: what is kept gathered where nothing is trained."""
 
 
 def build(
@@ -94,6 +102,51 @@ def build(
     if config is not None and (problems := list(_ds_config.of_ranks(config, train, world.size))):
         raise ConfigError("\n".join(problems))
     return Partitioned(model, weights, train, world, state, stage, hpz, offload, config)
+
+
+def place(
+    model: nn.Module,
+    weights: Weights,
+    world: World,
+    *,
+    stage: Literal[1, 2, 3] = 2,
+    hpz: Annotated[int, "[1, inf)"] = 1,
+    offload: bool = False,
+) -> Callable[[], None]:
+    """The base as for a training, to compute with: at stage 3 each layer is gathered when it runs, else it is whole.
+
+    The options are those of `build`. Returns what frees it. Raises ConfigError as `build`.
+    """
+    _check(world.size, stage, hpz, offload)
+    if stage < 3:
+        return ddp.place(model, weights, world)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    largest = max((sum(p.numel() for p in block.parameters()) for block in blocks(model)), default=BUCKET)
+    live = min(largest, total // SMALL)
+    zero: dict[str, Any] = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        # There is no backward pass for which anything should stay gathered.
+        "stage3_max_reuse_distance": 0,
+        "stage3_max_live_parameters": live,
+        "stage3_prefetch_bucket_size": min(live // 2, PREFETCHED),
+        "memory_efficient_linear": False,  # see _FrozenLinear
+        "zero_hpz_partition_size": hpz,
+    }
+    if offload:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
+    config = {"train_micro_batch_size_per_gpu": 1, "steps_per_print": SELDOM, "zero_optimization": zero}
+    _prepare(world)
+    if world.device.type == "cpu":
+        return_freed()
+    _partition(model, weights, config, world)
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+
+    def close() -> None:
+        engine.destroy()
+        _free(model)
+
+    return close
 
 
 def forget_groups() -> None:
@@ -330,13 +383,7 @@ class Partitioned:
     def close(self) -> None:
         self.model.destroy()
         if self.stage == 3:
-            # DeepSpeed keeps the modules in lists and caches of its own, for ever.
-            for parameter in self.model.parameters():
-                parameter.ds_tensor.data = torch.empty(0)
-                parameter.ds_secondary_tensor = None
-            for module in self.model.modules():
-                for name, _ in list(module.named_buffers(recurse=False)):
-                    setattr(module, name, torch.empty(0))
+            _free(self.model)
             self.optimizer.state.clear()
 
     def _restore(self, state: State | None) -> None:
@@ -361,6 +408,18 @@ class Partitioned:
         if self.stage == 3 and (persistent := self.model.optimizer.persistent_parameters):
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
+
+
+def _free(model: nn.Module) -> None:
+    """DeepSpeed keeps the modules in lists and caches of its own, for ever."""
+    for parameter in model.parameters():
+        shard: Any = parameter
+        if hasattr(shard, "ds_tensor"):  # what was attached after it has none
+            shard.ds_tensor.data = torch.empty(0)
+            shard.ds_secondary_tensor = None
+    for module in model.modules():
+        for name, _ in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(0))
 
 
 def _part_of_one_and_two(parameter: Any, quantity: Quantity) -> Part:

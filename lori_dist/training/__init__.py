@@ -1,0 +1,7 @@
+"""Training on one rank: train.py has the loop (calibrate, mask, train what is kept), packed.py that for several tasks.
+
+What the loop uses has a file each: rows and tokens (data.py, tokens.py), the base (model.py, weights.py, quantized.py),
+the loss, masking.py, checkpoint.py, validation.py, divergence.py, preemption.py, and the ranks (world.py, device.py).
+engine.py is the protocol that the files in engines/ implement. Call `train.train` on every rank of a process group.
+Ray is not imported here, and deepspeed only through an engine. Checkpoints that exist must stay readable.
+"""

@@ -110,7 +110,7 @@ def batches(
     """
     counts = [0] * len(weights)
     for task, row in rows:
-        counts[task] += len(examples[task][row].response_ids)
+        counts[task] += examples[task][row].num_targets
     of_tasks = torch.tensor([weight / count for weight, count in zip(weights, counts, strict=True)])
     return [
         replace(

@@ -275,7 +275,7 @@ class Pack:
             self.done[task] += 1
             self.losses[task] = loss
             examples = [job.examples[0][row] for row in rows[task]]
-            num_tokens = sum(len(example.prompt_ids) + len(example.response_ids) for example in examples)
+            num_tokens = sum(example.num_tokens for example in examples)
             if job.world.rank == 0:
                 record = {
                     "phase": phase.name,
@@ -348,8 +348,7 @@ class Pack:
         world, size = first.world, first.run.train.micro_batch_size
         pieces = {task: data.micro_batches(of_task, world.rank, world.size, size) for task, of_task in rows.items()}
         counts = {
-            task: sum(len(self.jobs[task].examples[0][row].response_ids) for row in of_task)
-            for task, of_task in rows.items()
+            task: sum(self.jobs[task].examples[0][row].num_targets for row in of_task) for task, of_task in rows.items()
         }
         weights = torch.tensor([1.0 / counts[task] if task in counts else 0.0 for task in self.jobs])
         numbers = {task: number for number, task in enumerate(self.jobs)}

@@ -247,7 +247,7 @@ def make_job(
     )
 
 
-def _rows(run: Run, task: str, tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[str, str]]]:
+def _rows(run: Run, task: str, tokenizer: PreTrainedTokenizerBase) -> list[list[data.Segments]]:
     """Prompt and response of the rows to train on, file by file: all, but for those on which weights of merges are
     searched."""
     where, count, settings = f"tasks.{task}.train", held_out(run, task), run.tasks[task]
@@ -735,7 +735,7 @@ def _step(
     lr = learning_rate(
         step, num_steps=phase.num_steps, lr=phase.lr, schedule=train.schedule, warmup_steps=train.warmup_steps
     )
-    num_targets = sum(len(example.response_ids) for example in examples)  # of all ranks, and nothing is sent
+    num_targets = sum(example.num_targets for example in examples)  # of all ranks, and nothing is sent
     data_wait = time.monotonic() - start
     if tasks is None:
         num = num_targets if job.joint is None else 1
@@ -743,7 +743,7 @@ def _step(
     else:
         result = engine.step(batches, num_targets=1, lr=lr, tasks=tasks, accept=divergence.accepts)
     seconds = time.monotonic() - start
-    num_tokens = num_targets + sum(len(example.prompt_ids) for example in examples)
+    num_tokens = sum(example.num_tokens for example in examples)
     return {
         "phase": phase.name,
         "step": step + 1,

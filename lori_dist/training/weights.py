@@ -60,19 +60,27 @@ def skeleton(model: config.Model) -> tuple[PreTrainedModel, Weights]:
     dtype = getattr(torch, model.dtype)
     with loading(model):
         settings = settings_of(model)
-        if getattr(settings, "quantization_config", None) is not None:
-            raise ConfigError(f"model.path: {model.path!r} is quantised, which is not supported; give the base itself")
         attention = attention_of(model)
         made = without_weights(settings, dtype, trust_remote_code=model.trust_remote_code, **attention)
         _keep_exact(made, dtype)
-        weights = _Files(made, stored_weights(model))
-    weights.check(model.path)
+    weights = find_weights(made, model)
     _check_attention(made, model)
     check_causal(made, model)
     if model.quantize is None:
         return made.eval(), weights
     quantize_layers(made, model.quantize)
     return made.eval(), QuantizedWeights(made, weights.read)
+
+
+def find_weights(made: PreTrainedModel, model: config.Model) -> "_Files":
+    """Where the model's files have its weights; only their headers are read.
+
+    Raises ConfigError if they cannot be read, lack a weight, or have one of another shape.
+    """
+    with loading(model):
+        weights = _Files(made, stored_weights(model))
+    weights.check(model.path)
+    return weights
 
 
 def without_weights(settings: PretrainedConfig, dtype: torch.dtype, **more: Any) -> PreTrainedModel:

@@ -242,6 +242,14 @@ def test_files_of_almost_a_mebibyte_are_read_or_refused_in_two_seconds(text: str
     assert time.process_time() - start < 2
 
 
+def test_thousands_of_tasks_are_read_in_two_seconds(place: Path) -> None:
+    tasks = "".join(f"  t{n}: {{train: rows.jsonl, test: rows.jsonl}}\n" for n in range(8_000))
+    (place / "run.yaml").write_text(f"name: demo\nmodel: {{path: ./model}}\ntrain: {{steps: 10}}\ntasks:\n{tasks}")
+    start = time.process_time()
+    assert len(config.load("run.yaml").tasks) == 8_000
+    assert time.process_time() - start < 2
+
+
 def test_aliases_that_repeat_aliases_take_no_room() -> None:
     names = "abcdefghijkl"
     laughs = "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise(names))
@@ -565,6 +573,15 @@ print(sorted({"torch", "transformers", "numpy", "ray", "deepspeed"} & set(sys.mo
         ("tasks.nlu.test=x.jsonl", "tasks.nlu.test: there is no file 'x.jsonl'; paths are relative to .*"),
         ("tasks.nlu.labels=[a]", "tasks.nlu.labels: got ['a']; give at least two, each of them once"),
         ("tasks.nlu.labels=[a, b, a]", "tasks.nlu.labels: got ['a', 'b', 'a']; give at least two, .*"),
+        ("tasks.code.template.tools=tools", "tasks.code.template.tools: is for chat templates, and .*"),
+        ("tasks.code.template.train_on=all", "tasks.code.template.train_on: is for chat templates, and .*"),
+        ("tasks.code.template.arguments={a: 1}", "tasks.code.template.arguments: is for chat templates, and .*"),
+        (
+            "tasks.code.template={messages: prompt, arguments: {tools: 1}}",
+            "tasks.code.template.arguments: 'tools' is not an argument of a chat template's own; remove it",
+        ),
+        ("tasks.code.template={messages: prompt, response: a}", "tasks.code.template.response: is not used where .*"),
+        ("tasks.code.template.layout=sharegpt", "tasks.code.template.layout: takes the field 'conversations', .*"),
         ("tasks.nlu.template.prompt='{'", "tasks.nlu.template.prompt: '{' is not a template .*; write {{ for a brace"),
         ("tasks.nlu.labels=['no', yess]", "tasks.nlu.labels: row 1 of tasks.nlu.train has 'yes', wanted .* 'yess'?"),
         ("tasks.nlu.template.prompt='{prompt!r}'", "tasks.nlu.template.prompt: {prompt!r} is not a field; .*"),
