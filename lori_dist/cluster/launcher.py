@@ -16,7 +16,8 @@ from lori_dist.folder import Attempt
 from lori_dist.integrations import model_card
 from lori_dist.jobs import Job, check_inputs, plan
 from lori_dist.training import preemption
-from lori_dist.training.train import Record, train
+from lori_dist.training.metrics import Record
+from lori_dist.training.train import train
 from lori_dist.training.world import World, from_first
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lori_dist import folder, rows, storage, tables
-from lori_dist.cluster import attempts, packs, schedule, scratch
+from lori_dist.cluster import attempts, schedule, scratch
 from lori_dist.cluster.board import Board, Progress
 from lori_dist.cluster.connection import TOKEN_FILE, connected, disconnect, runtime_env
 from lori_dist.cluster.gang import Gangs
@@ -128,10 +128,7 @@ def _work(board: Board, nodes: Callable[[], Sequence[Resources]], owner: str) ->
             ended.put((job, outcome))
 
         try:
-            if len(jobs) > 1:
-                packs.do(board.run, jobs, {job.name: board.inputs(job) for job in jobs}, gangs, end)
-            else:
-                end(jobs[0], attempts.do(board.run, jobs[0], board.inputs(jobs[0]), gangs))
+            attempts.do(board.run, jobs, {job.name: board.inputs(job) for job in jobs}, gangs, end)
         except JobError as error:
             for job in list(left.values()):
                 end(job, str(error))

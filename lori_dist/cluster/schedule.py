@@ -134,7 +134,7 @@ def packs(ready: Iterable[Job], packing: str | int) -> list[tuple[Job, ...]]:
 def may_be_packed(job: Job) -> bool:
     if job.kind == "evaluate":
         return True
-    return job.kind == "train" and not job.needs and not {"joint", "sequel", "start"} & set(job.settings)
+    return job.kind == "train" and not job.needs and not {"joint", "sequel"} & set(job.settings)
 
 
 def _total(shape: Shape) -> tuple[int, int]:

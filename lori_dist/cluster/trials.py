@@ -108,7 +108,7 @@ def _projections(run: Run, job: Job) -> dict[str, list[str]]:
 
 def _try(assignment: Assignment, weights: Sequence[Any], name: str) -> dict[str, float]:
     """Task -> the search's metric of the merge with these weights, on the rows of the search."""
-    with working(assignment, 0) as run:
+    with working([assignment], 0) as run:
         import torch
 
         from lori_dist.evaluation import evaluate

@@ -45,7 +45,7 @@ class Assignment:
 
 def train_rank(assignment: Assignment) -> dict[str, Any]:
     """Does one rank of a training, in a process of a gang. Returns the training's result."""
-    with working(assignment, int(os.environ["RANK"])) as run, _listening() as told:
+    with working([assignment], int(os.environ["RANK"])) as run, _listening() as told:
         import torch
 
         from lori_dist.training.train import train
@@ -66,22 +66,22 @@ def train_rank(assignment: Assignment) -> dict[str, Any]:
         )
 
 
-def train_rank_of_pack(assignments: Sequence[Assignment]) -> dict[str, Any]:
+def train_ranks(assignments: Sequence[Assignment]) -> dict[str, Any]:
     """Does one rank of several tasks' trainings. Returns, for each job, its `result` or the `error` that ended it.
 
     What the process writes goes to the log of the first.
     """
     rank = int(os.environ["RANK"])
-    with working(assignments[0], rank, assignments[1:]) as run, _listening() as told, contextlib.ExitStack() as stack:
+    with working(assignments, rank) as run, _listening() as told, contextlib.ExitStack() as stack:
         import torch
 
-        from lori_dist.training.packed import train_packed
+        from lori_dist.training.task import make_job
         from lori_dist.training.trackers import tracked
-        from lori_dist.training.train import make_job
+        from lori_dist.training.train import train_together
         from lori_dist.training.world import from_environment
 
         torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
-        world = from_environment()
+        world, push = from_environment(), _pushing(run, assignments)
 
         def make(assignment: Assignment) -> Callable[[], Any]:
             return lambda: make_job(
@@ -92,11 +92,11 @@ def train_rank_of_pack(assignments: Sequence[Assignment]) -> dict[str, Any]:
                 fingerprint=assignment.job.fingerprint,
                 still_mine=assignment.attempt.check,
                 track=stack.enter_context(tracked(run, assignment.job.name)),
-                progress=lambda record: None,
+                progress=push if assignment is assignments[0] else lambda record: None,
                 told=told,
             )
 
-        outcomes = train_packed(run, {one.job.settings["task"]: make(one) for one in assignments}, world)
+        outcomes = train_together({one.job.settings["task"]: make(one) for one in assignments}, world)
     return {
         f"train-{task}": {"error": str(outcome)} if isinstance(outcome, LoriError) else {"result": outcome}
         for task, outcome in outcomes.items()
@@ -148,7 +148,7 @@ def _refer(root: Path, assignments: Sequence[Assignment], rank: int) -> None:
     names, first = ", ".join(one.job.name for one in assignments), log_file(root, assignments[0].job, rank)
     for one in assignments[1:]:
         with log_file(root, one.job, rank).open("a", encoding="utf-8") as stream:
-            stream.write(f"attempt {one.attempt.number}: packed, {names}; see {first}\n")
+            stream.write(f"attempt {one.attempt.number}: over one base, {names}; see {first}\n")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,7 +186,7 @@ def rehearse_rank(rehearsal: Rehearsal) -> dict[str, Any]:
 
 
 def merge_adapters(assignment: Assignment) -> dict[str, Any]:
-    with working(assignment, 0) as run:
+    with working([assignment], 0) as run:
         settings = assignment.job.settings
         weights = [dict(weight) if isinstance(weight, list) else weight for weight in settings["weights"]]
         spread = _spread(run, assignment.job)
@@ -234,12 +234,12 @@ def _call(function: Callable[[Any], Any], item: Any) -> Any:
 
 
 def evaluate_rank(assignments: Sequence[Assignment]) -> dict[str, Any]:
-    """One rank of the evaluation of several models on one copy of the base. Gives, for each job, its `result`.
+    """Does one rank of the evaluation of several models on one copy of the base. Returns, for each job, its `result`.
 
     What the process writes goes to the log of the first.
     """
     rank = int(os.environ["RANK"])
-    with working(assignments[0], rank, assignments[1:]) as run, contextlib.ExitStack() as stack:
+    with working(assignments, rank) as run, contextlib.ExitStack() as stack:
         import torch
 
         from lori_dist.evaluation import Store, evaluate_all
@@ -287,27 +287,24 @@ def _logged_progress() -> Callable[[str, int, int], None]:
 
 
 @contextlib.contextmanager
-def working(assignment: Assignment, rank: int, others: Sequence[Assignment] = ()) -> Iterator[Run]:
-    """The run, while all that this process writes goes to the job's log, also what goes wrong.
-
-    others: jobs that are done together with it, whose log says where to look.
-    """
-    output, name = assignment.tree["output"], assignment.tree["name"]
+def working(assignments: Sequence[Assignment], rank: int) -> Iterator[Run]:
+    """The run, while all that this process writes goes to the log of the first job, also what goes wrong. The logs of
+    the others say where to look."""
+    first = assignments[0]
+    output, name = first.tree["output"], first.tree["name"]
     mirror = storage.open(output, name) if storage.is_url(output) else None
     root = mirror.here if mirror else Path(output) / name
     if mirror:
-        for one in (assignment, *others):
+        for one in assignments:
             for prefix in (one.attempt.partial.name, *one.job.needs):
                 mirror.pull(prefix)
-    with _putting(mirror, (assignment, *others), rank), _logged(log_file(root, assignment.job, rank)):
+    with _putting(mirror, assignments, rank), _logged(log_file(root, first.job, rank)):
         try:
-            for one in (assignment, *others):
+            for one in assignments:
                 one.attempt.check()
-            _refer(root, (assignment, *others), rank)
-            log.info(
-                "%s: attempt %d, rank %d, process %d", assignment.job.name, assignment.attempt.number, rank, os.getpid()
-            )
-            yield config.validate(assignment.tree)
+            _refer(root, assignments, rank)
+            log.info("%s: attempt %d, rank %d, process %d", first.job.name, first.attempt.number, rank, os.getpid())
+            yield config.validate(first.tree)
         except Stopped as stopped:
             log.info("%s", stopped)
             raise

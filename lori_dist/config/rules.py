@@ -94,28 +94,21 @@ def _compiled(run: Run) -> Iterator[str]:
     engine = run.train.engine
     if engine.name == "deepspeed" and engine.options.get("stage") == 3:
         yield COMPILED_AT_STAGE_3
-    if run.cluster.packing != "off":
-        yield (
-            "train.compile: cannot be combined with cluster.packing, whose layers need to know each batch's "
-            "tasks; set only one"
-        )
-    how = run.multitask.options
-    if run.multitask.name == "joint" and "none" not in (how.get("projection"), how.get("balance")):
-        yield (
-            "train.compile: cannot be combined with multitask joint, whose layers keep each task's gradient "
-            "apart; remove it, "
-            "or set multitask.balance to none"
-        )
 
 
 def _saved(run: Run) -> Iterator[str]:
     if not run.adapter.modules_to_save:
         return
-    if run.multitask.name != "independent":
+    how = run.multitask.options
+    if run.multitask.name == "joint" and "none" not in (how.get("projection"), how.get("balance")):
         yield (
-            f"adapter.modules_to_save: cannot be combined with multitask {run.multitask.name}, where tasks would "
-            "share what is "
-            "trained in full; train them independent, or remove it"
+            "adapter.modules_to_save: cannot be combined with multitask joint, which balances the gradients of A and B "
+            "alone; set multitask.balance to none, or remove it"
+        )
+    elif run.multitask.name not in ("independent", "joint"):
+        yield (
+            f"adapter.modules_to_save: cannot be combined with multitask {run.multitask.name}, where each task adds "
+            "to what the earlier ones leave as it is; train them independent, or remove it"
         )
     if run.merges:
         yield (
@@ -223,10 +216,6 @@ PACKED = (
 def _packed_rows(run: Run) -> Iterator[str]:
     if not run.train.pack:
         return
-    if run.multitask.name == "joint":
-        yield (
-            "train.pack: cannot be combined with multitask joint, which distinguishes tasks by their rows; set only one"
-        )
     with contextlib.suppress(OSError, ValueError, AttributeError):  # the job says what is wrong with config.json
         settings = json.loads(read_regular(Path(run.model.path) / "config.json"))
         yield from unpackable(str(settings.get("model_type")))
@@ -426,35 +415,6 @@ def _cluster(run: Run) -> Iterator[str]:
         )
 
 
-def _packing(run: Run) -> Iterator[str]:
-    if run.cluster.packing == "off":
-        return
-    if run.adapter.projection != "cached":
-        yield (
-            f"cluster.packing: got {run.cluster.packing}, and packed adapters have a cached A, not a "
-            f"{run.adapter.projection} one; set it to off, or adapter.projection to cached"
-        )
-    if run.adapter.modules_to_save:
-        yield (
-            f"cluster.packing: got {run.cluster.packing}, and what adapter.modules_to_save trains in full is not "
-            "packed; set only one"
-        )
-    guarded = [name for name in ("spike", "validate_every") if getattr(run.train, name) is not None]
-    guarded += ["on_divergence"] if run.train.on_divergence != "stop" else []
-    if guarded:
-        yield (
-            f"cluster.packing: got {run.cluster.packing}, and training jobs with train.{guarded[0]} are not packed; "
-            "set only one of them"
-        )
-    if run.train.pack:
-        yield (
-            f"cluster.packing: got {run.cluster.packing}, and rows of several tasks do not share sequences, as "
-            "with train.pack; set only one"
-        )
-    if storage.is_url(run.output):
-        yield f"cluster.packing: got {run.cluster.packing}, with an output that is a URL; set it to off"
-
-
 def _searches(run: Run) -> Iterator[str]:
     for name, merge in run.merges.items():
         search, path = merge.search, f"merges.{name}"
@@ -500,7 +460,6 @@ RULES: tuple[Rule, ...] = (
     _merges,
     _searches,
     _cluster,
-    _packing,
 )
 
 OF_THIS_MACHINE = (_output, _in_a_job, checked_engine)

@@ -1,6 +1,5 @@
 """Counts of a model with an adapter, made on tensors without content: no weight is read or made."""
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -285,12 +284,12 @@ def _share_evenly(model: nn.Module) -> None:
             setattr(model.get_submodule(parent), name, AdaptedExperts(module, {}))
     for module in model.modules():
         if isinstance(module, AdaptedExperts):
-            module.count = functools.partial(_even, cast(int, module.base.num_experts))  # type: ignore[method-assign]
+            module.count = _even  # type: ignore[method-assign]
 
 
-def _even(num_experts: int, top_k_index: Tensor) -> list[int]:
-    size, rest = divmod(top_k_index.numel(), num_experts)
-    return [size + (number < rest) for number in range(num_experts)]
+def _even(places: Tensor, num_places: int) -> list[int]:
+    size, rest = divmod(places.numel(), num_places)
+    return [size + (number < rest) for number in range(num_places)]
 
 
 def _make_fake(model: nn.Module) -> None:

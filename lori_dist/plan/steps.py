@@ -22,7 +22,7 @@ from lori_dist.training.cost import Counted
 from lori_dist.training.data import Example
 from lori_dist.training.flops import BACKWARD, Attention, of_attention
 from lori_dist.training.joint import balance_of, counts_in_batch, shares_of
-from lori_dist.training.train import CALIBRATE, Phase, phases
+from lori_dist.training.phases import CALIBRATE, Phase, phases
 
 DRAWN = 2**18
 """Number of rows that are drawn to see what batches are like."""

@@ -1,4 +1,5 @@
-"""Training on one rank: train.py has the loop (calibrate, mask, train what is kept), packed.py that for several tasks.
+"""Training on one rank: trainer.py has the loop for one task or several, task.py what it needs of a task, phases.py the
+phases of a job (calibrate, mask, train what is kept).
 
 What the loop uses has a file each: rows and tokens (data.py, tokens.py), the base (model.py, weights.py, quantized.py),
 the loss, masking.py, checkpoint.py, validation.py, divergence.py, preemption.py, and the ranks (world.py, device.py).

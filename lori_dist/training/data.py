@@ -4,7 +4,7 @@ import datetime
 import functools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -323,6 +323,43 @@ def collate(examples: Sequence[Example], pad_id: int, pack: int | None = None) -
         input_ids=torch.from_numpy(input_ids),
         attention_mask=torch.from_numpy(attention_mask),
         labels=torch.from_numpy(labels),
+    )
+
+
+def side_by_side(batches: Mapping[int, Batch | None], weights: Tensor, pad_id: int) -> Batch:
+    """Batches of several tasks in one, one task after the other, with as many rows of each: what lacks is padding.
+
+    batches: task, ascending, from 0 -> its batch; None: it has no rows. weights: (tasks,), of a target of each.
+    """
+    found = [batch for batch in batches.values() if batch is not None]
+    rows, width = max(len(one.input_ids) for one in found), max(one.input_ids.shape[1] for one in found)
+    is_packed = any(one.position_ids is not None for one in found)
+
+    def wide(tensor: Tensor | None, fill: int) -> Tensor:
+        made = torch.full((rows, width), fill, dtype=torch.int64)
+        if tensor is not None:
+            made[: tensor.shape[0], : tensor.shape[1]] = tensor
+        return made
+
+    masks, positions = [], []
+    for batch in batches.values():
+        mask = wide(None if batch is None else batch.attention_mask, 0)
+        mask[mask[:, 0] == 0, 0] = 1  # attention over nothing is not a number
+        masks.append(mask)
+        place = torch.arange(width).repeat(rows, 1)  # padding is a row of its own
+        if batch is not None and batch.position_ids is not None:
+            count, own = batch.position_ids.shape
+            place[:count, :own], place[:count, own:] = batch.position_ids, torch.arange(width - own)
+        positions.append(place)
+    inputs = [wide(None if batch is None else batch.input_ids, pad_id) for batch in batches.values()]
+    labels = [wide(None if batch is None else batch.labels, IGNORED) for batch in batches.values()]
+    return Batch(
+        input_ids=torch.cat(inputs),
+        attention_mask=torch.cat(masks),
+        labels=torch.cat(labels),
+        tasks=tuple(task for task in batches for _ in range(rows)),
+        weights=weights,
+        position_ids=torch.cat(positions) if is_packed else None,
     )
 
 

@@ -20,7 +20,8 @@ from lori_dist.adapter.adapter import Adapter
 from lori_dist.config import Choice, Run
 from lori_dist.multitask.joint import plan
 from lori_dist.training.joint import counts_in_batch, joint, rows_of_step, shares_of
-from lori_dist.training.train import Record, train
+from lori_dist.training.metrics import Record
+from lori_dist.training.train import train
 from lori_dist.training.world import from_environment
 from tests.distributed import run_distributed
 from tests.models import tiny_llama
