@@ -11,7 +11,7 @@ from lori_dist import config
 from lori_dist.adapter import attach, file
 from lori_dist.adapter.adapter import Spec
 from lori_dist.benchmarks._traffic import Traffic
-from lori_dist.evaluation import Found, evaluate_all
+from lori_dist.evaluation import Found, Store, evaluate_all
 from lori_dist.training.model import identity, load_model
 from lori_dist.training.world import from_environment
 from tests.distributed import run_distributed
