@@ -1,4 +1,4 @@
-"""How far long work is: a bar on the last line of a terminal, and lines of a log where stderr is a file or a pipe."""
+"""The progress of long work: a bar on the last line of a terminal, and lines of a log if stderr is a file or a pipe."""
 
 import logging
 import statistics

@@ -14,6 +14,7 @@ VERBS = (
     "run",
     "compare",
     "plan",
+    "data",
     "status",
     "stop",
     "train",
@@ -29,7 +30,7 @@ VERBS = (
 
 
 class Verb(Protocol):
-    """What a file of this folder has."""
+    """The members of a file in this folder."""
 
     SUMMARY: str
     HELP: str

@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
         check_writable(arguments.out, "--out")
     adapters = {str(path): path for path in arguments.adapter or ()} or finished_adapters(described)
     from lori_dist.cluster import scratch
-    from lori_dist.cluster.member import member
+    from lori_dist.cluster.failures import member
 
     scratch.check()
     with member(functools.partial(message_of, verbose=arguments.verbose)) as watch:

@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace) -> None:
     fill = _filled(described, arguments.task)
     prompts = _given(arguments, fill)
     from lori_dist.cluster import scratch
-    from lori_dist.cluster.member import member
+    from lori_dist.cluster.failures import member
 
     scratch.check()
     with member(functools.partial(message_of, verbose=arguments.verbose)) as watch:

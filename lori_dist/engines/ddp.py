@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lori_dist.adapter.routing import adapter_of
 from lori_dist.config import Train
 from lori_dist.training.cost import FP32, Collective, Counted, Held, Kind, Load
 from lori_dist.training.data import Batch
@@ -27,6 +28,7 @@ from lori_dist.training.engine import (
     start_moments,
     steps_had,
     trained,
+    update,
 )
 from lori_dist.training.loss import task_loss_sums
 from lori_dist.training.weights import Weights, fill, materialize, whole
@@ -101,19 +103,18 @@ class Replicated:
                 (loss.sum() * (self.world.size if tasks is None else 1)).backward()
             losses.append(loss.detach())
         if tasks is not None:
-            for path, gradient in tasks.gradient(self.parts("values"), self.num_steps).items():
-                self.parameters[path].grad = gradient
+            for path, gradient in tasks.gradient(self.parts("values"), self.num_steps, losses).items():
+                self.parameters[path].grad = gradient.view_as(self.parameters[path])
         norm = clip(self.parameters.values(), self.max_norm)
         result = finish(losses, norm)
-        if accept(result):
-            self.optimizer.step()
-            self.num_steps += 1
+        self.num_steps += update(self.optimizer, self.parameters, accept(result))
         self.optimizer.zero_grad()
         return result
 
     def load(self, state: State) -> None:
         self.num_steps = state.step
-        set_num_steps(self.optimizer, state.step)
+        moments = ((adapter_of(name), self.optimizer.state[p]) for name, p in self.parameters.items())
+        set_num_steps(moments, state)
         restore(self, state)
 
     def parts(self, quantity: Quantity) -> Mapping[str, Part]:

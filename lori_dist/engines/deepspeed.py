@@ -33,6 +33,8 @@ from deepspeed.utils import (
 )
 
 from lori_dist.adapter.experts import AdaptedExperts
+from lori_dist.adapter.linear import RoutedLinear
+from lori_dist.adapter.routing import name_of
 from lori_dist.config import COMPILED_AT_STAGE_3, Run, Train
 from lori_dist.engines import _ds_config, _ds_keys, ddp
 from lori_dist.errors import ConfigError
@@ -40,6 +42,7 @@ from lori_dist.training.cost import FP32, Collective, Counted, Held, Kind, Load,
 from lori_dist.training.data import Batch
 from lori_dist.training.device import return_freed
 from lori_dist.training.engine import (
+    ADAPTER,
     Accept,
     LearningRate,
     Part,
@@ -51,6 +54,7 @@ from lori_dist.training.engine import (
     adapters_of,
     always,
     finish,
+    is_accepted,
     restore,
     set_learning_rate,
     set_num_steps,
@@ -324,7 +328,7 @@ class Partitioned:
                 self.model.backward(loss.sum() * (self.world.size if tasks is None else 1))
                 losses.append(loss.detach())
         if tasks is not None:
-            for path, gradient in tasks.gradient(self.parts("values"), self.num_steps).items():
+            for path, gradient in tasks.gradient(self.parts("values"), self.num_steps, losses).items():
                 self._put_gradient(self.parameters[path], gradient)
             self.model.set_gradient_accumulation_boundary(True)
         return self._update(losses, accept)
@@ -332,9 +336,9 @@ class Partitioned:
     def _update(self, losses: Sequence[Tensor], accept: Accept) -> StepResult:
         """DeepSpeed has the norm only when it is about to call the optimizer, which it does once for each group of
         parameters, and not at all where the norm is not finite."""
-        decided: list[tuple[StepResult, bool]] = []
+        decided: list[tuple[StepResult, bool | Mapping[str, bool]]] = []
 
-        def decide(norm: Tensor) -> bool:
+        def decide(norm: Tensor) -> bool | Mapping[str, bool]:
             if not decided:
                 result = finish(losses, norm)
                 decided.append((result, accept(result)))
@@ -343,7 +347,9 @@ class Partitioned:
         update = self.optimizer.step
 
         def step() -> None:
-            if decide(torch.as_tensor(self.model.optimizer._global_grad_norm)):
+            # Of the other groups DeepSpeed gives no parameters meanwhile.
+            [adapter] = [group[ADAPTER] for group in self.optimizer.param_groups if group["params"]]
+            if is_accepted(decide(torch.as_tensor(self.model.optimizer._global_grad_norm)), adapter):
                 update()
 
         self.optimizer.step = step  # type: ignore[method-assign, assignment]
@@ -351,12 +357,13 @@ class Partitioned:
             self.model.step()
         finally:
             del self.optimizer.step
-        self.num_steps += decide(torch.tensor(math.nan))
+        answer = decide(torch.tensor(math.nan))
+        self.num_steps += answer if isinstance(answer, bool) else any(answer.values())
         return decided[0][0]
 
     def load(self, state: State) -> None:
         self.num_steps = state.step
-        set_num_steps(self.optimizer, state.step)
+        set_num_steps(((adapter, self.optimizer.state[part]) for adapter, part in self._partitions()), state)
         self._copy(state)
 
     def parts(self, quantity: Quantity) -> Mapping[str, Part]:
@@ -387,21 +394,27 @@ class Partitioned:
             self.optimizer.state.clear()
 
     def _restore(self, state: State | None) -> None:
-        zero = self.model.optimizer
-        partitions = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
-        of_groups = zero.sub_group_to_group_id if self.stage == 3 else range(len(partitions))
-        had = [steps_had(f"@{adapter}", state) for adapter in adapters_of(self.parameters)]
-        start_moments(self.optimizer, [(part, had[of_groups[n]]) for n, part in enumerate(partitions)])
+        moments = [(part, steps_had(name_of("", adapter), state)) for adapter, part in self._partitions()]
+        start_moments(self.optimizer, moments)
         if self.stage < 3:
-            zero._lazy_init_hp_params_optimizer_state()
+            self.model.optimizer._lazy_init_hp_params_optimizer_state()
         if state is not None:
             self._copy(state)
+
+    def _partitions(self) -> list[tuple[str, Tensor]]:
+        """What the optimizer updates on this rank, each with its adapter."""
+        zero, adapters = self.model.optimizer, adapters_of(self.parameters)
+        partitions = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        of_groups = zero.sub_group_to_group_id if self.stage == 3 else range(len(partitions))
+        return [(adapters[of_groups[number]], part) for number, part in enumerate(partitions)]
 
     @torch.no_grad()
     def _copy(self, state: State) -> None:
         """Copies a state to the values that are updated, and to the copies that compute."""
         restore(self, state)
         for path, parameter in self.parameters.items():
+            if path not in state.values:
+                continue
             part = _share(parameter.ds_tensor, parameter) if self.stage == 3 else whole(parameter)
             part.data.copy_(state.values[path].view(-1)[part.start : part.start + part.data.numel()])
             parameter.ds_secondary_tensor = None  # made again from the first, as after every step
@@ -491,6 +504,9 @@ def _partition(model: nn.Module, weights: Weights, config: dict[str, Any], world
     if has_second:
         fill(model, weights, lambda parameter: _share(parameter.ds_secondary_tensor, parameter, init.rank_in_group))
     for module in model.modules():
+        if isinstance(module, RoutedLinear):  # which computes with what its updates hold, without calling them
+            for parameter in module.deltas.parameters():  # type: ignore[attr-defined]
+                deepspeed.zero.register_external_parameter(module, parameter)
         if type(module) is nn.Linear and not module.weight.requires_grad:
             module.forward = functools.partial(_linear, module)  # type: ignore[method-assign]
 

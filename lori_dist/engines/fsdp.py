@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from lori_dist import plugin
 from lori_dist.adapter.linear import is_quantized
 from lori_dist.adapter.probe import probe
+from lori_dist.adapter.routing import adapter_of
 from lori_dist.config import Train
 from lori_dist.engines import ddp
 from lori_dist.errors import ConfigError, JobError
@@ -45,6 +46,7 @@ from lori_dist.training.engine import (
     start_moments,
     steps_had,
     trained,
+    update,
 )
 from lori_dist.training.loss import task_loss_sums
 from lori_dist.training.model import blocks
@@ -383,19 +385,18 @@ class FullySharded:
             (loss.sum() * (self.world.size if tasks is None else 1)).backward()
             losses.append(loss.detach())
         if tasks is not None:
-            for path, gradient in tasks.gradient(self.parts("values"), self.num_steps).items():
+            for path, gradient in tasks.gradient(self.parts("values"), self.num_steps, losses).items():
                 self.parameters[path].grad = _like(self.parameters[path], gradient)
         norm = self._clip()
         result = finish(losses, norm)
-        if accept(result):
-            self.optimizer.step()
-            self.num_steps += 1
+        self.num_steps += update(self.optimizer, self.parameters, accept(result))
         self.optimizer.zero_grad()
         return result
 
     def load(self, state: State) -> None:
         self.num_steps = state.step
-        set_num_steps(self.optimizer, state.step)
+        moments = ((adapter_of(name), self.optimizer.state[p]) for name, p in self.parameters.items())
+        set_num_steps(moments, state)
         restore(self, state)
 
     def parts(self, quantity: Quantity) -> Mapping[str, Part]:

@@ -24,7 +24,7 @@ from lori_dist.evaluation._rows import Answer, Ask, Judge, Row, interval, mean
 from lori_dist.evaluation._store import LM_EVAL, Key, Measured, Store
 from lori_dist.rows import responses
 from lori_dist.scores import LOWER_IS_BETTER
-from lori_dist.training.data import Example, encode, read
+from lori_dist.training.data import Example, Segments, encode, read
 from lori_dist.training.metrics import Record
 from lori_dist.training.model import check, check_base, load_tokenizer
 from lori_dist.training.world import World, from_first
@@ -70,7 +70,7 @@ def answered(subject: Subject, requests: Sequence[Any]) -> list[Answer]:
 
 Values = dict[str, dict[str, float]]
 """Task -> metric -> value."""
-Rows = list[tuple[str, str]]  # (prompt, response)
+Rows = list[Segments]  # (prompt, response)
 LmEval = Callable[[PreTrainedModel, PreTrainedTokenizerBase], Mapping[str, Mapping[str, float]]]
 
 
@@ -306,7 +306,9 @@ def _test_rows(run: config.Run, tokenizer: PreTrainedTokenizerBase) -> dict[str,
     problems: list[str] = []
     for name, task in run.tasks.items():
         try:
-            found = read(task.test, task.template, where=f"tasks.{name}.test", tokenizer=tokenizer, labels=task.labels)
+            found = read(
+                task.test, task.test_template, where=f"tasks.{name}.test", tokenizer=tokenizer, labels=task.labels
+            )
             rows[name] = found[: run.evaluate.rows]
         except ConfigError as error:
             problems.append(str(error))

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lori_dist.adapter.packed import Routing
+from lori_dist.adapter.routing import Routing
 from lori_dist.evaluation._batches import Side, by_length, hides_padding, left_padded, without_settings
 from lori_dist.evaluation._rows import Answer, Continuation, Likelihood, Request
 from lori_dist.training.data import Example, collate, pad_id
