@@ -1,4 +1,4 @@
-"""What the evaluation of a run's models takes, each of which computes on one device that holds the whole base."""
+"""What the evaluation of a run's models takes on one device that holds the whole base."""
 
 from collections.abc import Iterator
 from typing import Any
