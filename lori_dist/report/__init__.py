@@ -42,11 +42,11 @@ def write(
 ) -> dict[str, Any]:
     """Writes report.json, report.html and report-NAME.png into a folder, in place of those of an earlier report.
 
-    names: as of `interference`. evaluation: with it the report has the drop of each task under each merge. intervals: of its
-    accuracies, shown beside them. jobs: of a
-    summary.json; with them the page has their timeline, and adapters may be missing. conflicts: of adapters that tasks
-    were trained together for, what the trainings' results say of them. transfer: between tasks that were trained one
-    after another, as `scores.transfer` has it. same_merges: groups of merges that are the same function, by name.
+    names: as of `interference`. evaluation: with it the report has the drop of each task under each merge. intervals:
+    of its accuracies, shown beside them. jobs: of a summary.json; with them the page has their timeline, and adapters
+    may be missing. conflicts: of adapters that tasks were trained together for, what the trainings' results say of
+    them. transfer: between tasks that were trained one after another, as `scores.transfer` has it. same_merges: groups
+    of merges that are the same function, by name.
     Returns what report.json holds: the tree of `interference`, under `drops` that of `drops`, `conflicts`, `transfer`,
     `same_merges`.
     """

@@ -44,11 +44,7 @@ def page(
         *(_section("Plots", [f'<div class="plots">{"".join(map(_figure, plots))}</div>']) if plots else ()),
         *(_section("Jobs", [_figure(over_time), *_jobs(jobs)]) if over_time else ()),
         *(_section("Pairs of adapters", _pairs(report)) if report["pairs"] else ()),
-        *(
-            _section("Drop of each task under each merge", _drops(report["drops"], report.get("intervals", {})))
-            if report.get("drops")
-            else ()
-        ),
+        *(_section("Drop of each task under each merge", _drops(report)) if report.get("drops") else ()),
         *(_section("One task after another", _transfers(report["transfer"])) if report.get("transfer") else ()),
         *(_section("Conflicts in training", _conflicts(report["conflicts"])) if report.get("conflicts") else ()),
         *(_section("Adapters and norms", _adapters(report)) if count else ()),
@@ -218,8 +214,9 @@ def _cosine(cosine: Mapping[str, float | None]) -> tuple[str, ...]:
     return tuple(_number(cosine[name]) for name in ("value", "expected", "std", "cap", "bound"))
 
 
-def _drops(drops: Mapping[str, Any], intervals: Intervals) -> Iterator[str]:
-    for metric, found in drops.items():
+def _drops(report: Mapping[str, Any]) -> Iterator[str]:
+    intervals: Intervals = report.get("intervals", {})
+    for metric, found in report["drops"].items():
         tasks = list(found["single"])
         limits = {model: {task: _limits(intervals, model, task, metric) for task in tasks} for model in intervals}
         single = (f"{_number(found['single'][task])}{limits.get(task, {}).get(task, '')}" for task in tasks)
