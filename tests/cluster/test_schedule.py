@@ -31,7 +31,7 @@ def test_what_jobs_take() -> None:
     assert wanted(job("t", "train"), cluster) == Shape(count=4, part=Resources(cpus=2.0, gpus=2), placement="spread")
     assert wanted(job("m", "merge"), cluster) == Shape(count=4, part=Resources(cpus=1.0))
     assert wanted(job("m", "merge"), Cluster(cpus_per_worker=0.5)) == Shape(count=1, part=Resources(cpus=0.5))
-    assert wanted(job("e", "evaluate"), cluster) == Shape(count=1, part=Resources(cpus=1.0, gpus=1))
+    assert wanted(job("e", "evaluate"), cluster) == wanted(job("t", "train"), cluster)
     searched = Job(name="m", kind="merge", fingerprint="m", settings={"search": {}})
     assert wanted(searched, cluster) == Shape(count=1, part=Resources(cpus=1.0, gpus=1))
     assert wanted(job("e", "evaluate"), Cluster()) == Shape(count=1, part=Resources(cpus=1.0))
