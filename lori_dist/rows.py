@@ -1,4 +1,4 @@
-"""Rows of a task as text: what the model reads, and what it learns to answer."""
+"""Rows of a task as text: the prompt that the model reads, and the response that it learns."""
 
 import json
 import string

@@ -1,5 +1,5 @@
-"""A model's treatment of tokens, seen on a small copy: which layers run, whether tokens see later ones, and how logits
-are made.
+"""A model's treatment of tokens, seen on a small copy: which layers run, how many of a mixture's experts compute a
+token, whether tokens see later ones, and how logits are made.
 
 All are properties of a model's code and configuration, not of its weights. So the copy has the model's class and its
 configuration with narrow layers and few words, random weights, and all its blocks, or the first few where even these
@@ -18,8 +18,8 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 import torch
@@ -66,8 +66,12 @@ class Probe:
     """Paths of the copy's linear layers and fused experts."""
     idle: frozenset[str]
     """The layers among them that are never called when the model reads tokens: an update there would do nothing."""
+    mixing: frozenset[str]
+    """The layers whose input has neither a row for each row of the batch, nor one for each of its tokens in order."""
     is_causal: bool | None
     """Whether no logit depends on a later token; None for models without logits at every token."""
+    chosen: Mapping[str, int] = field(default_factory=dict)
+    """Path of fused experts -> how many of them compute each token."""
     ends_in_head: bool = False
     """Whether the logits are what the layer of the output embeddings returns, and nothing is done to them after it."""
     keeps_logits: bool = False
@@ -75,13 +79,25 @@ class Probe:
 
     def is_idle(self, path: str) -> bool:
         """Tells whether the layer at a path is idle. Blocks that the copy lacks are taken to be like those it has."""
+        return self._is_in(self.idle, path)
+
+    def mixes_rows(self, path: str) -> bool:
+        """Whether the layer at a path cannot tell which row of the batch its input is of."""
+        return self._is_in(self.mixing, path)
+
+    def _is_in(self, some: frozenset[str], path: str) -> bool:
         if path in self.layers:
-            return path in self.idle
+            return path in some
         alike = [other for other in self.layers if _kind(other) == _kind(path)]
-        return bool(alike) and self.idle.issuperset(alike)
+        return bool(alike) and some.issuperset(alike)
+
+    def num_chosen(self, path: str) -> int | None:
+        """How many of the fused experts at a path compute each token; None where that is not known."""
+        alike = (number for other, number in self.chosen.items() if _kind(other) == _kind(path))
+        return self.chosen.get(path, next(alike, None))
 
 
-NOTHING = Probe(layers=frozenset(), idle=frozenset(), is_causal=None)
+NOTHING = Probe(layers=frozenset(), idle=frozenset(), mixing=frozenset(), is_causal=None)
 _known: dict[tuple[type, str], Probe] = {}
 
 
@@ -125,16 +141,22 @@ def _probed(kind: type, settings: Any) -> Probe:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without words, without a trace in the random numbers of torch, on the CPU in float32."""
+    """Without words, without a trace in the random numbers of torch, on the CPU in float32.
+
+    In one thread: a copy of a mixture of experts makes thousands of operations of a few numbers each, and to divide
+    them among threads takes ten times as long as to compute them.
+    """
     library, dtype = logging.getLogger("transformers"), torch.get_default_dtype()
-    level = library.level
+    level, num_threads = library.level, torch.get_num_threads()
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
         warnings.simplefilter("ignore")
         library.setLevel(logging.CRITICAL)
+        torch.set_num_threads(1)
         torch.set_default_dtype(torch.float32)
         try:
             yield
         finally:
+            torch.set_num_threads(num_threads)
             torch.set_default_dtype(dtype)
             library.setLevel(level)
 
@@ -228,9 +250,9 @@ def _cut(settings: Any) -> None:
 
 def _observed(model: Any) -> Probe:
     layers = {path: module for path, module in model.named_modules() if _is_layer(module)}
-    called: set[str] = set()
+    called: dict[str, tuple[Any, ...]] = {}
     for path, module in layers.items():
-        module.register_forward_pre_hook(lambda module, inputs, path=path: called.add(path))
+        module.register_forward_pre_hook(lambda module, inputs, path=path: called.update({path: inputs}))
     ids = _two_rows(model)
     more = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
     read = functools.partial(model, input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **more)
@@ -240,11 +262,23 @@ def _observed(model: Any) -> Probe:
     logits = getattr(read(), "logits", None)
     return Probe(
         layers=frozenset(layers),
-        idle=frozenset(layers) - called,
+        idle=frozenset(layers) - called.keys(),
+        mixing=frozenset(path for path, inputs in called.items() if inputs and _mixes(inputs[0])),
         is_causal=_is_causal(logits),
+        # The numbers of each token's experts.
+        chosen={
+            path: int(inputs[1].shape[-1])
+            for path, inputs in called.items()
+            if is_experts(layers[path]) and len(inputs) > 1
+        },
         ends_in_head=_is_per_token(logits) and len(returned) == 1 and returned[0] is logits,
         keeps_logits=_is_per_token(logits) and _keeps_logits(model, read, logits),
     )
+
+
+def _mixes(x: Any) -> bool:
+    """Whether a layer's input has neither a row for each of the two rows, nor an entry for each of their tokens."""
+    return isinstance(x, Tensor) and x.shape[0] != 2 and x.numel() != 2 * NUM_TOKENS * x.shape[-1]
 
 
 def _keeps_logits(model: Any, read: Callable[..., Any], logits: Tensor) -> bool:

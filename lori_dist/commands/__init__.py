@@ -20,6 +20,7 @@ VERBS = (
     "train",
     "merge",
     "evaluate",
+    "generate",
     "export",
     "report",
     "show",
@@ -29,7 +30,7 @@ VERBS = (
 
 
 class Verb(Protocol):
-    """What a file of this folder has."""
+    """The members of a file in this folder."""
 
     SUMMARY: str
     HELP: str

@@ -1,10 +1,11 @@
-"""The checks that several keys are subject to together, each a function that gives every mistake of one kind.
+"""The checks that involve several keys, each a function that yields every mistake of one kind.
 
 What a single key may be is said with it, in run.py. A rule reads the run as if it were right: where a key that it reads
 is wrong, the rule ends there, and the key's own mistake is reported alone.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -21,11 +22,12 @@ from lori_dist.errors import ConfigError
 from lori_dist.files import read_regular
 
 Rule = Callable[[Run], Iterator[str]]
-"""Gives every mistake of one kind."""
+"""Yields every mistake of one kind in a run."""
 
 
 def as_far_as_known(rule: Rule, run: Run) -> list[str]:
-    """What a rule finds in a run that lacks values. Where one task lacks what a rule reads, others may have it."""
+    """The mistakes that a rule finds in a run that lacks values. If one task lacks a value that the rule reads, others
+    are checked all the same."""
     found: list[str] = []
     if not _ends(rule, run, found) and rule in EACH:
         for name, item in getattr(run, EACH[rule], {}).items():
@@ -34,7 +36,7 @@ def as_far_as_known(rule: Rule, run: Run) -> list[str]:
 
 
 def _ends(rule: Rule, run: Run, found: list[str]) -> bool:
-    """Puts into `found` what a rule gives, and says whether it came to its end."""
+    """Appends a rule's mistakes to `found`. Returns whether the rule came to its end."""
     try:
         for problem in rule(run):
             found.append(problem)
@@ -92,27 +94,21 @@ def _compiled(run: Run) -> Iterator[str]:
     engine = run.train.engine
     if engine.name == "deepspeed" and engine.options.get("stage") == 3:
         yield COMPILED_AT_STAGE_3
-    if run.cluster.packing != "off":
-        yield (
-            "train.compile: cannot be combined with cluster.packing, whose layers need to know each batch's "
-            "tasks; set only one"
-        )
-    if run.multitask.name == "joint" and run.multitask.options.get("projection") != "none":
-        yield (
-            "train.compile: cannot be combined with multitask joint, whose layers keep each task's gradient "
-            "apart; remove it, "
-            "or set multitask.projection to none"
-        )
 
 
 def _saved(run: Run) -> Iterator[str]:
     if not run.adapter.modules_to_save:
         return
-    if run.multitask.name != "independent":
+    how = run.multitask.options
+    if run.multitask.name == "joint" and "none" not in (how.get("projection"), how.get("balance")):
         yield (
-            f"adapter.modules_to_save: cannot be combined with multitask {run.multitask.name}, where tasks would "
-            "share what is "
-            "trained in full; train them independent, or remove it"
+            "adapter.modules_to_save: cannot be combined with multitask joint, which balances the gradients of A and B "
+            "alone; set multitask.balance to none, or remove it"
+        )
+    elif run.multitask.name not in ("independent", "joint"):
+        yield (
+            f"adapter.modules_to_save: cannot be combined with multitask {run.multitask.name}, where each task adds "
+            "to what the earlier ones leave as it is; train them independent, or remove it"
         )
     if run.merges:
         yield (
@@ -175,7 +171,7 @@ def _mixtures(run: Run) -> Iterator[str]:
             yield f"tasks.{name}.mixture: {task.train!r} is also tasks.{name}.train, which has the rest; remove it"
         if task.mixture and run.multitask.name == "joint":
             yield (
-                f"tasks.{name}.mixture: cannot be combined with multitask joint, which mixes tasks evenly; set only one"
+                f"tasks.{name}.mixture: cannot be combined with multitask joint, which mixes tasks itself; set only one"
             )
 
 
@@ -220,17 +216,13 @@ PACKED = (
 def _packed_rows(run: Run) -> Iterator[str]:
     if not run.train.pack:
         return
-    if run.multitask.name == "joint":
-        yield (
-            "train.pack: cannot be combined with multitask joint, which distinguishes tasks by their rows; set only one"
-        )
     with contextlib.suppress(OSError, ValueError, AttributeError):  # the job says what is wrong with config.json
         settings = json.loads(read_regular(Path(run.model.path) / "config.json"))
         yield from unpackable(str(settings.get("model_type")))
 
 
 def unpackable(model_type: str) -> Iterator[str]:
-    """What is wrong with packing rows for a model."""
+    """Yields the reasons why rows cannot be packed for a model."""
     if model_type not in PACKED:
         yield (f"train.pack: {model_type} is not known to keep packed rows apart, as {', '.join(PACKED)} do; remove it")
 
@@ -245,7 +237,8 @@ def _output(run: Run) -> Iterator[str]:
 
 
 def _in_a_job(run: Run) -> Iterator[str]:
-    """A job of Ray works in a copy of what was submitted, which is deleted after it."""
+    """Yields the mistake of an output folder that would be lost: a job of Ray works in a copy of what was submitted,
+    which is deleted after it."""
     if (
         in_a_job()
         and not storage.is_url(run.output)
@@ -263,7 +256,7 @@ def in_a_job() -> bool:
 
 
 def relative_paths(run: Run) -> Iterator[str]:
-    """What is wrong with a run that is to work on machines which share no current directory with this one."""
+    """Yields the mistakes of a run that is to work on machines which share no current directory with this one."""
     paths = {"output": run.output, "model.path": run.model.path}
     if run.evaluate.lm_eval is not None and run.evaluate.lm_eval.include is not None:
         paths["evaluate.lm_eval.include"] = run.evaluate.lm_eval.include
@@ -278,7 +271,7 @@ def relative_paths(run: Run) -> Iterator[str]:
 
 
 def checked_engine(run: Run) -> Iterator[str]:
-    """What the engine itself says of files that its options name; only then is it imported."""
+    """Yields the mistakes that the engine finds in files that its options name; only then is it imported."""
     if not (paths := engine_files(run)):
         return
     engine = run.train.engine
@@ -326,8 +319,9 @@ def _fields_of(template: Template) -> dict[str, list[str]]:
 
 def _fields(run: Run) -> Iterator[str]:
     """Looks at the first row only: the usual mistake shows there, and a file may have gigabytes."""
+    first_row = functools.cache(_first_row)  # tasks may have files in common
     for name, task in run.tasks.items():
-        rows = {part: _first_row(path) for part, path in files(task)}
+        rows = {part: first_row(path) for part, path in files(task)}
         for text, named in _fields_of(task.template).items():
             for wanted in named:
                 lacking = [part for part, row in rows.items() if row is not None and wanted not in row]
@@ -363,7 +357,7 @@ def _labels(run: Run) -> Iterator[str]:
 
 
 LOOKED_AT = 10_000
-"""Rows of a file whose labels are compared before anything starts: a fraction of a second."""
+"""Number of a file's rows whose labels are compared before anything starts: a fraction of a second."""
 
 
 def _first_row(path: str) -> dict[str, Any] | None:
@@ -371,7 +365,7 @@ def _first_row(path: str) -> dict[str, Any] | None:
 
 
 def _num_rows(path: str, most: int) -> int:
-    """Rows, counted up to `most`; 0 if there is no such file."""
+    """Number of rows, counted up to `most`; 0 if there is no such file."""
     with contextlib.suppress(OSError, ConfigError):
         if not os.path.isfile(path) and not tables.is_hub(path):
             return 0
@@ -380,7 +374,7 @@ def _num_rows(path: str, most: int) -> int:
 
 
 def _rows(path: str, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Those of the first rows, numbered, that are some. What is wrong with the others is for the job to say."""
+    """The readable ones of a file's first rows, numbered. The job reports the mistakes of the others."""
     if tables.is_hub(path) or not os.path.isfile(path):
         return  # the one takes a network, and time; a device may have no end
     with contextlib.suppress(OSError, ConfigError):
@@ -419,35 +413,6 @@ def _cluster(run: Run) -> Iterator[str]:
             f"cluster.bind: is given, but the cluster at {run.cluster.address!r} was started before, where "
             "Ray was given its interfaces; remove it"
         )
-
-
-def _packing(run: Run) -> Iterator[str]:
-    if run.cluster.packing == "off":
-        return
-    if run.adapter.projection != "cached":
-        yield (
-            f"cluster.packing: got {run.cluster.packing}, and packed adapters have a cached A, not a "
-            f"{run.adapter.projection} one; set it to off, or adapter.projection to cached"
-        )
-    if run.adapter.modules_to_save:
-        yield (
-            f"cluster.packing: got {run.cluster.packing}, and what adapter.modules_to_save trains in full is not "
-            "packed; set only one"
-        )
-    guarded = [name for name in ("spike", "validate_every") if getattr(run.train, name) is not None]
-    guarded += ["on_divergence"] if run.train.on_divergence != "stop" else []
-    if guarded:
-        yield (
-            f"cluster.packing: got {run.cluster.packing}, and training jobs with train.{guarded[0]} are not packed; "
-            "set only one of them"
-        )
-    if run.train.pack:
-        yield (
-            f"cluster.packing: got {run.cluster.packing}, and rows of several tasks do not share sequences, as "
-            "with train.pack; set only one"
-        )
-    if storage.is_url(run.output):
-        yield f"cluster.packing: got {run.cluster.packing}, with an output that is a URL; set it to off"
 
 
 def _searches(run: Run) -> Iterator[str]:
@@ -495,11 +460,10 @@ RULES: tuple[Rule, ...] = (
     _merges,
     _searches,
     _cluster,
-    _packing,
 )
 
 OF_THIS_MACHINE = (_output, _in_a_job, checked_engine)
-"""What is so for this machine alone."""
+"""Rules that hold on this machine alone."""
 
 EACH = {
     _lengths_of_tasks: "tasks",

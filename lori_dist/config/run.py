@@ -18,6 +18,7 @@ from lori_dist.config.kinds import (
     ENGINES,
     MASKS,
     MERGES,
+    PLACERS,
     PLANS,
     Check,
     Choice,
@@ -42,6 +43,7 @@ from lori_dist.config.kinds import (
     section,
 )
 from lori_dist.errors import ConfigError
+from lori_dist.files import folder_problem
 
 # --- what the checks of single keys find -----------------------------------------------------------------------------
 
@@ -52,10 +54,8 @@ def is_installed(package: str) -> bool:
 
 
 def _model_folder(path: str) -> Iterator[str]:
-    is_hub_name = path.count("/") == 1 and not path.startswith((".", "/", "~"))
-    is_local = not is_hub_name or Path(path).parent.is_dir()
-    if is_local and not os.path.isfile(Path(path) / "config.json"):
-        yield f"there is no config.json in {path!r}; give a model's folder or its name on the hub"
+    if problem := folder_problem(path):
+        yield problem
 
 
 def _quantized(quantize: str) -> Iterator[str]:
@@ -69,7 +69,7 @@ FLASH = {
     "flash_attention_2": ("flash_attn", "flash-attn"),
     "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
 }
-"""Attention -> the package it is in, and what pip calls that."""
+"""Attention -> the package that has it, and the name under which pip installs that."""
 
 
 def _attention_is_there(attention: str) -> Iterator[str]:
@@ -92,7 +92,7 @@ def wrong_template(template: str) -> Iterator[str]:
 
 
 def names_of(template: str) -> list[str]:
-    """The fields that a template names; none where it is not a template."""
+    """The fields that a template names; empty if it is not a template."""
     try:
         return [name for _, name, _, _ in string.Formatter().parse(template) if name and name.isidentifier()]
     except ValueError:
@@ -139,7 +139,7 @@ def _adapter_is_there(path: str) -> Iterator[str]:
 
 
 def wrong_labels(labels: Sequence[str]) -> Iterator[str]:
-    """What is wrong with the labels of a task by themselves."""
+    """Yields the mistakes of a task's labels by themselves."""
     if len(labels) < 2 or len(set(labels)) < len(labels):
         yield f"got {list(labels)}; give at least two, each of them once"
 
@@ -190,7 +190,7 @@ def _some(tasks: Mapping[str, Any]) -> Iterator[str]:
 
 
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
-"""Those of accelerate. Each is in the package of its name."""
+"""The trackers of accelerate. Each is in the package of its name."""
 
 
 def _trackers(names: Sequence[str]) -> Iterator[str]:
@@ -465,6 +465,9 @@ class LmEval:
 class Evaluate:
     """How base, adapters and merges are measured on every task's test rows."""
 
+    engine: Annotated[Choice | None, Chosen, PLACERS, Fingerprint.NEVER] = None
+    """Engine that holds the base, sharded or on every rank, while the ranks divide the rows: ddp, fsdp or {name:
+    deepspeed, stage: 3}; null: as in training."""
     metrics: Annotated[tuple[str, ...], pydantic.Field(min_length=1), Check(_metrics)] = (
         "loss",
         "exact_match",
@@ -473,7 +476,7 @@ class Evaluate:
     """Metrics to measure. choice is lm-eval's acc, on tasks that have labels; choice_norm and choice_bytes divide by a
     label's length, as acc_norm and acc_bytes do; choice_end counts the end token too."""
     batch_size: Annotated[Positive, Fingerprint.NEVER] = 32
-    """Rows evaluated at once."""
+    """Rows that a rank evaluates at once, on all models of a pass together."""
     rows: Positive | None = None
     """Evaluate on the first test rows only, this many; null: all."""
     max_new_tokens: Positive = 64
@@ -533,12 +536,12 @@ class Run:
     evaluate: Evaluate = field(default_factory=Evaluate)
     """How base, adapters and merges are measured on every task's test rows."""
     cluster: Annotated[Cluster, Fingerprint.NEVER] = field(default_factory=Cluster)
-    """Where the jobs run, and on how much of it."""
+    """Cluster that the jobs run on, and the room that they take there."""
     trackers: Annotated[tuple[str, ...], Listed, Check(_trackers, is_of_this_machine=True), Fingerprint.NEVER] = (
         "tensorboard",
     )
-    """Where metrics go besides metrics.jsonl: tensorboard, wandb, mlflow, aim, clearml, comet_ml, dvclive, swanlab or
-    trackio."""
+    """Programs that get metrics besides metrics.jsonl: tensorboard, wandb, mlflow, aim, clearml, comet_ml, dvclive,
+    swanlab or trackio."""
     multitask: Annotated[Choice, Chosen, PLANS, Fingerprint.DERIVED] = field(
         default_factory=lambda: Choice(name="independent")
     )
@@ -546,7 +549,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where it is, or where this machine's mirror of it is."""
+        """The run's folder, or this machine's mirror of it if `output` is a URL."""
         if storage.is_url(self.output):
             return storage.mirror_folder(self.output, self.name)
         return Path(self.output).absolute() / self.name
@@ -556,8 +559,8 @@ class Run:
 
 
 def held_out(run: Run, task: str) -> int:
-    """How many of the last rows of a task's `train` file its training leaves out: those that searches for weights
-    measure on. 0 where it has `validation`."""
+    """Number of the last rows of a task's `train` file that its training leaves out, since searches for weights measure
+    on them. 0 if the task has `validation`."""
     if run.tasks[task].validation is not None:
         return 0
     searches = [merge.search for merge in run.merges.values() if task in (merge.tasks or run.tasks)]
@@ -565,7 +568,7 @@ def held_out(run: Run, task: str) -> int:
 
 
 def trained_as(run: Run, task: str) -> Train:
-    """`train`, with a task's own settings in the place of those for all."""
+    """`train` with a task's own settings instead of those for all tasks."""
     own = run.tasks[task]
     has_length = own.steps is not None or own.epochs is not None
     steps, epochs = (own.steps, own.epochs) if has_length else (run.train.steps, run.train.epochs)
@@ -576,7 +579,7 @@ PARTS = ("train", "test", "validation")
 
 
 def files(task: Task) -> Iterator[tuple[str, str]]:
-    """Place in the task's section, and path."""
+    """Yields each file of a task: its place in the task's section, and its path."""
     for part in PARTS:
         if getattr(task, part) is not None:
             yield part, getattr(task, part)

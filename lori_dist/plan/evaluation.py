@@ -12,8 +12,11 @@ from lori_dist.training.loss import logits_bytes
 
 
 def planned(run: Run, model: Counted, hardware: Hardware, counter: Counter) -> dict[str, Any]:
-    """models: how many are evaluated; memory: bytes of the device; fits; seconds: of a device, over all models, with
-    the merges that searches for weights try; gpu_hours; uncounted: what takes time and cannot be counted."""
+    """The costs of a run's evaluation as plain JSON.
+
+    models: number of evaluated models; memory: bytes of the device; fits; seconds: time of a device, over all models,
+    with the merges that searches for weights try; gpu_hours; uncounted: work that takes time and cannot be counted.
+    """
     rows = {name: counter.of(name, "test", task.test) for name, task in run.tasks.items()}
     models = sum(1 for job in jobs.plan(run) if job.kind == "evaluate")
     rate = hardware.tflops * 1e12 * hardware.efficiency
@@ -47,7 +50,7 @@ def _limited(run: Run, number: int) -> int:
 def _seconds(
     run: Run, task: str, metric: str, lengths: Lengths, number: int, model: Counted, hardware: Hardware, rate: float
 ) -> float:
-    """Of one metric of one model on one task."""
+    """Seconds of one metric of one model on one task."""
     forward = (model.flops or 4.0 * model.parameters) / 2 * lengths.mean
     forward += sum(layer.per_pair * layer.pairs(round(lengths.mean)) for layer in model.attention)
     labels = run.tasks[task].labels

@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from lori_dist.adapter.linear import AdaptedLinear, RoutedLinear
+from lori_dist.adapter.saved import RoutedModule
 from lori_dist.errors import ConfigError
 from lori_dist.training.model import blocks
 
@@ -36,5 +38,9 @@ def compile_blocks(model: nn.Module, *, backend: str = "inductor") -> None:
     # Beyond these, blocks run as if this were not asked for.
     settings.recompile_limit = max(settings.recompile_limit, GRAPHS * len(found))
     settings.accumulated_recompile_limit = max(settings.accumulated_recompile_limit, GRAPHS * len(found))
+    for module in model.modules():
+        keeps_apart = isinstance(module, AdaptedLinear) and any(delta.per_task for delta in module.deltas)
+        if keeps_apart or isinstance(module, RoutedLinear | RoutedModule):  # which look at each batch's rows
+            module.forward = torch._dynamo.disable(module.forward)
     for block in found:
         block.forward = torch.compile(block.forward, backend=backend)

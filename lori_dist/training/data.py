@@ -4,7 +4,7 @@ import datetime
 import functools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -160,6 +160,10 @@ class _Renderer:
             done = end
         return (found[0].removeprefix(self.bos), *found[1:])
 
+    def prompt(self, messages: Sequence[rows.Message]) -> str:
+        """The text that asks for the answer to messages."""
+        return self._text(rows.Chat(messages=messages), len(messages), opens=True).removeprefix(self.bos)
+
     def _answer(self, chat: rows.Chat, place: int, whole: str) -> tuple[int, int]:
         """Where the answer of a message begins in the text of all, and where it ends."""
         before, opened = self._text(chat, place), self._text(chat, place, opens=True)
@@ -199,6 +203,20 @@ class _Renderer:
                 **self.named,
             )
         )
+
+
+def chat_prompt(
+    messages: Sequence[rows.Message], tokenizer: PreTrainedTokenizerBase, template: config.Template | None = None
+) -> str:
+    """The text after which a model writes its answer to messages, without the bos that the tokenizer adds by itself.
+
+    template: gives the chat template's date and arguments; None: as training has them by default. Raises ConfigError
+    if the chat template refuses the messages.
+    """
+    try:
+        return _Renderer(tokenizer, template or config.Template(), "").prompt(messages)
+    except Exception as error:  # templates raise errors of their own
+        raise ConfigError(f"prompt: the chat template refuses it ({error})") from error
 
 
 def _num_common(one: str, other: str) -> int:
@@ -305,6 +323,43 @@ def collate(examples: Sequence[Example], pad_id: int, pack: int | None = None) -
         input_ids=torch.from_numpy(input_ids),
         attention_mask=torch.from_numpy(attention_mask),
         labels=torch.from_numpy(labels),
+    )
+
+
+def side_by_side(batches: Mapping[int, Batch | None], weights: Tensor, pad_id: int) -> Batch:
+    """Batches of several tasks in one, one task after the other, with as many rows of each: what lacks is padding.
+
+    batches: task, ascending, from 0 -> its batch; None: it has no rows. weights: (tasks,), of a target of each.
+    """
+    found = [batch for batch in batches.values() if batch is not None]
+    rows, width = max(len(one.input_ids) for one in found), max(one.input_ids.shape[1] for one in found)
+    is_packed = any(one.position_ids is not None for one in found)
+
+    def wide(tensor: Tensor | None, fill: int) -> Tensor:
+        made = torch.full((rows, width), fill, dtype=torch.int64)
+        if tensor is not None:
+            made[: tensor.shape[0], : tensor.shape[1]] = tensor
+        return made
+
+    masks, positions = [], []
+    for batch in batches.values():
+        mask = wide(None if batch is None else batch.attention_mask, 0)
+        mask[mask[:, 0] == 0, 0] = 1  # attention over nothing is not a number
+        masks.append(mask)
+        place = torch.arange(width).repeat(rows, 1)  # padding is a row of its own
+        if batch is not None and batch.position_ids is not None:
+            count, own = batch.position_ids.shape
+            place[:count, :own], place[:count, own:] = batch.position_ids, torch.arange(width - own)
+        positions.append(place)
+    inputs = [wide(None if batch is None else batch.input_ids, pad_id) for batch in batches.values()]
+    labels = [wide(None if batch is None else batch.labels, IGNORED) for batch in batches.values()]
+    return Batch(
+        input_ids=torch.cat(inputs),
+        attention_mask=torch.cat(masks),
+        labels=torch.cat(labels),
+        tasks=tuple(task for task in batches for _ in range(rows)),
+        weights=weights,
+        position_ids=torch.cat(positions) if is_packed else None,
     )
 
 

@@ -19,7 +19,6 @@ from lori_dist import config
 from lori_dist.adapter import saved
 from lori_dist.adapter.experts import AdaptedExperts
 from lori_dist.adapter.linear import AdaptedLinear, Delta
-from lori_dist.adapter.packed import PackedDelta
 from lori_dist.errors import ConfigError
 from lori_dist.tensors import Stored
 from lori_dist.training.engine import Part
@@ -60,19 +59,27 @@ def skeleton(model: config.Model) -> tuple[PreTrainedModel, Weights]:
     dtype = getattr(torch, model.dtype)
     with loading(model):
         settings = settings_of(model)
-        if getattr(settings, "quantization_config", None) is not None:
-            raise ConfigError(f"model.path: {model.path!r} is quantised, which is not supported; give the base itself")
         attention = attention_of(model)
         made = without_weights(settings, dtype, trust_remote_code=model.trust_remote_code, **attention)
         _keep_exact(made, dtype)
-        weights = _Files(made, stored_weights(model))
-    weights.check(model.path)
+    weights = find_weights(made, model)
     _check_attention(made, model)
     check_causal(made, model)
     if model.quantize is None:
         return made.eval(), weights
     quantize_layers(made, model.quantize)
     return made.eval(), QuantizedWeights(made, weights.read)
+
+
+def find_weights(made: PreTrainedModel, model: config.Model) -> "_Files":
+    """Where the model's files have its weights; only their headers are read.
+
+    Raises ConfigError if they cannot be read, lack a weight, or have one of another shape.
+    """
+    with loading(model):
+        weights = _Files(made, stored_weights(model))
+    weights.check(model.path)
+    return weights
 
 
 def without_weights(settings: PretrainedConfig, dtype: torch.dtype, **more: Any) -> PreTrainedModel:
@@ -270,7 +277,7 @@ def materialize(
     make = make or (lambda parameter: on(device, parameter))
     made: dict[nn.Parameter, nn.Parameter] = {}  # torch's own `to_empty` would untie what is tied
     for module in model.modules():
-        if isinstance(module, Delta | PackedDelta):
+        if isinstance(module, Delta):
             is_meta = any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
             module.to_empty(device=device) if is_meta else module.to(device)
         for name, parameter in module.named_parameters(recurse=False):
@@ -297,6 +304,9 @@ def fill(model: nn.Module, weights: Weights, part: Callable[[Any], Part]) -> Non
     part: the share of a parameter.
     """
     for name, parameter in base_parameters(model).items():
+        share = part(parameter)
+        weights.read(name, share.data, share.start)
+    for name, parameter in saved.copies(model):
         share = part(parameter)
         weights.read(name, share.data, share.start)
     for name, buffer in persistent_buffers(model).items():
