@@ -177,7 +177,8 @@ def _renderer(
 
 def _alpaca(row: Mapping[str, Any]) -> Text:
     with_input, without = ALPACA
-    given = "" if row.get("input") in (None, "", tables.Missing("")) else tables.text(row, "input")
+    is_missing = row.get("input") is None or isinstance(row["input"], tables.Missing)
+    given = "" if is_missing else tables.text(row, "input")
     instruction, output = tables.text(row, "instruction"), _not_empty(tables.text(row, "output"))
     form = with_input if given.strip() else without
     return form.format(instruction=instruction, input=given), output
