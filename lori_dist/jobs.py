@@ -19,13 +19,13 @@ from lori_dist.files import open_regular, parse_json, read_regular
 Kind = Literal["train", "merge", "evaluate"]
 
 FORMAT = 1
-"""Part of every fingerprint: another number does everything anew."""
+"""Part of every fingerprint: another number does everything again."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,199}", re.ASCII)
 """Of jobs: nothing in it can leave the run's folder."""
 
 JOINT = "joint"
-"""The adapter that tasks have together has this name in the place of a task's."""
+"""The adapter that tasks have together has this name instead of a task's."""
 
 WEIGHTS = (".safetensors", ".bin")
 TEXTS = (".json", ".txt", ".model", ".jinja")

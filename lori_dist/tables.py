@@ -320,7 +320,7 @@ def _whole(text: str) -> Row | None:
 
 
 def _array(text: str, start: int, *, is_whole: bool = False) -> Iterator[tuple[int, Row | ConfigError]]:
-    """Each row with the line it begins in. After what is not JSON nothing can be told from anything. is_whole: whether
+    """Each row with the line it begins in. After what is not JSON nothing can be distinguished. is_whole: whether
     the text is known to be JSON; else nothing may follow the array."""
     decoder = _Decoder()
     place, line, counted = _after_blanks(text, start + 1), 1, 0

@@ -89,8 +89,8 @@ class Routing:
     def split(self, module: str, x: Tensor) -> Tensor:
         """(groups, tokens of each, features). Raises AdapterError for a layer that does not see rows as they are."""
         num_tokens = x.numel() // x.shape[-1]
-        is_told = len(self.groups) == 1 or x.shape[0] == self.num_rows or num_tokens == self.num_tokens
-        if not self.groups or not is_told:
+        is_known = len(self.groups) == 1 or x.shape[0] == self.num_rows or num_tokens == self.num_tokens
+        if not self.groups or not is_known:
             found = f"an input of shape {tuple(x.shape)} for {self.num_rows} rows"
             raise AdapterError(f"{module}: has {found}, so they cannot be distinguished; remove it from the targets")
         return x.reshape(len(self.groups), -1, x.shape[-1])

@@ -1,4 +1,4 @@
-"""Where each job of a run stands, and who is told."""
+"""The state of each job of a run, and who is notified."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ from lori_dist.jobs import Job, dependents, path_lengths, ready
 EVALUATION = "evaluation.json"
 
 ENDING = re.compile(r": ending, as (`lori stop` was called|SIGTERM was received|train\.time_limit has passed)")
-"""In what a driver writes before it leaves its cluster, where it was told to end."""
+"""In what a driver writes before it leaves its cluster, where it was asked to end."""
 
 log = logging.getLogger(__name__)
 
@@ -211,7 +211,7 @@ class Board:
 
     def _change(self, job: Job, state: str, **more: Any) -> None:
         self.states[job.name] = {"state": state, **more}
-        log.info("%s: %s", job.name, _told(self.states[job.name]))
+        log.info("%s: %s", job.name, _described(self.states[job.name]))
         self.progress(self._event(job))
 
     def _event(self, job: Job, **more: Any) -> Progress:
@@ -252,7 +252,7 @@ def _saved(run: Run, job: Job) -> dict[str, str]:
     return {"saved": f"step {found['step']}{of} of phase {found['phase']}"}
 
 
-def _told(state: Mapping[str, Any]) -> str:
+def _described(state: Mapping[str, Any]) -> str:
     match state:
         case {"state": "failed", "error": error}:
             return f"failed: {error}"

@@ -29,7 +29,7 @@ from lori_dist.jobs import Job
 DIED = "the process died: it was killed, or its machine ran out of memory or was lost"
 
 PLACE_SECONDS = 15.0
-"""After which a gang that found no place asks anew: nodes may have gone that Ray had counted on."""
+"""After which a gang that found no place asks again: nodes may have gone that Ray had counted on."""
 POLL_SECONDS = 1.0
 MAX_STARTS = 3
 """How often the processes of one attempt may die before they have begun."""
@@ -97,7 +97,7 @@ class Process:
         self._outcome: Outcome | None = None
 
     def place(self) -> Place:
-        """Opens a port anew with every call."""
+        """Opens another port with every call."""
         import ray
 
         context = ray.get_runtime_context()

@@ -1,7 +1,7 @@
 """How one rank of several ends when something goes wrong: promptly, and so that the cause is what is read first.
 
-A rank that fails by itself speaks at once. A mistake that all ranks make is told by rank 0, which the others give the
-time to do so. A rank that fails only because another one has ended says no more than that. All exit without the
+A rank that fails by itself speaks at once. A mistake that all ranks make is reported by rank 0, which the others give
+the time to do so. A rank that fails only because another one has ended says no more than that. All exit without the
 interpreter's clean-up, in which the threads of communication libraries may wait for ranks that are gone. Those that are
 done do so as well: a thread of gloo's that lets go of its last tensor in the midst of a clean-up aborts the process.
 """
@@ -28,19 +28,19 @@ if TYPE_CHECKING:  # they need torch, and a mistake is to be answered before tha
 HOLD_S = 2.0
 """For which one rank lets another go first. A launcher looks every second whether one has ended, and then ends all."""
 PASS_ON_S = 0.5
-"""For which a rank that has told the others why it ends stays, so that rank 0 can pass it on."""
+"""For which a rank that has reported to the others why it ends stays, so that rank 0 can pass it on."""
 CONNECTION = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out", re.IGNORECASE)
 """What errors of collectives speak of, when the other side is gone."""
 
-Told = Callable[[BaseException], tuple[str, int] | None]
+Explain = Callable[[BaseException], tuple[str, int] | None]
 
 
 @contextmanager
-def member(told: Told) -> Iterator[Callable[["World"], None]]:
+def member(explain: Explain) -> Iterator[Callable[["World"], None]]:
     """Surrounds all that a rank does. Gives what every rank calls when the process group is there.
 
-    told: the message and the exit code for an error raised on purpose, None for any other. Where a launcher has started
-    several ranks, nothing leaves this: the process ends here, well or not. A single process sees nothing of it.
+    explain: the message and the exit code for an error raised on purpose, None for any other. Where a launcher has
+    started several ranks, nothing leaves this: the process ends here, well or not. A single process sees nothing of it.
     """
     try:
         place = rendezvous(os.environ)
@@ -49,7 +49,7 @@ def member(told: Told) -> Iterator[Callable[["World"], None]]:
     if place is None or place["WORLD_SIZE"] == "1":
         yield lambda world: None
         return
-    own = Member(int(place["RANK"]), int(place["WORLD_SIZE"]), int(place["LOCAL_RANK"]), told)
+    own = Member(int(place["RANK"]), int(place["WORLD_SIZE"]), int(place["LOCAL_RANK"]), explain)
     try:
         yield own.watch
     except BaseException as error:
@@ -60,8 +60,8 @@ def member(told: Told) -> Iterator[Callable[["World"], None]]:
 class Member:
     """This rank among the others."""
 
-    def __init__(self, rank: int, size: int, local_rank: int, told: Told) -> None:
-        self.rank, self.size, self.local_rank, self.told = rank, size, local_rank, told
+    def __init__(self, rank: int, size: int, local_rank: int, explain: Explain) -> None:
+        self.rank, self.size, self.local_rank, self.explain = rank, size, local_rank, explain
         self.peers: Peers | None = None
         self.is_ending = False
         self.is_stopped = False
@@ -93,9 +93,9 @@ class Member:
 
     def _account_for(self, error: BaseException) -> int:
         """Returns the exit code."""
-        told = self.told(error)
-        if told is not None:
-            message, code = told
+        said = self.explain(error)
+        if said is not None:
+            message, code = said
             if self._was_said(message):
                 self._await_stop(HOLD_S)
             else:

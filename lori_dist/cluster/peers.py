@@ -86,7 +86,7 @@ class Peers:
         self._learn(Ended(rank=self.rank, said=said))
 
     def close(self) -> None:
-        """That this rank is done. What happens to others from now on is no concern of it."""
+        """That this rank is done. What happens to others from now on does not concern it."""
         with self._lock:
             self.first = self.first or Ended(rank=self.rank, said=None)
         self._send("done")

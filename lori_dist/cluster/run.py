@@ -1,7 +1,7 @@
 """A run on a Ray cluster: which jobs there are, and that each is done once, as soon as it can be.
 
 The driver holds the plan and the run's folder; a thread of its own watches over each running job. What a job leaves is
-in files, so that nothing is lost with a process, a node or the cluster: the same run again goes on from them.
+in files, so that nothing is lost with a process, a node or the cluster: the same run resumes from them.
 """
 
 import contextlib

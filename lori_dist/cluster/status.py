@@ -227,7 +227,7 @@ def printable(text: str) -> str:
 def stop(root: Path, *, timeout: float) -> str | None:
     """Asks the process that works on a run to end, and waits until it has. Returns its name, or None if there is none.
 
-    What the run has done is kept; the same run again goes on. timeout: in seconds. Raises JobError if the process has
+    What the run has done is kept; the same run resumes from it. timeout: in seconds. Raises JobError if the process has
     not ended by then; it has been asked all the same.
     """
     driver = folder.owner(root)

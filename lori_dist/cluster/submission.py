@@ -86,7 +86,7 @@ def _client(address: str) -> Any:
     dashboard = "ray.dashboard.modules"
     for name in (f"{dashboard}.dashboard_sdk", f"{dashboard}.job.sdk", "ray._private.runtime_env.packaging"):
         logging.getLogger(name).setLevel(logging.WARNING)  # what they say of uploads and connections is not the job's
-    with _told(address):
+    with _named(address):
         return JobSubmissionClient(address)
 
 
@@ -94,7 +94,7 @@ def _submitted(client: Any, address: str, **job: Any) -> None:
     """Submits a job, again while the cluster says that it cannot take one yet."""
     end = time.monotonic() + SUBMIT_SECONDS
     while True:
-        with _told(address):
+        with _named(address):
             try:
                 client.submit_job(**job)
             except RuntimeError as error:
@@ -107,7 +107,7 @@ def _submitted(client: Any, address: str, **job: Any) -> None:
 
 
 @contextmanager
-def _told(address: str) -> Iterator[None]:
+def _named(address: str) -> Iterator[None]:
     from ray.exceptions import RayError
 
     try:
@@ -131,7 +131,7 @@ def _found(error: Exception) -> str:
 
 
 def _followed(client: Any, job: str, address: str) -> int:
-    """The job's exit code, at its end. A lost connection is made again."""
+    """The job's exit code, at its end. A lost connection is re-established."""
     said = _Log()
     lost = None
     while True:

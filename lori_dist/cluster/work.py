@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Assignment:
-    """What a worker is told."""
+    """What a worker gets from the driver."""
 
     tree: dict[str, Any]
     """The run."""
@@ -153,7 +153,7 @@ def _refer(run: Run, assignments: Sequence[Assignment], rank: int) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rehearsal:
-    """What a worker is told of a training that is not to be done."""
+    """What a worker gets for a dry run."""
 
     tree: dict[str, Any]
     """The run."""

@@ -529,7 +529,7 @@ def held_out(run: Run, task: str) -> int:
 
 
 def trained_as(run: Run, task: str) -> Train:
-    """`train`, with a task's own settings in the place of those for all."""
+    """`train`, with a task's own settings replacing those for all."""
     own = run.tasks[task]
     has_length = own.steps is not None or own.epochs is not None
     steps, epochs = (own.steps, own.epochs) if has_length else (run.train.steps, run.train.epochs)

@@ -26,7 +26,7 @@ def plan(
     gradient (`original`), or of what that has become (`in_place`, as in the paper's listing); `none` is plain joint
     training. granularity: where two gradients are compared: in each A and each B apart, in a layer, in all A and in all
     B, or in everything (`global`, with `original` PCGrad). reduce: what is made of the tasks' gradients. seed: of the
-    order in which they give way, drawn anew each step. weights: by task; by default 1.
+    order in which they give way, drawn again in each step. weights: by task; by default 1.
     Raises ConfigError, with every mistake, for a run that this cannot be.
     """
     given = weights or {}

@@ -1,7 +1,7 @@
 """What a run would take of a cluster: memory, traffic, time and cost, for every engine and placement of the base.
 
 From the configuration, the model's config.json and the files of rows alone. What is assumed beside: a ring for every
-collective, a share of the devices' peak rate that products reach, that sending and computing go on at the same time,
+collective, a share of the devices' peak rate that products reach, that sending and computing overlap,
 and a share of memory that the allocator wastes. Each engine says itself what it holds and sends, in its own file.
 """
 

@@ -137,7 +137,7 @@ def _spec_of(adapter: Adapter) -> Spec:
 
 
 def skeleton(run: Run, *, num_blocks: int | None = None, quantized: bool = True) -> PreTrainedModel:
-    """The base on the meta device, from its config.json alone. num_blocks: so many of them in the place of all."""
+    """The base on the meta device, from its config.json alone. num_blocks: so many of them instead of all."""
     with loading(run.model):
         settings = settings_of(run.model)
         text = settings.get_text_config()
