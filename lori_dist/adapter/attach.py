@@ -60,7 +60,8 @@ def attach(
     before: what was trained on the same A earlier. It stays as it is, and what is trained is added to it.
     With an Adapter: its trained updates, frozen; A is regenerated and compared with its checksums. With train, its
     kept entries are trained further from their values, and A stays the one it was, also where it is stored. On the
-    meta device, which is for training, both are left to who gives the model its memory: values are zero, A is not compared.
+    meta device, which is for training, both are left to who gives the model its memory: values are zero, A is
+    not compared.
 
     Raises AdapterError for a merge of several blocks that is to be trained, for targets that match nothing or are no
     linear layers, for shapes that differ, for a layer used in two places, and for a model that has an adapter already.

@@ -1,4 +1,6 @@
-"""Stop requests to a training: where they come from, and how all ranks follow them after the same step. Needs no torch: a run's driver has the same limit."""
+"""Stop requests to a training: where they come from, and how all ranks follow them after the same step.
+
+Needs no torch: a run's driver has the same limit."""
 
 import contextlib
 import enum
