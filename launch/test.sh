@@ -33,7 +33,7 @@ fi
 
 # A process of tests on each core, but none where pytest has arguments: --pdb and -x want a single one.
 processes=()
-[[ $# -gt 0 || $selection == gpu ]] || processes=(-n logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder)
+[[ $# -gt 0 || $selection == gpu ]] || processes=(-n logical --maxprocesses 8 --dist loadscope --no-loadscope-reorder)
 
 "$bin/ruff" check .
 "$bin/ruff" format --check .

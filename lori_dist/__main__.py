@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _configure_logging(verbose: bool, *, first: bool) -> None:
-    """To stderr, from the first of the processes started together."""
+    """Logs to stderr, from the first of the processes started together."""
     handler = logging.StreamHandler()
     handler.setFormatter(Redacting("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(handlers=[handler])

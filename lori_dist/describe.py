@@ -16,6 +16,7 @@ ROLES: Mapping[str, str] = {
     "merges": "merge",
     "engines": "build",
     "multitask": "plan",
+    "balances": "balance",
     "evaluation": "score",
     "benchmarks": "run",
 }
@@ -84,7 +85,7 @@ BLOCK_TITLES = ("block", "seed", "rank", "alpha", "weight", "dtype of A", "kept"
 
 
 def _form(adapter: "Adapter", number: int) -> str:
-    """How the update of a block is written down, which is what decides its bytes."""
+    """The form in which the update of a block is stored, which decides its bytes."""
     block = adapter.blocks[number]
     if block.seed is None:
         return "A and B stored"

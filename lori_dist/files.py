@@ -9,7 +9,8 @@ import stat
 from typing import Any, BinaryIO
 
 MAX_TEXT_BYTES = 64 * 2**20
-"""At most read of a file that is held in memory whole: parsed, JSON takes many times its size."""
+"""Largest number of bytes that are read of a file that is held in memory whole: parsed, JSON takes many times its
+size."""
 
 _KINDS = (
     (stat.S_ISDIR, "a directory"),

@@ -204,7 +204,7 @@ class Attempt:
     number: int
     """Attempts count from 1."""
     token: str
-    """No other attempt has the same, in whatever folder."""
+    """A text that no other attempt has, in whatever folder."""
 
     def check(self) -> None:
         """Raises JobError if there is a newer attempt, or the folder is no longer there."""
@@ -391,7 +391,8 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """None if there is no such file, or it is no JSON object. Raises JobError for what is not a regular file."""
+    """The JSON object in a file; None if there is no such file, or it has something else. Raises JobError for what is
+    not a regular file."""
     try:
         return _object(read_regular(path))
     except (FileNotFoundError, NotADirectoryError):

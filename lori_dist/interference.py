@@ -288,8 +288,7 @@ def _energy(gram: Tensor, projected: Tensor) -> float:
 
 
 def _signs(factors: Mapping[str, _Factors]) -> dict[tuple[str, str], Sums]:
-    """For each pair of adapters that both keep an entry in this module: numbers of compared signs and of opposite
-    ones."""
+    """Pair of adapters that both keep an entry in this module -> numbers of compared signs and of opposite ones."""
     found, apart = {}, []
     for pair in itertools.combinations([name for name, one in factors.items() if one.keys], 2):
         s, t = (factors[name] for name in pair)

@@ -7,6 +7,12 @@ from typing import Any
 Evaluation = Mapping[str, Mapping[str, Mapping[str, float]]]
 """Model -> task -> metric -> value."""
 
+Intervals = Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]
+"""Model -> task -> metric -> lowest and highest value, with a confidence of 95%."""
+
+MEASURED, PREDICTIONS = "measured.jsonl", "predictions.jsonl"
+"""Files of a model's evaluation: what it has measured so far, and each row's prediction."""
+
 LOWER_IS_BETTER = frozenset({"loss"})
 """Metrics; more is better in all others, those of the user's own among them."""
 

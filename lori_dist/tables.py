@@ -22,15 +22,15 @@ from lori_dist.errors import ConfigError
 from lori_dist.files import require_regular
 
 HUB = "hub:"
-"""Begins `hub:NAME:SPLIT`, a data set of the hub, or a folder of data files, as `datasets` loads it."""
+"""Prefix of `hub:NAME:SPLIT`, a data set of the hub, or a folder of data files, as `datasets` loads it."""
 Row = dict[str, Any]
 BLANKS = re.compile(r"[ \t\n\r]*")
 UNDECODED = re.compile("[\udc80-\udcff]")
-"""Bytes that are not UTF-8, as `surrogateescape` keeps them."""
+"""Matches bytes that are not UTF-8, as `surrogateescape` keeps them."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 """Endings that may follow the one of the file's kind. How a file is compressed is found from its content."""
 HOLDERS = ("data", "rows", "examples", "instances", "items", "records")
-"""Keys that a JSON object with other keys has its rows under."""
+"""Keys under which a JSON object may have its rows if it has other keys as well."""
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SEPARATORS = {",": "commas", "\t": "tabs"}
 MISSING = ("", "NaN", "nan", "<NA>", "NULL", "null")
@@ -62,7 +62,7 @@ OPENERS: Mapping[bytes, Callable[[str], Any]] = {
     b"\xfd7zXZ\x00": lzma.open,
     b"\x28\xb5\x2f\xfd": _zstandard,
 }
-"""How a compressed file begins -> what opens it."""
+"""The first bytes of a compressed file -> the function that opens it."""
 OTHERS: Mapping[bytes, str] = {
     b"PK\x03\x04": "is a ZIP archive, as an Excel file is one; save its rows as JSON lines, CSV or Parquet",
     b"PAR1": "is a Parquet file; give it a name that ends in .parquet",
@@ -70,7 +70,7 @@ OTHERS: Mapping[bytes, str] = {
     codecs.BOM_UTF16_LE: "is UTF-16; save the file as UTF-8",
     codecs.BOM_UTF16_BE: "is UTF-16; save the file as UTF-8",
 }
-"""How files begin that are not read -> what is said of them."""
+"""The first bytes of files that are not read -> the end of the message for them."""
 
 
 def is_hub(path: str) -> bool:
@@ -95,7 +95,7 @@ def ending(path: str) -> str:
 
 
 def read(path: str) -> Iterator[tuple[int, Row | ConfigError]]:
-    """The rows, numbered as their lines are where they have lines, from 1; for one that is none, what is wrong with it.
+    """Yields the rows, numbered from 1, or as their lines are if they have lines; for a row that is not one, the error.
 
     Blank lines are skipped. The ending, in small letters or capitals, tells the kind of file: .csv, .tsv, .parquet,
     .json with an array or with an object that holds one under a key; anything else is JSON lines. Files may be
@@ -155,7 +155,7 @@ def _opened(path: str) -> IO[bytes]:
 
 
 def text(row: Mapping[str, Any], name: str) -> str:
-    """A field as it reads in a prompt. Raises ConfigError where it is not there, or neither text nor a number."""
+    """A field as it reads in a prompt. Raises ConfigError if it is missing, or neither text nor a number."""
     if name not in row:
         raise ConfigError(f"has no field {name!r}; there are {', '.join(sorted(row)) or 'none'}")
     value = row[name]
@@ -320,8 +320,8 @@ def _whole(text: str) -> Row | None:
 
 
 def _array(text: str, start: int, *, is_whole: bool = False) -> Iterator[tuple[int, Row | ConfigError]]:
-    """Each row with the line it begins in. After what is not JSON nothing can be distinguished. is_whole: whether
-    the text is known to be JSON; else nothing may follow the array."""
+    """Yields each row with the line it begins in. Nothing can be read after what is not JSON. is_whole: whether the
+    text is known to be JSON; otherwise nothing may follow the array."""
     decoder = _Decoder()
     place, line, counted = _after_blanks(text, start + 1), 1, 0
     more = not text.startswith("]", place)
@@ -385,7 +385,7 @@ def _csv(raw: bytes, delimiter: str) -> Iterator[tuple[int, Row | ConfigError]]:
 
 
 def _streamed(name: str, **options: Any) -> Iterator[tuple[int, Row | ConfigError]]:
-    """One row after the other, without a copy of the data set on the disk."""
+    """Yields one row after the other, without a copy of the data set on the disk."""
     import datasets
 
     try:

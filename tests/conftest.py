@@ -1,8 +1,10 @@
 """What all tests share: an environment of their own, and which tests can run here."""
 
+import functools
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -19,9 +21,36 @@ settings.register_profile("lori", deadline=None, derandomize=True, database=None
 settings.load_profile("lori")
 
 
+TESTS = Path(__file__).parent
+
+LONG = ("test_launchers", "engines/test_contract", "training/test_train", "plan/test_plan")
+"""Files that take longest. They start first, so that no process ends with one of them while the others are idle."""
+
+
+@functools.cache
+def group(file: str) -> str:
+    """The group of a file's tests under ``pytest -n``, all of which run in one process: the file, which loads its
+    models once; or all files with a Ray cluster, of which a small machine has room for one at a time."""
+    if "pytest.mark.ray" in (TESTS.parent / file).read_text():
+        return "ray"
+    return Path(file).relative_to(TESTS.name).with_suffix("").as_posix()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid.partition("::")[0])
+
+    return Groups(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if hasattr(config, "workerinput"):
-        share_out(items)
+        order = {name: place for place, name in enumerate(("ray", *LONG))}
+        items.sort(key=lambda item: order.get(group(item.nodeid.partition("::")[0]), len(order)))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return
@@ -30,23 +59,3 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not torch.cuda.is_available():
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
-
-
-# The files that take longest start first, so that no process ends with one of them while the others are idle.
-LONG = ("test_launchers", "test_readme", "engines/test_contract", "training/test_train", "test_cli", "plan/test_plan")
-
-
-def share_out(items: list[pytest.Item]) -> None:
-    """Groups the tests for ``pytest -n``: a file stays in one process, which loads its models once.
-
-    Tests that start a Ray cluster share one group: a small machine has no room for two clusters at a time.
-    """
-    tests = Path(__file__).parent
-
-    def group(item: pytest.Item) -> str:
-        return "ray" if item.get_closest_marker("ray") else item.path.relative_to(tests).with_suffix("").as_posix()
-
-    order = {name: place for place, name in enumerate(("ray", *LONG))}
-    items.sort(key=lambda item: order.get(group(item), len(order)))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))

@@ -1,6 +1,7 @@
 """Imports point inward only: seen in the source, and in what a fresh process has loaded."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ PACKAGE = Path(lori_dist.__file__).parent
 # A part is a file or a folder of the package; the libraries are what it may import besides the standard library, and a
 # file's own line goes before its folder's.
 RINGS = (
-    {"__init__.py", "adapter", "masks", "merges", "interference.py"}
+    {"__init__.py", "adapter", "masks", "merges", "balances", "interference.py"}
     | {"tensors.py", "files.py", "atomic.py", "plugin.py", "errors.py"},
     {"config", "tables.py", "rows.py", "jobs.py", "folder.py", "storage.py", "multitask", "scores.py"},
     {"training", "engines", "evaluation"},
@@ -52,6 +53,7 @@ LIBRARIES = {
     "folder.py": {"pydantic", "yaml"},
     "storage.py": {"fsspec", "pydantic", "yaml"},
     "multitask": {"pydantic", "yaml"},
+    "balances": {"torch", "numpy"},
     "scores.py": set(),
     "engines/deepspeed.py": {"torch", "numpy", "transformers", "deepspeed"},
     "engines/_ds_keys.py": {"pydantic", "deepspeed"},
@@ -177,6 +179,14 @@ def spoil(source: Path, line: str) -> None:
 
 def test_every_part_of_the_package_has_a_ring() -> None:
     assert set(parts_of(PACKAGE)) <= set().union(*RINGS)
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("__init__.py")), ids=lambda file: file.parent.name)
+def test_every_package_says_what_is_in_it_and_names_only_files_that_exist(file: Path) -> None:
+    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    assert len(text.split()) >= 25 and len(text.splitlines()) <= 11
+    for name in re.findall(r"[\w./]+\.(?:py|md)\b", text):
+        assert any((place / name).exists() for place in (file.parent, PACKAGE, PACKAGE.parent)), name
 
 
 def test_imports_point_inward() -> None:

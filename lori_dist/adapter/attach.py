@@ -18,6 +18,7 @@ from lori_dist.adapter.linear import (
     AdaptedLinear,
     Delta,
     Kept,
+    RoutedLinear,
     dequantized,
     features,
     is_conv1d,
@@ -27,6 +28,7 @@ from lori_dist.adapter.linear import (
 from lori_dist.adapter.per_task import PerTask
 from lori_dist.adapter.probe import probe
 from lori_dist.adapter.projection import checksum
+from lori_dist.adapter.routing import name_of
 from lori_dist.adapter.targets import is_number, kind, unnumbered
 from lori_dist.errors import AdapterError
 from lori_dist.plugin import nearest
@@ -77,14 +79,7 @@ def attach(
             raise AdapterError("masks: got masks for an adapter, which has its own; remove them")
         if before is not None:
             raise AdapterError("before: cannot be combined with an adapter; merge the two instead")
-        if train and (len(what.blocks) != 1 or what.blocks[0].weight != 1.0):
-            raise AdapterError(
-                f"train: the adapter is a merge of {len(what.blocks)} weighted components; train one of one task, or "
-                "merge them into one with another method"
-            )
-        layers = _from_adapter(model, what, train)
-    else:
-        layers = _from_spec(model, what, masks, before)
+    layers = layers_for(model, what, masks=masks, before=before, train=train)
     whole = {} if isinstance(what, Adapter) else saved.match(model, what.modules_to_save)
     saved.refuse_both(layers, whole)
     if isinstance(what, Adapter):
@@ -103,6 +98,25 @@ def attach(
         sharded.join(model, _deltas(layers))
     setattr(model, ATTACHED, what)
     return layers
+
+
+def layers_for(
+    model: nn.Module,
+    what: Spec | Adapter,
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+    before: Adapter | None = None,
+    train: bool = False,
+) -> dict[str, AdaptedLinear]:
+    """Module path -> the layer that is to replace it, in the model's order. The arguments are those of `attach`."""
+    if isinstance(what, Spec):
+        return _from_spec(model, what, masks, before)
+    if train and (len(what.blocks) != 1 or what.blocks[0].weight != 1.0):
+        raise AdapterError(
+            f"train: the adapter is a merge of {len(what.blocks)} weighted components; train one of one task, or "
+            "merge them into one with another method"
+        )
+    return _from_adapter(model, what, train)
 
 
 def _deltas(layers: Mapping[str, AdaptedLinear]) -> list[tuple[str, Delta]]:
@@ -150,7 +164,7 @@ def put(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> None:
         else:
             _set(model, path, layer)
     for path, matrices_of in of_experts.items():
-        _set(model, path, AdaptedExperts(model.get_submodule(path), matrices_of))
+        _set(model, path, AdaptedExperts(model.get_submodule(path), matrices_of, path))
 
 
 def _set(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -211,10 +225,10 @@ def trainable(model: nn.Module, adapter: str | None = None) -> dict[str, nn.Para
     _check_named(model, adapter)
     sharded.reshard(model)
     return {
-        name: parameter
+        name_of(path, name): delta.values
         for path, layer in adapted(model).items()
-        for delta in layer.deltas
-        for name, parameter in delta.trainable(path, adapter).items()
+        for name, delta in _owned(layer)
+        if adapter in (None, name) and delta.values is not None and delta.values.requires_grad
     }
 
 
@@ -250,12 +264,12 @@ def dense(model: nn.Module, adapter: str | None = None) -> dict[str, Tensor]:
         raise AdapterError(f"adapter: the model has {', '.join(names)}; name one of them")
     _check_named(model, adapter)
     sharded.reshard(model)
-    found = {}
-    for path, delta in _deltas(adapted(model)):
-        for values in delta.trainable(path, adapter).values():
-            entries = Entries(index=_on_cpu(delta.index_of(adapter)), values=sharded.full(values))
-            found[path] = entries.dense(delta.out_features, delta.rank)
-    return found
+    return {
+        path: Entries(index=_index(delta), values=sharded.full(delta.values)).dense(delta.out_features, delta.rank)
+        for path, layer in adapted(model).items()
+        for name, delta in _owned(layer)
+        if name == (adapter or "") and delta.values is not None and delta.values.requires_grad
+    }
 
 
 @torch.no_grad()
@@ -274,31 +288,35 @@ def sparsify(model: nn.Module, masks: Mapping[str, Tensor] | Mapping[str, Mappin
     sharded.refuse_wrapped(model)
     model = sharded.unwrapped(model)
     layers, spec = _attached(model), getattr(model, ATTACHED)
-    names: Sequence[str | None] = _several(model) or (None,)
-    specs = [spec[name] for name in names] if isinstance(spec, Mapping) else [spec]
-    indices = [delta.index_of(name) for _, delta in _deltas(layers) for name in names]
-    if not all(isinstance(one, Spec) for one in specs) or any(index is not None for index in indices):
+    specs = [*spec.values()] if isinstance(spec, Mapping) else [spec]
+    updates = [(path, name, delta) for path, layer in layers.items() for name, delta in _owned(layer)]
+    if not all(isinstance(one, Spec) for one in specs) or any(delta.index is not None for *_, delta in updates):
         raise AdapterError("model: has no dense adapter that is trained; attach(model, spec) without masks first")
     if sharded.has_engine(model):
         raise AdapterError(
             "model: is trained by an engine of DeepSpeed, which does not take new parameters; call engine.destroy() "
             "first, and deepspeed.initialize after sparsify"
         )
-    if isinstance(spec, Mapping):
-        from lori_dist.adapter import packed  # which is made of what is here
-
-        packed.sparsify(model, cast(Mapping[str, Mapping[str, Tensor]], masks))
-        return
-    masks = cast(Mapping[str, Tensor], masks)
-    refuse_other_modules(masks, layers)
-    of_modules = {path: positions(path, masks, (delta.out_features, delta.rank)) for path, delta in _deltas(layers)}
+    by_name = cast(Mapping[str, Mapping[str, Tensor]], masks if isinstance(spec, Mapping) else {"": masks})
+    if isinstance(spec, Mapping) and by_name.keys() != spec.keys():
+        raise AdapterError(
+            f"masks: got masks for {', '.join(masks) or 'nothing'}; the model has adapters {', '.join(spec)}, all of "
+            "which get one"
+        )
+    for name, of_one in by_name.items():
+        _refuse_other_modules(of_one, layers, f"{name}: " if name else "")
+    of_updates = [
+        _positions(path, by_name[name], (delta.out_features, delta.rank), f"{name}: " if name else "")
+        for path, name, delta in updates
+    ]
     sharded.reshard(model)
-    places = sharded.forget(model, [delta for _, delta in _deltas(layers)])
-    for path, delta in _deltas(layers):
-        delta.restrict(of_modules[path])
+    deltas = [(path, delta) for path, _, delta in updates]
+    places = sharded.forget(model, [delta for _, delta in deltas])
+    for delta, index in zip([delta for _, delta in deltas], of_updates, strict=True):
+        delta.restrict(index)
     saved.begin_again(model)
     if sharded.is_fully_sharded(model):
-        sharded.join(model, _deltas(layers), places)
+        sharded.join(model, deltas, places)
 
 
 def separate_tasks(model: nn.Module, num_tasks: int) -> PerTask:
@@ -311,15 +329,25 @@ def separate_tasks(model: nn.Module, num_tasks: int) -> PerTask:
 
 
 def projection_checksums(model: nn.Module) -> dict[str, str]:
-    """Module path -> checksum of the A in memory, of a model with one trained update per target.
+    """Module path -> checksum of the A in memory, of a model that is trained: one update per target, or, of several
+    adapters, one of each, under `name_of(path, adapter)`.
 
     Where A is recomputed, it is made for this, a module at a time. A trained A counts as it was at the start.
     """
     return {
-        path: checksum(delta.a() if delta.trained_a is None else delta.recipe.make(device="cpu"))
-        for path, layer in adapted(model).items()
-        for delta in layer.deltas[:1]
+        name_of(path, name): _checksum(delta) for path, layer in adapted(model).items() for name, delta in _owned(layer)
     }
+
+
+def _owned(layer: AdaptedLinear) -> list[tuple[str, Delta]]:
+    """The name of each adapter, which one alone does not have, and its update."""
+    if isinstance(layer, RoutedLinear):
+        return [(layer.routing.names[owner], d) for owner, d in zip(layer.owners, layer.deltas, strict=True)]
+    return [("", delta) for delta in layer.deltas[:1]]
+
+
+def _checksum(delta: Delta) -> str:
+    return checksum(delta.a() if delta.trained_a is None else delta.recipe.make(device="cpu"))
 
 
 def extract(
@@ -333,32 +361,31 @@ def extract(
 
     A collective where the model is sharded, by `fully_shard` or at ZeRO's stage 3: every rank calls it, and gets all.
 
-    name: of the task, or of one of several adapters. values: module path -> (kept,) on the CPU replaces the parameters;
-    they are not copied. A trained A, (rank * in_features,), has the key `per_task.of_a(path)`, and a parameter that is
-    trained in full, flat, `saved.key(name)`. base: identity of the base model.
+    name: of the task, and of the adapter where the model trains several. values: module path -> (kept,) on the CPU
+    replaces the parameters; they are not copied. A trained A, (rank * in_features,), has the key
+    `per_task.of_a(path)`, and a parameter that is trained in full, flat, `saved.key(name)`. base: identity of the base.
     Raises AdapterError for a model whose adapter was attached ready-made and is not trained.
     """
     model = sharded.unwrapped(model)
     layers, spec = _attached(model), getattr(model, ATTACHED)
     if isinstance(spec, Mapping):
-        from lori_dist.adapter import packed  # which is made of what is here
-
         _check_named(model, name)
-        if isinstance(spec[name], Adapter):
-            raise AdapterError(f"{name}: is an adapter that was trained before; save that one itself")
-        return packed.extract(model, name, values, base=base)
-    if isinstance(spec, Adapter) and not trainable(model):
+    one, adapter = (spec[name], name) if isinstance(spec, Mapping) else (spec, None)
+    if isinstance(one, Adapter) and not trainable(model, adapter):
         raise AdapterError("model: holds an adapter that was trained before; save that one itself, or attach a Spec")
+    of_several: dict[str, Spec | Adapter] = spec if isinstance(spec, dict) else {}
+    own, spec = (name, of_several[name]) if of_several else ("", spec)
+    deltas = {path: delta for path, layer in layers.items() for owner, delta in _owned(layer) if owner == own}
     if values is None:
-        of_a: dict[str, Tensor] = {per_task.of_a(path): a for path, a in trainable_projections(model).items()}
-        heads: dict[str, Tensor] = {saved.key(name): parameter for name, parameter in saved.parameters(model).items()}
-        values = {name: sharded.full(parameter) for name, parameter in {**trainable(model), **of_a, **heads}.items()}
-    entries = {
-        path: Entries(index=_index(layer.deltas[0]), values=values[path])
-        for path, layer in layers.items()
-        if layer.deltas and layer.deltas[0].kept
-    }
-    whole = {name: values[saved.key(name)].view(shape) for name, shape in saved.shapes(model).items()}
+        sharded.reshard(model)
+        heads = dict(saved.copies(model, [*of_several].index(name))) if own else saved.parameters(model)
+        held: dict[str, Tensor] = {path: delta.values for path, delta in deltas.items() if delta.values is not None}
+        held |= {per_task.of_a(path): d.trained_a for path, d in deltas.items() if d.trained_a is not None}
+        held |= {saved.key(name): parameter for name, parameter in heads.items()}
+        values = {name: sharded.full(parameter) for name, parameter in held.items()}
+    entries = {path: Entries(index=_index(delta), values=values[path]) for path, delta in deltas.items() if delta.kept}
+    shapes_of_saved = saved.shapes_of_copies(model) if of_several else saved.shapes(model)
+    whole = {name: values[saved.key(name)].view(shape) for name, shape in shapes_of_saved.items()}
     if isinstance(spec, Adapter):
         block = dataclasses.replace(spec.blocks[0], name=name, entries=entries)
         return dataclasses.replace(spec, blocks=(block,), base=dict(base or spec.base), saved=whole)
@@ -371,20 +398,18 @@ def extract(
         alpha=spec.alpha,
         dtype=torch.float32 if is_trained else spec.dtype,
         entries=entries,
-        checksums={path: checksum(a) for path, a in projections.items()} if is_trained else projection_checksums(model),
+        checksums={path: checksum(a) for path, a in projections.items()}
+        if is_trained
+        else {path: _checksum(delta) for path, delta in deltas.items()},
         projections=projections,
     )
-    shapes = {path: features(layer.base) for path, layer in layers.items()}
+    shapes = {path: features(layers[path].base) for path in deltas}
     return Adapter(shapes=shapes, blocks=(block,), targets=spec.targets, base=dict(base or {}), saved=whole)
 
 
 def _index(delta: Delta) -> Tensor | None:
     """Not a copy where it need not be: positions never change."""
-    return _on_cpu(delta.index)
-
-
-def _on_cpu(index: Tensor | None) -> Tensor | None:
-    return None if index is None else index.cpu()
+    return None if delta.index is None else delta.index.cpu()
 
 
 def _attached(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -399,11 +424,11 @@ def _from_spec(
     bases = match(model, spec.targets, spec.modules_to_save, spec.exclude)
     if before is not None:
         _refuse_other_projection(before, spec, {path: features(base) for path, base in bases.items()})
-    refuse_other_modules(masks or {}, bases)
+    _refuse_other_modules(masks or {}, bases)
     return {path: AdaptedLinear(base, [_delta(path, base, spec, masks, before)]) for path, base in bases.items()}
 
 
-def refuse_other_modules(masks: Mapping[str, Tensor], targets: Mapping[str, nn.Module], where: str = "") -> None:
+def _refuse_other_modules(masks: Mapping[str, Tensor], targets: Mapping[str, nn.Module], where: str = "") -> None:
     for path in masks:
         if path not in targets:
             raise AdapterError(f"{where}masks: there is a mask for {path}, which is not a target; {_listing(targets)}")
@@ -441,7 +466,7 @@ def _sum(adapter: Adapter, path: str) -> Kept | None:
 
 def _delta(path: str, base: nn.Module, spec: Spec, masks: Mapping[str, Tensor] | None, before: Adapter | None) -> Delta:
     out_features, in_features = features(base)
-    index = None if masks is None else positions(path, masks, (out_features, spec.rank))
+    index = None if masks is None else _positions(path, masks, (out_features, spec.rank))
     return Delta(
         module=path,
         in_features=in_features,
@@ -458,13 +483,15 @@ def _delta(path: str, base: nn.Module, spec: Spec, masks: Mapping[str, Tensor] |
     )
 
 
-def positions(path: str, masks: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor | None:
+def _positions(path: str, masks: Mapping[str, Tensor], shape: tuple[int, int], where: str = "") -> Tensor | None:
     """Flat positions of a module's kept entries, int32; None for all of them."""
     if path not in masks:
-        raise AdapterError(f"masks: no mask for {path}; give one for every target, or none at all")
+        raise AdapterError(f"{where}masks: no mask for {path}; give one for every target, or none at all")
     mask = masks[path]
     if mask.dtype != torch.bool or tuple(mask.shape) != shape:
-        raise AdapterError(f"masks: the mask of {path} is {mask.dtype} {tuple(mask.shape)}; wanted torch.bool {shape}")
+        raise AdapterError(
+            f"{where}masks: the mask of {path} is {mask.dtype} {tuple(mask.shape)}; wanted torch.bool {shape}"
+        )
     return None if bool(mask.all()) else mask.flatten().nonzero().squeeze(1).to(torch.int32)
 
 

@@ -4,13 +4,16 @@ So A and B of an expert are those of a linear layer whose path is that of the we
 (`model.layers.0.mlp.experts.down_proj.3`), and masks, files and merges know nothing of experts.
 """
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lori_dist.adapter.linear import AdaptedLinear
+from lori_dist.adapter.linear import AdaptedLinear, RoutedLinear
+from lori_dist.adapter.per_task import PerTask
+from lori_dist.adapter.routing import Routing
 
 
 class Expert(nn.Module):
@@ -56,9 +59,12 @@ class AdaptedExperts(nn.Module):
     Every expert computes, if with no token: so all parameters have a gradient on every rank.
     """
 
-    def __init__(self, base: nn.Module, layers: Mapping[tuple[str, int], AdaptedLinear]) -> None:
+    def __init__(
+        self, base: nn.Module, layers: Mapping[tuple[str, int], AdaptedLinear], module: str = "experts"
+    ) -> None:
         super().__init__()
-        self.base = base
+        self.base, self.module = base, module
+        self.first = (next(iter(layers.values())),)  # in a tuple, so that it is no submodule of this one
         for projection in projections(base):
             chosen = {str(number): layer for (name, number), layer in layers.items() if name == projection}
             if chosen:  # as a child whose path is the weight's own
@@ -66,18 +72,36 @@ class AdaptedExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states, (tokens, features); the experts of each token and their weights, (tokens, chosen)."""
-        num_chosen = top_k_index.shape[-1]
-        order = top_k_index.flatten().argsort(stable=True)
-        inputs = torch.split(hidden_states[order // num_chosen], self.count(top_k_index))
-        outputs = torch.cat([self._expert(number, x) for number, x in enumerate(inputs)])
+        num_chosen, num_experts = top_k_index.shape[-1], cast(int, self.base.num_experts)
+        router, places, num_owners = self.router(), top_k_index.flatten(), 1
+        if router is not None:  # an expert's tokens are then in the order of their adapters or tasks
+            owners, num_owners = router.of_tokens(self.module, hidden_states) + 1, router.num_owners + 1
+            places = places * num_owners + owners.repeat_interleave(num_chosen)
+        order = places.argsort(stable=True)
+        found = self.count(places, num_experts * num_owners)
+        counts = [found[first : first + num_owners] for first in range(0, len(found), num_owners)]
+        inputs = torch.split(hidden_states[order // num_chosen], [sum(of_expert) for of_expert in counts])
+        made = []
+        for number, (x, of_expert) in enumerate(zip(inputs, counts, strict=True)):
+            owned = [(owner - 1, count) for owner, count in enumerate(of_expert)]
+            with contextlib.nullcontext() if router is None else router.within(owned):
+                made.append(self._expert(number, x))
+        outputs = torch.cat(made)
         weighted = outputs * top_k_weights.flatten()[order, None]
         back = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
         return weighted[back].view(*top_k_index.shape, -1).sum(-2).to(hidden_states.dtype)
 
-    def count(self, top_k_index: Tensor) -> list[int]:
-        """How many tokens each expert has."""
-        counts: list[int] = top_k_index.flatten().bincount(minlength=cast(int, self.base.num_experts)).tolist()
+    def count(self, places: Tensor, num_places: int) -> list[int]:
+        """How many tokens go to each place: an expert, or an expert and an adapter."""
+        counts: list[int] = places.bincount(minlength=num_places).tolist()
         return counts
+
+    def router(self) -> Routing | PerTask | None:
+        """What tells the tokens of several adapters, or of several tasks, apart."""
+        [first] = self.first
+        if isinstance(first, RoutedLinear):
+            return first.routing
+        return first.deltas[0].per_task if first.deltas else None
 
     def _expert(self, number: int, x: Tensor) -> Tensor:
         base = cast(Any, self.base)

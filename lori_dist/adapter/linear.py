@@ -5,6 +5,7 @@ Source: LoRI (arXiv 2504.07448), section 3.
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from lori_dist.adapter import product
 from lori_dist.adapter.per_task import PerTask, Segments, of_a
 from lori_dist.adapter.projection import Recipe
+from lori_dist.adapter.routing import Routing, name_of
 
 Kept = tuple[Tensor | None, Tensor]
 """Entries of B: their ascending flat positions, or None for all of them, and their values."""
@@ -290,15 +292,24 @@ class Delta(nn.Module):
 
     @property
     def _operands(self) -> tuple[Any, ...]:
-        return self.values, self._held_a, self.recipe, self.index, self._before, self.scale, self.per_task
+        return self.values, self.held_a, self.recipe, self.index, self._before, self.scale, self.per_task
 
     @property
     def _before(self) -> Kept | None:
         return None if self.before_values is None else (self.before_index, self.before_values)
 
     @property
-    def _held_a(self) -> Tensor | None:
+    def held_a(self) -> Tensor | None:
+        """A in memory, (rank, in_features), or flat where it is trained; None where each product makes it."""
         return self.projection if self.trained_a is None else self.trained_a
+
+    def parts_of_b(self, values: Tensor | None) -> list[Kept]:
+        """What B is the sum of."""
+        return [part for part in (self._before, None if values is None else (self.index, values)) if part is not None]
+
+    def dense_b(self, values: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """B, (out_features, rank), for these values of the kept entries."""
+        return _dense(values, self.index, self._before, self.out_features, self.rank, dtype)
 
     def _start(self, device: torch.device) -> Tensor:
         """What a trained A begins as."""
@@ -322,14 +333,6 @@ class Delta(nn.Module):
     def _device(self) -> torch.device:
         held = (self.projection, self.values, self.index)  # a layer that has no values has an index
         return next(tensor.device for tensor in held if tensor is not None)
-
-    def trainable(self, path: str, adapter: str | None = None) -> dict[str, nn.Parameter]:
-        """Path -> the entries being trained; nothing where there are none. It has one adapter, without a name."""
-        return {path: self.values} if self.values is not None and self.values.requires_grad else {}
-
-    def index_of(self, adapter: str | None = None) -> Tensor | None:
-        """(kept,), int32, positions in the flat (out_features, rank); None for all."""
-        return self.index
 
     def restrict(self, index: Tensor | None) -> None:
         """From here on only these entries of B are kept, from zero, and a trained A is what it began as.
@@ -413,6 +416,168 @@ class AdaptedLinear(nn.Module):
         for delta in self.deltas:
             y = delta(x, y)
         return y
+
+
+class RoutedLinear(AdaptedLinear):
+    """A frozen linear layer and the updates of several adapters, each met by its own rows."""
+
+    def __init__(
+        self, base: nn.Module, deltas: list[Delta], *, module: str, routing: Routing, owners: Sequence[int]
+    ) -> None:
+        """owners: number of each update's adapter."""
+        super().__init__(base, deltas)
+        self.module, self.routing, self.owners = module, routing, tuple(owners)
+
+    def of(self, adapter: int) -> list[Delta]:
+        """The updates of one adapter."""
+        return [delta for delta, owner in zip(self.deltas, self.owners, strict=True) if owner == adapter]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        if self.folded is not None:
+            return y
+        uses = tuple(
+            Use(number=number, tokens=segment.tokens)
+            for segment in self.routing.segments(self.module, x)
+            for number, delta in enumerate(self.deltas)
+            if self.owners[number] == segment.adapter and not delta.is_empty
+        )
+        if not self.routing.collects:
+            used = {use.number for use in uses}
+            uses += tuple(
+                Use(number=number, tokens=slice(0, 0))
+                for number, delta in enumerate(self.deltas)
+                if number not in used and any(parameter.requires_grad for parameter in delta.parameters())
+            )
+        if not uses:
+            return y
+        held = [tensor for use in uses for tensor in (self.deltas[use.number].values, self.deltas[use.number].held_a)]
+        apply = cast(Callable[..., Tensor], _Routed.apply)
+        return apply(x, y, self, uses, *held)
+
+    def add_gradient(self, number: int, gradient: Tensor, *, of_projection: bool = False) -> None:
+        """Adds to what an update's parameter has got in this step. gradient: flat."""
+        name = of_a(self.module) if of_projection else self.module
+        name = name_of(name, self.routing.names[self.owners[number]])
+        self.routing.sum_of(name, gradient.numel(), gradient.device).add_(gradient)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Use:
+    """An update that tokens of a batch meet."""
+
+    number: int
+    """Of the update in its layer."""
+    tokens: slice
+
+
+class _Routed(torch.autograd.Function):
+    """y + scale * B (A x), with A and B of each token's own adapter, saving A x, which is rank wide, instead of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # (..., in_features)
+        y: Tensor,  # (..., out_features); its dtype is the one computed in
+        layer: RoutedLinear,
+        uses: tuple[Use, ...],
+        *held: Tensor | None,  # of each use: values and A; None: there are none in memory
+    ) -> Tensor:
+        deltas = [layer.deltas[use.number] for use in uses]
+        flat, rows = _rows(x), _rows(y)
+        made: Tensor
+        reduced: list[Tensor]
+        trains_a = any(ctx.needs_input_grad[5::2])
+        ctx.layer, ctx.uses, ctx.x_dtype, ctx.x_shape = layer, uses, x.dtype, x.shape
+        ctx.is_even = _is_even(uses, deltas, len(rows), held[1::2])
+        if ctx.is_even:
+            a, b = _stacked(deltas, held, y.dtype)
+            reduced = [torch.bmm(flat.to(y.dtype).view(len(uses), -1, flat.shape[1]), a.mT)]
+            made = torch.baddbmm(rows.reshape(len(uses), -1, rows.shape[1]), reduced[0], b.mT)
+        else:
+            made, reduced = rows.clone(), []
+            for use, delta, values, own_a in zip(uses, deltas, held[::2], held[1::2], strict=True):
+                reduced.append(_down(flat[use.tokens].to(y.dtype), own_a, delta.recipe))
+                made[use.tokens].addmm_(reduced[-1], delta.dense_b(values, y.dtype).t(), alpha=delta.scale)
+        ctx.save_for_backward(x if trains_a else None, *reduced, *held)
+        return shaped(made, y.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        layer, uses = ctx.layer, ctx.uses
+        x, *saved = ctx.saved_tensors
+        count = 1 if ctx.is_even else len(uses)
+        reduced, held = saved[:count], saved[count:]
+        (needs_x, needs_y), needs = ctx.needs_input_grad[:2], ctx.needs_input_grad[4:]
+        deltas, rows = [layer.deltas[use.number] for use in uses], _rows(grad)
+        of_reduced: Sequence[Tensor]  # of each use, the gradient of A x, (tokens, rank)
+        of_b: Sequence[Tensor] = ()  # and of B, flat
+        grad_x: Tensor | None = None
+        if ctx.is_even:
+            a, b = _stacked(deltas, held, grad.dtype)
+            groups = rows.reshape(len(uses), -1, rows.shape[1])
+            stacked = torch.bmm(groups, b)
+            of_reduced = stacked.unbind()
+            if any(needs[::2]):
+                of_b = torch.bmm(groups.mT, reduced[0]).flatten(1).unbind()
+            if needs_x:
+                grad_x = torch.bmm(stacked, a)
+        else:
+            own = [rows[use.tokens] for use in uses]
+            matrices = [delta.dense_b(values, grad.dtype) for delta, values in zip(deltas, held[::2], strict=True)]
+            of_reduced = [(o @ b).mul_(delta.scale) for o, b, delta in zip(own, matrices, deltas, strict=True)]
+            if any(needs[::2]):
+                of_b = [(o.t() @ r).view(-1) for o, r in zip(own, reduced, strict=True)]
+            if needs_x:
+                grad_x = rows.new_zeros(len(rows), ctx.x_shape[-1])
+                for use, delta, of_one, a in zip(uses, deltas, of_reduced, held[1::2], strict=True):
+                    grad_x[use.tokens] += _up(of_one, a, delta.recipe)
+        grads: list[Tensor | None] = []
+        for n, (use, delta) in enumerate(zip(uses, deltas, strict=True)):
+            of_values = of_projection = None
+            if needs[2 * n]:
+                picked = of_b[n] if delta.index is None else of_b[n].index_select(0, delta.index)
+                of_values = picked.float().mul_(delta.scale)
+            if needs[2 * n + 1]:
+                made = of_reduced[n].t() @ _rows(x)[use.tokens].to(grad.dtype)
+                of_projection = made.float().view(-1)
+            grads += [of_values, of_projection]
+        if layer.routing.collects:
+            for n, gradient in enumerate(grads):
+                if gradient is not None:
+                    layer.add_gradient(uses[n // 2].number, gradient, of_projection=n % 2 == 1)
+            grads = [None] * len(held)
+        if grad_x is not None:
+            grad_x = grad_x.to(ctx.x_dtype).view(ctx.x_shape)
+        return grad_x, grad if needs_y else None, None, None, *grads
+
+
+def _is_even(uses: Sequence[Use], deltas: Sequence[Delta], num_rows: int, projections: Sequence[Tensor | None]) -> bool:
+    """Whether a batched product does them all: equal parts of all tokens, with an A in memory and one rank."""
+    size = num_rows // len(uses)
+    return (
+        all(
+            use.tokens == slice(n * size, (n + 1) * size) and a is not None and delta.rank == deltas[0].rank
+            for n, (use, delta, a) in enumerate(zip(uses, deltas, projections, strict=True))
+        )
+        and size * len(uses) == num_rows
+    )
+
+
+def _stacked(deltas: Sequence[Delta], held: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A, (uses, rank, in_features), and scale * B, (uses, out_features, rank)."""
+    a = torch.stack(
+        [_matrix(cast(Tensor, a), delta.recipe, dtype) for delta, a in zip(deltas, held[1::2], strict=True)]
+    )
+    first, device = deltas[0], a.device
+    b = torch.zeros(len(deltas), first.out_features, first.rank, dtype=dtype, device=device)
+    for into, delta, values in zip(b, deltas, held[::2], strict=True):
+        for index, kept in delta.parts_of_b(values):
+            flat = into.view(-1)
+            flat.add_(kept.to(dtype)) if index is None else flat.index_add_(0, index, kept.to(dtype))
+        into.mul_(delta.scale)
+    return a, b
 
 
 def shaped(fresh: Tensor, shape: Sequence[int]) -> Tensor:

@@ -4,10 +4,12 @@ The rows of a batch do not meet in a transformer, so a task's gradient is what i
 gradient is. Source: Ortho-LoRA (arXiv 2601.09684), section 3, for what they are needed; the one pass is our own.
 """
 
+import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from lori_dist.errors import AdapterError
@@ -41,11 +43,37 @@ class PerTask:
         self.segments = tuple((task, slice(*edges)) for (task, _), edges in pairs)
         self.num_tokens = len(tasks) * length
 
+    @property
+    def num_owners(self) -> int:
+        return self.num_tasks
+
+    def of_tokens(self, module: str, x: Tensor) -> Tensor:
+        """The task of each token in the input of a layer, (tokens,), int64."""
+        segments = self.of(module, x.numel() // x.shape[-1])
+        counts = [tokens.stop - tokens.start for _, tokens in segments]
+        numbers = torch.tensor([task for task, _ in segments], device=x.device)
+        return numbers.repeat_interleave(torch.tensor(counts, device=x.device))
+
+    @contextlib.contextmanager
+    def within(self, counts: Sequence[tuple[int, int]]) -> Iterator[None]:
+        """Inside, layers see so many tokens of each task, (task, tokens), one after the other."""
+        before = self.segments, self.num_tokens
+        ends = list(itertools.accumulate((count for _, count in counts), initial=0))
+        pairs = zip(counts, itertools.pairwise(ends), strict=True)
+        self.segments = tuple((task, slice(*edges)) for (task, count), edges in pairs if count)
+        self.num_tokens = ends[-1]
+        try:
+            yield
+        finally:
+            self.segments, self.num_tokens = before
+
     def of(self, module: str, num_tokens: int) -> Segments:
         """The places of each task's tokens in the input of a layer, flattened to (tokens, features).
 
         Raises AdapterError where a layer does not see every token of the batch.
         """
+        if not self.num_tokens:  # no batch of a step runs
+            return ((0, slice(0, num_tokens)),)
         if num_tokens != self.num_tokens:
             raise AdapterError(
                 f"{module}: sees {num_tokens} of the batch's {self.num_tokens} tokens, so the tasks' gradients cannot "
@@ -60,7 +88,8 @@ class PerTask:
         return self.sums[name]
 
     def clear(self) -> None:
-        """Before a step's first batch."""
+        """After a step: what runs until the next one `begin`s is of no task."""
+        self.segments, self.num_tokens = (), 0
         for tensor in self.sums.values():
             tensor.zero_()
 

@@ -1,5 +1,5 @@
 """A model's treatment of tokens, seen on a small copy: which layers run, how many of a mixture's experts compute a
-token, and whether tokens see later ones.
+token, whether tokens see later ones, and how logits are made.
 
 All are properties of a model's code and configuration, not of its weights. So the copy has the model's class and its
 configuration with narrow layers and few words, random weights, and all its blocks, or the first few where even these
@@ -11,17 +11,20 @@ known, and the log says so.
 
 import contextlib
 import copy
+import functools
+import inspect
 import itertools
 import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lori_dist.adapter.experts import is_experts
 from lori_dist.adapter.linear import is_conv1d
@@ -63,17 +66,30 @@ class Probe:
     """Paths of the copy's linear layers and fused experts."""
     idle: frozenset[str]
     """The layers among them that are never called when the model reads tokens: an update there would do nothing."""
+    mixing: frozenset[str]
+    """The layers whose input has neither a row for each row of the batch, nor one for each of its tokens in order."""
     is_causal: bool | None
     """Whether no logit depends on a later token; None for models without logits at every token."""
     chosen: Mapping[str, int] = field(default_factory=dict)
     """Path of fused experts -> how many of them compute each token."""
+    ends_in_head: bool = False
+    """Whether the logits are what the layer of the output embeddings returns, and nothing is done to them after it."""
+    keeps_logits: bool = False
+    """Whether `forward(logits_to_keep=mask)`, of a boolean mask of tokens, returns the logits of those tokens alone."""
 
     def is_idle(self, path: str) -> bool:
         """Tells whether the layer at a path is idle. Blocks that the copy lacks are taken to be like those it has."""
+        return self._is_in(self.idle, path)
+
+    def mixes_rows(self, path: str) -> bool:
+        """Whether the layer at a path cannot tell which row of the batch its input is of."""
+        return self._is_in(self.mixing, path)
+
+    def _is_in(self, some: frozenset[str], path: str) -> bool:
         if path in self.layers:
-            return path in self.idle
+            return path in some
         alike = [other for other in self.layers if _kind(other) == _kind(path)]
-        return bool(alike) and self.idle.issuperset(alike)
+        return bool(alike) and some.issuperset(alike)
 
     def num_chosen(self, path: str) -> int | None:
         """How many of the fused experts at a path compute each token; None where that is not known."""
@@ -81,7 +97,7 @@ class Probe:
         return self.chosen.get(path, next(alike, None))
 
 
-NOTHING = Probe(layers=frozenset(), idle=frozenset(), is_causal=None)
+NOTHING = Probe(layers=frozenset(), idle=frozenset(), mixing=frozenset(), is_causal=None)
 _known: dict[tuple[type, str], Probe] = {}
 
 
@@ -93,9 +109,11 @@ def probe(model: nn.Module) -> Probe:
     settings: Any = getattr(model, "config", None)
     if not hasattr(settings, "to_dict") or getattr(model, "main_input_name", None) != "input_ids":
         return NOTHING
-    key = type(model), json.dumps(settings.to_dict(), sort_keys=True, default=str)
+    # FSDP gives a module a class of its own.
+    kind = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    key = kind, json.dumps(settings.to_dict(), sort_keys=True, default=str)
     if key not in _known:
-        _known[key] = _probed(type(model), settings)
+        _known[key] = _probed(kind, settings)
     return _known[key]
 
 
@@ -237,15 +255,42 @@ def _observed(model: Any) -> Probe:
         module.register_forward_pre_hook(lambda module, inputs, path=path: called.update({path: inputs}))
     ids = _two_rows(model)
     more = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
-    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **more)
-    idle = frozenset(layers) - called.keys()
-    chosen = {
-        path: int(inputs[1].shape[-1])  # the numbers of each token's experts
-        for path, inputs in called.items()
-        if is_experts(layers[path]) and len(inputs) > 1
-    }
-    is_causal = _is_causal(getattr(output, "logits", None))
-    return Probe(layers=frozenset(layers), idle=idle, is_causal=is_causal, chosen=chosen)
+    read = functools.partial(model, input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **more)
+    returned: list[Any] = []
+    if isinstance(head := model.get_output_embeddings(), nn.Module):
+        head.register_forward_hook(lambda module, inputs, output: returned.append(output))
+    logits = getattr(read(), "logits", None)
+    return Probe(
+        layers=frozenset(layers),
+        idle=frozenset(layers) - called.keys(),
+        mixing=frozenset(path for path, inputs in called.items() if inputs and _mixes(inputs[0])),
+        is_causal=_is_causal(logits),
+        # The numbers of each token's experts.
+        chosen={
+            path: int(inputs[1].shape[-1])
+            for path, inputs in called.items()
+            if is_experts(layers[path]) and len(inputs) > 1
+        },
+        ends_in_head=_is_per_token(logits) and len(returned) == 1 and returned[0] is logits,
+        keeps_logits=_is_per_token(logits) and _keeps_logits(model, read, logits),
+    )
+
+
+def _mixes(x: Any) -> bool:
+    """Whether a layer's input has neither a row for each of the two rows, nor an entry for each of their tokens."""
+    return isinstance(x, Tensor) and x.shape[0] != 2 and x.numel() != 2 * NUM_TOKENS * x.shape[-1]
+
+
+def _keeps_logits(model: Any, read: Callable[..., Any], logits: Tensor) -> bool:
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return False
+    mask = torch.ones(logits.shape[:2], dtype=torch.bool)
+    mask[0, 1:] = mask[1, 0] = False  # not as many of each row
+    try:
+        kept = read(logits_to_keep=mask).logits
+    except Exception:  # a model whose code knows numbers of tokens only
+        return False
+    return kept.shape == logits[mask].shape and torch.allclose(kept, logits[mask], rtol=1e-4, atol=1e-5)
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -262,9 +307,13 @@ def _two_rows(model: Any) -> Tensor:
     return torch.tensor([usable[:-1], [*usable[:-2], usable[-1]]])
 
 
+def _is_per_token(logits: Any) -> TypeGuard[Tensor]:
+    return isinstance(logits, Tensor) and logits.ndim == 3 and logits.shape[:2] == (2, NUM_TOKENS)
+
+
 def _is_causal(logits: Any) -> bool | None:
     """Whether those before the last token are the same in both rows."""
-    if not isinstance(logits, Tensor) or logits.shape[:2] != (2, NUM_TOKENS):
+    if not _is_per_token(logits):
         return None
     extent = logits.max() - logits.min()
     if not torch.isfinite(logits).all() or torch.equal(logits[0, -1], logits[1, -1]):

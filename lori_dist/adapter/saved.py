@@ -1,12 +1,15 @@
 """Modules that are trained in full, such as the head of a classifier, and stored with the adapter."""
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lori_dist.adapter import sharded
+from lori_dist.adapter.routing import Routing, name_of
 from lori_dist.errors import AdapterError
 from lori_dist.plugin import nearest
 
@@ -114,6 +117,104 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name -> shape, whatever an engine made of the parameter."""
     return {name: before.shape for name, before in getattr(model, SAVED, {}).items()}
+
+
+# --- of several adapters ---------------------------------------------------------------------------------------------
+
+
+class RoutedModule(nn.Module):
+    """A module that is trained in full, of which every adapter has a copy that its own rows meet.
+
+    Its parameters are called `copy_0_0`, ...: adapter and place in the module.
+    """
+
+    def __init__(self, path: str, base: nn.Module, routing: Routing) -> None:
+        super().__init__()
+        self.path, self.routing = path, routing
+        if buffer := next((name for name, _ in base.named_buffers()), None):
+            raise AdapterError(
+                f"modules_to_save: {path} has a buffer ({buffer}), which cannot be kept apart for several adapters "
+                "over one base; train them one at a time (cluster.packing: off)"
+            )
+        self.places = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
+        copied = copy.deepcopy(base).requires_grad_(False)
+        for module in copied.modules():  # the copies compute in the place of these
+            for name, own in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(own.to("meta"), requires_grad=False))
+        self.form = (copied,)  # in a tuple, so that it is no submodule
+        for number in range(len(routing.names)):
+            for place, parameter in enumerate(base.parameters()):
+                self.register_parameter(f"copy_{number}_{place}", nn.Parameter(parameter.detach().clone()))
+
+    @property
+    def weight(self) -> Tensor:
+        """The first copy's, for code that looks at its dtype or size."""
+        return self.copies(0)["weight"]
+
+    def copies(self, number: int) -> dict[str, nn.Parameter]:
+        """Name in the module -> the parameter of one adapter."""
+        return {name: getattr(self, f"copy_{number}_{place}") for place, name in enumerate(self.places)}
+
+    def forward(self, x: Tensor, *more: Any, **options: Any) -> Tensor:
+        if more or options:
+            raise AdapterError(
+                f"modules_to_save: {self.path} is called with more than one tensor, so the rows of several adapters "
+                "cannot be kept apart; train them one at a time (cluster.packing: off)"
+            )
+        segments = self.routing.segments(self.path, x if x.is_floating_point() else x[..., None])
+        num_tokens, made = segments[-1].tokens.stop, []
+        factor = num_tokens // x.shape[0]
+        apply = cast(Callable[..., Tensor], _ToSums.apply)
+        for segment in segments:
+            named = {
+                name: apply(parameter, self.routing, self._name(name, segment.adapter))
+                for name, parameter in self.copies(segment.adapter).items()
+            }
+            rows = slice(segment.tokens.start // factor, segment.tokens.stop // factor)
+            made.append(torch.func.functional_call(self.form[0], named, (x[rows],)))
+        return torch.cat(made)
+
+    def _name(self, name: str, number: int) -> str:
+        return name_of(key(f"{self.path}.{name}"), self.routing.names[number])
+
+
+class _ToSums(torch.autograd.Function):
+    """A parameter whose gradient goes to the sums of a routing."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, routing: Routing, name: str) -> Tensor:
+        ctx.routing, ctx.name = routing, name
+        return parameter.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+        ctx.routing.sum_of(ctx.name, grad.numel(), grad.device).add_(grad.float().flatten())
+        return None, None, None
+
+
+def route(model: nn.Module, modules: Sequence[str], routing: Routing) -> None:
+    """Puts a `RoutedModule` in place of each module that is named."""
+    for wanted in modules:
+        for path in [path for path, _ in model.named_modules() if f".{path}".endswith(f".{wanted}")]:
+            parent, _, name = path.rpartition(".")
+            made = RoutedModule(path, model.get_submodule(path), routing)
+            setattr(model.get_submodule(parent), name, made.train(model.get_submodule(path).training))
+
+
+def _routed(model: nn.Module) -> list[RoutedModule]:
+    return [module for module in model.modules() if isinstance(module, RoutedModule)]
+
+
+def copies(model: nn.Module, number: int | None = None) -> Iterator[tuple[str, nn.Parameter]]:
+    """Name in the base -> parameter, of one adapter of several or of all of them."""
+    for module in _routed(model):
+        for one in range(len(module.routing.names)) if number is None else (number,):
+            yield from ((f"{module.path}.{name}", parameter) for name, parameter in module.copies(one).items())
+
+
+def shapes_of_copies(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name in the base -> shape, whatever an engine made of the parameter."""
+    return {f"{module.path}.{name}": shape for module in _routed(model) for name, shape in module.places.items()}
 
 
 def _kept(parameter: nn.Parameter) -> Tensor:

@@ -1,4 +1,9 @@
-"""Measurements, one suite a file: `run()` returns {"rows": what was measured, "ratios": name -> what it says}."""
+"""Benchmarks that users run with `lori bench NAME`, one per file.
+
+A file has `run(**options)`, which returns {"rows": one record for each measurement, "ratios": name -> quotient}. Ratios
+compare what was measured side by side in the same process or gang, since absolute times differ between machines.
+Dropping in a file adds a benchmark; files that begin with an underscore are shared. Only `lori bench` imports it.
+"""
 
 import datetime
 import importlib.metadata

@@ -25,7 +25,7 @@ from lori_dist.benchmarks._traffic import Traffic, moment_bytes
 from lori_dist.training import device
 from lori_dist.training.data import Batch
 from lori_dist.training.engine import Engine
-from lori_dist.training.packed import Gradients
+from lori_dist.training.trainer import Gradients
 from lori_dist.training.weights import skeleton
 from lori_dist.training.world import World, from_environment
 
@@ -224,7 +224,7 @@ class Way:
         self.num_targets = 1 if is_packed else world.size * self.batch.labels[:, 1:].numel()
 
     def step(self) -> None:
-        lr: Any = [1e-4] * self.number if self.gradients is not None else 1e-4
+        lr: Any = {f"task{n}": 1e-4 for n in range(self.number)} if self.gradients is not None else 1e-4
         self.engine.step([self.batch], num_targets=self.num_targets, lr=lr, tasks=self.gradients)
 
     def timed(self) -> float:

@@ -26,7 +26,7 @@ from lori_dist.plan.placement import Placement, memory, placements, traffic
 from lori_dist.training import checkpoint
 from lori_dist.training.data import Batch
 from lori_dist.training.engine import gather, trained
-from lori_dist.training.train import checkpoint_activations
+from lori_dist.training.trainer import checkpoint_activations
 from lori_dist.training.weights import base_parameters, skeleton
 from lori_dist.training.world import World
 

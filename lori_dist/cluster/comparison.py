@@ -19,7 +19,7 @@ from lori_dist.jobs import plan
 log = logging.getLogger(__name__)
 
 OWN = "own"
-"""In the place of a model: on each task, the adapter that was trained on it."""
+"""The name that stands, on each task, for the adapter that was trained on it."""
 
 Scores = Mapping[str, Mapping[str, float]]
 """Row -> task -> value."""
@@ -37,14 +37,14 @@ class Variant:
 
 @section
 class Comparison:
-    """What is compared."""
+    """A comparison as its YAML file describes it."""
 
     name: Name
     """The runs are called NAME-VARIANT-SEED, the result NAME.json."""
     config: Text
     """A YAML file of a run."""
     seeds: Annotated[tuple[Seed, ...], pydantic.Field(min_length=1)] = (0, 1, 2)
-    """Of A and of the order of the rows."""
+    """Seeds of A and of the order of the rows."""
     metric: Text = "exact_match"
     variants: Annotated[dict[Name, Variant], pydantic.Field(min_length=1)]
 
@@ -91,7 +91,7 @@ def _rows(run: Run, name: str, variant: Variant, metric: str) -> Iterator[str]:
 def compare(
     comparison: Comparison, overrides: Sequence[str] = (), *, execute: Callable[[Run], Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Does all runs, one after another, and what was done before not again. Returns what is also in OUTPUT/NAME.json.
+    """Does all runs, one after another, and skips finished ones. Returns what is also written to OUTPUT/NAME.json.
 
     execute: does a run and returns its summary. The result has `metric`, `seeds`, `tasks`, and of each row of the
     table the `scores` of every seed (task -> value, `mean` over the tasks among them), their `mean` and `std` over the

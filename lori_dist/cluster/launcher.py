@@ -16,7 +16,8 @@ from lori_dist.folder import Attempt
 from lori_dist.integrations import model_card
 from lori_dist.jobs import Job, check_inputs, plan
 from lori_dist.training import preemption
-from lori_dist.training.train import Record, train
+from lori_dist.training.metrics import Record
+from lori_dist.training.train import train
 from lori_dist.training.world import World, from_first
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def _train(
 
 @contextlib.contextmanager
 def _logged(file: Path) -> Iterator[None]:
-    """What this package logs goes to the end of a file as well."""
+    """Appends to a file what this package logs."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace", delay=True)
     handler.setFormatter(Redacting(LOG_FORMAT))

@@ -14,11 +14,13 @@ VERBS = (
     "run",
     "compare",
     "plan",
+    "data",
     "status",
     "stop",
     "train",
     "merge",
     "evaluate",
+    "generate",
     "export",
     "report",
     "show",
@@ -28,7 +30,7 @@ VERBS = (
 
 
 class Verb(Protocol):
-    """What a file of this folder has."""
+    """The members of a file in this folder."""
 
     SUMMARY: str
     HELP: str

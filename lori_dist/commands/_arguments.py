@@ -29,7 +29,8 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def add_local_rank(parser: argparse.ArgumentParser) -> None:
-    """The deepspeed launcher puts it before or after the verb. It says what the environment says as well."""
+    """Adds --local_rank, which the deepspeed launcher puts before or after the verb. The environment has the same
+    number."""
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
@@ -50,14 +51,14 @@ def options(words: Sequence[str]) -> dict[str, Any]:
 
 
 def check_writable(path: Path, where: str) -> None:
-    """Raises ConfigError for what cannot be written: before long work, whose result would be lost at its end."""
+    """Raises ConfigError if a file cannot be written: before long work, whose result would be lost at its end."""
     is_waited_for = path.exists() and not path.is_file() and not path.is_relative_to("/dev")
     if path.is_dir() or not path.absolute().parent.is_dir() or is_waited_for:
         raise ConfigError(f"{where}: {str(path)!r} cannot be a file; give a file's name in a folder that exists")
 
 
 def write_json(path: Path, tree: Mapping[str, Any]) -> None:
-    """Writes a file that appears complete, or into what is not a file, such as /dev/stdout."""
+    """Writes a file that appears complete, or writes into something else, such as /dev/stdout."""
     text = json.dumps(tree, indent=2) + "\n"
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""How a verb ends: the message and the exit code of an error, and what SIGTERM does."""
+"""The ends of verbs: the message and the exit code of an error, and the reaction to SIGTERM."""
 
 import argparse
 import functools
@@ -11,11 +11,11 @@ from lori_dist.errors import ConfigError, LoriError, Stopped
 log = logging.getLogger(__name__)
 
 Run = Callable[[argparse.Namespace], int | None]
-"""Gives the exit code, where that is not 0."""
+"""Runs a verb. Returns the exit code if that is not 0."""
 
 
 def message_of(error: BaseException, verbose: bool) -> tuple[str, int] | None:
-    """The message and the exit code, or None for what nobody raised on purpose."""
+    """The message and the exit code of an error that is raised on purpose; None for any other."""
     if isinstance(error, LoriError):
         message = "".join(traceback.format_exception(error)).rstrip() if verbose else str(error)
         return message, 2 if isinstance(error, ConfigError) else 3 if isinstance(error, Stopped) else 1
@@ -26,7 +26,7 @@ def message_of(error: BaseException, verbose: bool) -> tuple[str, int] | None:
 
 
 def ended_by_sigterm(run: Run) -> Run:
-    """A verb that ends with a line and its own exit code when SIGTERM comes, from its first import on."""
+    """Wraps a verb so that SIGTERM ends it with a line and its own exit code, from its first import on."""
 
     @functools.wraps(run)
     def called(arguments: argparse.Namespace) -> int | None:

@@ -1,4 +1,4 @@
-"""What a run trains, and what it has finished."""
+"""The adapters that a run trains, and those that it has finished."""
 
 import logging
 from collections.abc import Iterator
@@ -10,14 +10,14 @@ log = logging.getLogger(__name__)
 
 
 def trainings_of(run: config.Run) -> Iterator[str]:
-    """The names of the adapters that a run trains: its tasks, unless its plan is another one."""
+    """Yields the names of the adapters that a run trains: its tasks, unless its plan is another one."""
     from lori_dist import jobs
 
     return (job.settings["task"] for job in jobs.plan(run) if job.kind == "train")
 
 
 def finished_adapters(run: config.Run) -> dict[str, Path]:
-    """Task or merge -> its adapter, of all that a run of this very configuration has finished."""
+    """Task or merge -> its adapter, for all that a run of this very configuration has finished."""
     from lori_dist import folder, jobs
     from lori_dist.cluster import summary
 

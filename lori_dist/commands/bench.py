@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _flat(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The leaves of nested mappings, with their keys in a row."""
+    """Yields the leaves of nested mappings, with their keys joined."""
     for key, item in tree.items():
         if isinstance(item, Mapping):
             yield from ((f"{key}, {name}", leaf) for name, leaf in _flat(item))

@@ -58,7 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _weights(text: str | None, num_adapters: int) -> "list[Weight] | None":
-    """Numbers, or, for layers and modules, mappings as in a configuration: `0.5,{default: 0.4, "*.mlp.*": 0.6}`."""
+    """Weights as numbers, or, for layers and modules, as mappings like a configuration's: `0.5,{default: 0.4,
+    "*.mlp.*": 0.6}`."""
     if text is None:
         return None
     try:

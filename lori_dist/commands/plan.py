@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _size(text: str) -> float:
-    """Bytes, of `80GiB`, `80GB` or a number of GiB."""
+    """Bytes, given as `80GiB`, `80GB` or a number of GiB."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GiB|GB|TB|TiB)?", text)
     if match is None or not float(match[1]):
         raise argparse.ArgumentTypeError(f"got {text!r}; wanted a size such as 80GiB")

@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _tree(path: Path, where: str) -> dict[str, Any]:
-    """What is in a run's summary, or in what `lori evaluate --out` writes."""
+    """The content of a run's summary, or of a file that `lori evaluate --out` wrote."""
     try:
         tree = json.loads(read_regular(path).decode())
     except FileNotFoundError as error:
@@ -110,7 +110,8 @@ def _evaluation(tree: Any, path: Path, where: str) -> dict[str, dict[str, dict[s
 
 
 def _summary(described: config.Run) -> dict[str, Any]:
-    """What `lori run` would say of the jobs that are finished. Raises JobError for one whose files have changed."""
+    """The summary that `lori run` would write of the finished jobs. Raises JobError for one whose files have
+    changed."""
     from lori_dist.cluster.board import Board
     from lori_dist.cluster.run import planned
 

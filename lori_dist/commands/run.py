@@ -57,7 +57,8 @@ def run(arguments: argparse.Namespace) -> int | None:
         summary = execute(described, progress=show_progress)
     made = {**summary["adapters"], **summary["merges"]}
     files = [(name, describe.size(item["kept"], item["total"]), item["path"]) for name, item in made.items()]
-    print(table(summary["evaluation"]), describe.table(("model", "size", "adapter"), files), sep="\n\n")
+    figures = table(summary["evaluation"], summary["intervals"])
+    print(figures, describe.table(("model", "size", "adapter"), files), sep="\n\n")
     before = [name for name, state in summary["jobs"].items() if state.get("cached")]
     if before:
         remedy = "Delete their folders, or give the run another name, to do them again."

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from lori_dist.cluster import scratch
-    from lori_dist.cluster.member import member
+    from lori_dist.cluster.failures import member
 
     scratch.check()
     with member(functools.partial(message_of, verbose=arguments.verbose)) as watch:

@@ -1,4 +1,4 @@
-"""Words of messages: what was found."""
+"""Words that messages share: how they name what was found."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar

@@ -21,7 +21,7 @@ from lori_dist.errors import ConfigError
 
 
 def checked(kind: type[T], tree: Any, where: str) -> T:
-    """Returns an object of a section from a plain tree. Raises ConfigError that lists every mistake.
+    """Returns the object of a section from a plain tree. Raises ConfigError that lists every mistake.
 
     where: what the tree is of, such as the path of a file.
     """
@@ -30,14 +30,14 @@ def checked(kind: type[T], tree: Any, where: str) -> T:
 
 
 def built(kind: type[T], tree: Any, where: str) -> tuple[T, list[str]]:
-    """An object that lacks what is wrong, and what is wrong with the tree alone."""
+    """Returns the object of a section, without the values that are wrong, and the mistakes of the tree alone."""
     problems: dict[Place, str] = {}
     made: T = _made(kind, usable(unshared(tree, where), (), problems), (), problems)
     return made, [f"{'.'.join(place) or where}: {problem}" for place, problem in problems.items()]
 
 
 def problems_of_keys(made: Any, place: Place = (), *, elsewhere: bool = False) -> Iterator[str]:
-    """What the checks of keys find in a section, which may lack values.
+    """Yields the mistakes that the checks of keys find in a section, which may lack values.
 
     elsewhere: leaves out those of this machine.
     """
@@ -69,7 +69,7 @@ def plain(value: Any) -> Any:
 
 
 def fingerprinted(section: Any) -> dict[str, Any]:
-    """The keys of a section that are part of fingerprints with their values, as plain values."""
+    """The keys of a section that are part of fingerprints, with their values as plain values."""
     default = {item.name: item.default for item in fields(section)}
     return {
         name: plain(getattr(section, name))
@@ -80,13 +80,13 @@ def fingerprinted(section: Any) -> dict[str, Any]:
 
 
 MOST_NAMED = 100
-"""Unknown keys of one section that are named, and compared with the known ones."""
+"""Largest number of unknown keys of one section that are named and compared with the known ones."""
 ABSENT: Any = object()
-"""Made of what is wrong."""
+"""Placeholder for a value that is wrong."""
 
 
 def _made(section: type, value: Any, place: Place, problems: dict[Place, str]) -> Any:
-    """An object that lacks the values which are wrong: reading one of them raises AttributeError."""
+    """The object of a section without the values that are wrong: reading one of them raises AttributeError."""
     made: Any = object.__new__(section)
     if not isinstance(value, dict):
         problems.setdefault(place, f"got {found(value)}; wanted a mapping, key: value")
@@ -118,7 +118,7 @@ def _made(section: type, value: Any, place: Place, problems: dict[Place, str]) -
 
 
 def _value_of(section: type, key: str, value: Any, place: Place, problems: dict[Place, str]) -> Any:
-    """What a value is to a key, or ABSENT."""
+    """The value of a key as its annotation reads it, or ABSENT."""
     kind = keys(section)[key]
     if place in problems:
         return ABSENT
@@ -136,7 +136,7 @@ def _value_of(section: type, key: str, value: Any, place: Place, problems: dict[
         for below, errors in _places(error).items():
             problems.setdefault((*place, *below), _problem(errors))
         return ABSENT
-    if kind.methods is not None:
+    if kind.methods is not None and content is not None:
         path = ".".join(place)
         try:
             plugin.find(kind.methods.folder, content.name, kind.methods.role, path).bind(content.options, path)
@@ -149,7 +149,8 @@ def _value_of(section: type, key: str, value: Any, place: Place, problems: dict[
 
 
 class Key(typing.NamedTuple):
-    """What a key takes (a section, sections by their names, a method, or any other value), and how it is marked."""
+    """The kind of a key's value (a section, sections by their names, a method, or any other value), and the key's
+    marks."""
 
     hint: Any
     section: Any = None
@@ -168,7 +169,7 @@ def keys(section: type) -> Mapping[str, Key]:
 
 
 def key_of(hint: Any) -> Key:
-    """What an annotation says of a key."""
+    """The key that an annotation describes."""
     marks = getattr(hint, "__metadata__", ())
     # Of several marks the last counts: that of the key itself comes after that of its kind.
     fingerprint = next((mark for mark in reversed(marks) if isinstance(mark, Fingerprint)), None)
@@ -196,7 +197,8 @@ def _is_section(kind: Any) -> bool:
 
 
 def _places(error: pydantic.ValidationError) -> dict[Place, list[Any]]:
-    """The errors by place. Where a value fits none of several kinds, those that got furthest into it count."""
+    """The errors by place. If a value fits none of several kinds, the errors of those that got furthest into it
+    count."""
     skipped = ("function-", "literal[", "tuple[", "dict[", "[key]")  # the kind of value that was tried
     places: dict[Place, list[Any]] = {}
     for item in error.errors(include_url=False):
@@ -207,7 +209,7 @@ def _places(error: pydantic.ValidationError) -> dict[Place, list[Any]]:
 
 
 def _problem(errors: Sequence[Any]) -> str:
-    """What was found, and what was wanted."""
+    """The part of a message that says what was found and what was wanted."""
     error = errors[0]
     if error["type"] == "missing":
         return "is missing; give it a value"

@@ -20,27 +20,28 @@ T = typing.TypeVar("T")
 
 
 class Fingerprint(enum.Enum):
-    """Where a key stands in the fingerprints of jobs, which say whether a finished result is that of a configuration.
+    """The place of a key in the fingerprints of jobs, which say whether a finished result is that of a configuration.
 
     A key without such a mark is part of them with its value: another value is another result. A mark on a key that
     holds a section is that of all keys in it.
     """
 
     IF_SET = "if set"
-    """With its value where that is not the default, which changes nothing: results of before the key was there stay."""
+    """The value is part of fingerprints where it is not the default; results from before the key existed stay valid."""
     DERIVED = "derived"
-    """Not with its value, but with what follows from it, such as a file's content or the seed of a task's A."""
+    """The value is not part of fingerprints, but what follows from it is, such as a file's content or the seed of a
+    task's A."""
     NEVER = "never"
-    """It says where or how a result is computed, and changes it by rounding at most."""
+    """The key says where or how a result is computed, and changes it by rounding at most."""
 
 
 class Check(typing.NamedTuple):
-    """What can be wrong with a value of the right kind and range. It is not asked about null."""
+    """A check of values that have the right kind and range. It is skipped for null."""
 
     problems: Callable[[Any], Iterator[str]]
-    """Gives what is wrong with a value, as `what was found; the remedy`."""
+    """Yields the mistakes of a value, as `what was found; the remedy`."""
     is_of_this_machine: bool = False
-    """Whether it looks at this machine's files or packages, which a run on other machines need not have."""
+    """Whether the check looks at this machine's files or packages, which a run on other machines need not have."""
 
 
 Name = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
@@ -55,12 +56,12 @@ def _number(value: Any) -> Any:
 
 
 def read_off(value: Any) -> Any:
-    """YAML reads `off` as false."""
+    """Returns "off" for false, since YAML 1.1 reads `off` as false."""
     return "off" if value is False else value
 
 
 def _seconds(value: Any) -> Any:
-    """Of `11h30m`."""
+    """Seconds, given as a number or as text such as `11h30m`."""
     if not isinstance(value, str) or value.replace(".", "", 1).isdecimal():
         return value
     found = re.fullmatch(r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?", value)
@@ -83,14 +84,14 @@ Duration = Annotated[
 Fraction = Annotated[float, pydantic.Field(gt=0, le=1), NotBool]
 Decay = Annotated[float, pydantic.Field(ge=0, lt=1), NotBool]
 Seed = Annotated[int, pydantic.Field(ge=0, lt=2**53), NotBool]
-"""Below 2**53, so that every reader of JSON keeps it."""
+"""A seed below 2**53, so that every reader of JSON keeps its digits."""
 Dtype = Literal["float32", "bfloat16", "float16"]
 FilePath = Annotated[str, pydantic.AfterValidator(os.path.expanduser)]
 Text = Annotated[str, pydantic.Field(min_length=1)]
 
 
 def _date(value: Any) -> Any:
-    """As text, whether YAML has made a date of it or not."""
+    """A date as text, whether YAML has made a date of it or not."""
     if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
         return value.isoformat()
     if isinstance(value, str):
@@ -104,7 +105,7 @@ Date = Annotated[str, pydantic.BeforeValidator(_date)]
 
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
 def section(cls: type[T]) -> type[T]:
-    """A part of the configuration: a frozen dataclass that refuses keys it does not know.
+    """Makes a class a section of the configuration: a frozen dataclass that refuses unknown keys.
 
     The text below a key is its description in the JSON schema and in the reference of all settings.
     """
@@ -129,13 +130,14 @@ def _choice(value: Any) -> Any:
 
 
 class Methods(typing.NamedTuple):
-    """What a Choice chooses from: a folder of methods, and what their functions are called."""
+    """The methods that a Choice chooses from: their folder, and the name of their functions."""
 
     folder: str
     role: str
 
 
 MASKS, ENGINES = Methods("masks", "mask"), Methods("engines", "build")
+PLACERS = Methods("engines", "place")
 MERGES, PLANS = Methods("merges", "merge"), Methods("multitask", "plan")
 Chosen = pydantic.BeforeValidator(_choice)
 

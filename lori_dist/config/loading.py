@@ -1,4 +1,4 @@
-"""From a file, a tree and overrides to a checked run, and back."""
+"""Makes a checked run of a file, a tree and overrides, and a plain tree of a run."""
 
 import contextlib
 import gc
@@ -40,19 +40,19 @@ def _without_collections() -> Iterator[None]:
 
 
 def text(path: str | Path, overrides: Sequence[str] = ()) -> str:
-    """YAML of a configuration with overrides applied, and else as it was written. Raises ConfigError."""
+    """YAML of a configuration with overrides applied, otherwise as it was written. Raises ConfigError."""
     tree, problems = _read(path, overrides)
     return yaml.write(unless(problems, tree))
 
 
 def has_engine(path: str | Path, overrides: Sequence[str] = ()) -> bool:
-    """Whether a configuration itself says which engine trains, and does not leave it at the default."""
+    """Whether a configuration itself names the engine, rather than leaving it at the default."""
     train = _read(path, overrides)[0].get("train")
     return isinstance(train, dict) and "engine" in train
 
 
 def _read(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The tree in a YAML file with overrides applied, and what is wrong with these and its keys."""
+    """The tree in a YAML file with overrides applied, and the mistakes of these and of its keys."""
     tree, problems = yaml.parse(yaml.text_of(path), str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds {type(tree).__name__}, wanted a mapping with name, model and tasks")
@@ -67,12 +67,12 @@ def validate(tree: Mapping[str, Any]) -> Run:
 
 
 def dump(run: Run) -> dict[str, Any]:
-    """The plain tree of a run; `validate` of it gives the run back."""
+    """The plain tree of a run. `validate` makes the same run of it."""
     return typing.cast(dict[str, Any], plain(run))
 
 
 def _checked(tree: Any, before: Sequence[str] = (), *, elsewhere: bool = False) -> Run:
-    """The run, without a mistake. Raises ConfigError that lists `before` and every mistake.
+    """The run without a mistake. Raises ConfigError that lists `before` and every mistake.
 
     A misspelt key and a misspelt method are reported together: rules run on what is right, and end where they need a
     value that is not.
@@ -86,7 +86,7 @@ def _checked(tree: Any, before: Sequence[str] = (), *, elsewhere: bool = False) 
 
 
 def _override(tree: dict[str, Any], override: str) -> list[str]:
-    """Applies `path.to.key=value` to the tree. Returns what is wrong with it."""
+    """Applies `path.to.key=value` to the tree. Returns the mistakes of the override."""
     path, equals, text = override.partition("=")
     *parents, last = path.split(".")
     if not equals or not all((*parents, last)):

@@ -1,4 +1,4 @@
-"""The checks that several keys are subject to together, each a function that gives every mistake of one kind.
+"""The checks that involve several keys, each a function that yields every mistake of one kind.
 
 What a single key may be is said with it, in run.py. A rule reads the run as if it were right: where a key that it reads
 is wrong, the rule ends there, and the key's own mistake is reported alone.
@@ -17,16 +17,17 @@ from typing import Any
 
 from lori_dist import plugin, storage, tables
 from lori_dist.config.kinds import ENGINES
-from lori_dist.config.run import FLASH, Run, engine_files, files, names_of, wrong_labels, wrong_template
+from lori_dist.config.run import FLASH, Run, Template, engine_files, files, names_of, wrong_labels, wrong_template
 from lori_dist.errors import ConfigError
 from lori_dist.files import read_regular
 
 Rule = Callable[[Run], Iterator[str]]
-"""Gives every mistake of one kind."""
+"""Yields every mistake of one kind in a run."""
 
 
 def as_far_as_known(rule: Rule, run: Run) -> list[str]:
-    """What a rule finds in a run that lacks values. Where one task lacks what a rule reads, others may have it."""
+    """The mistakes that a rule finds in a run that lacks values. If one task lacks a value that the rule reads, others
+    are checked all the same."""
     found: list[str] = []
     if not _ends(rule, run, found) and rule in EACH:
         for name, item in getattr(run, EACH[rule], {}).items():
@@ -35,7 +36,7 @@ def as_far_as_known(rule: Rule, run: Run) -> list[str]:
 
 
 def _ends(rule: Rule, run: Run, found: list[str]) -> bool:
-    """Puts into `found` what a rule gives, and says whether it came to its end."""
+    """Appends a rule's mistakes to `found`. Returns whether the rule came to its end."""
     try:
         for problem in rule(run):
             found.append(problem)
@@ -93,27 +94,21 @@ def _compiled(run: Run) -> Iterator[str]:
     engine = run.train.engine
     if engine.name == "deepspeed" and engine.options.get("stage") == 3:
         yield COMPILED_AT_STAGE_3
-    if run.cluster.packing != "off":
-        yield (
-            "train.compile: cannot be combined with cluster.packing, whose layers need to know each batch's "
-            "tasks; set only one"
-        )
-    if run.multitask.name == "joint" and run.multitask.options.get("projection") != "none":
-        yield (
-            "train.compile: cannot be combined with multitask joint, whose layers keep each task's gradient "
-            "apart; remove it, "
-            "or set multitask.projection to none"
-        )
 
 
 def _saved(run: Run) -> Iterator[str]:
     if not run.adapter.modules_to_save:
         return
-    if run.multitask.name != "independent":
+    how = run.multitask.options
+    if run.multitask.name == "joint" and "none" not in (how.get("projection"), how.get("balance")):
         yield (
-            f"adapter.modules_to_save: cannot be combined with multitask {run.multitask.name}, where tasks would "
-            "share what is "
-            "trained in full; train them independent, or remove it"
+            "adapter.modules_to_save: cannot be combined with multitask joint, which balances the gradients of A and B "
+            "alone; set multitask.balance to none, or remove it"
+        )
+    elif run.multitask.name not in ("independent", "joint"):
+        yield (
+            f"adapter.modules_to_save: cannot be combined with multitask {run.multitask.name}, where each task adds "
+            "to what the earlier ones leave as it is; train them independent, or remove it"
         )
     if run.merges:
         yield (
@@ -176,12 +171,24 @@ def _mixtures(run: Run) -> Iterator[str]:
             yield f"tasks.{name}.mixture: {task.train!r} is also tasks.{name}.train, which has the rest; remove it"
         if task.mixture and run.multitask.name == "joint":
             yield (
-                f"tasks.{name}.mixture: cannot be combined with multitask joint, which mixes tasks evenly; set only one"
+                f"tasks.{name}.mixture: cannot be combined with multitask joint, which mixes tasks itself; set only one"
             )
-        if task.template.messages is None and task.template.date is not None:
-            yield f"tasks.{name}.template.date: is for chat templates, and template.messages is not given; remove it"
-        if task.template.messages is not None and task.labels is not None:
-            yield f"tasks.{name}.labels: are for template.response, and template.messages is given; set only one"
+
+
+def _chats(run: Run) -> Iterator[str]:
+    for name, task in run.tasks.items():
+        where, template, usual = f"tasks.{name}.template", task.template, Template()
+        for key in ("date", "tools", "arguments", "train_on"):
+            if template.chat is None and getattr(template, key) != getattr(usual, key):
+                yield f"{where}.{key}: is for chat templates, and template.messages is not given; remove it"
+        given = "layout" if template.layout is not None else "messages" if template.messages is not None else None
+        if given is not None and task.labels is not None:
+            yield f"tasks.{name}.labels: are for template.response, and template.{given} is given; set only one"
+        for key in ("prompt", "response"):
+            if given is not None and getattr(template, key) != getattr(usual, key):
+                yield f"{where}.{key}: is not used where template.{given} is given; set only one"
+        if template.layout == "alpaca" and template.messages is not None:
+            yield f"{where}.messages: alpaca rows have no messages; set only one of messages and layout"
 
 
 def _starts(run: Run) -> Iterator[str]:
@@ -209,17 +216,13 @@ PACKED = (
 def _packed_rows(run: Run) -> Iterator[str]:
     if not run.train.pack:
         return
-    if run.multitask.name == "joint":
-        yield (
-            "train.pack: cannot be combined with multitask joint, which distinguishes tasks by their rows; set only one"
-        )
     with contextlib.suppress(OSError, ValueError, AttributeError):  # the job says what is wrong with config.json
         settings = json.loads(read_regular(Path(run.model.path) / "config.json"))
         yield from unpackable(str(settings.get("model_type")))
 
 
 def unpackable(model_type: str) -> Iterator[str]:
-    """What is wrong with packing rows for a model."""
+    """Yields the reasons why rows cannot be packed for a model."""
     if model_type not in PACKED:
         yield (f"train.pack: {model_type} is not known to keep packed rows apart, as {', '.join(PACKED)} do; remove it")
 
@@ -234,7 +237,8 @@ def _output(run: Run) -> Iterator[str]:
 
 
 def _in_a_job(run: Run) -> Iterator[str]:
-    """A job of Ray works in a copy of what was submitted, which is deleted after it."""
+    """Yields the mistake of an output folder that would be lost: a job of Ray works in a copy of what was submitted,
+    which is deleted after it."""
     if (
         in_a_job()
         and not storage.is_url(run.output)
@@ -252,7 +256,7 @@ def in_a_job() -> bool:
 
 
 def relative_paths(run: Run) -> Iterator[str]:
-    """What is wrong with a run that is to work on machines which share no current directory with this one."""
+    """Yields the mistakes of a run that is to work on machines which share no current directory with this one."""
     paths = {"output": run.output, "model.path": run.model.path}
     if run.evaluate.lm_eval is not None and run.evaluate.lm_eval.include is not None:
         paths["evaluate.lm_eval.include"] = run.evaluate.lm_eval.include
@@ -267,7 +271,7 @@ def relative_paths(run: Run) -> Iterator[str]:
 
 
 def checked_engine(run: Run) -> Iterator[str]:
-    """What the engine itself says of files that its options name; only then is it imported."""
+    """Yields the mistakes that the engine finds in files that its options name; only then is it imported."""
     if not (paths := engine_files(run)):
         return
     engine = run.train.engine
@@ -304,14 +308,22 @@ def _labels_of_templates(run: Run) -> Iterator[str]:
         )
 
 
+def _fields_of(template: Template) -> dict[str, list[str]]:
+    """Key of the template -> fields that every row must have for it."""
+    if template.chat is not None:
+        return {"layout" if template.messages is None else "messages": [template.chat]}
+    if template.layout == "alpaca":
+        return {"layout": ["instruction", "output"]}
+    return {key: names_of(getattr(template, key)) for key in ("prompt", "response")}
+
+
 def _fields(run: Run) -> Iterator[str]:
     """Looks at the first row only: the usual mistake shows there, and a file may have gigabytes."""
     first_row = functools.cache(_first_row)  # tasks may have files in common
     for name, task in run.tasks.items():
         rows = {part: first_row(path) for part, path in files(task)}
-        messages = task.template.messages
-        for text in ("prompt", "response") if messages is None else ("messages",):
-            for wanted in names_of(getattr(task.template, text)) if messages is None else [messages]:
+        for text, named in _fields_of(task.template).items():
+            for wanted in named:
                 lacking = [part for part, row in rows.items() if row is not None and wanted not in row]
                 if lacking:
                     row = rows[lacking[0]] or {}
@@ -345,7 +357,7 @@ def _labels(run: Run) -> Iterator[str]:
 
 
 LOOKED_AT = 10_000
-"""Rows of a file whose labels are compared before anything starts: a fraction of a second."""
+"""Number of a file's rows whose labels are compared before anything starts: a fraction of a second."""
 
 
 def _first_row(path: str) -> dict[str, Any] | None:
@@ -353,7 +365,7 @@ def _first_row(path: str) -> dict[str, Any] | None:
 
 
 def _num_rows(path: str, most: int) -> int:
-    """Rows, counted up to `most`; 0 if there is no such file."""
+    """Number of rows, counted up to `most`; 0 if there is no such file."""
     with contextlib.suppress(OSError, ConfigError):
         if not os.path.isfile(path) and not tables.is_hub(path):
             return 0
@@ -362,7 +374,7 @@ def _num_rows(path: str, most: int) -> int:
 
 
 def _rows(path: str, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Those of the first rows, numbered, that are some. What is wrong with the others is for the job to say."""
+    """The readable ones of a file's first rows, numbered. The job reports the mistakes of the others."""
     if tables.is_hub(path) or not os.path.isfile(path):
         return  # the one takes a network, and time; a device may have no end
     with contextlib.suppress(OSError, ConfigError):
@@ -403,35 +415,6 @@ def _cluster(run: Run) -> Iterator[str]:
         )
 
 
-def _packing(run: Run) -> Iterator[str]:
-    if run.cluster.packing == "off":
-        return
-    if run.adapter.projection != "cached":
-        yield (
-            f"cluster.packing: got {run.cluster.packing}, and packed adapters have a cached A, not a "
-            f"{run.adapter.projection} one; set it to off, or adapter.projection to cached"
-        )
-    if run.adapter.modules_to_save:
-        yield (
-            f"cluster.packing: got {run.cluster.packing}, and what adapter.modules_to_save trains in full is not "
-            "packed; set only one"
-        )
-    guarded = [name for name in ("spike", "validate_every") if getattr(run.train, name) is not None]
-    guarded += ["on_divergence"] if run.train.on_divergence != "stop" else []
-    if guarded:
-        yield (
-            f"cluster.packing: got {run.cluster.packing}, and training jobs with train.{guarded[0]} are not packed; "
-            "set only one of them"
-        )
-    if run.train.pack:
-        yield (
-            f"cluster.packing: got {run.cluster.packing}, and rows of several tasks do not share sequences, as "
-            "with train.pack; set only one"
-        )
-    if storage.is_url(run.output):
-        yield f"cluster.packing: got {run.cluster.packing}, with an output that is a URL; set it to off"
-
-
 def _searches(run: Run) -> Iterator[str]:
     for name, merge in run.merges.items():
         search, path = merge.search, f"merges.{name}"
@@ -464,6 +447,7 @@ RULES: tuple[Rule, ...] = (
     _validation_rows,
     _tasks,
     _mixtures,
+    _chats,
     _starts,
     _packed_rows,
     _output,
@@ -476,17 +460,17 @@ RULES: tuple[Rule, ...] = (
     _merges,
     _searches,
     _cluster,
-    _packing,
 )
 
 OF_THIS_MACHINE = (_output, _in_a_job, checked_engine)
-"""What is so for this machine alone."""
+"""Rules that hold on this machine alone."""
 
 EACH = {
     _lengths_of_tasks: "tasks",
     _validation_rows: "tasks",
     _tasks: "tasks",
     _mixtures: "tasks",
+    _chats: "tasks",
     _starts: "tasks",
     _labels_of_templates: "tasks",
     _fields: "tasks",

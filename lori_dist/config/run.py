@@ -18,6 +18,7 @@ from lori_dist.config.kinds import (
     ENGINES,
     MASKS,
     MERGES,
+    PLACERS,
     PLANS,
     Check,
     Choice,
@@ -68,7 +69,7 @@ FLASH = {
     "flash_attention_2": ("flash_attn", "flash-attn"),
     "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
 }
-"""Attention -> the package it is in, and what pip calls that."""
+"""Attention -> the package that has it, and the name under which pip installs that."""
 
 
 def _attention_is_there(attention: str) -> Iterator[str]:
@@ -91,11 +92,27 @@ def wrong_template(template: str) -> Iterator[str]:
 
 
 def names_of(template: str) -> list[str]:
-    """The fields that a template names; none where it is not a template."""
+    """The fields that a template names; empty if it is not a template."""
     try:
         return [name for _, name, _, _ in string.Formatter().parse(template) if name and name.isidentifier()]
     except ValueError:
         return []
+
+
+CONVERSATIONS = "conversations"
+"""Field of ShareGPT rows."""
+RESERVED = (
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "date_string", "documents",
+    "max_length", "messages", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize",
+    "tokenizer_kwargs", "tools", "truncation",
+)  # fmt: skip
+"""What a chat template is given, or transformers takes, from elsewhere."""
+
+
+def _reserved_arguments(arguments: Mapping[str, Any]) -> Iterator[str]:
+    for name in arguments:
+        if name in RESERVED or not name.isidentifier():
+            yield f"{name!r} is not an argument of a chat template's own; remove it"
 
 
 def _rows_are_there(path: str) -> Iterator[str]:
@@ -122,7 +139,7 @@ def _adapter_is_there(path: str) -> Iterator[str]:
 
 
 def wrong_labels(labels: Sequence[str]) -> Iterator[str]:
-    """What is wrong with the labels of a task by themselves."""
+    """Yields the mistakes of a task's labels by themselves."""
     if len(labels) < 2 or len(set(labels)) < len(labels):
         yield f"got {list(labels)}; give at least two, each of them once"
 
@@ -173,7 +190,7 @@ def _some(tasks: Mapping[str, Any]) -> Iterator[str]:
 
 
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
-"""Those of accelerate. Each is in the package of its name."""
+"""The trackers of accelerate. Each is in the package of its name."""
 
 
 def _trackers(names: Sequence[str]) -> Iterator[str]:
@@ -251,11 +268,25 @@ class Template:
     """Text of the prompt; {field} stands for a field of the row."""
     response: Annotated[str, Check(wrong_template)] = "{response}"
     """Text of the response, which is what is learned."""
+    layout: Annotated[Literal["alpaca", "sharegpt"] | None, Fingerprint.IF_SET] = None
+    """Rows of a known kind, used instead of both: alpaca (instruction, input, output) or sharegpt (conversations, whose
+    messages have from and value), which are chats."""
     messages: Annotated[Text | None, Fingerprint.IF_SET] = None
     """Field with a list of chat messages (role, content), used instead of both: the last one is the response."""
+    tools: Annotated[Text | None, Fingerprint.IF_SET] = None
+    """Field with the JSON schemas of the tools that a chat may call, as a list or as JSON text."""
+    arguments: Annotated[dict[str, Any], Check(_reserved_arguments), Fingerprint.IF_SET] = field(default_factory=dict)
+    """What the chat template takes besides the messages, such as {enable_thinking: false}."""
+    train_on: Annotated[Literal["last", "all"], Fingerprint.IF_SET] = "last"
+    """Which answers of a chat are learned; evaluation always asks for the last."""
     date: Annotated[Date | None, Fingerprint.IF_SET] = None
     """Date that a chat template writes as today's, as 2026-01-31; null: 2024-07-26, so that the text of a run is the
     same on every day."""
+
+    @property
+    def chat(self) -> str | None:
+        """The field that holds a chat's messages, or None where rows are not chats."""
+        return CONVERSATIONS if self.messages is None and self.layout == "sharegpt" else self.messages
 
 
 @section
@@ -290,6 +321,11 @@ class Task:
     """Passes over this task's rows; overrides train.steps and train.epochs."""
     lr: Annotated[Rate | None, Fingerprint.DERIVED] = None
     """Learning rate of this task; overrides train.lr."""
+
+    @property
+    def test_template(self) -> Template:
+        """How test rows read: of a chat, the last answer is asked for."""
+        return replace(self.template, train_on="last")
 
 
 @section
@@ -429,6 +465,9 @@ class LmEval:
 class Evaluate:
     """How base, adapters and merges are measured on every task's test rows."""
 
+    engine: Annotated[Choice | None, Chosen, PLACERS, Fingerprint.NEVER] = None
+    """Engine that holds the base, sharded or on every rank, while the ranks divide the rows: ddp, fsdp or {name:
+    deepspeed, stage: 3}; null: as in training."""
     metrics: Annotated[tuple[str, ...], pydantic.Field(min_length=1), Check(_metrics)] = (
         "loss",
         "exact_match",
@@ -437,7 +476,7 @@ class Evaluate:
     """Metrics to measure. choice is lm-eval's acc, on tasks that have labels; choice_norm and choice_bytes divide by a
     label's length, as acc_norm and acc_bytes do; choice_end counts the end token too."""
     batch_size: Annotated[Positive, Fingerprint.NEVER] = 32
-    """Rows evaluated at once."""
+    """Rows that a rank evaluates at once, on all models of a pass together."""
     rows: Positive | None = None
     """Evaluate on the first test rows only, this many; null: all."""
     max_new_tokens: Positive = 64
@@ -497,12 +536,12 @@ class Run:
     evaluate: Evaluate = field(default_factory=Evaluate)
     """How base, adapters and merges are measured on every task's test rows."""
     cluster: Annotated[Cluster, Fingerprint.NEVER] = field(default_factory=Cluster)
-    """Where the jobs run, and on how much of it."""
+    """Cluster that the jobs run on, and the room that they take there."""
     trackers: Annotated[tuple[str, ...], Listed, Check(_trackers, is_of_this_machine=True), Fingerprint.NEVER] = (
         "tensorboard",
     )
-    """Where metrics go besides metrics.jsonl: tensorboard, wandb, mlflow, aim, clearml, comet_ml, dvclive, swanlab or
-    trackio."""
+    """Programs that get metrics besides metrics.jsonl: tensorboard, wandb, mlflow, aim, clearml, comet_ml, dvclive,
+    swanlab or trackio."""
     multitask: Annotated[Choice, Chosen, PLANS, Fingerprint.DERIVED] = field(
         default_factory=lambda: Choice(name="independent")
     )
@@ -510,7 +549,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where it is, or where this machine's mirror of it is."""
+        """The run's folder, or this machine's mirror of it if `output` is a URL."""
         if storage.is_url(self.output):
             return storage.mirror_folder(self.output, self.name)
         return Path(self.output).absolute() / self.name
@@ -520,8 +559,8 @@ class Run:
 
 
 def held_out(run: Run, task: str) -> int:
-    """How many of the last rows of a task's `train` file its training leaves out: those that searches for weights
-    measure on. 0 where it has `validation`."""
+    """Number of the last rows of a task's `train` file that its training leaves out, since searches for weights measure
+    on them. 0 if the task has `validation`."""
     if run.tasks[task].validation is not None:
         return 0
     searches = [merge.search for merge in run.merges.values() if task in (merge.tasks or run.tasks)]
@@ -529,7 +568,7 @@ def held_out(run: Run, task: str) -> int:
 
 
 def trained_as(run: Run, task: str) -> Train:
-    """`train`, with a task's own settings replacing those for all."""
+    """`train` with a task's own settings instead of those for all tasks."""
     own = run.tasks[task]
     has_length = own.steps is not None or own.epochs is not None
     steps, epochs = (own.steps, own.epochs) if has_length else (run.train.steps, run.train.epochs)
@@ -540,7 +579,7 @@ PARTS = ("train", "test", "validation")
 
 
 def files(task: Task) -> Iterator[tuple[str, str]]:
-    """Place in the task's section, and path."""
+    """Yields each file of a task: its place in the task's section, and its path."""
     for part in PARTS:
         if getattr(task, part) is not None:
             yield part, getattr(task, part)

@@ -18,14 +18,14 @@ from lori_dist.config.kinds import Choice, Methods
 from lori_dist.config.run import Run
 
 FILE = Path(__file__).parents[1] / "config.schema.json"
-"""The schema as it ships, which configurations name in their first line."""
+"""The shipped schema, which configurations name in their first line."""
 WIDTH, COLUMN = 120, 32
 """Longest line of the YAML, and the column of its comments."""
 
 
 class _Generator(GenerateJsonSchema):
     def field_title_should_be_set(self, schema: Any) -> bool:
-        """Editors show the key itself, and its description."""
+        """Leaves titles out: editors show the key itself, and its description."""
         return False
 
 
@@ -50,7 +50,7 @@ def json_schema() -> dict[str, Any]:
                 key["additionalProperties"] = False
             if stated.methods is not None:
                 key.pop("$ref", None)
-                key["anyOf"] = list(_methods(stated.methods))
+                key["anyOf"] = [*_methods(stated.methods), *([{"type": "null"}] if "default" in key else [])]
             if stated.fingerprint is not None:
                 key["x-fingerprint"] = stated.fingerprint.value
     return {"$schema": GenerateJsonSchema.schema_dialect, **schema, "title": "Configuration of a lori_dist run"}
@@ -62,7 +62,7 @@ def text() -> str:
 
 
 def _sections(section: Any) -> Iterator[Any]:
-    """A section and all that are below it."""
+    """Yields a section and all sections below it."""
     yield section
     for key in keys(section).values():
         if below := key.section or key.sections:
@@ -70,7 +70,8 @@ def _sections(section: Any) -> Iterator[Any]:
 
 
 def _methods(methods: Methods) -> Iterator[dict[str, Any]]:
-    """A method's name alone, or in a mapping with its options; of one's own method, in a module, any options."""
+    """Yields the forms of a method: its name alone, or a mapping with its options; a method of the user's own module
+    takes any options."""
     names = plugin.names(methods.folder)
     yield {"enum": list(names)}
     for name in names:
@@ -96,7 +97,7 @@ def _methods(methods: Methods) -> Iterator[dict[str, Any]]:
 
 
 def as_yaml() -> str:
-    """Returns all keys with their defaults and descriptions as YAML; `...` stands for what has no default."""
+    """Returns all keys with their defaults and descriptions as YAML; `...` stands for a value without a default."""
     sections = json_schema()
     described = {"Run": sections, **sections["$defs"]}
     return "\n".join(_lines(Run, described, "")) + "\n"
@@ -122,7 +123,7 @@ def _lines(section: Any, described: dict[str, Any], indent: str) -> Iterator[str
 
 
 def _choices(hint: Any) -> Iterator[Any]:
-    """The values of a Literal, wherever in an annotation it stands."""
+    """Yields the values of a Literal, wherever it stands in an annotation."""
     if typing.get_origin(hint) is typing.Literal:
         yield from typing.get_args(hint)
     else:
@@ -138,7 +139,7 @@ def _default(item: "Field[Any]") -> str:
 
 
 def _commented(line: str, text: str) -> Iterator[str]:
-    """The comment stands beside the line, or above it where it is too long."""
+    """Yields a line with its comment beside it, or above it if it is too long."""
     if len(beside := f"{line:<{COLUMN - 1}} # {text}") <= WIDTH:
         yield beside
         return

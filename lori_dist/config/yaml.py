@@ -1,4 +1,4 @@
-"""Reading of YAML: YAML 1.2 as JSON has it, with bounds on what a file may be, and values that text can hold."""
+"""Reading of YAML: YAML 1.2 as JSON has it, with bounds on the size of a file, and values that text can hold."""
 
 import codecs
 import itertools
@@ -16,7 +16,7 @@ from lori_dist.errors import ConfigError
 
 
 class _InPython(yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser):
-    """Events of a text where PyYAML was built without libyaml, which gives the same ones faster."""
+    """Events of a text for a PyYAML that was built without libyaml, which gives the same events faster."""
 
     def __init__(self, stream: str) -> None:
         yaml.reader.Reader.__init__(self, stream)
@@ -24,7 +24,7 @@ class _InPython(yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser):
         yaml.parser.Parser.__init__(self)
 
     def fetch_flow_collection_start(self, TokenClass: Any) -> None:  # PyYAML's name
-        """Ends early where brackets are nested: the scanner takes the square of their number."""
+        """Raises early for nested brackets: the scanner takes the square of their number."""
         if self.flow_level >= DEEPEST:
             raise yaml.scanner.ScannerError(None, None, TOO_DEEP, self.get_mark())
         super().fetch_flow_collection_start(TokenClass)
@@ -53,7 +53,7 @@ class _Loader(
         self._depth = self._number = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:  # PyYAML's name
-        """Ends early where a text is nested too deeply or has too many nodes, a key and its value being two."""
+        """Raises early for a text that is nested too deeply or has too many nodes, a key and its value being two."""
         self._depth += 1
         self._number += 1
         if self._depth > DEEPEST + 1:
@@ -121,7 +121,8 @@ def _list(loader: _Loader, node: yaml.Node) -> list[Any]:
 
 
 def _mapping(loader: _Loader, node: yaml.Node) -> dict[Any, Any]:
-    """Merges are of what was built, not of nodes: the same keys again and again take no more room than once."""
+    """Builds a mapping. Merge keys take what was built, not nodes: the same keys again and again take no more room than
+    once."""
     if not isinstance(node, yaml.MappingNode):
         raise yaml.constructor.ConstructorError(None, None, "!!map is the tag of a mapping; remove it", node.start_mark)
     lines: dict[str, list[int]] = {}
@@ -159,20 +160,20 @@ _Loader.add_constructor(TAG + "map", _mapping)
 _Loader.add_constructor(None, _refuse_tag)  # every other tag
 
 LARGEST = 2**20
-"""Bytes of a file."""
+"""Bytes that a file may have."""
 MOST, DEEPEST, LONGEST_NUMBER = 25_000, 64, 100
-"""Values of a configuration, their nesting, and characters of a number."""
+"""Number of values that a configuration may have, their nesting, and characters of a number."""
 TOO_DEEP = f"it is nested more than {DEEPEST} deep; write it flat"
 
 
 def read(path: str | Path) -> Any:
-    """Returns what a YAML file holds. Raises ConfigError."""
+    """Returns the content of a YAML file. Raises ConfigError."""
     tree, problems = parse(text_of(path), str(path))
     return unless(problems, tree)
 
 
 def value(text: str, where: str) -> Any:
-    """Returns what a text given on the command line means, read as a configuration's values are. Raises ConfigError."""
+    """Returns the value of a text from the command line, read as values of a configuration are. Raises ConfigError."""
     tree, problems = parse(text, where)
     unusable: dict[Place, str] = {}
     tree = usable(tree, (), unusable)
@@ -185,7 +186,7 @@ def write(tree: Any) -> str:
 
 
 def text_of(path: str | Path) -> str:
-    """A pipe is read if somebody writes to it; nothing is read without an end."""
+    """Reads a file, or a pipe that somebody writes to, with a bound on its size."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:
@@ -199,7 +200,7 @@ def text_of(path: str | Path) -> str:
 
 
 def parse(text: str, source: str) -> tuple[Any, list[str]]:
-    """What a YAML text holds, and the keys that it gives more than once."""
+    """Returns the content of a YAML text, and the keys that it gives more than once."""
     try:
         loader = _Loader(text)
         tree = loader.get_single_data()
@@ -223,11 +224,12 @@ def _too_many(source: str) -> str:
 
 
 Place = tuple[str, ...]
-"""Where a value stands: the keys that lead to it."""
+"""The place of a value: the keys that lead to it."""
 
 
 def unshared(tree: Any, source: str) -> Any:
-    """A copy in which what YAML's aliases repeat is there as often. Raises ConfigError for a tree that is too large."""
+    """A copy in which everything that YAML's aliases repeat stands as often. Raises ConfigError for a tree that is too
+    large."""
     number = itertools.count(1)
 
     def copied(value: Any, depth: int) -> Any:
@@ -243,7 +245,8 @@ def unshared(tree: Any, source: str) -> Any:
 
 
 def usable(value: Any, place: Place, problems: dict[Place, str]) -> Any:
-    """The tree with keys that are text. Puts into `problems` which were not, and what no text and no number may be."""
+    """The tree with the keys that are text. Adds to `problems` the keys that are not, and unusable texts and
+    numbers."""
     if isinstance(value, dict):
         made = {}
         for key, item in value.items():
@@ -263,4 +266,4 @@ def usable(value: Any, place: Place, problems: dict[Place, str]) -> Any:
 
 
 UNUSABLE = re.compile(r"[\0\ud800-\udfff]")
-"""No file name has the first, and no file of text the others: halves of characters, as of `"\\ud800"`."""
+"""Characters that no file name has (NUL) or that no file of text has: halves of characters, as of `"\\ud800"`."""

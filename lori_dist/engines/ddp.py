@@ -1,11 +1,12 @@
 """torch's DistributedDataParallel: the base and the values on every rank, gradients averaged."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lori_dist.adapter.routing import adapter_of
 from lori_dist.config import Train
 from lori_dist.training.cost import FP32, Collective, Counted, Held, Kind, Load
 from lori_dist.training.data import Batch
@@ -27,6 +28,7 @@ from lori_dist.training.engine import (
     start_moments,
     steps_had,
     trained,
+    update,
 )
 from lori_dist.training.loss import task_loss_sums
 from lori_dist.training.weights import Weights, fill, materialize, whole
@@ -39,6 +41,13 @@ BUCKETS = 100_000_000
 def build(model: nn.Module, weights: Weights, train: Train, world: World, *, state: State | None) -> "Replicated":
     """Every rank holds the whole base: for models that fit on one device with room to spare."""
     return Replicated(model, weights, train, world, state)
+
+
+def place(model: nn.Module, weights: Weights, world: World) -> Callable[[], None]:
+    """The whole base on every rank, to compute with. Returns what frees it."""
+    materialize(model, world.device)
+    fill(model, weights, whole)
+    return lambda: None
 
 
 def memory(model: Counted, load: Load) -> Held:
@@ -58,8 +67,7 @@ class Replicated:
     """An `Engine`."""
 
     def __init__(self, model: nn.Module, weights: Weights, train: Train, world: World, state: State | None) -> None:
-        materialize(model, world.device)
-        fill(model, weights, whole)
+        place(model, weights, world)
         self.parameters = trained(model)
         self.model = DistributedDataParallel(
             model,
@@ -95,19 +103,18 @@ class Replicated:
                 (loss.sum() * (self.world.size if tasks is None else 1)).backward()
             losses.append(loss.detach())
         if tasks is not None:
-            for path, gradient in tasks.gradient(self.parts("values"), self.num_steps).items():
-                self.parameters[path].grad = gradient
+            for path, gradient in tasks.gradient(self.parts("values"), self.num_steps, losses).items():
+                self.parameters[path].grad = gradient.view_as(self.parameters[path])
         norm = clip(self.parameters.values(), self.max_norm)
         result = finish(losses, norm)
-        if accept(result):
-            self.optimizer.step()
-            self.num_steps += 1
+        self.num_steps += update(self.optimizer, self.parameters, accept(result))
         self.optimizer.zero_grad()
         return result
 
     def load(self, state: State) -> None:
         self.num_steps = state.step
-        set_num_steps(self.optimizer, state.step)
+        moments = ((adapter_of(name), self.optimizer.state[p]) for name, p in self.parameters.items())
+        set_num_steps(moments, state)
         restore(self, state)
 
     def parts(self, quantity: Quantity) -> Mapping[str, Part]:

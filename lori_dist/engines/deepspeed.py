@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Annotated, Any, Literal
 
@@ -33,12 +33,16 @@ from deepspeed.utils import (
 )
 
 from lori_dist.adapter.experts import AdaptedExperts
+from lori_dist.adapter.linear import RoutedLinear
+from lori_dist.adapter.routing import name_of
 from lori_dist.config import COMPILED_AT_STAGE_3, Run, Train
-from lori_dist.engines import _ds_config, _ds_keys
+from lori_dist.engines import _ds_config, _ds_keys, ddp
 from lori_dist.errors import ConfigError
 from lori_dist.training.cost import FP32, Collective, Counted, Held, Kind, Load, Owner
 from lori_dist.training.data import Batch
+from lori_dist.training.device import return_freed
 from lori_dist.training.engine import (
+    ADAPTER,
     Accept,
     LearningRate,
     Part,
@@ -50,6 +54,7 @@ from lori_dist.training.engine import (
     adapters_of,
     always,
     finish,
+    is_accepted,
     restore,
     set_learning_rate,
     set_num_steps,
@@ -58,6 +63,7 @@ from lori_dist.training.engine import (
     trained,
 )
 from lori_dist.training.loss import task_loss_sums
+from lori_dist.training.model import blocks
 from lori_dist.training.weights import Weights, fill, materialize, on, whole
 from lori_dist.training.world import World
 
@@ -65,6 +71,12 @@ LIVE = 10**9
 """Entries that stage 3 keeps gathered (stage3_max_live_parameters, max_reuse_distance)."""
 BUCKET = 25_000_000
 """Entries reduced or gathered at once; a sparse adapter has about that many at 70B."""
+
+
+PREFETCHED = 50_000_000
+"""Entries that stage 3 gathers ahead (stage3_prefetch_bucket_size)."""
+SMALL = 24
+"""Of the base: what is kept gathered where nothing is trained."""
 
 
 def build(
@@ -94,6 +106,51 @@ def build(
     if config is not None and (problems := list(_ds_config.of_ranks(config, train, world.size))):
         raise ConfigError("\n".join(problems))
     return Partitioned(model, weights, train, world, state, stage, hpz, offload, config)
+
+
+def place(
+    model: nn.Module,
+    weights: Weights,
+    world: World,
+    *,
+    stage: Literal[1, 2, 3] = 2,
+    hpz: Annotated[int, "[1, inf)"] = 1,
+    offload: bool = False,
+) -> Callable[[], None]:
+    """The base as for a training, to compute with: at stage 3 each layer is gathered when it runs, else it is whole.
+
+    The options are those of `build`. Returns what frees it. Raises ConfigError as `build`.
+    """
+    _check(world.size, stage, hpz, offload)
+    if stage < 3:
+        return ddp.place(model, weights, world)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    largest = max((sum(p.numel() for p in block.parameters()) for block in blocks(model)), default=BUCKET)
+    live = min(largest, total // SMALL)
+    zero: dict[str, Any] = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        # There is no backward pass for which anything should stay gathered.
+        "stage3_max_reuse_distance": 0,
+        "stage3_max_live_parameters": live,
+        "stage3_prefetch_bucket_size": min(live // 2, PREFETCHED),
+        "memory_efficient_linear": False,  # see _FrozenLinear
+        "zero_hpz_partition_size": hpz,
+    }
+    if offload:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
+    config = {"train_micro_batch_size_per_gpu": 1, "steps_per_print": SELDOM, "zero_optimization": zero}
+    _prepare(world)
+    if world.device.type == "cpu":
+        return_freed()
+    _partition(model, weights, config, world)
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+
+    def close() -> None:
+        engine.destroy()
+        _free(model)
+
+    return close
 
 
 def forget_groups() -> None:
@@ -271,7 +328,7 @@ class Partitioned:
                 self.model.backward(loss.sum() * (self.world.size if tasks is None else 1))
                 losses.append(loss.detach())
         if tasks is not None:
-            for path, gradient in tasks.gradient(self.parts("values"), self.num_steps).items():
+            for path, gradient in tasks.gradient(self.parts("values"), self.num_steps, losses).items():
                 self._put_gradient(self.parameters[path], gradient)
             self.model.set_gradient_accumulation_boundary(True)
         return self._update(losses, accept)
@@ -279,9 +336,9 @@ class Partitioned:
     def _update(self, losses: Sequence[Tensor], accept: Accept) -> StepResult:
         """DeepSpeed has the norm only when it is about to call the optimizer, which it does once for each group of
         parameters, and not at all where the norm is not finite."""
-        decided: list[tuple[StepResult, bool]] = []
+        decided: list[tuple[StepResult, bool | Mapping[str, bool]]] = []
 
-        def decide(norm: Tensor) -> bool:
+        def decide(norm: Tensor) -> bool | Mapping[str, bool]:
             if not decided:
                 result = finish(losses, norm)
                 decided.append((result, accept(result)))
@@ -290,7 +347,9 @@ class Partitioned:
         update = self.optimizer.step
 
         def step() -> None:
-            if decide(torch.as_tensor(self.model.optimizer._global_grad_norm)):
+            # Of the other groups DeepSpeed gives no parameters meanwhile.
+            [adapter] = [group[ADAPTER] for group in self.optimizer.param_groups if group["params"]]
+            if is_accepted(decide(torch.as_tensor(self.model.optimizer._global_grad_norm)), adapter):
                 update()
 
         self.optimizer.step = step  # type: ignore[method-assign, assignment]
@@ -298,12 +357,13 @@ class Partitioned:
             self.model.step()
         finally:
             del self.optimizer.step
-        self.num_steps += decide(torch.tensor(math.nan))
+        answer = decide(torch.tensor(math.nan))
+        self.num_steps += answer if isinstance(answer, bool) else any(answer.values())
         return decided[0][0]
 
     def load(self, state: State) -> None:
         self.num_steps = state.step
-        set_num_steps(self.optimizer, state.step)
+        set_num_steps(((adapter, self.optimizer.state[part]) for adapter, part in self._partitions()), state)
         self._copy(state)
 
     def parts(self, quantity: Quantity) -> Mapping[str, Part]:
@@ -330,37 +390,49 @@ class Partitioned:
     def close(self) -> None:
         self.model.destroy()
         if self.stage == 3:
-            # DeepSpeed keeps the modules in lists and caches of its own, for ever.
-            for parameter in self.model.parameters():
-                parameter.ds_tensor.data = torch.empty(0)
-                parameter.ds_secondary_tensor = None
-            for module in self.model.modules():
-                for name, _ in list(module.named_buffers(recurse=False)):
-                    setattr(module, name, torch.empty(0))
+            _free(self.model)
             self.optimizer.state.clear()
 
     def _restore(self, state: State | None) -> None:
-        zero = self.model.optimizer
-        partitions = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
-        of_groups = zero.sub_group_to_group_id if self.stage == 3 else range(len(partitions))
-        had = [steps_had(f"@{adapter}", state) for adapter in adapters_of(self.parameters)]
-        start_moments(self.optimizer, [(part, had[of_groups[n]]) for n, part in enumerate(partitions)])
+        moments = [(part, steps_had(name_of("", adapter), state)) for adapter, part in self._partitions()]
+        start_moments(self.optimizer, moments)
         if self.stage < 3:
-            zero._lazy_init_hp_params_optimizer_state()
+            self.model.optimizer._lazy_init_hp_params_optimizer_state()
         if state is not None:
             self._copy(state)
+
+    def _partitions(self) -> list[tuple[str, Tensor]]:
+        """What the optimizer updates on this rank, each with its adapter."""
+        zero, adapters = self.model.optimizer, adapters_of(self.parameters)
+        partitions = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        of_groups = zero.sub_group_to_group_id if self.stage == 3 else range(len(partitions))
+        return [(adapters[of_groups[number]], part) for number, part in enumerate(partitions)]
 
     @torch.no_grad()
     def _copy(self, state: State) -> None:
         """Copies a state to the values that are updated, and to the copies that compute."""
         restore(self, state)
         for path, parameter in self.parameters.items():
+            if path not in state.values:
+                continue
             part = _share(parameter.ds_tensor, parameter) if self.stage == 3 else whole(parameter)
             part.data.copy_(state.values[path].view(-1)[part.start : part.start + part.data.numel()])
             parameter.ds_secondary_tensor = None  # recomputed from the first, as after every step
         if self.stage == 3 and (persistent := self.model.optimizer.persistent_parameters):
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
+
+
+def _free(model: nn.Module) -> None:
+    """DeepSpeed keeps the modules in lists and caches of its own, for ever."""
+    for parameter in model.parameters():
+        shard: Any = parameter
+        if hasattr(shard, "ds_tensor"):  # what was attached after it has none
+            shard.ds_tensor.data = torch.empty(0)
+            shard.ds_secondary_tensor = None
+    for module in model.modules():
+        for name, _ in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(0))
 
 
 def _part_of_one_and_two(parameter: Any, quantity: Quantity) -> Part:
@@ -432,6 +504,9 @@ def _partition(model: nn.Module, weights: Weights, config: dict[str, Any], world
     if has_second:
         fill(model, weights, lambda parameter: _share(parameter.ds_secondary_tensor, parameter, init.rank_in_group))
     for module in model.modules():
+        if isinstance(module, RoutedLinear):  # which computes with what its updates hold, without calling them
+            for parameter in module.deltas.parameters():  # type: ignore[attr-defined]
+                deepspeed.zero.register_external_parameter(module, parameter)
         if type(module) is nn.Linear and not module.weight.requires_grad:
             module.forward = functools.partial(_linear, module)  # type: ignore[method-assign]
 

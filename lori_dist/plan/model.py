@@ -1,6 +1,5 @@
-"""What a plan has to know of a model with an adapter, counted on tensors without content: no weight is read or made."""
+"""Counts of a model with an adapter, made on tensors without content: no weight is read or made."""
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -18,6 +17,7 @@ from lori_dist.config import FLASH, Run
 from lori_dist.errors import ConfigError
 from lori_dist.training.cost import Counted, Sizes
 from lori_dist.training.flops import active_shares, attention, per_token
+from lori_dist.training.loss import is_chunked
 from lori_dist.training.model import blocks
 from lori_dist.training.model_files import check_causal, has_weights, loading, made_from, settings_of
 from lori_dist.training.quantized import QuantizedLinear, quantize_layers
@@ -79,6 +79,7 @@ def count(run: Run, *, ranks: int = 1, adapters: int = 1, start: Adapter | None 
         dequantized=round(sum(quantized) * _moved(run, dtype)),
         widest_b=adapters * max(delta.out_features * delta.rank for delta in deltas),
         vocabulary=settings.vocab_size,
+        chunked=is_chunked(model),
         dtype=dtype.itemsize,
         block_activations=max(of_blocks),
         blocks_activations=sum(of_blocks),
@@ -96,8 +97,9 @@ def count(run: Run, *, ranks: int = 1, adapters: int = 1, start: Adapter | None 
 
 
 def _moved(run: Run, dtype: torch.dtype) -> float:
-    """Bytes that go through a device's memory to make one entry of a quantised weight again: read as it is stored,
-    written as fp32, with int8 read, scaled and written once more, and read and written in the dtype of the base."""
+    """Bytes that go through a device's memory to dequantize one entry of a weight: it is read as it is stored and
+    written as fp32; int8 is read, scaled and written once more; then it is read and written in the dtype of the
+    base."""
     stored, scaled = (0.5, 0) if run.model.quantize == "nf4" else (1.0, 8)
     return stored + 4 + scaled + (0 if dtype == torch.float32 else 4 + dtype.itemsize)
 
@@ -109,7 +111,7 @@ def _key_values(settings: Any) -> int:
 
 
 def _of_delta(delta: Any) -> int:
-    """Operations of training on a token: A x, B (A x) and their gradients, of which A has one where it is trained."""
+    """Operations of training on a token: A x, B (A x) and their gradients. A has a gradient only if it is trained."""
     down, up = 2 * delta.rank * delta.in_features, 2 * delta.rank * delta.out_features
     return int(down * (2 + (delta.trained_a is not None)) + up * 3)
 
@@ -130,14 +132,14 @@ def _widest(attached: Mapping[str, AdaptedLinear], shares: Mapping[str, float]) 
 
 
 def _spec_of(adapter: Adapter) -> Spec:
-    """What an adapter is whose training continues."""
+    """The Spec of an adapter whose training continues."""
     [block] = adapter.blocks
     names = tuple(dict.fromkeys(path.rpartition(".")[2] for path in adapter.shapes))
     return Spec(rank=block.rank, alpha=block.alpha, seed=block.seed or 0, targets=names, dtype=block.dtype)
 
 
 def skeleton(run: Run, *, num_blocks: int | None = None, quantized: bool = True) -> PreTrainedModel:
-    """The base on the meta device, from its config.json alone. num_blocks: so many of them instead of all."""
+    """The base on the meta device, from its config.json alone. num_blocks: this many blocks instead of all."""
     with loading(run.model):
         settings = settings_of(run.model)
         text = settings.get_text_config()
@@ -160,7 +162,8 @@ def skeleton(run: Run, *, num_blocks: int | None = None, quantized: bool = True)
 
 
 LINEAR = ("flex_attention", *FLASH)
-"""Attention that makes no mask and keeps what a row has, as sdpa does without a mask; some need a GPU to run at all."""
+"""Attention implementations that make no mask and keep memory linear in a row's length, as sdpa does without a mask.
+Some need a GPU to run at all."""
 
 
 def _attention_of(run: Run) -> dict[str, str]:
@@ -191,7 +194,8 @@ def _blocks(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _classes(model: nn.Module) -> dict[str, Sizes]:
-    """Those that have weights: the largest module of each, and all that are not inside another of the same class."""
+    """Class of modules with weights -> bytes of its largest module, and of all its modules that are not inside another
+    of the same class."""
     found: dict[str, list[tuple[str, int]]] = {}
     for path, module in model.named_modules():
         of_class = found.setdefault(type(module).__name__, [])
@@ -280,12 +284,12 @@ def _share_evenly(model: nn.Module) -> None:
             setattr(model.get_submodule(parent), name, AdaptedExperts(module, {}))
     for module in model.modules():
         if isinstance(module, AdaptedExperts):
-            module.count = functools.partial(_even, cast(int, module.base.num_experts))  # type: ignore[method-assign]
+            module.count = _even  # type: ignore[method-assign]
 
 
-def _even(num_experts: int, top_k_index: Tensor) -> list[int]:
-    size, rest = divmod(top_k_index.numel(), num_experts)
-    return [size + (number < rest) for number in range(num_experts)]
+def _even(places: Tensor, num_places: int) -> list[int]:
+    size, rest = divmod(places.numel(), num_places)
+    return [size + (number < rest) for number in range(num_places)]
 
 
 def _make_fake(model: nn.Module) -> None:

@@ -4,6 +4,9 @@ from typing import Any
 
 from torch import nn
 
+from lori_dist.adapter.experts import AdaptedExperts
+from lori_dist.adapter.linear import AdaptedLinear, RoutedLinear
+from lori_dist.adapter.saved import RoutedModule
 from lori_dist.errors import ConfigError
 from lori_dist.training.model import blocks
 
@@ -36,5 +39,17 @@ def compile_blocks(model: nn.Module, *, backend: str = "inductor") -> None:
     # Beyond these, blocks run as if this were not asked for.
     settings.recompile_limit = max(settings.recompile_limit, GRAPHS * len(found))
     settings.accumulated_recompile_limit = max(settings.accumulated_recompile_limit, GRAPHS * len(found))
+    for module in model.modules():
+        if _looks_at_rows(module):
+            module.forward = torch._dynamo.disable(module.forward)
     for block in found:
         block.forward = torch.compile(block.forward, backend=backend)
+
+
+def _looks_at_rows(module: nn.Module) -> bool:
+    """Whether what a module does follows from whose rows a batch has: compiled, it would do the same in every step."""
+    if isinstance(module, AdaptedExperts):
+        return module.router() is not None
+    if isinstance(module, RoutedLinear | RoutedModule):
+        return True
+    return isinstance(module, AdaptedLinear) and any(delta.per_task is not None for delta in module.deltas)

@@ -55,6 +55,8 @@ class Counted:
     widest_b: int
     """Entries of the largest B, which is dense while its layer computes."""
     vocabulary: int
+    chunked: bool
+    """Whether the loss makes logits in chunks."""
     dtype: int
     """Of an entry of what is computed."""
     block_activations: int

@@ -1,5 +1,7 @@
 """The device that a rank computes on: which one, how ranks talk there, its memory, and how tensors get to it."""
 
+import contextlib
+import ctypes
 import os
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,18 @@ def reset_peak(device: torch.device) -> None:
 def free_memory(device: torch.device) -> int | None:
     """Bytes of a device that nobody uses; None of a CPU's."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+LARGE = 2**20
+"""Bytes of memory that is given back as soon as it is free, see `return_freed`."""
+
+
+def return_freed() -> None:
+    """Makes this process give large pieces of host memory back when they are freed: glibc would keep up to all that
+    was gathered of a sharded base. Where the C library is another one, nothing is done."""
+    with contextlib.suppress(OSError, AttributeError):
+        threshold = -3  # M_MMAP_THRESHOLD of mallopt(3); once it is set, glibc does not raise it any more
+        ctypes.CDLL(None).mallopt(threshold, LARGE)
 
 
 def free_cached() -> None:

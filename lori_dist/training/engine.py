@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from lori_dist.adapter import packed, saved
 from lori_dist.adapter.attach import adapted, trainable, trainable_projections
 from lori_dist.adapter.per_task import of_a
+from lori_dist.adapter.routing import adapter_of
 from lori_dist.config import Train
 from lori_dist.training.data import Batch
 from lori_dist.training.world import World
@@ -60,7 +61,7 @@ class State:
     exp_avg_sq: Mapping[str, Tensor]
     """Adam's second moment, as values."""
     steps: Mapping[str, int] = field(default_factory=dict)
-    """Of several adapters: each one's steps."""
+    """Of several adapters: each one's steps. The tensors may then be those of some of them."""
     notes: Mapping[str, Any] = field(default_factory=dict)
     """What the loop of steps knows of those before, as plain JSON."""
 
@@ -77,8 +78,9 @@ class StepResult:
     """Of tasks trained together: each one's part of the loss."""
 
 
-Accept = Callable[[StepResult], bool]
-"""Whether a step's gradient is to change the values. Called once a step, on every rank, with the same answer."""
+Accept = Callable[[StepResult], bool | Mapping[str, bool]]
+"""Whether a step's gradient is to change the values: of all, or of each adapter. Called once a step, on every rank,
+with the same answer."""
 
 
 def always(result: StepResult) -> bool:
@@ -111,12 +113,12 @@ class Engine(Protocol):
 
         num_targets: of the global batch, over all ranks; 1 where the batches have weights. lr: for this step. tasks:
         what sums up gradients over batches and ranks and makes the step's gradient, in the engine's place. accept:
-        where it says no, values and moments stay as they were, bit for bit.
+        where it says no, values and moments stay as they were, bit for bit. lr and accept may differ by adapter.
         """
         ...
 
     def load(self, state: State) -> None:
-        """Puts a state in the place of values and moments."""
+        """Puts a state in place of values and moments, of several adapters in place of those that it has."""
         ...
 
     def parts(self, quantity: Quantity) -> Mapping[str, Part]:
@@ -139,14 +141,17 @@ class TaskGradients(Protocol):
         """A batch is to run, whose backward pass gives the parameters no gradient."""
         ...
 
-    def gradient(self, parts: Mapping[str, Part], step: int) -> Mapping[str, Tensor]:
-        """Name -> the gradient, over all ranks, of what this one holds, flat. step: of the training, from 0."""
+    def gradient(self, parts: Mapping[str, Part], step: int, losses: Sequence[Tensor]) -> Mapping[str, Tensor]:
+        """Name -> the gradient, over all ranks, of what this one holds, flat.
+
+        step: of the training, from 0. losses: of this rank's micro-batches, (tasks,) each.
+        """
         ...
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """Module path -> the kept entries of an adapted model, `of_a(path)` -> a trained A, `saved.key(name)` -> a
-    parameter that is trained in full; of a model with several adapters, `packed.name_of(path, adapter)` -> its entries;
+    parameter that is trained in full; of a model with several adapters, `name_of(name, adapter)` -> each of these;
     of another model, name -> parameter that needs a gradient."""
     if several := dict(packed.trainable(model)):
         return several
@@ -178,10 +183,17 @@ def held_of_base(model: nn.Module) -> tuple[int, int]:
 # --- optimizer -------------------------------------------------------------------------------------------------------
 
 
+ADAPTER = "adapter"
+"""Where a group of the optimizer's parameters has the name of its adapter."""
+
+
 def adamw(parameters: Mapping[str, Tensor], train: Train) -> torch.optim.AdamW:
-    """The optimizer, over the trained values only: a group for each adapter, in the order of `adapters_of`."""
+    """The optimizer, over the trained values only: a group for each adapter."""
     groups = [
-        {"params": [parameter for name, parameter in parameters.items() if packed.adapter_of(name) == adapter]}
+        {
+            "params": [parameter for name, parameter in parameters.items() if adapter_of(name) == adapter],
+            ADAPTER: adapter,
+        }
         for adapter in adapters_of(parameters)
     ]
     return torch.optim.AdamW(
@@ -191,7 +203,7 @@ def adamw(parameters: Mapping[str, Tensor], train: Train) -> torch.optim.AdamW:
 
 def adapters_of(names: Iterable[str]) -> tuple[str, ...]:
     """The adapters that trained tensors belong to; one without a name where there are not several."""
-    return tuple(dict.fromkeys(map(packed.adapter_of, names)))
+    return tuple(dict.fromkeys(map(adapter_of, names)))
 
 
 def start_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[tuple[Tensor, int]]) -> None:
@@ -208,22 +220,43 @@ def start_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[tuple[T
 
 
 def steps_had(name: str, state: State | None) -> int:
-    """By a trained tensor."""
-    return 0 if state is None else state.steps.get(packed.adapter_of(name), state.step)
+    """Updates that a trained tensor has had, in a state with all adapters."""
+    if state is None:
+        return 0
+    return state.steps[adapter_of(name)] if state.steps else state.step
 
 
-def set_num_steps(optimizer: torch.optim.Optimizer, num_steps: int) -> None:
-    for moments in optimizer.state.values():
-        moments["step"].fill_(num_steps)
+def set_num_steps(moments: Iterable[tuple[str, Mapping[str, Tensor]]], state: State) -> None:
+    """moments: adapter -> what AdamW keeps of a tensor of it. Adapters that the state does not have keep theirs."""
+    for adapter, kept in moments:
+        if not state.steps or adapter in state.steps:
+            kept["step"].fill_(state.steps.get(adapter, state.step))
 
 
-LearningRate = float | Sequence[float]
-"""For all that is trained, or for each adapter in the order of `adapters_of`."""
+LearningRate = float | Mapping[str, float]
+"""The learning rate of all that is trained, or of each adapter."""
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: LearningRate) -> None:
-    for number, group in enumerate(optimizer.param_groups):
-        group["lr"] = lr if isinstance(lr, float) else lr[number]
+    for group in optimizer.param_groups:
+        group["lr"] = lr if isinstance(lr, float) else lr[group[ADAPTER]]
+
+
+def update(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], answer: bool | Mapping[str, bool]
+) -> bool:
+    """Changes the values of the adapters that a step was accepted for. Returns whether there are any."""
+    for name, parameter in parameters.items():
+        if not is_accepted(answer, adapter_of(name)):
+            parameter.grad = None  # which leaves the moments as they are, too
+    is_any = answer if isinstance(answer, bool) else any(answer.values())
+    if is_any:
+        optimizer.step()
+    return is_any
+
+
+def is_accepted(answer: bool | Mapping[str, bool], adapter: str) -> bool:
+    return answer if isinstance(answer, bool) else answer[adapter]
 
 
 def clip(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
@@ -252,6 +285,8 @@ def restore(engine: Engine, state: State | None, quantities: Sequence[Quantity] 
         for quantity in quantities:
             full = getattr(state, quantity)
             for path, part in engine.parts(quantity).items():
+                if state.steps and path not in full:
+                    continue
                 part.data.copy_(full[path].view(-1)[part.start : part.start + part.data.numel()])
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from lori_dist.adapter.experts import is_experts, projections
 from lori_dist.adapter.linear import is_quantized
 from lori_dist.adapter.probe import probe
+from lori_dist.adapter.saved import RoutedModule
 from lori_dist.config import Run
 from lori_dist.training.world import World
 
@@ -99,7 +100,8 @@ def _matrices(model: PreTrainedModel, shares: Mapping[str, float]) -> Iterator[t
             continue
         for name, parameter in module.named_parameters(recurse=False):
             is_packed = is_quantized(module) and name == "weight"
-            if (parameter.ndim != 2 and not is_packed) or id(parameter) in seen:
+            is_another_copy = isinstance(module, RoutedModule) and not name.startswith("copy_0_")
+            if (parameter.ndim != 2 and not is_packed) or id(parameter) in seen or is_another_copy:
                 continue
             seen.add(id(parameter))
             numel = parameter.numel()

@@ -64,4 +64,4 @@ def measure(engine: Engine, examples: Sequence[Example], world: World, *, batch_
         total += loss_sum(engine.model, batch)
     if world.size > 1:
         dist.all_reduce(total)
-    return float(total) / sum(len(example.response_ids) for example in examples)
+    return float(total) / sum(example.num_targets for example in examples)

@@ -19,7 +19,6 @@ from lori_dist import config
 from lori_dist.adapter import saved
 from lori_dist.adapter.experts import AdaptedExperts
 from lori_dist.adapter.linear import AdaptedLinear, Delta
-from lori_dist.adapter.packed import PackedDelta
 from lori_dist.errors import ConfigError
 from lori_dist.tensors import Stored
 from lori_dist.training.engine import Part
@@ -278,7 +277,7 @@ def materialize(
     make = make or (lambda parameter: on(device, parameter))
     made: dict[nn.Parameter, nn.Parameter] = {}  # torch's own `to_empty` would untie what is tied
     for module in model.modules():
-        if isinstance(module, Delta | PackedDelta):
+        if isinstance(module, Delta):
             is_meta = any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
             module.to_empty(device=device) if is_meta else module.to(device)
         for name, parameter in module.named_parameters(recurse=False):
@@ -305,6 +304,9 @@ def fill(model: nn.Module, weights: Weights, part: Callable[[Any], Part]) -> Non
     part: the share of a parameter.
     """
     for name, parameter in base_parameters(model).items():
+        share = part(parameter)
+        weights.read(name, share.data, share.start)
+    for name, parameter in saved.copies(model):
         share = part(parameter)
         weights.read(name, share.data, share.start)
     for name, buffer in persistent_buffers(model).items():

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,9 @@ from lori_dist import (
 )
 from lori_dist.adapter import packed
 from lori_dist.adapter.adapter import Block
+from lori_dist.adapter.routing import adapter_of, name_of
 from lori_dist.merges import merge
+from lori_dist.training.engine import trained
 from tests.models import tiny_gpt2, tiny_llama
 
 IDS = torch.tensor(
@@ -32,9 +35,7 @@ IDS = torch.tensor(
 models = pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 
 
-def trained(
-    make: Callable[[], nn.Module], seed: int, rank: int, targets: str | tuple[str, ...] = "all-linear"
-) -> Adapter:
+def made(make: Callable[[], nn.Module], seed: int, rank: int, targets: str | tuple[str, ...] = "all-linear") -> Adapter:
     model = make()
     attach(model, Spec(rank=rank, alpha=float(3 + seed), seed=seed, targets=targets))
     generator = torch.Generator().manual_seed(seed)
@@ -45,12 +46,12 @@ def trained(
 
 def several(make: Callable[[], nn.Module]) -> dict[str, Adapter]:
     """Of unequal ranks and targets, and a merge with an A for each task."""
-    first, second = trained(make, 1, 4), trained(make, 2, 3)
+    first, second = made(make, 1, 4), made(make, 2, 3)
     some = next(path for path in first.shapes)
     return {
         "first": first,
         "second": second,
-        "some": trained(make, 3, 2, (some,)),
+        "some": made(make, 3, 2, (some,)),
         "both": merge([first, second], method="concat", options={}, weights=[0.5, -2.0]),
     }
 
@@ -143,7 +144,7 @@ def test_the_model_is_given_back() -> None:
 
 
 def test_a_damaged_a_is_refused() -> None:
-    adapter = trained(tiny_llama, 1, 2)
+    adapter = made(tiny_llama, 1, 2)
     broken = {path: "0" * 16 for path in adapter.shapes}
     block: Block = dataclasses.replace(adapter.blocks[0], checksums=broken)
     with pytest.raises(AdapterError, match="has checksum"):
@@ -170,7 +171,7 @@ def test_gradients_are_those_of_each_alone(density: dict[str, float] | None, pre
     """Entries that there are none of, all and some; of all adapters or of some."""
     model = tiny_llama()
     chosen = None if density is None else masks(density)
-    routing = packed.attach(model, SPECS, chosen)
+    routing = packed.attach(model, SPECS, chosen or {})
     generator = torch.Generator().manual_seed(1)
     values = dict(packed.trainable(model))
     for tensor in values.values():
@@ -184,35 +185,64 @@ def test_gradients_are_those_of_each_alone(density: dict[str, float] | None, pre
         one = tiny_llama()
         attach(one, SPECS[name], masks=None if chosen is None else chosen[name])
         for path, tensor in trainable(one).items():
-            tensor.data.copy_(values[packed.name_of(path, name)])
+            tensor.data.copy_(values[name_of(path, name)])
         if trainable(one):
             one(of_task, labels=of_task).loss.backward()
         for path, tensor in trainable(one).items():
             assert tensor.grad is not None
-            torch.testing.assert_close(routing.sums[packed.name_of(path, name)][0], tensor.grad, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(routing.sums[name_of(path, name)][0], tensor.grad, rtol=1e-4, atol=1e-6)
     absent = {name for name in SPECS if name not in present}
-    assert not any(packed.adapter_of(name) in absent for name in routing.sums)
+    assert not any(adapter_of(name) in absent for name in routing.sums)
 
 
-def test_adapters_that_differ_in_more_than_seeds_are_refused() -> None:
-    others = {"a": SPECS["a"], "b": dataclasses.replace(SPECS["b"], rank=2)}
-    with pytest.raises(AdapterError, match="b: adapters over one base may differ in their seeds only"):
-        packed.attach(tiny_llama(), others)
+@pytest.mark.parametrize("projection", ["recomputed", "trained"])
+@pytest.mark.parametrize("sizes", [(2, 2), (1, 3)])
+def test_adapters_of_unlike_shapes(projection: Any, sizes: tuple[int, int]) -> None:
+    """Ranks, scales, dtypes of A and how A is kept may differ, and a task may have more rows than another."""
+    specs = {
+        "a": Spec(rank=4, alpha=8.0, seed=1, projection=projection),
+        "b": Spec(rank=2, alpha=3.0, seed=2, dtype=torch.bfloat16, targets=("q_proj", "down_proj")),
+    }
+    model = tiny_llama()
+    routing = packed.attach(model, specs)
+    generator = torch.Generator().manual_seed(1)
+    values = dict(packed.trainable(model))
+    for name, tensor in values.items():
+        if not name.startswith("model.layers.0.self_attn.k_proj"):
+            tensor.data.normal_(generator=generator)
+    rows = {"a": IDS[: sizes[0]], "b": IDS[2 : 2 + sizes[1]]}
+    ids = torch.cat(list(rows.values()))
+    routing.begin([0] * sizes[0] + [1] * sizes[1], ids.shape[1])
+    logits = model(ids).logits
+    sum(part.square().mean() for part in logits.split(sizes)).backward()
+    for name, of_task in rows.items():
+        one = tiny_llama()
+        attach(one, specs[name])
+        for path, tensor in trained(one).items():
+            tensor.data.copy_(values[name_of(path, name)])
+        one(of_task).logits.square().mean().backward()
+        for path, tensor in trained(one).items():
+            assert tensor.grad is not None
+            found = routing.sums[name_of(path, name)][0]
+            torch.testing.assert_close(found, tensor.grad, rtol=2e-3, atol=1e-5)
+        mine = extract(model, name=name)
+        assert mine.shapes == extract(one, name=name).shapes
+        assert mine.blocks[0].checksums == extract(one, name=name).blocks[0].checksums
 
 
 def test_it_survives_casts_and_a_trip_to_meta() -> None:
     model = tiny_llama()
     packed.attach(model, SPECS, masks({"a": 0.2, "b": 0.1, "c": 0.5}))
-    layers = packed.packed(model)
-    before = {path: (delta.projections.clone(), delta.index(1)) for path, delta in layers.items()}
+    deltas = [delta for layer in packed.routed(model).values() for delta in layer.deltas]
+    before = [(delta.a().clone(), delta.index) for delta in deltas]
     model.to(torch.bfloat16)
-    for path, delta in layers.items():
+    for delta, (a, index) in zip(deltas, before, strict=True):
         delta.to("meta").to_empty(device="cpu")
-        projections, index = before[path]
-        assert torch.equal(delta.projections, projections)
-        found = delta.index(1)
-        assert found is not None and index is not None and torch.equal(found, index)
-        assert all(values.dtype == torch.float32 for values in delta.trained().values())
+        assert torch.equal(delta.a(), a)
+        assert delta.index is index or (
+            delta.index is not None and index is not None and torch.equal(delta.index, index)
+        )
+        assert delta.values is None or delta.values.dtype == torch.float32
 
 
 def test_several_specs_are_trained_by_name_and_mistakes_are_named() -> None:
@@ -244,8 +274,10 @@ def test_several_specs_are_trained_by_name_and_mistakes_are_named() -> None:
         attach_several(model, {"math": specs["math"], "code": made})
     with pytest.raises(AdapterError, match=r"^math: got a str; wanted an Adapter or a Spec"):
         attach_several(model, {"math": "math.safetensors"})  # type: ignore[dict-item]
-    with pytest.raises(AdapterError, match=r"^code: adapters over one base may differ in their seeds only"):
-        attach_several(model, {"math": specs["math"], "code": Spec(rank=3, alpha=4.0, seed=2)})
+    attach_several(model, {"math": specs["math"], "code": Spec(rank=3, alpha=4.0, seed=2)})  # may differ in all
+    detach(model)
+    with pytest.raises(AdapterError, match=r"^math: has modules_to_save"):
+        attach_several(model, {"math": Spec(rank=2, alpha=4.0, seed=1, modules_to_save=("lm_head",))})
     attach(model, specs["math"])
     with pytest.raises(AdapterError, match=r"^adapter: unknown adapter 'math'; the model has one, unnamed"):
         trainable(model, "math")

@@ -29,7 +29,8 @@ from lori_dist.training import checkpoint, masking
 from lori_dist.training.data import Batch
 from lori_dist.training.engine import Part, Quantity
 from lori_dist.training.model_files import made_from, settings_of
-from lori_dist.training.train import CALIBRATE, digest_of
+from lori_dist.training.phases import CALIBRATE
+from lori_dist.training.task import digest_of
 from lori_dist.training.weights import skeleton
 from lori_dist.training.world import World
 

@@ -444,14 +444,10 @@ def test_flash_attention_must_be_installed_and_fit_the_run(monkeypatch: pytest.M
     assert config.load("run.yaml", alone, elsewhere=True).model.attention == "flash_attention_3"
 
 
-def test_blocks_are_compiled_where_nothing_looks_into_their_layers() -> None:
+def test_blocks_are_compiled_but_at_stage_3() -> None:
     joint = ["multitask=joint", "merges={}", "tasks.nlu.labels=null", "train.compile=true"]
-    assert problems(MINIMAL, *joint)[0].startswith(
-        "train.compile: cannot be combined with multitask joint, whose layers keep"
-    )
-    assert load(MINIMAL, *joint, "multitask={name: joint, projection: none}").train.compile
-    [packed] = problems(MINIMAL, "train.compile=true", "cluster.packing=auto")
-    assert packed.endswith("whose layers need to know each batch's tasks; set only one")
+    assert load(MINIMAL, *joint).train.compile
+    assert load(MINIMAL, "train.compile=true", "cluster.packing=auto").train.compile
     [sharded] = problems(MINIMAL, "train.compile=true", "train.engine={name: deepspeed, stage: 3}")
     assert sharded.startswith("train.compile: cannot be combined with stage 3 of deepspeed, whose hooks")
 
@@ -573,6 +569,15 @@ print(sorted({"torch", "transformers", "numpy", "ray", "deepspeed"} & set(sys.mo
         ("tasks.nlu.test=x.jsonl", "tasks.nlu.test: there is no file 'x.jsonl'; paths are relative to .*"),
         ("tasks.nlu.labels=[a]", "tasks.nlu.labels: got ['a']; give at least two, each of them once"),
         ("tasks.nlu.labels=[a, b, a]", "tasks.nlu.labels: got ['a', 'b', 'a']; give at least two, .*"),
+        ("tasks.code.template.tools=tools", "tasks.code.template.tools: is for chat templates, and .*"),
+        ("tasks.code.template.train_on=all", "tasks.code.template.train_on: is for chat templates, and .*"),
+        ("tasks.code.template.arguments={a: 1}", "tasks.code.template.arguments: is for chat templates, and .*"),
+        (
+            "tasks.code.template={messages: prompt, arguments: {tools: 1}}",
+            "tasks.code.template.arguments: 'tools' is not an argument of a chat template's own; remove it",
+        ),
+        ("tasks.code.template={messages: prompt, response: a}", "tasks.code.template.response: is not used where .*"),
+        ("tasks.code.template.layout=sharegpt", "tasks.code.template.layout: takes the field 'conversations', .*"),
         ("tasks.nlu.template.prompt='{'", "tasks.nlu.template.prompt: '{' is not a template .*; write {{ for a brace"),
         ("tasks.nlu.labels=['no', yess]", "tasks.nlu.labels: row 1 of tasks.nlu.train has 'yes', wanted .* 'yess'?"),
         ("tasks.nlu.template.prompt='{prompt!r}'", "tasks.nlu.template.prompt: {prompt!r} is not a field; .*"),

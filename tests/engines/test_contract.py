@@ -19,7 +19,7 @@ from lori_dist import plugin
 from lori_dist.config import Train
 from lori_dist.training.engine import QUANTITIES, Engine, Part, State, collect
 from lori_dist.training.quantized import quantize_layers
-from lori_dist.training.train import checkpoint_activations
+from lori_dist.training.trainer import checkpoint_activations
 from lori_dist.training.world import World, from_environment, from_first
 from tests.distributed import run_distributed
 from tests.engines.oracle import TRAIN, Course, adapt, difference, one_process, run

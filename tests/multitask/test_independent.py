@@ -9,6 +9,7 @@ import pytest
 from lori_dist import config
 from lori_dist.jobs import Job, order
 from lori_dist.multitask.independent import plan
+from tests.multitask import combinations
 
 
 @pytest.fixture
@@ -75,3 +76,7 @@ def test_a_further_task_leaves_the_training_of_the_others_as_it_is(tree: dict[st
 def test_without_merges_there_are_trainings_and_evaluations(tree: dict[str, Any]) -> None:
     tree["merges"] = {}
     assert {job.kind for job in plan(config.validate(tree))} == {"train", "evaluate"}
+
+
+def test_the_table_of_what_combines_is_up_to_date() -> None:
+    assert combinations.README.read_text(encoding="utf-8") == combinations.written()

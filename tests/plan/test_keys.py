@@ -34,6 +34,9 @@ MATTERS: dict[str, list[str]] = {
     "tasks.*.template.prompt": ["tasks.one.template.prompt='a long story before: {{prompt}}'"],
     "tasks.*.template.response": ["tasks.one.template.response='well, {{response}}'"],
     "tasks.*.template.messages": ["tasks.one.template.messages=messages"],
+    "tasks.*.template.layout": ["tasks.one.template.layout=alpaca"],
+    "tasks.*.template.tools": ["tasks.one.template.tools=tools"],
+    "tasks.*.template.arguments": ["tasks.one.template.arguments={{more: some words more}}"],
     "tasks.*.labels": ["tasks.one.labels=[a, b, c]"],
     "tasks.*.start": ["tasks.one.start={adapter}"],
     "tasks.*.steps": ["tasks.one.steps=5"],
@@ -80,10 +83,15 @@ MATTERS: dict[str, list[str]] = {
 }
 """Key -> what changes it, and the plan."""
 
+OF_CHATS = [f"tasks.one.{part}={{chats}}" for part in ("train", "test", "validation")]
+CHATS = [*OF_CHATS, "tasks.one.template.messages=messages"]
 BEFORE: dict[str, list[str]] = {
     "train.early_stop": ["train.validate_every=2"],
     "tasks.*.validation": ["train.validate_every=2"],
-    "tasks.*.template.messages": ["tasks.one.train={chats}", "tasks.one.test={chats}", "tasks.one.validation={chats}"],
+    "tasks.*.template.layout": OF_CHATS,
+    "tasks.*.template.messages": OF_CHATS,
+    "tasks.*.template.tools": CHATS,
+    "tasks.*.template.arguments": CHATS,
     "merges.*.search.rows": ["merges.all.search={{rows: 2}}"],
     "merges.*.search.budget": ["merges.all.search={{rows: 2}}"],
     "merges.*.search.metric": ["merges.all.search={{rows: 2}}"],
@@ -100,6 +108,7 @@ CANNOT_MATTER: dict[str, tuple[list[str], str]] = {
     "model.trust_remote_code": (["model.trust_remote_code=true"], "a model without code of its own is the same"),
     "tasks.*.seed": (["tasks.one.seed=5"], "another A of the same size"),
     "tasks.*.template.date": ([], "for chat templates alone, where a date is a few tokens of a row"),
+    "tasks.*.template.train_on": ([], "the same tokens, of which others are learned"),
     "tasks.*.lr": (["tasks.one.lr=0.1"], "a number in the optimizer"),
     "adapter.alpha": (["adapter.alpha=7"], "a factor"),
     "adapter.mask": (["adapter.mask=random"], "as many entries are kept; chosen once, in seconds, on the host"),
@@ -140,13 +149,10 @@ CANNOT_MATTER: dict[str, tuple[list[str], str]] = {
 WITH_SEARCH = ["merges.all.search={{rows: 2}}"]
 WITH_LM_EVAL = ["evaluate.lm_eval={{tasks: [hellaswag]}}"]
 
-CHATS = [
-    *(f"tasks.one.{part}={{chats}}" for part in ("train", "test", "validation")),
-    "tasks.one.template.messages=messages",
-]
 CHANGES_RESULT: dict[str, tuple[list[str], list[str]]] = {
     "adapter.projection": ([], ["adapter.projection=trained"]),
     "train.engine": (["train.engine=fsdp"], ["train.engine={{name: fsdp, param_dtype: bfloat16}}"]),
+    "tasks.*.template.train_on": (CHATS, [*CHATS, "tasks.one.template.train_on=all"]),
     "tasks.*.template.date": (CHATS, [*CHATS, "tasks.one.template.date=2025-01-01"]),
     "tasks.*.validation": (
         ["train.validate_every=2"], ["train.validate_every=2", "tasks.one.validation={short}"]
@@ -188,7 +194,13 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("keys")
     rows = [{"prompt": "how many " * (1 + i % 4), "response": "abc"[i % 3]} for i in range(12)]
     chats = [
-        {"messages": [{"role": "user", "content": "hello there"}, {"role": "assistant", "content": "yes"}], **row}
+        {
+            "messages": [{"role": "user", "content": "hello there"}, {"role": "assistant", "content": "yes"}],
+            "tools": [{"type": "function", "function": {"name": "add"}}],
+            "instruction": row["prompt"],
+            "output": row["response"],
+            **row,
+        }
         for row in rows
     ]
     found = {}
@@ -203,6 +215,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         (folder / name / "config.json").write_text(json.dumps(settings))
         template = folder / name / "chat_template.jinja"
         template.write_text(
+            "{{ tools }}{{ more }}"
             "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
         )
     found["folder"] = str(folder)

@@ -298,7 +298,7 @@ def test_memory_falls_with_more_ranks_and_with_checkpointing(
 ) -> None:
     model = Counted(
         parameters=base, base=2 * base, block=base // 8, blocks=base, num_blocks=8, num_modules=56, entries=entries,
-        kept=entries, whole=0, projections=entries, quantized=0, widest_b=1, vocabulary=100, dtype=2,
+        kept=entries, whole=0, projections=entries, quantized=0, widest_b=1, vocabulary=100, chunked=True, dtype=2,
         block_activations=10**6, blocks_activations=8 * 10**6, block_gradients=10**4, block_input=10**5,
         other_activations=0, tokens=10, flops=4.0 * base,
     )  # fmt: skip

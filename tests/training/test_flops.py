@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from lori_dist import Spec, attach, config
 from lori_dist.training import flops
-from lori_dist.training.train import checkpoint_activations
+from lori_dist.training.trainer import checkpoint_activations
 from lori_dist.training.world import World
 from tests.models import tiny, tiny_gpt2, tiny_llama
 

@@ -25,8 +25,9 @@ from lori_dist.training import data
 from lori_dist.training.divergence import Divergence
 from lori_dist.training.engine import StepResult
 from lori_dist.training.loss import loss_sum, num_targets
+from lori_dist.training.metrics import Record
 from lori_dist.training.model import load_model, load_tokenizer
-from lori_dist.training.train import Record, train
+from lori_dist.training.train import train
 from lori_dist.training.world import from_environment
 from tests.distributed import run_distributed
 
@@ -242,11 +243,4 @@ def test_what_cannot_be_is_refused(run: Run, change: dict[str, Any], message: st
     tree = config.dump(run)
     tree["train"] |= change
     with pytest.raises(ConfigError, match=message):
-        config.validate(tree)
-
-
-def test_packed_trainings_have_no_guards(run: Run) -> None:
-    tree = config.dump(run)
-    tree["cluster"]["packing"] = "auto"
-    with pytest.raises(ConfigError, match=r"cluster.packing: got auto, and training jobs with train.spike are not"):
         config.validate(tree)

@@ -17,9 +17,10 @@ from lori_dist.cluster.launcher import train_task
 from lori_dist.config import Calibrate, Run
 from lori_dist.errors import ConfigError, Preempted
 from lori_dist.jobs import train_job
-from lori_dist.training import packed
+from lori_dist.training.metrics import Record
 from lori_dist.training.preemption import Notice, Told, of_process
-from lori_dist.training.train import Record, make_job
+from lori_dist.training.task import make_job
+from lori_dist.training.train import train_together
 from lori_dist.training.world import from_environment
 from tests.distributed import run_distributed
 
@@ -133,7 +134,7 @@ def pack(run: Run, told: Told) -> list[str] | str:
         )
 
     try:
-        return list(packed.train_packed(run, {task: make(task) for task in run.tasks}, from_environment()))
+        return list(train_together({task: make(task) for task in run.tasks}, from_environment()))
     except Preempted as error:
         return str(error)
 

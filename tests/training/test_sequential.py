@@ -18,7 +18,8 @@ from lori_dist.config import Choice, Run
 from lori_dist.errors import JobError
 from lori_dist.multitask.sequential import plan
 from lori_dist.training.masking import taken_by
-from lori_dist.training.train import Record, train
+from lori_dist.training.metrics import Record
+from lori_dist.training.train import train
 from lori_dist.training.world import from_environment
 from tests.distributed import run_distributed
 from tests.models import tiny_llama

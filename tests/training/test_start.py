@@ -18,8 +18,9 @@ from lori_dist.errors import ConfigError, JobError
 from lori_dist.jobs import check_inputs, train_job
 from lori_dist.training import data
 from lori_dist.training.loss import loss_sum, num_targets
+from lori_dist.training.metrics import Record
 from lori_dist.training.model import identity, load_model, load_tokenizer
-from lori_dist.training.train import Record, train
+from lori_dist.training.train import train
 from lori_dist.training.world import from_environment
 from tests.adapter.official import lori_s
 from tests.distributed import run_distributed

@@ -22,9 +22,12 @@ from lori_dist.masks.magnitude import mask
 from lori_dist.tensors import metadata
 from lori_dist.training import checkpoint, data
 from lori_dist.training.loss import loss_sum, num_targets
+from lori_dist.training.metrics import Record
 from lori_dist.training.model import identity, load_model, load_tokenizer
+from lori_dist.training.phases import Phase, phases
 from lori_dist.training.schedule import learning_rate
-from lori_dist.training.train import Phase, Record, checkpoint_activations, phases, train
+from lori_dist.training.train import train
+from lori_dist.training.trainer import checkpoint_activations
 from lori_dist.training.world import from_environment
 from tests.distributed import run_distributed
 from tests.models import tiny_gpt2, tiny_llama

@@ -1,0 +1,560 @@
+"""The loop: a phase of one task, or of several over one copy of the base.
+
+Rows of several tasks share batches, which is one pass over the base for all of them. Each task has its own A, mask,
+moments, learning rate, number of steps, validation, folder and checkpoints, and gets what it would get alone; what goes
+wrong in one ends that one.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lori_dist import config, plugin
+from lori_dist.adapter import file, packed
+from lori_dist.adapter.adapter import Adapter
+from lori_dist.adapter.attach import attach, extract, projection_checksums, refuse_other_projections
+from lori_dist.adapter.routing import Routing, adapter_of, module_of, name_of
+from lori_dist.errors import ConfigError, JobError, LoriError
+from lori_dist.training import checkpoint, conflicts, data, flops, validation
+from lori_dist.training.compilation import compile_blocks
+from lori_dist.training.data import Batch
+from lori_dist.training.determinism import set_deterministic
+from lori_dist.training.device import memory, reset_peak
+from lori_dist.training.divergence import MOST, UPDATE, Divergence
+from lori_dist.training.engine import (
+    QUANTITIES,
+    Engine,
+    Part,
+    Quantity,
+    State,
+    StepResult,
+    gather,
+    held_of_base,
+    trained,
+)
+from lori_dist.training.exchange import Exchange
+from lori_dist.training.metrics import METRICS, Record
+from lori_dist.training.model import check, identity
+from lori_dist.training.phases import TRAIN, Phase
+from lori_dist.training.preemption import Notice, of_any, preempted
+from lori_dist.training.surgery import Surgery, surgery
+from lori_dist.training.task import (
+    ADAPTER,
+    CHECKPOINTS,
+    Course,
+    End,
+    Job,
+    append,
+    digest_of,
+    num_rows,
+    origin_of,
+    rewind,
+    spec_of,
+    state_of,
+)
+from lori_dist.training.weights import Weights, skeleton
+from lori_dist.training.world import World, agree, from_first
+
+ALONE = ""
+"""The name of the adapter of a task that has the base for itself, in the names of what is trained."""
+
+Masks = Mapping[str, Tensor] | None
+"""Module path -> the entries of B that are kept, bool; None: all."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True, slots=True)
+class Gradients:
+    """The `TaskGradients` of several tasks: each one's gradient over all ranks, clipped by its own norm."""
+
+    routing: Routing
+    world: World
+    max_norm: float | None
+    norms: dict[str, float] = field(default_factory=dict)
+    """Of the last step, before clipping."""
+    _exchange: Exchange | None = field(default=None, init=False)
+
+    def begin(self, batch: Batch) -> None:
+        assert batch.tasks is not None
+        self.routing.begin(batch.tasks, batch.input_ids.shape[1])
+
+    @torch.no_grad()
+    def gradient(self, parts: Mapping[str, Part], step: int, losses: Sequence[Tensor]) -> dict[str, Tensor]:
+        if self._exchange is None:
+            self._exchange = Exchange(parts, 1, self.world)
+        own = [(name, summed[0]) for name, summed in self._exchange.reduce(self.routing.sums)]
+        numbers = {name: number for number, name in enumerate(self.routing.names)}
+        squares = torch.zeros(len(numbers), device=self.world.device)
+        if own:
+            which = torch.tensor([numbers[adapter_of(name)] for name, _ in own], device=squares.device)
+            found = torch.stack(torch._foreach_norm([gradient for _, gradient in own])).square()
+            squares.index_add_(0, which, found)
+        if self.world.size > 1:
+            dist.all_reduce(squares)
+        norms = squares.sqrt()
+        factors = torch.ones_like(norms) if self.max_norm is None else (self.max_norm / (norms + 1e-6)).clamp(max=1.0)
+        made = []
+        for name, gradient in own:
+            number = numbers[adapter_of(name)]
+            # An engine may refuse a step for all tasks where one gradient is not finite.
+            made.append((name, torch.where(norms[number].isfinite(), gradient * factors[number], 0.0)))
+        shared = self._exchange.share(made)
+        self.routing.sums.clear()  # which between steps would be as much as the values of all tasks
+        self.norms = dict(zip(self.routing.names, norms.tolist(), strict=True))
+        return shared
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class View:
+    """One task's part of an engine, as far as saving it takes one."""
+
+    engine: Engine
+    adapter: str
+    num_steps: int
+
+    def parts(self, quantity: Quantity) -> dict[str, Part]:
+        parts = self.engine.parts(quantity)
+        return {module_of(name): part for name, part in parts.items() if adapter_of(name) == self.adapter}
+
+
+@dataclass(kw_only=True, slots=True)
+class Group:
+    """A phase of one or several tasks over one base."""
+
+    courses: Mapping[str, Course]
+    """Of each task."""
+    model: PreTrainedModel
+    engine: Engine
+    routing: Routing | None
+    """None where one task has the base for itself."""
+    gradients: Surgery | Gradients | None
+    """What makes the gradient of a step, where that is not the sum over the rows."""
+    mfu: flops.Utilisation
+
+    @classmethod
+    def build(cls, jobs: Mapping[str, Job], phases: Mapping[str, Phase], masks: Mapping[str, Masks]) -> "Group":
+        """A phase that continues from each task's newest checkpoint. A collective."""
+        first = next(iter(jobs.values()))
+        run, world = first.run, first.world
+        set_deterministic(run.train.deterministic)
+        model, weights, routing = _adapted_model(jobs, masks)
+        sizes = {name: parameter.numel() for name, parameter in trained(model).items()}
+        mfu = flops.utilisation(model, run, world)  # before an engine shards the model
+        reset_peak(world.device)
+        courses, states = dict[str, Course](), dict[str, State | None]()
+        for task, job in jobs.items():
+            adapter = ALONE if routing is None else task
+            origin = {**origin_of(job, phases[task]), "mask": digest_of(masks.get(task))}
+            found = checkpoint.newest(job.folder / CHECKPOINTS, phases[task].name, origin)
+            done = 0 if found is None else found.step + found.skipped
+            agree(world, str(done), f"newest checkpoint in {job.folder}", "give an output folder that all ranks share")
+            courses[task] = Course(
+                job=job,
+                phase=phases[task],
+                origin=origin,
+                num_entries=sum(size for name, size in sizes.items() if adapter_of(name) == adapter),
+                num_updates=0 if found is None else found.step,
+                end=End(step=done),
+                divergence=Divergence(job.run.train.spike, []),
+                notes={} if found is None else found.notes,
+            )
+            states[task] = state_of(job.start) if found is None and job.start is not None else found
+        method = plugin.find("engines", run.train.engine.name, "build", "train.engine")
+        options = method.bind(run.train.engine.options, "train.engine")
+        gradients: Surgery | Gradients | None
+        if routing is None:
+            gradients, train, state = _surgery(first, model), run.train, next(iter(states.values()))
+            [course] = courses.values()
+            if gradients is not None:
+                gradients.state = course.notes.get("balance", {})
+        else:
+            gradients = Gradients(routing=routing, world=world, max_norm=run.train.clip)
+            train, state = dataclasses.replace(run.train, clip=None), _joined(states)
+        if run.train.compile:
+            compile_blocks(model)
+        engine: Engine = method.load()(model, weights, train, world, state=state, **options)
+        checksums = projection_checksums(model)
+        remedy = "install the same version of the program on all machines"
+        agree(world, json.dumps(checksums), "projection A", remedy)
+        for task, job in jobs.items():
+            if job.start is not None:
+                adapter = ALONE if routing is None else task
+                own = {module_of(name): found for name, found in checksums.items() if adapter_of(name) == adapter}
+                refuse_other_projections(job.start.blocks[0], own)
+        return cls(courses=courses, model=model, engine=engine, routing=routing, gradients=gradients, mfu=mfu)
+
+    def run(self) -> dict[str, LoriError]:
+        """Does the steps that are left, each task to its last one or until it ends early with its best values. Returns
+        what has ended a task before."""
+        for course in self.courses.values():
+            if course.job.world.rank == 0:
+                rewind(course.job, course.phase, course.end.step)
+                log.info("%s: %s", course.job.name, self._announced(course))
+            course.recall()
+            if course.end.step == 0 and course.job.run.train.on_divergence == "rollback":
+                self._save(course)
+        while active := [task for task, course in self.courses.items() if course.is_active]:
+            self._step(active)
+            self._end_if_asked()
+        for task in self._whole():
+            self._take_best(task)
+        return {task: course.error for task, course in self.courses.items() if course.error is not None}
+
+    def view(self, task: str) -> Engine:
+        adapter = self._adapter(task)
+        return View(engine=self.engine, adapter=adapter, num_steps=self.courses[task].num_updates)  # type: ignore[return-value]
+
+    def write_adapter(self, task: str) -> Adapter | None:
+        """Writes what was trained to the task's folder, and returns it on rank 0, which alone has it. A collective.
+
+        Only values are gathered, and rank 0 holds them once.
+        """
+        job = self.courses[task].job
+        values = gather(self.view(task), "values", job.world)
+        if job.world.rank > 0:
+            return None
+        job.still_mine()
+        base = identity(job.run.model)
+        adapter = extract(self.model, name=task, values=values, base=base)
+        if job.before is not None:
+            adapter = dataclasses.replace(adapter, blocks=(*job.before.blocks, *adapter.blocks))
+        file.save(adapter, job.folder / ADAPTER)
+        return adapter
+
+    # --- a step ------------------------------------------------------------------------------------------------------
+
+    def _step(self, active: Sequence[str]) -> None:
+        """One step of the tasks that have any left; the others stay as they are, bit for bit."""
+        start = time.monotonic()
+        courses = {task: self.courses[task] for task in active}
+        first = courses[active[0]]
+        first.seed()
+        rows = {task: course.rows() for task, course in courses.items()}
+        rates = {task: course.lr for task, course in courses.items()}
+        batches, num_targets = self._batches(rows)
+        data_wait = time.monotonic() - start
+        results: dict[str, StepResult] = {}
+
+        def accept(result: StepResult) -> bool | dict[str, bool]:
+            results.update(self._results(result, active))
+            answers = {task: course.divergence.accepts(results[task]) for task, course in courses.items()}
+            if self.routing is None:
+                return answers[active[0]]
+            return {task: answers.get(task, False) for task in self.courses}
+
+        of_all = {task: rates.get(task, 0.0) for task in self.courses}
+        lr = of_all[active[0]] if self.routing is None else of_all
+        if self.gradients is None:
+            self.engine.step(batches, num_targets=num_targets, lr=lr, accept=accept)
+        else:
+            self.engine.step(batches, num_targets=1, lr=lr, tasks=self.gradients, accept=accept)
+        seconds = time.monotonic() - start
+        lengths = {
+            task: [course.job.examples[which][row].num_tokens for which, row in rows[task]]
+            for task, course in courses.items()
+        }
+        together = [length for of_task in lengths.values() for length in of_task]
+        mfu = self.mfu(sum(together), seconds, together)
+        for task, course in courses.items():
+            num_tokens, phase = sum(lengths[task]), course.phase
+            record: Record = {
+                "phase": phase.name,
+                "step": course.end.step + 1,
+                "num_steps": phase.num_steps,
+                "steps_left": phase.num_steps - course.end.step - 1 + phase.steps_after,
+                "loss": results[task].loss,
+                "lr": rates[task],
+                "grad_norm": results[task].grad_norm,
+                "tokens": num_tokens,
+                "seconds": seconds,
+                "tokens_per_second": num_tokens / seconds,
+                "mfu": mfu,
+                **({} if self.routing is None else {"packed": len(active)}),
+                "memory": memory(course.job.world.device),
+                "data_wait": data_wait,
+                "time": time.time(),
+                **self._of_tasks(course.job, results[task]),
+            }
+            try:
+                self._after(task, record)
+            except JobError as error:
+                course.error = error
+
+    def _batches(self, rows: Mapping[str, Sequence[tuple[int, int]]]) -> tuple[list[Batch], int]:
+        """This rank's micro-batches of a step, and the number of targets, which is 1 where batches have weights."""
+        courses = {task: self.courses[task] for task in rows}
+        counts = {
+            task: sum(course.job.examples[which][row].num_targets for which, row in rows[task])
+            for task, course in courses.items()
+        }
+        batches = {task: course.batches(rows[task]) for task, course in courses.items()}
+        if self.routing is None:
+            [(task, course)] = courses.items()
+            return batches[task], counts[task] if course.job.joint is None else 1  # of all ranks, and nothing is sent
+        numbers = {task: number for number, task in enumerate(self.courses)}
+        weights = torch.tensor([1.0 / counts[task] if task in counts else 0.0 for task in self.courses])
+        pad_id = next(iter(courses.values())).job.pad_id
+        most = max(map(len, batches.values()))
+        together = []
+        for place in range(most):
+            now = {numbers[task]: of_task[place] if place < len(of_task) else None for task, of_task in batches.items()}
+            together.append(data.side_by_side(now, weights, pad_id))
+        return together, 1
+
+    def _results(self, result: StepResult, active: Sequence[str]) -> dict[str, StepResult]:
+        """Each task's own."""
+        if not isinstance(self.gradients, Gradients):
+            return {active[0]: result}
+        losses = dict(zip(self.courses, result.task_losses or (result.loss,), strict=True))
+        return {task: StepResult(loss=losses[task], grad_norm=self.gradients.norms[task]) for task in active}
+
+    def _of_tasks(self, job: Job, result: StepResult) -> Record:
+        """What the record of a joint job has besides."""
+        if job.joint is None:
+            return {}
+        weighted = zip(job.joint.tasks, result.task_losses, job.joint.weights, strict=True)
+        found: Record = {"task_losses": {task: loss / weight for task, loss, weight in weighted}}
+        if isinstance(self.gradients, Surgery) and self.gradients.conflicts is not None:
+            found |= conflicts.figures(self.gradients.conflicts, job.joint.tasks)
+        return found
+
+    def _after(self, task: str, record: Record) -> None:
+        """What follows a step of a task. Raises JobError where the task ends with it."""
+        course = self.courses[task]
+        job, num_done = course.job, record["step"]
+        if course.divergence.problem is None:
+            course.num_updates += 1
+        else:
+            self._treat(task, record)
+        best = course.end.best
+        course.end = End(step=num_done, loss=record["loss"], best=best)
+        if course.is_measured():
+            record[validation.LOSS] = self._validation_loss(task)
+            course.end = dataclasses.replace(course.end, best=best.after(num_done, record[validation.LOSS]))
+        if job.world.rank == 0:
+            if isinstance(self.gradients, Surgery) and self.gradients.conflicts is not None:
+                cosines = conflicts.of_layers(self.gradients.conflicts)
+                append(job, conflicts.FILE, {"phase": course.phase.name, "step": num_done, "cosines": cosines})
+            append(job, METRICS, record)
+            job.track(record)
+            job.progress(record)
+        if course.is_saved():
+            self._save(course)
+
+    def _treat(self, task: str, record: Record) -> None:
+        """After a step whose update was left out: ends the task, or lets it continue, maybe with an earlier state."""
+        course = self.courses[task]
+        job, divergence = course.job, course.divergence
+        policy, problem = job.run.train.on_divergence, str(divergence.problem)
+        if policy == "stop":
+            raise course.diverged(record["step"], problem, record["lr"])
+        if divergence.in_a_row > MOST:
+            raise course.diverged(record["step"], f"{problem}, as at the {MOST} steps before", record["lr"])
+        said = course.described(record["step"], problem)
+        record[UPDATE] = "skipped"
+        if policy == "rollback":
+            found = checkpoint.newest(job.folder / CHECKPOINTS, course.phase.name, course.origin)
+            back = -1 if found is None else found.step + found.skipped
+            remedy = "give an output folder that all ranks share"
+            agree(job.world, str(back), f"newest checkpoint in {job.folder}", remedy)
+            if found is None:
+                raise JobError(f"{said}, and there is no checkpoint to go back to; lower the learning rate")
+            self._load(task, found)
+            record[UPDATE] = f"rolled back to step {back}"
+        record.update({key: None for key in ("loss", "grad_norm") if not math.isfinite(record[key])})
+        log.warning("%s; its update is %s", said, record[UPDATE])
+
+    def _validation_loss(self, task: str) -> float:
+        job = self.courses[task].job
+        if self.routing is not None:
+            self.routing.only(task)
+        rows = job.run.train.micro_batch_size
+        losses = [
+            validation.measure(self.engine, examples, job.world, batch_size=rows, pad_id=job.pad_id)
+            for examples in job.validation
+        ]
+        return sum(losses) / len(losses)
+
+    # --- states ------------------------------------------------------------------------------------------------------
+
+    def _adapter(self, task: str) -> str:
+        return ALONE if self.routing is None else task
+
+    def _whole(self) -> list[str]:
+        return [task for task, course in self.courses.items() if course.error is None]
+
+    def _end_if_asked(self) -> None:
+        """Saves, and ends, where any rank was asked to: after the last step of all, what is left is not much more.
+
+        Tasks that have done all of their steps have them in memory alone, so they are saved too.
+        """
+        courses = [self.courses[task] for task in self._whole()]
+        if not courses or all(course.phase.name == TRAIN and not course.is_active for course in courses):
+            return
+        job = courses[0].job
+        notice = of_any(job.told(), job.world)
+        if notice:
+            for course in courses:
+                if not course.is_saved():  # else it has just been
+                    self._save(course)
+        if notice > Notice.NODE:
+            from_first(job.world, lambda: None)  # which may be writing, and ends with the first that ends
+            raise preempted(
+                notice,
+                {one.job.task: (one.end.step, one.phase.num_steps, one.phase.name) for one in courses},
+            )
+
+    def _save(self, course: Course) -> None:
+        job, end = course.job, course.end
+        checkpoint.save(
+            job.folder / CHECKPOINTS,
+            course.phase.name,
+            self.view(job.task),
+            job.world,
+            origin=course.origin,
+            keep=job.run.train.keep,
+            still_mine=job.still_mine,
+            skipped=end.step - course.num_updates,
+            spare=end.best.step if job.run.train.early_stop is not None else None,
+            notes={**end.notes(course.divergence), **self._balance()},
+        )
+
+    def _balance(self) -> dict[str, Any]:
+        """What a resumed joint job has to know of its balance."""
+        if not isinstance(self.gradients, Surgery) or not self.gradients.state:
+            return {}
+        return {"balance": dict(self.gradients.state)}
+
+    def _load(self, task: str, state: State) -> None:
+        """Puts a task's state in place of its values and moments; those of others stay."""
+        if isinstance(self.gradients, Surgery):
+            self.gradients.state = state.notes.get("balance", {})
+        self.courses[task].num_updates = state.step
+        adapter = self._adapter(task)
+        self.engine.load(state if self.routing is None else _named(state, adapter))
+
+    def _take_best(self, task: str) -> None:
+        """Where a task was to end early: its values with the lowest loss on validation rows."""
+        course = self.courses[task]
+        job, best = course.job, course.end.best
+        if job.run.train.early_stop is None or best.step == 0:
+            return
+        path = checkpoint.file_of(job.folder / CHECKPOINTS, course.phase.name, best.step)
+        from_first(job.world, lambda: None)  # which may be writing it
+        try:
+            self._load(task, checkpoint.read(path, course.phase.name, origin=course.origin))
+        except checkpoint.Damaged as error:
+            course.error = JobError(f"{error}; it has the best values, so delete {job.folder} to train again")
+
+    def _announced(self, course: Course) -> str:
+        """For people, at the start of a phase: what is trained, by what, where, and what this rank holds of it."""
+        job = course.job
+        world, train, rows = job.world, job.run.train, num_rows(job)
+        tokens = sum(example.num_tokens for examples in job.examples for example in examples)
+        per_step = tokens / rows * train.batch_size
+        values = sum(part.data.numel() for part in self.view(job.task).parts("values").values())
+        held, total = held_of_base(self.engine.model)
+        return (
+            f"phase {course.phase.name}, {course.phase.num_steps} steps of {train.batch_size} of {rows:,} rows (about "
+            f"{per_step:,.0f} tokens), on {world.size} rank{'s' * (world.size > 1)} ({world.device.type}) with "
+            f"{train.engine.name}; {course.num_entries:,} entries are trained; rank 0 holds {values:,} of them and "
+            f"{held / max(total, 1):.0%} of the base's {total:,} weights"
+        )
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+def _adapted_model(
+    jobs: Mapping[str, Job], masks: Mapping[str, Masks]
+) -> tuple[PreTrainedModel, Weights, Routing | None]:
+    """The base without its weights, with adapters whose values are zero; its weights; and, for several tasks, what
+    routes rows to adapters."""
+    first = next(iter(jobs.values()))
+    run = first.run
+    model, weights = skeleton(run.model)
+    if run.train.pack and (problems := list(config.unpackable(model.config.model_type))):
+        raise ConfigError("\n".join(problems))
+    for job in jobs.values():
+        for examples in job.examples:
+            check(examples, model)
+    routing = None
+    if len(jobs) > 1:
+        specs = {task: spec_of(run, task) if job.start is None else job.start for task, job in jobs.items()}
+        routing = packed.attach(model, specs, masks)
+    elif first.start is None:
+        attach(model, spec_of(run, first.task), masks=masks.get(next(iter(jobs))), before=first.before)
+    else:
+        attach(model, first.start, train=True)
+    if run.train.activation_checkpointing:
+        checkpoint_activations(model)
+    return model, weights, routing
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Makes the blocks forget their activations and compute them again in the backward pass."""
+    # The first is the name of the second since transformers 5.20 or so.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            # transformers checkpoints modules in training mode only. That is for them alone: dropout stays off.
+            module.training = True
+            for name, value in vars(module).items():
+                if "drop" in name and isinstance(value, float):
+                    setattr(module, name, 0.0)
+
+
+def _surgery(job: Job, model: PreTrainedModel) -> Surgery | None:
+    """What makes one gradient of the tasks', where that is asked for."""
+    joint = job.joint
+    if joint is None or joint.balance == "none":
+        return None
+    return surgery(
+        model,
+        joint.tasks,
+        job.world,
+        balance=joint.balance,
+        options=joint.options,
+        granularity=joint.granularity,
+        reduce=joint.reduce,
+        seed=joint.seed,
+    )
+
+
+# --- states of several tasks -----------------------------------------------------------------------------------------
+
+
+def _named(state: State, adapter: str) -> State:
+    """A task's state under the names that its tensors have among those of others."""
+    values, exp_avg, exp_avg_sq = (
+        {name_of(path, adapter): tensor for path, tensor in getattr(state, quantity).items()} for quantity in QUANTITIES
+    )
+    steps = {adapter: state.step}
+    return State(step=state.step, steps=steps, values=values, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+
+
+def _joined(states: Mapping[str, State | None]) -> State | None:
+    """The states of all tasks as one, without the tensors of those that have none."""
+    found = {task: state for task, state in states.items() if state is not None}
+    if not found:
+        return None
+    named = [_named(state, task) for task, state in found.items()]
+
+    def quantity(which: Quantity) -> dict[str, Tensor]:
+        return {name: tensor for state in named for name, tensor in getattr(state, which).items()}
+
+    values, exp_avg, exp_avg_sq = (quantity(which) for which in QUANTITIES)
+    steps = {task: 0 if state is None else state.step for task, state in states.items()}
+    return State(step=max(steps.values()), steps=steps, values=values, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
