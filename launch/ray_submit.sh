@@ -5,7 +5,7 @@
 #
 # The folder is sent along, so methods of your own in it are found, but neither model nor rows should be in it: these,
 # and `output`, are absolute paths that all nodes see. The nodes have lori_dist, or the folder has it. Ctrl-C ends the
-# following, not the run; the same command again goes on where a run stopped. Where the cluster was started with
+# following, not the run; the same command resumes where a run stopped. Where the cluster was started with
 # RAY_AUTH_MODE=token, that and RAY_AUTH_TOKEN_PATH are set here too.
 set -euo pipefail
 

@@ -67,7 +67,7 @@ class AdapterError(LoriError, ValueError):
 
 
 class JobError(LoriError, RuntimeError):
-    """A job of a run failed, or may not go on."""
+    """A job of a run failed, or may not continue."""
 
 
 class Stopped(LoriError):

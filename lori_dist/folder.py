@@ -1,7 +1,7 @@
 """The folder of a job's results, which appears complete, by one rename.
 
 `root/JOB` is a finished job: its files, and `job.json` that describes them. Until then they are in `root/.partial-JOB`,
-from which a job that was interrupted goes on.
+from which an interrupted job resumes.
 """
 
 import contextlib

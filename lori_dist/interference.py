@@ -30,7 +30,7 @@ Sums = Mapping[str, float]
 def interference(adapters: Sequence[Adapter], *, names: Sequence[str] | None = None) -> Figures:
     """Every figure of a set of adapters, over the modules of all of them, as plain JSON data.
 
-    names: of the adapters, all different; by default those of their blocks, joined by `+`, and told apart by a number.
+    names: of the adapters, all different; by default those of their blocks, joined by `+`, with numbers where equal.
     An adapter has nothing in a module that it does not adapt. Memory is that of the factors B and A of one module.
 
     Returns

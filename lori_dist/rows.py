@@ -145,7 +145,7 @@ def _usable(row: Mapping[str, Any] | ConfigError) -> Mapping[str, Any]:
 
 
 def responses(labels: Sequence[str], template: config.Template) -> tuple[str, ...]:
-    """The response for each label: template.response with the label in the place of its one field."""
+    """The response for each label: template.response with the label as its one field."""
     pieces = list(string.Formatter().parse(template.response))
     return tuple("".join(text + (label if name is not None else "") for text, name, _, _ in pieces) for label in labels)
 

@@ -59,7 +59,7 @@ def transfer(tasks: Sequence[str], evaluation: Evaluation) -> dict[str, Any]:
     task; and, with a[i][j] the score on task j after task i, its sign turned where lower is better, and a[0] the base,
     average: mean of a[T][j], as it was measured; forgetting: mean over j < T of the best a[i][j], j <= i < T, less
     a[T][j] (Chaudhry et al. 2018); backward: mean over j < T of a[T][j] - a[j][j]; forward: mean over j > 1 of
-    a[j - 1][j] - a[0][j] (Lopez-Paz & Ranzato 2017, with the base in the place of a random start).
+    a[j - 1][j] - a[0][j] (Lopez-Paz & Ranzato 2017, with the base instead of a random start).
     Empty until all have been evaluated.
     """
     models = ("base", *tasks)

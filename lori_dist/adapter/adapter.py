@@ -29,7 +29,7 @@ class Spec:
     dtype: torch.dtype = torch.float32
     """Data type of A. A is computed in fp32 and cast once, so casting the model never changes what was trained."""
     projection: Literal["cached", "recomputed", "trained"] = "cached"
-    """Whether A is made once and kept, or is made anew in each product and takes no memory, which is equal up to
+    """Whether A is made once and kept, or is regenerated in each product and takes no memory, which is equal up to
     rounding; or is trained as B is, from the A of the seed on (LoRA)."""
     modules_to_save: tuple[str, ...] = ()
     """Paths, or their last parts, of modules that are trained in full and stored with the adapter."""

@@ -60,15 +60,16 @@ def attach(
     at zero; its modules_to_save are trained as they are. masks: module path -> (out_features, rank) bool, the entries
     of B that exist; without masks, all do.
     before: what was trained on the same A earlier. It stays as it is, and what is trained is added to it.
-    With an Adapter: its trained updates, frozen; A is made again and compared with the adapter's checksums. With train,
-    its kept entries go on from the values they have, and A stays the one it was, also where it is stored. On the meta
-    device, which is for training, both are left to who gives the model its memory: values are zero, A is not compared.
+    With an Adapter: its trained updates, frozen; A is regenerated and compared with its checksums. With train, its
+    kept entries are trained further from their values, and A stays the one it was, also where it is stored. On the
+    meta device, which is for training, both are left to who gives the model its memory: values are zero, A is
+    not compared.
 
     Raises AdapterError for a merge of several blocks that is to be trained, for targets that match nothing or are no
     linear layers, for shapes that differ, for a layer used in two places, and for a model that has an adapter already.
 
     The model may be one that `fully_shard` was applied to: what is attached is then sharded with the modules around it,
-    and every rank calls this. One that was given to DDP or to deepspeed.initialize is refused: attach first.
+    and every rank calls this. One that is in DDP or in an engine of DeepSpeed is refused: attach first.
     """
     sharded.refuse_late(model)
     refuse_adapted(model)
@@ -154,7 +155,7 @@ def detach(model: nn.Module) -> None:
 
 
 def put(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> None:
-    """Each in the place of its base; those of experts, all of a layer in the place of its experts."""
+    """Replaces each base by its layer; of fused experts, the experts by all layers of theirs."""
     of_experts: dict[str, dict[tuple[str, int], AdaptedLinear]] = {}
     for path, layer in layers.items():
         if isinstance(layer.base, Expert):
@@ -175,7 +176,7 @@ def _set(model: nn.Module, path: str, module: nn.Module) -> None:
 def fold(model: nn.Module, *, dequantize: bool = False) -> None:
     """Adds the updates to the base's weights, so that the model runs at the base's speed. `unfold` takes them out.
 
-    dequantize: puts a layer of the model's dtype in the place of each quantised one first, which stays, also after
+    dequantize: replaces each quantised layer by one of the model's dtype first, which stays, also after
     `detach`; without it, AdapterError is raised for these. Quantising the sum again would round most of an update away.
     """
     layers = _attached(model)
@@ -282,7 +283,7 @@ def sparsify(model: nn.Module, masks: Mapping[str, Tensor] | Mapping[str, Mappin
     deepspeed.initialize after it.
     Of a model with several adapters, masks are those of all of them: name -> module path -> mask.
     Raises AdapterError for a model that has no dense adapter to train, for masks that do not fit, and for what DDP or
-    DeepSpeed have made around a model, which is to be made again around the new parameters.
+    DeepSpeed have made around a model, which has to be made again around the new parameters.
     """
     sharded.refuse_wrapped(model)
     model = sharded.unwrapped(model)

@@ -21,7 +21,7 @@ class Expert(nn.Module):
 
     def __init__(self, experts: nn.Module, projection: str, number: int) -> None:
         super().__init__()
-        self.held = (experts,)  # in a tuple, so that it is no submodule
+        self.held = (experts,)  # in a tuple, so that it is not a submodule
         self.projection, self.number = projection, number
         self.is_transposed = bool(experts.is_transposed)
         """Whether the weight is (experts, in_features, out_features)."""

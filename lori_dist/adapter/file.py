@@ -136,7 +136,7 @@ def block_bytes(path: str | os.PathLike[str]) -> tuple[int, ...]:
     path = Path(path)
     with naming(path, "read"), _opened(path) as file:
         sizes = [0] * len(_read_header(file)["blocks"])
-        for name in file.keys():  # noqa: SIM118  (a safetensors file is no mapping)
+        for name in file.keys():  # noqa: SIM118  (a safetensors file is not a mapping)
             if name.startswith(_SAVED):
                 continue
             sizes[int(name.partition(".")[0])] += file.get_tensor(name).nbytes

@@ -222,8 +222,8 @@ class Delta(nn.Module):
     The only parameter is `values`, the kept entries of B; a Delta that keeps none has no parameter, because engines
     cannot shard empty ones. A and the index are non-persistent buffers, so they are in no checkpoint and on every rank.
     So is what B was `before`, to which the values are added: entries of earlier tasks on the same A, which stay.
-    With cached=False there is no A: it is made anew in each product. With trains_a=True it is a second parameter, flat
-    as engines shard it evenly then, which begins as the A of the seed.
+    With cached=False A is regenerated in each product. With trains_a=True it is a second parameter, flat as engines
+    shard it evenly then, which begins as the A of the seed.
     """
 
     values: nn.Parameter | None  # (kept,), fp32

@@ -19,7 +19,7 @@ _TOKEN = re.compile(
 
 
 def check(where: str, patterns: Sequence[str], texts: Sequence[str]) -> None:
-    """Raises AdapterError for what is no regular expression, and where all patterns over all texts could take long.
+    """Raises AdapterError for what is not a regular expression, and where all patterns over all texts could take long.
 
     where: what the patterns are, for messages.
     """

@@ -20,7 +20,7 @@ Segments = tuple[tuple[int, slice], ...]
 
 @dataclass(kw_only=True, slots=True)
 class PerTask:
-    """Told which rows a batch has, it gets from every adapted layer's backward pass each task's gradient.
+    """Knows which rows a batch has, and gets each task's gradient from every adapted layer's backward pass.
 
     While a model has one, its backward pass gives trained parameters no gradient: what they get is made of these.
     """

@@ -167,7 +167,7 @@ def _quietly() -> Iterator[None]:
 def _copy(kind: type, settings: Any, scale: int, fewer_heads: bool) -> Any:
     """A model of the same kind and structure, narrower; None where it is too large all the same.
 
-    fewer_heads: whether there are fewer heads of the same width, in the place of as many that are narrower.
+    fewer_heads: whether there are fewer heads of the same width, instead of as many that are narrower.
     """
     small = _narrow(copy.deepcopy(settings), scale, fewer_heads)
     if _num_parameters(kind, small) > MOST_PARAMETERS:

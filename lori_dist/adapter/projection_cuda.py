@@ -30,7 +30,7 @@ def words(key: int) -> tuple[int, int]:
     return low - (low >> 63 << 64), high - (high >> 63 << 64)
 
 
-# Not specialized, since these differ from module to module and each combination would be compiled anew.
+# Not specialized, since these differ from module to module and each combination would be compiled separately.
 @triton.jit(do_not_specialize=["low", "high", "first", "stride", "width", "num_tiles"])  # type: ignore[untyped-decorator]
 def _fill(out, low, high, first, stride, width, num_tiles, scale, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
     program = tl.program_id(0)

@@ -57,7 +57,7 @@ def saved_bytes(model: nn.Module, is_adapted: Callable[[nn.Module], bool]) -> It
 
     def hooks(module: nn.Module, *places: dict[int, int]) -> Any:
         def pack(tensor: Tensor) -> Tensor:
-            # Looked up now, as engines put gathered weights in the place of sharded ones.
+            # Looked up now, as engines replace sharded weights by gathered ones.
             resident = {_address(held) for held in (*module.parameters(), *module.buffers())}
             if _address(tensor) not in resident:
                 for place in places:

@@ -154,8 +154,8 @@ def _process(
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
     store = f"file://{place / str(gang)}"
-    told = device.group_settings(rank)
-    dist.init_process_group(init_method=store, rank=rank, world_size=num_ranks, **told)
+    options = device.group_settings(rank)
+    dist.init_process_group(init_method=store, rank=rank, world_size=num_ranks, **options)
     # Gangs that work at once begin and end at once.
     meeting = dist.FileStore(str(place / "all"), num_ranks * num_gangs)  # type: ignore[attr-defined]
     found = function(setting, from_environment(), lambda: _meet(meeting, num_ranks * num_gangs), *args)

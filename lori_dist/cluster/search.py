@@ -95,7 +95,7 @@ def cma(first: Point, *, bounds: tuple[float, float], budget: int, seed: int = 0
     size = 4 + int(3 * math.log(len(first)))
     random = np.random.RandomState(seed)  # of its own: other threads draw from the global one
     options = {"bounds": list(bounds), "popsize": size, "randn": random.randn, "seed": np.nan, "verbose": -9}
-    # A generation of equal scores, as of no exact match, is no reason to stop.
+    # A generation of equal scores, as of no exact match, is not a reason to stop.
     options.update({"tolfun": 0, "tolfunhist": 0, "tolflatfitness": math.inf})
     strategy = CMAEvolutionStrategy(list(first), (bounds[1] - bounds[0]) / 4, options)
     yield [first]

@@ -154,7 +154,7 @@ def place(
 
 
 def forget_groups() -> None:
-    """Makes DeepSpeed look for the process group anew: it keeps the first one, also when that was destroyed."""
+    """Makes DeepSpeed look for the process group again: it keeps the first one, also when that was destroyed."""
     comm.cdb = None
     groups._WORLD_GROUP = None
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
@@ -321,7 +321,7 @@ class Partitioned:
             for i, batch in enumerate(micro_batches):
                 if tasks is not None:
                     tasks.begin(batch)
-                # Told for each, as steps have different numbers of them.
+                # Set for each step, as steps have different numbers of them.
                 self.model.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
                 loss = task_loss_sums(self.model, batch.to(self.world.device)) / num_targets
                 # Gradients become means over the ranks, the loss is a sum.
@@ -417,7 +417,7 @@ class Partitioned:
                 continue
             part = _share(parameter.ds_tensor, parameter) if self.stage == 3 else whole(parameter)
             part.data.copy_(state.values[path].view(-1)[part.start : part.start + part.data.numel()])
-            parameter.ds_secondary_tensor = None  # made again from the first, as after every step
+            parameter.ds_secondary_tensor = None  # recomputed from the first, as after every step
         if self.stage == 3 and (persistent := self.model.optimizer.persistent_parameters):
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
@@ -489,7 +489,7 @@ def _config(
 def _partition(model: nn.Module, weights: Weights, config: dict[str, Any], world: World) -> None:
     """Shards a model tensor by tensor, before any weight is read: no rank ever holds more than one of them whole."""
     has_second = config["zero_optimization"]["zero_hpz_partition_size"] > 1
-    # Its groups are the process's: a second model in it must be told of those of the first.
+    # Its groups are the process's: a second model in it needs those of the first.
     group = groups._get_zero_param_intra_parallel_group() if has_second else None
     init = deepspeed.zero.Init(config_dict_or_path=config, zero_param_parallel_group=group)
 
@@ -518,7 +518,7 @@ def _linear(module: nn.Linear, x: Tensor) -> Tensor:
 class _FrozenLinear(torch.autograd.Function):
     """A linear layer that saves its parameter instead of the gathered weight, and not its input.
 
-    torch's own would keep every gathered weight until the backward pass; DeepSpeed's, which it puts in the place of
+    torch's own would keep every gathered weight until the backward pass; DeepSpeed's, which replaces
     torch's for the whole process, saves the input too, as if the weight were trained.
     """
 

@@ -34,7 +34,7 @@ def read(folder: Path, model: nn.Module) -> tuple[dict[str, Factors], dict[str, 
 
 
 def _key(key: str) -> str:
-    """PEFT looks for modules_to_save by their names in the model it was given, which is not a PeftModel here."""
+    """PEFT looks for modules_to_save by their names in the model that it gets, which is not a PeftModel here."""
     return key if ".lora_" in key else key.removeprefix("base_model.model.")
 
 

@@ -309,11 +309,11 @@ def _jobs(jobs: Sequence[Row]) -> Iterator[str]:
     """Yields the failed attempts, each with its end, and a table of all jobs."""
     failed = [(row.name, number, one) for row in jobs for number, one in enumerate(row.attempts, 1) if one.error]
     if failed:
-        told = (
+        lines = (
             f"{name}, attempt {number}, after {span(one.end - one.start)}: {one.error}"
             for name, number, one in failed[:MOST]
         )
-        yield f"<ul>{''.join(f'<li>{as_html(line)}</li>' for line in told)}</ul>"
+        yield f"<ul>{''.join(f'<li>{as_html(line)}</li>' for line in lines)}</ul>"
     first = min(one.start for row in jobs for one in row.attempts)
     cells = [
         (

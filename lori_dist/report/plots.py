@@ -37,7 +37,7 @@ PALETTE: Mapping[str, tuple[str, str]] = {
     "less-3": ("#b5541c", "#e0935c"),
     "less-4": ("#7f3208", "#f7c9a6"),
 }
-"""Name -> colour on a light and on a dark page. Told apart also by the colour-blind; no two of a column are equal."""
+"""Name -> colour on a light and on a dark page. The colour-blind can distinguish them; no two of a column are equal."""
 
 SIGNED = ("less-4", "less-3", "less-2", "less-1", "more-0", "more-1", "more-3", "more-4", "more-6")
 RISING = tuple(f"more-{number}" for number in range(7))
@@ -323,7 +323,7 @@ def _heat_map(
     notes: Sequence[Sequence[float | None]] | None = None,
     down: str = "",
 ) -> Figure:
-    """Cells with their number, so that no colour has to be told from another. None: an empty cell."""
+    """Cells with their number, so that no colour has to be distinguished from another. None: an empty cell."""
     rows, columns = [shown(name, 16) for name in rows], [shown(name, 16) for name in columns]
     left = LETTER * max(map(len, [down, *rows])) + 0.15
     width = max(WIDTH, left + 0.42 * len(columns) + 0.1)

@@ -227,8 +227,8 @@ def _draw_row(axes: Axes, y: int, row: Row, clock: Clock, length: float) -> None
         place = clock.at(row.attempts[-1].end) + 0.03 * length
         axes.text(place, y + 0.5, "failed", va="center", size=7, color=tint("less-4"))
     if not row.attempts:
-        told = STATES.get(row.state, row.state)
-        axes.text(0.01 * length, y + 0.5, told, va="center", size=7, color=tint("muted"))
+        state = STATES.get(row.state, row.state)
+        axes.text(0.01 * length, y + 0.5, state, va="center", size=7, color=tint("muted"))
 
 
 def _look(row: Row, attempt: Attempt) -> dict[str, Any]:

@@ -18,9 +18,9 @@ def backend() -> str:
 
 
 def group_settings(local_rank: int) -> dict[str, Any]:
-    """What `init_process_group` is told of this machine's devices: the backend and, for nccl, the rank's device.
+    """What `init_process_group` gets to know of this machine's devices: the backend and, for nccl, the rank's device.
 
-    With it nccl connects at once, so that a network that does not work is told of at the start, and groups of some of
+    With it nccl connects at once, so that a network that does not work is reported at the start, and groups of some of
     the ranks are split from that of all. Nothing else of nccl is set: since torch 2.2 a collective that fails or takes
     longer than the group's timeout ends the process, and NCCL_DEBUG, NCCL_SOCKET_IFNAME and their like count as they
     are in the environment. Raises JobError as `of_rank`.

@@ -1,4 +1,4 @@
-"""Steps that go wrong: a loss or a gradient that is no number, or a loss far above the last ones."""
+"""Steps that go wrong: a loss or a gradient that is not a number, or a loss far above the last ones."""
 
 import math
 import statistics
@@ -10,7 +10,7 @@ from lori_dist.training.engine import StepResult
 from lori_dist.training.metrics import Record
 
 WINDOW, LEAST = 32, 8
-"""Losses that a spike is told by: the last of them, and how many there must be."""
+"""Losses that a spike is recognised by: the last of them, and how many there must be."""
 MOST = 10
 """Steps in a row that may go wrong; more are no accident."""
 UPDATE = "update"
@@ -22,7 +22,7 @@ class Divergence:
 
     def __init__(self, spike: float | None, records: Sequence[Record]) -> None:
         """spike: a loss that is so many times the median of the last is one; None: none is. records: of the steps
-        before, which a training that goes on has."""
+        before, which a training that is resumed has."""
         self.spike = spike
         self.problem: str | None = None
         """Description of what is wrong with the last step; None if nothing is."""

@@ -1,5 +1,6 @@
-"""A training that is told to end: by what, and how all ranks come to do the same after the same step. Needs no torch:
-a run's driver has the same limit."""
+"""Stop requests to a training: where they come from, and how all ranks follow them after the same step.
+
+Needs no torch: a run's driver has the same limit."""
 
 import contextlib
 import enum
@@ -18,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class Notice(enum.IntEnum):
-    """What a rank is told of the time that is left. Of several, the largest counts."""
+    """A rank's stop request, if there is one. Of several, the largest counts."""
 
     NONE = 0
     NODE = 1
-    """Saves and goes on: its node is to go, and where that is lost, the training is started again elsewhere."""
+    """Saves and continues: its node will be removed, and then training restarts elsewhere."""
     TIME_LIMIT = 2
     SIGNAL = 3
     RUN = 4
@@ -43,7 +44,7 @@ def nothing() -> Notice:
 
 
 def of_any(own: Notice, world: "World") -> Notice:
-    """What any rank is told, the same on all of them. A collective."""
+    """The stop request of any rank, the same on all of them. A collective."""
     import torch
     import torch.distributed as dist
 
@@ -62,7 +63,7 @@ def preempted(notice: Notice, saved: Mapping[str, tuple[int, int, str]]) -> Pree
 
 @contextlib.contextmanager
 def of_process(limit: float | None) -> Iterator[Told]:
-    """What this process is told: by SIGTERM, which batch systems and launchers send ahead of the end, or by a limit.
+    """The stop requests to this process: SIGTERM, which batch systems and launchers send ahead of the end, or a limit.
 
     limit: seconds from the start of the process; None: none. SIGTERM does nothing else meanwhile.
     """

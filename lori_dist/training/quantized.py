@@ -59,7 +59,7 @@ class QuantizedLinear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """x W^T. The backward pass makes W again from the layer, whose bytes an engine may have gathered anew."""
+    """x W^T. The backward pass makes W again from the layer, whose bytes an engine may have gathered again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
@@ -102,7 +102,7 @@ def dequantize(weight: Tensor, scales: Tensor, kind: Kind, shape: tuple[int, int
 
 
 def quantize_layers(model: PreTrainedModel, kind: Kind) -> None:
-    """Puts quantised layers in the place of all linear ones but the output embedding.
+    """Replaces all linear layers by quantised ones, but the output embedding.
 
     Raises ConfigError for a model whose weights are mostly in other layers, which would stay as large as they are.
     """

@@ -31,7 +31,7 @@ ARGUMENTS: Mapping[str, Callable[[Run, str, int], dict[str, Any]]] = {
     "trackio": lambda run, curve, _: {"run_name": run.name, "name": curve},
     "wandb": lambda run, curve, _: {"run_name": run.name, "name": curve, "dir": str(run.folder)},
 }
-"""How each is told the name of the run, that of what it draws (a job, or a phase of one), and the step it begins at."""
+"""How each gets the name of the run, that of what it draws (a job, or a phase of one), and the step it begins at."""
 
 NOT_DRAWN = ("step", "num_steps", "steps_left", "time")
 
@@ -41,7 +41,7 @@ def tracked(run: Run, job: str) -> Iterator[Callable[[Mapping[str, Any]], None]]
     """Gives what hands a job's records to the trackers of its run.
 
     job: its name. A record's `phase` has a curve of its own, whose steps are those of the phase. Nothing is begun
-    before the first record. Where a phase goes on after a kill, TensorBoard drops what it had from there on; the others
+    before the first record. Where a phase resumes after a kill, TensorBoard drops what it had from there on; the others
     get a new run of the same name. A `metric` is drawn by its name and that of its task, of all else the numbers are.
     Raises JobError for a tracker that cannot begin, and RuntimeError for one that fails later, as a connection may
     come back; neither has the values of secrets in the environment.
@@ -55,15 +55,15 @@ def tracked(run: Run, job: str) -> Iterator[Callable[[Mapping[str, Any]], None]]
             finish()
             begun[curve] = []
             for name in run.trackers:
-                with _told(name, JobError):
+                with _explained(name, JobError):
                     begun[curve].append(_begin(name, run, curve, step))
         for tracker in begun[curve]:
-            with _told(tracker.name, RuntimeError):
+            with _explained(tracker.name, RuntimeError):
                 tracker.log(_drawn(record), step=step)
 
     def finish() -> None:
         for tracker in begun.popitem()[1] if begun else ():
-            with _told(tracker.name, RuntimeError):
+            with _explained(tracker.name, RuntimeError):
                 tracker.finish()
 
     try:
@@ -115,7 +115,7 @@ def _drawn(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _told(name: str, kind: type[RuntimeError]) -> Iterator[None]:
+def _explained(name: str, kind: type[RuntimeError]) -> Iterator[None]:
     """A tracker's error with its place and without secrets. Its cause is left out, as that would be printed in full."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""The loss on rows that are not trained on, while a training goes on, and which of its steps had the lowest."""
+"""The loss on rows that are not trained on, during training, and which of its steps had the lowest."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence

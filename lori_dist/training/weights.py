@@ -222,7 +222,7 @@ class _Conversion:
     def rows_of(self, model: PreTrainedModel) -> list[dict[Stored, int]]:
         """Of each matrix of the 3-D tensor that these become: the tensors that are rows of it, and where they begin.
 
-        One column of numbers is converted in the place of each tensor, so that it tells what becomes of its rows.
+        One column of numbers is converted instead of each tensor, which shows what becomes of its rows.
         """
         sizes = [where.shape[0] for _, _, where in self.sources]
         starts = list(itertools.accumulate(sizes, initial=0))
@@ -272,7 +272,7 @@ def materialize(
     """Gives a model's meta tensors memory on a device, and takes its real tensors there.
 
     A is made from its seed and B is zero; parameters of the base hold anything until `fill`. make: the parameter to
-    put in the place of another, for engines that keep theirs elsewhere.
+    replace another with, for engines that keep theirs elsewhere.
     """
     make = make or (lambda parameter: on(device, parameter))
     made: dict[nn.Parameter, nn.Parameter] = {}  # torch's own `to_empty` would untie what is tied

@@ -127,7 +127,7 @@ def _patient(launcher: Mapping[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _on_loopback() -> Iterator[None]:
-    """gloo listens on this machine's own name, which others may reach, unless it is told an interface."""
+    """gloo listens on this machine's own name, which others may reach, unless it is given an interface."""
     loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
     if loopback is None or "GLOO_SOCKET_IFNAME" in os.environ:
         yield
