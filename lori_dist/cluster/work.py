@@ -240,7 +240,7 @@ def evaluate_rank(assignments: Sequence[Assignment]) -> dict[str, Any]:
 
     What the process writes goes to the log of the first.
     """
-    rank = int(os.environ["RANK"])
+    rank = int(os.environ.get("RANK", "0"))
     with working(assignments, rank) as run, contextlib.ExitStack() as stack:
         import torch
 
