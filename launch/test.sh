@@ -5,7 +5,7 @@
 #   bash launch/test.sh --slow        the slow ones too
 #   bash launch/test.sh --fast        for every save: nothing that takes long or starts a cluster
 #   bash launch/test.sh --gpu         the tests that need a GPU, and nothing else
-#   bash launch/test.sh tests/masks -k magnitude        anything else goes to pytest
+#   bash launch/test.sh tests/masks -k magnitude        anything else goes to pytest, which then runs in one process
 set -euo pipefail
 cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -31,7 +31,11 @@ else
     export CUDA_VISIBLE_DEVICES="" # all other tests are of CPUs, with more ranks than a machine has GPUs
 fi
 
+# A process of tests on each core, but none where pytest has arguments: --pdb and -x want a single one.
+processes=()
+[[ $# -gt 0 || $selection == gpu ]] || processes=(-n logical --maxprocesses 8 --dist loadscope --no-loadscope-reorder)
+
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/mypy"
-exec "$bin/python" -m pytest -m "$selection" "$@"
+exec "$bin/python" -m pytest -m "$selection" "${processes[@]}" "$@"

@@ -1,7 +1,8 @@
 """Multi-task LoRI fine-tuning: sparse adapters on a frozen, seeded projection.
 
 The public names are listed here one by one and loaded at first use (PEP 562), so that importing the package, or
-checking a configuration with it, imports no torch.
+checking a configuration with it, imports no torch. They and the verbs of `lori` are what users can rely on; README.md
+in this folder is the map of the rest. To make a name public, add it to all three lists below.
 """
 
 import importlib

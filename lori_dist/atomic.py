@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from lori_dist.errors import AdapterError
 
 _CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
-"""What file systems answer that have no such call; some network file systems cannot flush a folder, and need not."""
+"""Errors of file systems that cannot flush a folder; some network file systems cannot, and need not."""
 
 
 @contextmanager

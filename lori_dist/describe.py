@@ -16,10 +16,11 @@ ROLES: Mapping[str, str] = {
     "merges": "merge",
     "engines": "build",
     "multitask": "plan",
+    "balances": "balance",
     "evaluation": "score",
     "benchmarks": "run",
 }
-"""What the function of each plug-in folder is called."""
+"""Name of the function in each plug-in folder's files."""
 
 
 def methods() -> str:
@@ -84,7 +85,7 @@ BLOCK_TITLES = ("block", "seed", "rank", "alpha", "weight", "dtype of A", "kept"
 
 
 def _form(adapter: "Adapter", number: int) -> str:
-    """How the update of a block is written down, which is what decides its bytes."""
+    """The form in which the update of a block is stored, which decides its bytes."""
     block = adapter.blocks[number]
     if block.seed is None:
         return "A and B stored"

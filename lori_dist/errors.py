@@ -1,4 +1,4 @@
-"""What can go wrong that a user can mend. Every message reads: where, what was found, what was wanted, the remedy."""
+"""Errors that a user can correct. Every message reads: where, what was found, what was wanted, the remedy."""
 
 import io
 import json
@@ -8,7 +8,7 @@ import re
 import sys
 
 SECRET = re.compile(r"TOKEN(?!IZERS)|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
-"""In the name of a variable whose value nobody else is to see."""
+"""Words in the name of a variable whose value must not be shown."""
 PLACE = re.compile(r"_(PATH|FILE|DIR|HOME)$", re.IGNORECASE)
 """The end of the name of one that only says where it is."""
 SHORTEST, LONG = 6, 8
@@ -75,4 +75,5 @@ class Stopped(LoriError):
 
 
 class Preempted(Stopped):
-    """What was asked to end, by a signal or for its time, has saved and ended. The same again resumes from there."""
+    """A job was asked to end, by a signal or a time limit, and ended after saving. The same command resumes from
+    there."""

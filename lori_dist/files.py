@@ -9,7 +9,8 @@ import stat
 from typing import Any, BinaryIO
 
 MAX_TEXT_BYTES = 64 * 2**20
-"""At most read of a file that is held in memory whole: parsed, JSON takes many times its size."""
+"""Largest number of bytes that are read of a file that is held in memory whole: parsed, JSON takes many times its
+size."""
 
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
@@ -54,6 +55,16 @@ def read_regular(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> b
     if len(data) > limit:
         raise OSError(errno.EFBIG, f"has more than the {limit} bytes that are read", os.fspath(path))
     return data
+
+
+def folder_problem(model_path: str) -> str | None:
+    """Why a path is not a model's folder: it has no config.json. None for a folder that has one, and for names on the
+    hub."""
+    is_hub_name = model_path.count("/") == 1 and not model_path.startswith((".", "/", "~"))
+    is_local = not is_hub_name or os.path.isdir(os.path.dirname(model_path))
+    if is_local and not os.path.isfile(os.path.join(model_path, "config.json")):
+        return f"there is no config.json in {model_path!r}; give a model's folder or its name on the hub"
+    return None
 
 
 def _check(mode: int, path: str | os.PathLike[str]) -> None:

@@ -1,4 +1,4 @@
-"""Where a job's results are: a folder that appears at once, complete, by a rename.
+"""The folder of a job's results, which appears complete, by one rename.
 
 `root/JOB` is a finished job: its files, and `job.json` that describes them. Until then they are in `root/.partial-JOB`,
 from which a job that was interrupted goes on.
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 def finished(root: Path, job: Job) -> dict[str, Any] | None:
-    """What job.json says of a finished job, or None if it is not finished or its fingerprint is another one.
+    """The content of job.json of a finished job; None if the job is not finished or its fingerprint is another one.
 
     Raises JobError if job.json has been changed, or if files that it names are missing or have another content.
     """
@@ -59,8 +59,8 @@ def finished(root: Path, job: Job) -> dict[str, Any] | None:
 
 
 def superseded(root: Path, job: Job) -> str | None:
-    """What is in the folder of a job's name that is not its result, such as one of other settings: what differs, and
-    what becomes of it. None where there is nothing."""
+    """Describes what stands in the folder of a job's name without being its result, such as a result of other settings:
+    what differs, and what becomes of it. Returns None if there is nothing."""
     place = root / job.name
     if not os.path.lexists(place):
         return None
@@ -202,9 +202,9 @@ class Attempt:
 
     partial: Path
     number: int
-    """From 1."""
+    """Attempts count from 1."""
     token: str
-    """No other attempt has the same, in whatever folder."""
+    """A text that no other attempt has, in whatever folder."""
 
     def check(self) -> None:
         """Raises JobError if there is a newer attempt, or the folder is no longer there."""
@@ -236,7 +236,7 @@ def attempt(partial: Path) -> Attempt:
 
 LOCK, STOP = ".lock", ".stop"
 LOCK_SECONDS = 1.0
-"""For which a lock is tried again: whoever asks for the `owner` holds it for a moment."""
+"""Seconds for which a busy lock is tried again; whoever asks for the `owner` holds it for a moment."""
 
 
 @contextlib.contextmanager
@@ -291,7 +291,7 @@ def _taken(root: Path, name: str) -> JobError:
 
 
 def shown_owner(name: str) -> str:
-    """For people: without what makes it unique."""
+    """The owner's name for people, without the part that makes it unique."""
     return name.rpartition(", ")[0] or name
 
 
@@ -311,7 +311,7 @@ FILES = re.compile(
     r"|[^/]*\.(jsonl|json|safetensors|log)|\.ray-token"
 )
 FOLDERS = ("logs", "checkpoints", "tried")
-"""What a run's folder has of files and of folders, by name."""
+"""Files and folders that a run's folder may hold, by name."""
 
 
 def check_entries(root: Path) -> None:
@@ -391,7 +391,8 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """None if there is no such file, or it is no JSON object. Raises JobError for what is not a regular file."""
+    """The JSON object in a file; None if there is no such file, or it has something else. Raises JobError for what is
+    not a regular file."""
     try:
         return _object(read_regular(path))
     except (FileNotFoundError, NotADirectoryError):
@@ -422,7 +423,7 @@ def _public(tree: Any) -> Any:
 
 
 def _as_written(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """What a reader of the file finds."""
+    """The content of the file as a reader of its JSON gets it."""
     found: dict[str, Any] = json.loads(json.dumps(_public(tree)))
     return found
 
@@ -446,7 +447,7 @@ def _digest(tree: Mapping[str, Any]) -> str:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Of all files in a folder: path relative to it -> bytes. What this module puts there does not count."""
+    """Bytes of all files in a folder by their path in it, without the files that this module writes."""
     files = (file for file in sorted(folder.rglob("*")) if file.is_file())
     sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files}
     return {

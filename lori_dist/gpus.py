@@ -43,12 +43,12 @@ DEVICES: Mapping[str, Mapping[str, float]] = {
 NVLink or PCIe in one direction, and one network adapter of 400 or 200 Gb/s for each device, or one for a node. Clouds
 differ: say what you know of yours."""
 ASSUMED = "h100"
-"""Where no device is named."""
+"""Device that is assumed if none is named."""
 OTHER_NAMES: Mapping[str, str] = {"4090": "rtx-4090", "3090": "rtx-3090", "a100-80": "a100", "rtx4090": "rtx-4090"}
 
 
 def device(name: str) -> tuple[str, dict[str, float]]:
-    """Its name in DEVICES, and what is usual of it. Raises ConfigError for a device that is not known."""
+    """The device's name in DEVICES and its usual figures. Raises ConfigError for an unknown device."""
     known = OTHER_NAMES.get(name.lower(), name.lower())
     if known not in DEVICES:
         near = nearest(name, [*DEVICES, *OTHER_NAMES])

@@ -15,7 +15,8 @@ from lori_dist.adapter.update import Part, Update, label, split
 from lori_dist.errors import AdapterError
 
 SIGN_ENTRIES = 1 << 22
-"""Of a module's update whose signs are compared: of a larger one, evenly spread rows. Bounds the time a 70B takes."""
+"""Entries of a module's update whose signs are compared; evenly spread rows stand for a larger update. This bounds the
+time for a 70B model."""
 
 _CHUNK = 1 << 20  # entries of an update that exist at a time
 _CUT = 4 * torch.finfo(torch.float64).eps  # per row: what an eigenvalue of a Gram matrix of lower rank can become
@@ -23,7 +24,7 @@ _CUT = 4 * torch.finfo(torch.float64).eps  # per row: what an eigenvalue of a Gr
 Figures = dict[str, Any]
 """Plain JSON data."""
 Sums = Mapping[str, float]
-"""What can be added up over modules; what is not there is zero."""
+"""Quantities that add up over modules; a missing one is zero."""
 
 
 def interference(adapters: Sequence[Adapter], *, names: Sequence[str] | None = None) -> Figures:
@@ -74,7 +75,7 @@ def interference(adapters: Sequence[Adapter], *, names: Sequence[str] | None = N
 
 
 def pair_figures(sums: Mapping[str, float]) -> Figures:
-    """What two adapters, s and t, have to do with each other in one or in several modules m.
+    """Figures of how two adapters, s and t, interfere in one or several modules m.
 
     sums: of what `_sums` and `_signs` say of each of these modules. With D = B A, the scale in B:
 
@@ -155,7 +156,7 @@ class _Factors:
     b: Tensor  # (out_features, rank), the scale in it
     a: Tensor  # (rank, in_features)
     keys: tuple[tuple[object, ...], ...]
-    """For each row of a: its A, and the row's number in it."""
+    """One key for each row of a: the identity of its A, and the row's number in it."""
     is_computed: bool
     """Whether an A has no seed."""
     num_projections: int
@@ -233,7 +234,7 @@ def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sums(s: _Factors, t: _Factors) -> Sums:
-    """What is added up over modules to give the figures of s and t, but for signs."""
+    """The quantities that add up over modules to the figures of s and t, except those of signs."""
     sums = {**_own(s, "s"), **_own(t, "t")}
     if not len(s.a) or not len(t.a):
         return sums
@@ -287,7 +288,7 @@ def _energy(gram: Tensor, projected: Tensor) -> float:
 
 
 def _signs(factors: Mapping[str, _Factors]) -> dict[tuple[str, str], Sums]:
-    """For each two that both keep an entry in this module: how many signs were compared, and how many are opposite."""
+    """Pair of adapters that both keep an entry in this module -> numbers of compared signs and of opposite ones."""
     found, apart = {}, []
     for pair in itertools.combinations([name for name, one in factors.items() if one.keys], 2):
         s, t = (factors[name] for name in pair)

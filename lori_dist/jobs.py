@@ -1,4 +1,4 @@
-"""What a run consists of: jobs, what each needs, and the fingerprints that say whether a result is still theirs."""
+"""The jobs of a run: what each needs, and the fingerprints that say whether a finished result is still valid."""
 
 import contextlib
 import functools
@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -18,44 +18,22 @@ from lori_dist.files import open_regular, parse_json, read_regular
 
 Kind = Literal["train", "merge", "evaluate"]
 
+GANGS: tuple[Kind, ...] = ("train", "evaluate")
+"""Kinds of job that are done by ranks, as they run the model."""
+
 FORMAT = 1
-"""Part of every fingerprint: another number does everything anew."""
+"""A part of every fingerprint: with another number, every job is done again."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,199}", re.ASCII)
-"""Of jobs: nothing in it can leave the run's folder."""
-
-PLACEMENT = (
-    "engine",
-    "micro_batch_size",
-    "activation_checkpointing",
-    "compile",
-    "checkpoint_every",
-    "keep",
-    "projection",
-    "pack",
-    "deterministic",
-    "time_limit",
-)
-"""Settings of training and of the adapter that change the result by rounding at most; but for a trained projection."""
-
-NEUTRAL: Mapping[str, Any] = {
-    "on_divergence": "stop",
-    "spike": None,
-    "validate_every": None,
-    "early_stop": None,
-    "modules_to_save": [],
-    "exclude": [],
-}
-"""Settings of training and of the adapter that change nothing at these values, and are part of a fingerprint only at
-others."""
+"""Pattern of job names: nothing in them can leave the run's folder."""
 
 JOINT = "joint"
-"""The adapter that tasks have together has this name in the place of a task's."""
+"""The name that stands for a task's in the adapter that all tasks share."""
 
 WEIGHTS = (".safetensors", ".bin")
 TEXTS = (".json", ".txt", ".model", ".jinja")
 WHOLE = 64 * 2**20
-"""A weight file up to this many bytes is hashed in full, a larger one by samples."""
+"""Bytes up to which a weight file is hashed in full; a larger one is hashed by samples."""
 SAMPLE, NUM_SAMPLES = 2**16, 16
 
 
@@ -69,12 +47,12 @@ class Job:
     needs: tuple[str, ...] = ()
     """Names of the jobs whose results it reads."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What determines the result to rounding, as plain JSON; results of `needs` apart."""
+    """All that determines the result up to rounding, as plain JSON, apart from the results of `needs`."""
     fingerprint: str
-    """Of the settings and of the fingerprints of what it needs."""
+    """Digest of the settings and of the fingerprints of the jobs that it needs."""
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for a name that cannot be that of a folder in the run's."""
+        """Raises ConfigError for a name that cannot be a folder's name."""
         if not NAME.fullmatch(self.name) or self.name == "logs":
             raise ConfigError(
                 f"multitask: the plan has a job called {self.name!r}; names of jobs are at most 200 letters, digits, "
@@ -98,10 +76,16 @@ def task_seed(run: config.Run, task: str) -> int:
 # --- the jobs there are ----------------------------------------------------------------------------------------------
 
 
+def plan(run: config.Run) -> list[Job]:
+    """The jobs of a run as `multitask` plans them, each after those that it needs. Raises ConfigError."""
+    method = plugin.find("multitask", run.multitask.name, "plan", "multitask")
+    return order(method.load()(run, **method.bind(run.multitask.options, "multitask")))
+
+
 def train_job(run: config.Run, task: str, after: Sequence[Job] = (), sequel: Mapping[str, Any] | None = None) -> Job:
-    """The training of one task's adapter. sequel: to what it is added, as `training.train.train` takes it."""
-    tree = config.dump(run)
-    own, held_out = tree["tasks"][task], config.held_out(run, task)
+    """The training of one task's adapter. after: jobs that it needs. sequel: the adapter that it adds to, as
+    `training.train.train` takes it."""
+    own, held_out = run.tasks[task], config.held_out(run, task)
     return _job(
         "train",
         task,
@@ -110,21 +94,20 @@ def train_job(run: config.Run, task: str, after: Sequence[Job] = (), sequel: Map
         seed=task_seed(run, task),
         model=_model(run.model),
         data={
-            "rows": sha256(own["train"]),
+            "rows": sha256(own.train),
             "template": _template(run, own),
-            **({"mixture": _mixture(own["mixture"])} if own["mixture"] else {}),
+            **({"mixture": _mixture(own.mixture)} if own.mixture else {}),
             **({"held_out": held_out} if held_out else {}),  # a run without a search has the fingerprints it had
-            **({} if run.train.validate_every is None else {"validation": sha256(own["validation"])}),
+            **({} if run.train.validate_every is None else {"validation": sha256(str(own.validation))}),
         },
         **({} if sequel is None else {"sequel": dict(sequel)}),
-        **({} if own["start"] is None else {"start": _contents(Path(own["start"]))}),
+        **({} if own.start is None else {"start": contents(Path(own.start))}),
         **_protocol(replace(run, train=config.trained_as(run, task))),
     )
 
 
 def joint_job(run: config.Run, joint: Mapping[str, Any]) -> Job:
-    """The training of one adapter on all tasks together. joint: how, as `training.joint.Joint` takes it."""
-    tree = config.dump(run)
+    """The training of one adapter on all tasks together. joint: its settings, as `training.joint.Joint` takes them."""
     return _job(
         "train",
         JOINT,
@@ -134,11 +117,11 @@ def joint_job(run: config.Run, joint: Mapping[str, Any]) -> Job:
         model=_model(run.model),
         tasks={
             name: {
-                "rows": sha256(task["train"]),
+                "rows": sha256(task.train),
                 "template": _template(run, task),
-                **({} if run.train.validate_every is None else {"validation": sha256(task["validation"])}),
+                **({} if run.train.validate_every is None else {"validation": sha256(str(task.validation))}),
             }
-            for name, task in tree["tasks"].items()
+            for name, task in run.tasks.items()
         },
         joint=dict(joint),
         **_protocol(run),
@@ -146,12 +129,11 @@ def joint_job(run: config.Run, joint: Mapping[str, Any]) -> Job:
 
 
 def _protocol(run: config.Run) -> dict[str, Any]:
-    """How an adapter is trained, whatever its rows."""
-    tree = config.dump(run)
+    """The settings of a training, apart from its rows."""
     is_trained = {"projection": "trained"} if run.adapter.projection == "trained" else {}
     return {
-        "adapter": {**_telling(tree["adapter"], ("seed", "share_projection", *PLACEMENT)), **is_trained},
-        "train": _telling(tree["train"], PLACEMENT),
+        "adapter": {**config.fingerprinted(run.adapter), **is_trained},
+        "train": config.fingerprinted(run.train),
         **_engine(run),
         **_kinds(run),
         **_code("adapter.mask", run.adapter.mask.name),
@@ -159,8 +141,8 @@ def _protocol(run: config.Run) -> dict[str, Any]:
 
 
 def _engine(run: config.Run) -> dict[str, Any]:
-    """Options of the engine that change the result by more than rounding, as its file says by RESULT, where they are
-    given; of a file (FILES), what it holds."""
+    """The options of the engine that change the result by more than rounding (RESULT in its file), if they are given;
+    for files that options name (FILES), their content."""
     engine = run.train.engine
     method = plugin.find("engines", engine.name, "build", "train.engine")
     files = config.engine_files(run)
@@ -173,7 +155,7 @@ def _engine(run: config.Run) -> dict[str, Any]:
 
 
 def _content(path: str) -> Any:
-    """Of a JSON file, its values, whatever blanks stand between them; of another one, its digest."""
+    """The values of a JSON file, whatever its white space; the digest of another file."""
     try:
         return parse_json(read_regular(path))
     except ValueError:
@@ -181,8 +163,8 @@ def _content(path: str) -> Any:
 
 
 def _kinds(run: config.Run) -> dict[str, str]:
-    """`per_projection` once took the number of an expert for a kind of module: masks of then are not taken for those of
-    now."""
+    """A setting for `per_projection`, which once took the number of an expert for a module kind: masks from that time
+    are not taken for today's."""
     if run.adapter.mask.name != "per_projection":
         return {}
     try:
@@ -192,34 +174,32 @@ def _kinds(run: config.Run) -> dict[str, str]:
     return {"kinds": "experts' matrices by name"} if has_experts else {}
 
 
-def _telling(section: Mapping[str, Any], outside: Sequence[str]) -> dict[str, Any]:
-    return {
-        key: value
-        for key, value in section.items()
-        if key not in outside and not (key in NEUTRAL and value == NEUTRAL[key])
-    }
-
-
 def _mixture(shares: Mapping[str, float]) -> list[list[Any]]:
     return [[sha256(path), share] for path, share in shares.items()]
 
 
-def _template(run: config.Run, task: Mapping[str, Any]) -> dict[str, Any]:
-    """Runs without messages have the fingerprints they had, and so have those whose chat template writes no date."""
-    given = {key: value for key, value in task["template"].items() if value is not None}
-    is_dated = "messages" in given and "date" not in given and _writes_date(run.model.path)
+def _template(run: config.Run, task: config.Task) -> dict[str, Any]:
+    """The settings of a template. Runs without messages, or whose chat template writes no date, keep the fingerprints
+    that they had."""
+    given = config.fingerprinted(task.template)
+    is_dated = task.template.chat is not None and "date" not in given and _writes_date(run.model.path)
     return {**given, **({"date": rows.DATE} if is_dated else {})}
 
 
+def _labels(task: config.Task) -> list[str] | None:
+    return None if task.labels is None else list(task.labels)
+
+
 def _writes_date(path: str) -> bool:
-    """Whether the chat template in a model's folder asks for today's date. Of a name on the hub this is not known."""
+    """Whether the chat template in a model's folder asks for today's date. True for a name on the hub, for which this
+    is not known."""
     folder = Path(path)
     files = [file for file in folder.glob("*") if file.name.startswith(("chat_template", "tokenizer_config"))]
     return not folder.is_dir() or any(b"strftime_now" in file.read_bytes() for file in files if file.is_file())
 
 
 def merge_job(run: config.Run, name: str, trained: Mapping[str, Job]) -> Job:
-    """One merge. trained: task -> the job that makes its adapter."""
+    """The job of one merge. trained: task -> the job that makes its adapter."""
     merge = run.merges[name]
     tasks = merge.tasks if merge.tasks is not None else tuple(run.tasks)
     share = plugin.default_weight(*_bound(name, merge), len(tasks))
@@ -283,13 +263,12 @@ def same_merges_said(groups: Iterable[Sequence[str]]) -> Iterator[str]:
 
 def _search(run: config.Run, search: config.Search, tasks: Sequence[str]) -> dict[str, Any]:
     def data(name: str) -> dict[str, Any]:
-        task = config.dump(run)["tasks"][name]
-        part = "train" if task["validation"] is None else "validation"
-        return {"part": part, "rows": sha256(task[part]), "template": _template(run, task), "labels": task["labels"]}
+        task = run.tasks[name]
+        part, path = ("train", task.train) if task.validation is None else ("validation", task.validation)
+        return {"part": part, "rows": sha256(path), "template": _template(run, task), "labels": _labels(task)}
 
     return {
-        **{item.name: getattr(search, item.name) for item in fields(search)},
-        "bounds": list(search.bounds),
+        **config.fingerprinted(search),
         "tasks": {name: data(name) for name in tasks},
         "model": _model(run.model),
         "max_length": run.train.max_length,
@@ -300,7 +279,6 @@ def _search(run: config.Run, search: config.Search, tasks: Sequence[str]) -> dic
 
 def evaluate_job(run: config.Run, model: str, adapter: Job | None) -> Job:
     """The evaluation of a model on every task. adapter: the job that makes the adapter; None is the base alone."""
-    tree = config.dump(run)
     return _job(
         "evaluate",
         model,
@@ -309,10 +287,10 @@ def evaluate_job(run: config.Run, model: str, adapter: Job | None) -> Job:
         adapter=adapter.name if adapter else None,
         model=_model(run.model),
         tasks={
-            name: {"rows": sha256(task["test"]), "template": _template(run, task), "labels": task["labels"]}
-            for name, task in tree["tasks"].items()
+            name: {"rows": sha256(task.test), "template": _template(run, task), "labels": _labels(task)}
+            for name, task in run.tasks.items()
         },
-        evaluate={key: value for key, value in tree["evaluate"].items() if key not in ("batch_size", "lm_eval")},
+        evaluate=config.fingerprinted(run.evaluate),
         **({} if run.evaluate.lm_eval is None else {"lm_eval": _lm_eval(run.evaluate.lm_eval)}),
         max_length=run.train.max_length,
         **_choice(*run.evaluate.metrics),
@@ -321,25 +299,25 @@ def evaluate_job(run: config.Run, model: str, adapter: Job | None) -> Job:
 
 
 def _choice(*metrics: str) -> dict[str, Any]:
-    """It once counted the end token, as `choice_end` does: figures of then are not taken for those of now."""
+    """A setting for `choice`, which once counted the end token, as `choice_end` does: figures from that time are not
+    taken for today's."""
     return {"choice": "without end"} if "choice" in metrics else {}
 
 
 def _lm_eval(settings: config.LmEval) -> dict[str, Any]:
     """What is measured, with the user's own tasks by their content; not the rows that these name."""
-    files = {} if settings.include is None else _contents(Path(settings.include))
-    rest = {item.name: getattr(settings, item.name) for item in fields(settings) if item.name != "include"}
-    return {**rest, "tasks": list(settings.tasks), "files": files}
+    files = {} if settings.include is None else contents(Path(settings.include))
+    return {**config.fingerprinted(settings), "files": files}
 
 
-def _contents(path: Path) -> dict[str, str]:
+def contents(path: Path) -> dict[str, str]:
     """Of a file, or of all in a folder: path in it -> digest."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     return {str(file.relative_to(path)): sha256(file) for file in files if file.exists() and not file.is_dir()}
 
 
 def _code(path: str, *methods: str) -> dict[str, Any]:
-    """The user's own methods by their content: they change without a new version of this program."""
+    """The digests of the user's own methods, which change without a new version of this program."""
     own = [name for name in methods if "." in name]
     return {"code": {name: sha256(plugin.source_of(name, path)) for name in own}} if own else {}
 
@@ -355,7 +333,8 @@ def _job(kind: Kind, suffix: str, needs: Sequence[Job], **settings: Any) -> Job:
 
 
 def check_inputs(run: config.Run, job: Job) -> None:
-    """Raises JobError if rows or the model have changed since the job was planned: its result would be of neither."""
+    """Raises JobError if rows or the model have changed since the job was planned: its result would belong to
+    neither."""
     read = job.settings
     if job.kind == "merge":
         if "search" not in job.settings:
@@ -369,7 +348,7 @@ def check_inputs(run: config.Run, job: Job) -> None:
             raise JobError(f"{where}: the file has changed since the run began; give the same command again")
         if "mixture" in data and data["mixture"] != _mixture(run.tasks[task].mixture):
             raise JobError(f"tasks.{task}.mixture: a file has changed since the run began; give the same command again")
-    if "start" in read and read["start"] != _contents(Path(str(run.tasks[read["task"]].start))):
+    if "start" in read and read["start"] != contents(Path(str(run.tasks[read["task"]].start))):
         raise JobError(f"tasks.{read['task']}.start: has changed since the run began; give the same command again")
     if _model(run.model)["content"] != read["model"]["content"]:
         raise JobError("model.path: the model has changed since the run began; give the same command again")
@@ -386,26 +365,22 @@ def fingerprint(kind: str, settings: Mapping[str, Any], upstream: Sequence[str])
 
 
 def sha256(path: str | Path) -> str:
-    """Of a file's content, read once as long as the file stays as it is; of a data set on the hub, of its name."""
+    """Digest of a file's content, which is read once as long as the file stays as it is; for a data set on the hub, of
+    its name."""
     if tables.is_hub(str(path)):
         return hashlib.sha256(str(path).encode()).hexdigest()
     return _digest(str(Path(path).absolute()), _state(path), None)
 
 
 def _model(model: config.Model) -> dict[str, Any]:
-    asked = {name: getattr(model, name) for name in ("quantize", "attention")}
-    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-    if model.trust_remote_code:
-        given["trust_remote_code"] = True
-    if _joins(model.path):
-        given["tokens"] = "joined"
+    tokens = {"tokens": "joined"} if _joins(model.path) else {}
     content = model_content(model.path, code=model.trust_remote_code)
-    return {"content": content, "dtype": model.dtype, **given}
+    return {"content": content, **config.fingerprinted(model), **tokens}
 
 
 def _joins(path: str) -> bool:
-    """Whether prompt and response are tokenised as one text. Byte-level tokenizers do not need it: results that they
-    gave before this was done are still right, and keep their fingerprints."""
+    """Whether prompt and response are tokenised as one text. Byte-level tokenizers do not need it: their results from
+    before this was done are still right, and keep their fingerprints."""
     try:
         return not _is_byte_level(path, _state(Path(path) / "tokenizer.json"))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -425,7 +400,7 @@ def _is_byte_level(path: str, state: tuple[int, int]) -> bool:
 
 
 def model_content(path: str, *, code: bool = False) -> dict[str, str]:
-    """What is in a model's folder: file name -> digest, wherever the folder is. For a name on the hub, the name.
+    """File name -> digest, for a model's folder, wherever it is. For a name on the hub, the name.
 
     code: whether its Python files count, as they do where they are run. Weight files over 64 MiB are read in samples: a
     change of all tensors, as training makes it, is noticed.
@@ -471,8 +446,8 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 def differences(kind: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """Each setting of a job that is another one, by its place in the configuration: `train.lr 0.005 -> 0.004`.
 
-    there, here: the settings of two jobs of one kind, as plain JSON. Of files that differ (rows, the model, an adapter
-    to start from, code) it says that they have changed.
+    there, here: the settings of two jobs of one kind, as plain JSON. Files that differ (rows, the model, an adapter to
+    start from, code) are only said to have changed.
     """
     before, after = _leaves(there), _leaves(here)
     names = [name for name in {**before, **after} if before.get(name, _ABSENT) != after.get(name, _ABSENT)]
@@ -498,8 +473,8 @@ def differences(kind: str, there: Mapping[str, Any], here: Mapping[str, Any]) ->
 def _place(
     kind: str, name: tuple[str, ...], settings: Mapping[str, Any], parts: Mapping[str, Any]
 ) -> tuple[str, str | None]:
-    """Where a setting of a job is in the configuration, and, of a file among several, which: empty where the place is
-    that of one file, None where it is not a file."""
+    """The place of a job's setting in the configuration, and, for a file among several, its name: empty if the place
+    names one file, None if it is not a file."""
     path = ".".join(name)
     task = settings.get("task", settings.get("subject", ""))
     match name:
@@ -596,7 +571,7 @@ def ready(jobs: Iterable[Job], finished: Collection[str], running: Collection[st
 
 
 def path_lengths(jobs: Sequence[Job]) -> dict[str, int]:
-    """Job -> how many jobs there are on the longest way from it to the end of the run, itself among them.
+    """Job -> number of jobs on the longest way from it to the end of the run, itself included.
 
     jobs: in the order that `order` gives.
     """

@@ -1,10 +1,10 @@
-"""How far long work is: a bar on the last line of a terminal, and lines of a log where stderr is a file or a pipe."""
+"""The progress of long work: a bar on the last line of a terminal, and lines of a log if stderr is a file or a pipe."""
 
 import logging
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from lori_dist.cluster.board import Progress
 
 SECONDS_BETWEEN_LINES = 30.0
-"""Of a log."""
+"""Seconds between two lines in a log."""
 STEPS_OF_A_PACE = 32
 """The last steps, whose median time says how long the others will take."""
 
@@ -101,13 +101,23 @@ def of_training(task: str) -> Iterator[Callable[[Mapping[str, Any]], None]]:
 
 
 @contextmanager
-def of_evaluation(models: Sequence[str]) -> Iterator[Callable[[str, str, int, int], None]]:
-    """Gives what takes a model's name and then what `evaluation.evaluate` reports: measurements over all models."""
+def of_evaluation() -> Iterator[Callable[[str, int, int], None]]:
+    """Gives what `evaluation.evaluate_all` reports to. Shows what is measured, how many measurements are done, and how
+    long the others will take.
 
-    def show(model: str, what: str, num_done: int, num_measurements: int) -> None:
-        bar.total = num_measurements * len(models)
-        bar.n = num_measurements * models.index(model) + num_done
-        bar.set_description_str(f"{model}: {what}")
+    On a terminal that is a bar. Else it is a line of the log for a measurement, at most one in `SECONDS_BETWEEN_LINES`.
+    """
+    start = last = time.monotonic()
+
+    def show(what: str, num_done: int, num_measurements: int) -> None:
+        nonlocal last
+        bar.total, bar.n = num_measurements, num_done
+        bar.set_description_str(what)
+        now = time.monotonic()
+        if bar.disable and num_done and now - last >= SECONDS_BETWEEN_LINES:
+            last = now
+            left = duration((now - start) / num_done * (num_measurements - num_done))
+            log.info("%s: %d of %d measurements are done, %s left", what, num_done, num_measurements, left)
 
     with _bar("{desc} {n_fmt}/{total_fmt} {bar} {elapsed}<{remaining}") as bar:
         yield show

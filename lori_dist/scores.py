@@ -1,4 +1,4 @@
-"""What an evaluation says of merges, and of tasks that were trained one after another."""
+"""Figures of an evaluation on merges, and on tasks that were trained one after another."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -6,6 +6,12 @@ from typing import Any
 
 Evaluation = Mapping[str, Mapping[str, Mapping[str, float]]]
 """Model -> task -> metric -> value."""
+
+Intervals = Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]
+"""Model -> task -> metric -> lowest and highest value, with a confidence of 95%."""
+
+MEASURED, PREDICTIONS = "measured.jsonl", "predictions.jsonl"
+"""Files of a model's evaluation: what it has measured so far, and each row's prediction."""
 
 LOWER_IS_BETTER = frozenset({"loss"})
 """Metrics; more is better in all others, those of the user's own among them."""

@@ -32,7 +32,7 @@ LAST = "job.json"
 log = logging.getLogger(__name__)
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
-"""After which a driver that says nothing is taken for dead, by the clocks of both."""
+"""Seconds after which a silent driver is taken for dead, by the clocks of both."""
 
 
 def is_url(output: str) -> bool:
@@ -40,18 +40,18 @@ def is_url(output: str) -> bool:
 
 
 MIRRORS = "LORI_MIRRORS"
-"""Variable of the environment: where mirrors are, for processes that have a TMPDIR of their own."""
+"""Environment variable with the folder of mirrors, for processes that have a TMPDIR of their own."""
 
 
 def mirror_folder(output: str, name: str) -> Path:
-    """Where this machine's and this user's copy of a run is. The same in every process."""
+    """Folder of this machine's and this user's copy of a run, which is the same in every process."""
     digest = hashlib.blake2b(output.rstrip("/").encode(), digest_size=8).hexdigest()
     return Path(os.environ.get(MIRRORS) or tempfile.gettempdir()) / f"lori-{os.getuid()}" / digest / name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mirror:
-    """A run's folder there and here."""
+    """A run's folder on storage, and its copy on this machine."""
 
     files: Any
     """fsspec's file system."""
@@ -59,7 +59,8 @@ class Mirror:
     here: Path
 
     def pull(self, prefix: str = "") -> None:
-        """Fetches what has changed there since it was last fetched or put. prefix: a file or a folder of the run's."""
+        """Fetches files that have changed on the storage since they were last fetched or put. prefix: a file or a
+        folder of the run's."""
         self.here.mkdir(parents=True, exist_ok=True)
         with self._known() as known:
             listed = self._listed(prefix)
@@ -83,7 +84,8 @@ class Mirror:
                 known[name] = {"there": _version(about), "here": _state(path)}
 
     def push(self, prefix: str = "") -> None:
-        """Puts what has changed here. What begins with a dot, writes that were cut off, stays here."""
+        """Puts files that have changed here. Files whose names begin with a dot, writes that were cut off, stay
+        here."""
         with self._known() as known:
             for path in sorted(self._local(prefix), key=lambda path: path.name == LAST):
                 name = path.relative_to(self.here).as_posix()
@@ -94,7 +96,7 @@ class Mirror:
                         known[name] = {"there": _version(self.files.info(f"{self.there}/{name}")), "here": state}
 
     def prune(self, prefix: str) -> None:
-        """Deletes there what is not here."""
+        """Deletes files on the storage that are not here."""
         with self._known() as known:
             for name in self._listed(prefix):
                 if not (self.here / name).exists():
@@ -103,7 +105,7 @@ class Mirror:
                         self.files.rm_file(f"{self.there}/{name}")
 
     def check(self, markers: str, number: int, token: str) -> None:
-        """Raises JobError if there is a newer attempt there, or not this one. markers: path without number."""
+        """Raises JobError if the storage has a newer attempt, or not this one. markers: path without number."""
         place = f"{self.there}/{markers}"
         self.files.invalidate_cache()
         try:
@@ -114,7 +116,7 @@ class Mirror:
             raise JobError(f"{place}{number}: this attempt does not own the folder, or no longer; it stops here")
 
     def delete(self, prefix: str) -> None:
-        """Deletes a folder there."""
+        """Deletes a folder on the storage."""
         with contextlib.suppress(FileNotFoundError):
             self.files.rm(f"{self.there}/{prefix}", recursive=True)
 
@@ -187,7 +189,8 @@ class Mirror:
 
     @contextlib.contextmanager
     def _known(self) -> Iterator[dict[str, Any]]:
-        """File -> its version there and its state here when both were the same. One process at a time is in here."""
+        """File -> its version on the storage and its state here when both were the same. One process at a time may be
+        inside."""
         with (self.here / f"{KNOWN}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             path = self.here / KNOWN
@@ -222,13 +225,13 @@ def open(output: str, name: str) -> Mirror:
 
 
 def put(output: str, name: str, prefix: str) -> None:
-    """Puts a file or folder of a run where other machines find it: nothing to do where `output` is a path."""
+    """Puts a file or folder of a run where other machines find it. Does nothing if `output` is a path."""
     if is_url(output):
         open(output, name).push(prefix)
 
 
 def _make_private(here: Path) -> None:
-    """Raises ConfigError where another user has made the folder first: what is in it could be theirs."""
+    """Raises ConfigError if another user has made the folder first: its content could be theirs."""
     top = here.parent.parent
     top.mkdir(mode=0o700, exist_ok=True)
     found = top.lstat()
@@ -239,7 +242,7 @@ def _make_private(here: Path) -> None:
 
 @contextlib.contextmanager
 def driving(output: str, name: str) -> Iterator[None]:
-    """A driver's time with a run: with a URL, the mirror is filled at its start and put back at its end."""
+    """Surrounds a driver's work on a run: with a URL, the mirror is filled at the start and put back at the end."""
     if not is_url(output):
         yield
         return
@@ -253,7 +256,8 @@ def driving(output: str, name: str) -> Iterator[None]:
 
 
 def _read_known(path: Path) -> dict[str, Any]:
-    """What was fetched and put; nothing where the file is damaged, and then all is fetched again."""
+    """The record of files that were fetched and stored. It is empty if the file is damaged; then all is fetched
+    again."""
     try:
         tree = json.loads(read_regular(path).decode())
     except FileNotFoundError:

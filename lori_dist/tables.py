@@ -10,27 +10,27 @@ import itertools
 import json
 import lzma
 import math
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from pathlib import Path
 from typing import IO, Any
 
 from lori_dist.errors import ConfigError
 from lori_dist.files import require_regular
 
 HUB = "hub:"
-"""Begins `hub:NAME:SPLIT`, a data set of the hub, or a folder of data files, as `datasets` loads it."""
+"""Prefix of `hub:NAME:SPLIT`, a data set of the hub, or a folder of data files, as `datasets` loads it."""
 Row = dict[str, Any]
 BLANKS = re.compile(r"[ \t\n\r]*")
 UNDECODED = re.compile("[\udc80-\udcff]")
-"""Bytes that are not UTF-8, as `surrogateescape` keeps them."""
+"""Matches bytes that are not UTF-8, as `surrogateescape` keeps them."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-"""What may follow the ending that tells the kind of file. The content tells how a file is compressed."""
+"""Endings that may follow the one of the file's kind. How a file is compressed is found from its content."""
 HOLDERS = ("data", "rows", "examples", "instances", "items", "records")
-"""Keys that a JSON object with other keys has its rows under."""
+"""Keys under which a JSON object may have its rows if it has other keys as well."""
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SEPARATORS = {",": "commas", "\t": "tabs"}
 MISSING = ("", "NaN", "nan", "<NA>", "NULL", "null")
@@ -42,10 +42,6 @@ class Missing:
     """No value, as a CSV file writes it."""
 
     written: str
-
-
-def _plain(path: str) -> IO[bytes]:
-    return open(path, "rb")
 
 
 def _zstandard(path: str) -> IO[bytes]:
@@ -66,7 +62,7 @@ OPENERS: Mapping[bytes, Callable[[str], Any]] = {
     b"\xfd7zXZ\x00": lzma.open,
     b"\x28\xb5\x2f\xfd": _zstandard,
 }
-"""How a compressed file begins -> what opens it."""
+"""The first bytes of a compressed file -> the function that opens it."""
 OTHERS: Mapping[bytes, str] = {
     b"PK\x03\x04": "is a ZIP archive, as an Excel file is one; save its rows as JSON lines, CSV or Parquet",
     b"PAR1": "is a Parquet file; give it a name that ends in .parquet",
@@ -74,7 +70,7 @@ OTHERS: Mapping[bytes, str] = {
     codecs.BOM_UTF16_LE: "is UTF-16; save the file as UTF-8",
     codecs.BOM_UTF16_BE: "is UTF-16; save the file as UTF-8",
 }
-"""How files begin that are not read -> what is said of them."""
+"""The first bytes of files that are not read -> the end of the message for them."""
 
 
 def is_hub(path: str) -> bool:
@@ -82,7 +78,7 @@ def is_hub(path: str) -> bool:
 
 
 def problem_of(path: str) -> str | None:
-    """What is wrong with a name before anything is read."""
+    """The mistake in a file's name, found before anything is read; None if there is none."""
     if is_hub(path) and len(path.split(":")) != 3:
         return f"got {path!r}; wanted hub:NAME:SPLIT, such as hub:openai/gsm8k:train"
     if (is_hub(path) or ending(path) == ".parquet") and importlib.util.find_spec("datasets") is None:
@@ -91,15 +87,15 @@ def problem_of(path: str) -> str | None:
 
 
 def ending(path: str) -> str:
-    """Of a file's name, in small letters and without that of a compressed file: `.csv` of `ROWS.CSV.gz`."""
-    name = Path(path).name.lower()
+    """The ending of a file's name in lower case, without that of its compression: `.csv` for `ROWS.CSV.gz`."""
+    name = os.path.basename(path.rstrip("/")).lower()
     while name.endswith(COMPRESSED):
         name = name.rpartition(".")[0]
-    return Path(name).suffix
+    return os.path.splitext(name)[1]
 
 
 def read(path: str) -> Iterator[tuple[int, Row | ConfigError]]:
-    """The rows, numbered as their lines are where they have lines, from 1; for one that is none, what is wrong with it.
+    """Yields the rows, numbered from 1, or as their lines are if they have lines; for a row that is not one, the error.
 
     Blank lines are skipped. The ending, in small letters or capitals, tells the kind of file: .csv, .tsv, .parquet,
     .json with an array or with an object that holds one under a key; anything else is JSON lines. Files may be
@@ -140,18 +136,26 @@ def read(path: str) -> Iterator[tuple[int, Row | ConfigError]]:
 
 
 def _opened(path: str) -> IO[bytes]:
-    with open(path, "rb") as file:
+    file = open(path, "rb")  # noqa: SIM115  # the caller closes it
+    try:
         head = file.read(6)
-    for sign, problem in OTHERS.items():
-        if head.startswith(sign):
-            raise ConfigError(f"{path}: {problem}")
-    opener = next((opener for sign, opener in OPENERS.items() if head.startswith(sign)), _plain)
+        for sign, problem in OTHERS.items():
+            if head.startswith(sign):
+                raise ConfigError(f"{path}: {problem}")
+        opener = next((opener for sign, opener in OPENERS.items() if head.startswith(sign)), None)
+        file.seek(0)
+    except BaseException:
+        file.close()
+        raise
+    if opener is None:
+        return file
+    file.close()
     opened: IO[bytes] = opener(path)
     return opened
 
 
 def text(row: Mapping[str, Any], name: str) -> str:
-    """A field as it reads in a prompt. Raises ConfigError where it is not there, or neither text nor a number."""
+    """A field as it reads in a prompt. Raises ConfigError if it is missing, or neither text nor a number."""
     if name not in row:
         raise ConfigError(f"has no field {name!r}; there are {', '.join(sorted(row)) or 'none'}")
     value = row[name]
@@ -176,14 +180,15 @@ def check_encodable(value: str, what: str) -> None:
 
 
 def _lines(file: Iterable[bytes]) -> Iterator[tuple[int, Row | ConfigError]]:
+    decoder = _Decoder()
     for number, raw in enumerate(file, start=1):  # as bytes: lines end at \n only, not at separators in a JSON string
         line = raw.removeprefix(codecs.BOM_UTF8).strip()
         if line:
-            yield number, _parsed(line)
+            yield number, _parsed(line, decoder)
 
 
-def _parsed(line: bytes) -> Row | ConfigError:
-    decoder = _Decoder()
+def _parsed(line: bytes, decoder: "_Decoder") -> Row | ConfigError:
+    decoder.problem()  # forgets what a line that was not read to its end had
     try:
         row = decoder.decode(line.decode())
     except UnicodeDecodeError as error:
@@ -209,7 +214,7 @@ class _Decoder(json.JSONDecoder):
         return found
 
     def problem(self) -> ConfigError | None:
-        """What was wrong with what was read since the last call."""
+        """The mistake found by reading since the last call; None if there was none."""
         found = None
         if self.constants:
             found = ConfigError(
@@ -272,7 +277,7 @@ def _through_text(file: IO[bytes]) -> list[bytes]:
 
 
 def _rows_within(text: str) -> Iterator[tuple[int, Row | ConfigError]] | None:
-    """Those in a text that is one JSON object with a list of rows under its only key, or under one that says so.
+    """The rows of a text that is one JSON object with the list of rows under its only key, or under a usual one.
 
     Messages are one row.
     """
@@ -297,7 +302,7 @@ def _rows_within(text: str) -> Iterator[tuple[int, Row | ConfigError]] | None:
 
 
 def _only_row(text: str) -> Row | ConfigError | None:
-    """That of a file with one object on several lines."""
+    """The row of a file that holds one JSON object on several lines."""
     if _whole(text) is None or "\n" not in text.strip():
         return None
     decoder = _Decoder()
@@ -306,7 +311,7 @@ def _only_row(text: str) -> Row | ConfigError | None:
 
 
 def _whole(text: str) -> Row | None:
-    """What a text holds that is one JSON object."""
+    """The JSON object that a text consists of; None if it is anything else."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -315,8 +320,8 @@ def _whole(text: str) -> Row | None:
 
 
 def _array(text: str, start: int, *, is_whole: bool = False) -> Iterator[tuple[int, Row | ConfigError]]:
-    """Each row with the line it begins in. After what is not JSON nothing can be told from anything. is_whole: whether
-    the text is known to be JSON; else nothing may follow the array."""
+    """Yields each row with the line it begins in. Nothing can be read after what is not JSON. is_whole: whether the
+    text is known to be JSON; otherwise nothing may follow the array."""
     decoder = _Decoder()
     place, line, counted = _after_blanks(text, start + 1), 1, 0
     more = not text.startswith("]", place)
@@ -380,7 +385,7 @@ def _csv(raw: bytes, delimiter: str) -> Iterator[tuple[int, Row | ConfigError]]:
 
 
 def _streamed(name: str, **options: Any) -> Iterator[tuple[int, Row | ConfigError]]:
-    """One row after the other, without a copy of the data set on the disk."""
+    """Yields one row after the other, without a copy of the data set on the disk."""
     import datasets
 
     try:
@@ -393,7 +398,7 @@ def _streamed(name: str, **options: Any) -> Iterator[tuple[int, Row | ConfigErro
 
 
 def kind(value: Any) -> str:
-    """What a value is, in the words of an error."""
+    """The type of a value, as errors name it."""
     if isinstance(value, Missing):
         return f"{value.written or 'empty'}, which in CSV is a missing value (JSON lines can have an empty text)"
     if value is None:

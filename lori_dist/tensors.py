@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +33,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""As the format names them."""
+"""Names of the data types in safetensors headers."""
 
 PIECE_BYTES = 16 * 2**20
 """Read at once where a tensor cannot be read to where it belongs: another device, another dtype."""
@@ -44,13 +45,13 @@ _MAX_HEADER = 100 * 2**20  # as the library has it
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stored:
-    """Where a tensor lies."""
+    """The place of a tensor in a file."""
 
     path: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
-    """Of its first byte in the file."""
+    """Offset of the tensor's first byte in the file."""
 
     @property
     def numel(self) -> int:
@@ -66,6 +67,14 @@ class Stored:
         flat = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu").view(self.dtype)
         self.read(flat)
         return flat.view(self.shape)
+
+    def mapped(self) -> Tensor:
+        """The tensor, on the CPU, as a map of the file: an entry takes memory once it is read, and the processes of a
+        machine share that memory. Changes stay in this process. Raises OSError if the file is shorter."""
+        if not self.numel:
+            return self.load()
+        pages = np.memmap(self.path, dtype=np.uint8, mode="c", offset=self.offset, shape=(self.nbytes,))
+        return torch.from_numpy(pages).view(self.dtype).view(self.shape)
 
     def read(self, into: Tensor, start: int = 0) -> None:
         """Fills a contiguous tensor with the stored entries from the flat position `start` on, in its own dtype.
@@ -139,7 +148,7 @@ def _is_entry(entry: Any) -> bool:
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """What a file says besides its tensors. Raises ValueError if it is none of the format."""
+    """The metadata of a safetensors file. Raises ValueError if the file has another format."""
     found = _read_header(path)[0].get("__metadata__") or {}
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         raise ValueError(f"{path.name}: its metadata is not an object of texts")

@@ -1,8 +1,10 @@
 """What all tests share: an environment of their own, and which tests can run here."""
 
+import functools
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -19,7 +21,36 @@ settings.register_profile("lori", deadline=None, derandomize=True, database=None
 settings.load_profile("lori")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+TESTS = Path(__file__).parent
+
+LONG = ("test_launchers", "engines/test_contract", "training/test_train", "plan/test_plan")
+"""Files that take longest. They start first, so that no process ends with one of them while the others are idle."""
+
+
+@functools.cache
+def group(file: str) -> str:
+    """The group of a file's tests under ``pytest -n``, all of which run in one process: the file, which loads its
+    models once; or all files with a Ray cluster, of which a small machine has room for one at a time."""
+    if "pytest.mark.ray" in (TESTS.parent / file).read_text():
+        return "ray"
+    return Path(file).relative_to(TESTS.name).with_suffix("").as_posix()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid.partition("::")[0])
+
+    return Groups(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        order = {name: place for place, name in enumerate(("ray", *LONG))}
+        items.sort(key=lambda item: order.get(group(item.nodeid.partition("::")[0]), len(order)))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return

@@ -13,14 +13,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lori_dist import Adapter, Spec, attach, extract, load_adapter, plugin, save_adapter, trainable
+from lori_dist import Adapter, Spec, attach, commands, extract, load_adapter, plugin, save_adapter, trainable
 from lori_dist.__main__ import main
 from lori_dist.config import Model
 from lori_dist.training.model import identity
 from tests.models import tiny_llama
 from tests.tokenizers import save
 
-VERBS = ("run", "status", "stop", "train", "merge", "evaluate", "export", "report", "show", "schema", "bench")
 YAML = """
 name: demo
 output: runs
@@ -74,10 +73,11 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     printed = capsys.readouterr().out
-    assert all(re.search(rf"^    {verb} ", printed, re.MULTILINE) for verb in VERBS)
+    assert tuple(re.findall(r"^    (\w+)  ", printed, re.MULTILINE)) == commands.VERBS
+    assert set(commands.VERBS) == set(plugin.names("commands"))
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", commands.VERBS)
 def test_help_of_a_verb_has_an_example_of_it(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([verb, "--help"])
@@ -269,6 +269,30 @@ def test_show_ends_well_when_its_reader_does(folder: Path) -> None:
 
 
 # --- merge and export ------------------------------------------------------------------------------------------------
+
+
+def test_data_shows_what_is_learned_and_what_is_cut(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "ab\\u001b[2J", "response": "cdef"}\n' * 4)
+    words = ["data", str(folder / "run.yaml"), "--rows", "1", f"tasks.first.train={tmp_path}/rows.jsonl"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main([*words, "--task", "first", "train.max_length=8"]) == 0
+    printed = capsys.readouterr().out
+    # <s>, six characters of the prompt, of which the first four are cut off, four of the response, </s>
+    assert "first, row 1: 8 tokens, cut from 12 to train.max_length; 5 are learned (62%)" in printed
+    assert "ab\\x1b[2J[cdef]" in printed
+    assert "[6:c] [7:d] [8:e] [9:f] [2:</s>]" in printed
+    assert (
+        "tasks.first.train: 4 rows, 32 tokens, 20 of them learned (62%); tokens a row: 50% up to 12, 90% up to 12, 99% "
+        "up to 12, at most 12; 4 rows (100.0%) lose 16 tokens at train.max_length=8"
+    ) in printed
+    assert "tasks.first.test: 6 rows" in printed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main([*words, "--task", "firs"]) == 2
+    assert "--task: got 'firs'; wanted one of first, second. Did you mean 'first'?" in capsys.readouterr().err
 
 
 def test_merge_writes_the_weighted_sum(folder: Path, tmp_path: Path) -> None:

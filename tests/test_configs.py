@@ -6,8 +6,9 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from lori_dist import config, schema
+from lori_dist import config
 from lori_dist.cluster import comparison
+from lori_dist.config import schema
 
 ROOT = Path(__file__).parents[1]
 ROWS = {

@@ -302,6 +302,11 @@ UNIT: list[dict[str, Any]] = [
     {"name": "knots"},
     {"name": "knots", "inner": "dare_ties"},
     {"name": "core_space", "inner": "tsv"},
+    {"name": "sce"},
+    {"name": "iso"},
+    {"name": "della"},
+    {"name": "breadcrumbs", "inner": "ties"},
+    {"name": "compress", "inner": "ties"},
 ]
 SHARED: list[dict[str, Any]] = [
     {"name": "linear"},
@@ -309,6 +314,11 @@ SHARED: list[dict[str, Any]] = [
     {"name": "pico", "inner": "ties"},
     {"name": "knots", "inner": "dare"},
     {"name": "core_space"},
+    {"name": "della", "inner": "task_arithmetic"},
+    {"name": "breadcrumbs"},
+    {"name": "compress"},
+    {"name": "cp"},
+    {"name": "do_merging"},
 ]
 
 

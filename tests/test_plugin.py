@@ -35,7 +35,7 @@ def test_the_methods_are_the_public_files_of_the_folder() -> None:
 def test_a_method_has_its_options_and_its_summary() -> None:
     method = plugin.find("masks", "random", "mask", "adapter.mask")
     assert dict(method.options) == {"seed": plugin.Option(annotation=int, default=0)}
-    assert method.summary.startswith("Which entries of B live: ")
+    assert method.summary.startswith("Keeps ")
     assert method.load().__name__ == "mask"
 
 

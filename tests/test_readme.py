@@ -18,9 +18,10 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from lori_dist import Spec, attach, config, extract, load_adapter, plugin, save_adapter, schema, trainable
+from lori_dist import Spec, attach, config, extract, load_adapter, plugin, save_adapter, trainable
 from lori_dist.__main__ import main
 from lori_dist.adapter import source
+from lori_dist.config import schema
 from lori_dist.masks.magnitude import mask
 from lori_dist.merges import merge
 from tests.merges.made import adapter, block

@@ -1,6 +1,7 @@
 """Imports point inward only: seen in the source, and in what a fresh process has loaded."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -16,9 +17,9 @@ PACKAGE = Path(lori_dist.__file__).parent
 # A part is a file or a folder of the package; the libraries are what it may import besides the standard library, and a
 # file's own line goes before its folder's.
 RINGS = (
-    {"__init__.py", "adapter", "masks", "merges", "interference.py"}
+    {"__init__.py", "adapter", "masks", "merges", "balances", "interference.py"}
     | {"tensors.py", "files.py", "atomic.py", "plugin.py", "errors.py"},
-    {"config.py", "tables.py", "rows.py", "jobs.py", "folder.py", "storage.py", "multitask", "scores.py"},
+    {"config", "tables.py", "rows.py", "jobs.py", "folder.py", "storage.py", "multitask", "scores.py"},
     {"training", "engines", "evaluation"},
     {
         "cluster",
@@ -29,7 +30,7 @@ RINGS = (
         "describe.py",
         "gpus.py",
         "progress.py",
-        "schema.py",
+        "commands",
         "__main__.py",
     },
 )
@@ -38,22 +39,22 @@ LIBRARIES = {
     "errors.py": set(),
     "files.py": set(),
     "atomic.py": set(),
-    "tensors.py": {"torch"},
+    "tensors.py": {"torch", "numpy"},
     "adapter/projection_cuda.py": {"torch", "triton"},
     "adapter/product_cuda.py": {"torch", "triton"},
     "adapter": {"torch", "safetensors", "numpy"},
     "masks": {"torch", "safetensors", "numpy"},
     "merges": {"torch", "safetensors", "numpy"},
     "interference.py": {"torch"},
-    "config.py": {"pydantic", "yaml"},
+    "config": {"pydantic", "yaml"},
     "tables.py": {"datasets", "pyarrow"},
     "rows.py": {"pydantic", "yaml"},
     "jobs.py": {"pydantic", "yaml"},
     "folder.py": {"pydantic", "yaml"},
     "storage.py": {"fsspec", "pydantic", "yaml"},
     "multitask": {"pydantic", "yaml"},
+    "balances": {"torch", "numpy"},
     "scores.py": set(),
-    "schema.py": {"pydantic", "yaml"},
     "engines/deepspeed.py": {"torch", "numpy", "transformers", "deepspeed"},
     "engines/_ds_keys.py": {"pydantic", "deepspeed"},
     "training/quantized.py": {"torch", "transformers", "bitsandbytes"},
@@ -84,11 +85,12 @@ LIBRARIES = {
     "report": set(),
     "describe.py": set(),
     "progress.py": {"tqdm"},
-    "__main__.py": {"torch", "yaml"},
+    "commands": {"torch"},
+    "__main__.py": set(),
 }
 # Parts of the package that a part of an inner ring may import all the same; each with its reason.
 ACROSS = {
-    "__init__.py": {"adapter", "config.py", "errors.py"},  # the list of public names, loaded at first use
+    "__init__.py": {"adapter", "config", "errors.py"},  # the list of public names, loaded at first use
 }
 HEAVY = {"transformers", "deepspeed", "accelerate", "ray"}
 LEAKS = {0: HEAVY, 1: HEAVY | {"torch"}}
@@ -179,6 +181,14 @@ def test_every_part_of_the_package_has_a_ring() -> None:
     assert set(parts_of(PACKAGE)) <= set().union(*RINGS)
 
 
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("__init__.py")), ids=lambda file: file.parent.name)
+def test_every_package_says_what_is_in_it_and_names_only_files_that_exist(file: Path) -> None:
+    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    assert len(text.split()) >= 25 and len(text.splitlines()) <= 11
+    for name in re.findall(r"[\w./]+\.(?:py|md)\b", text):
+        assert any((place / name).exists() for place in (file.parent, PACKAGE, PACKAGE.parent)), name
+
+
 def test_imports_point_inward() -> None:
     assert violations(PACKAGE) == []
 
@@ -200,7 +210,7 @@ def test_a_fresh_process_loads_nothing_heavy(number: int) -> None:
             "from lori_dist import jobs",
             "adapter/file.py imports lori_dist.jobs, which is further out",
         ),
-        ("config.py", "import torch", "config.py imports torch"),
+        ("config/run.py", "import torch", "config/run.py imports torch"),
         ("jobs.py", "from lori_dist.training import data", "jobs.py imports lori_dist.training.data, which is further"),
         ("engines/ddp.py", "import deepspeed", "engines/ddp.py imports deepspeed"),
         ("integrations/folded.py", "import ray", "integrations/folded.py imports ray"),
@@ -216,7 +226,7 @@ def test_the_source_check_finds_a_forbidden_import(copied: Path, file: str, line
     [
         (0, "adapter/adapter.py", "import accelerate", "accelerate"),
         (0, "masks/magnitude.py", "import importlib\nimportlib.import_module('transformers')", "transformers"),
-        (1, "config.py", "import lori_dist.errors\nfrom lori_dist import Spec", "torch"),
+        (1, "config/run.py", "import lori_dist.errors\nfrom lori_dist import Spec", "torch"),
         (1, "errors.py", "import torch", "torch"),  # ring 0 may, what ring 1 uses of it may not
     ],
 )

@@ -63,7 +63,10 @@ def test_a_missing_value_is_refused_in_every_kind_of_file(tmp_path: Path, ending
         ({"role": "assistant", "content": 7}, "the content of message 2 of 'chat' is a number; wanted text"),
         ({"role": "assistant", "content": None}, "the content of message 2 of 'chat' is null; wanted text"),
         ({"role": "assistant", "content": True}, "the content of message 2 of 'chat' is true or false; wanted text"),
-        ({"role": "assistant", "content": ["a"]}, "the content of message 2 of 'chat' is a list; wanted text"),
+        (
+            {"role": "assistant", "content": ["a"]},
+            "part 1 of message 2 of 'chat' is text; wanted a part of type 'text' with its text",
+        ),
         ({"role": 1, "content": "a"}, "the role of message 2 of 'chat' is a number; wanted text"),
     ],
 )

@@ -16,7 +16,7 @@ from lori_dist.errors import AdapterError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spec:
-    """What an adapter is before training: enough to build it on any rank. Raises AdapterError if nothing can be."""
+    """An adapter before training: enough to build it on any rank. Raises AdapterError if it cannot be built."""
 
     rank: int
     """Rows of A, columns of B."""
@@ -27,7 +27,7 @@ class Spec:
     targets: str | tuple[str, ...] = "all-linear"
     """Module names, patterns, or `all-linear`."""
     dtype: torch.dtype = torch.float32
-    """Of A: formed in fp32 and cast once, so casting the model never changes what was trained."""
+    """Data type of A. A is computed in fp32 and cast once, so casting the model never changes what was trained."""
     projection: Literal["cached", "recomputed", "trained"] = "cached"
     """Whether A is made once and kept, or is made anew in each product and takes no memory, which is equal up to
     rounding; or is trained as B is, from the A of the seed on (LoRA)."""
@@ -94,7 +94,7 @@ class Block:
     """Rows of A. Where they differ between the modules of a block without a seed: the most that one has."""
     alpha: float
     dtype: torch.dtype = torch.float32
-    """Of A."""
+    """Data type of A."""
     weight: float = 1.0
     """The block's share in a merge: its update is weight * (alpha / rank) * B A."""
     entries: Mapping[str, Entries]
@@ -102,7 +102,7 @@ class Block:
     checksums: Mapping[str, str]
     """Module path -> checksum of A, for every module of the adapter; without a seed, for those that keep entries."""
     projections: Mapping[str, Tensor | Elsewhere] = field(default_factory=dict)
-    """Of a block without a seed: module path -> A, (at most rank, in_features), for every module that keeps entries."""
+    """A of a block without a seed: module path -> (at most rank, in_features), for every module that keeps entries."""
 
     @property
     def scale(self) -> float:
@@ -133,7 +133,7 @@ class Adapter:
     """Module path -> (out_features, in_features) of the weight it adapts, for every target, kept entries or not."""
     blocks: tuple[Block, ...]
     targets: str | tuple[str, ...]
-    """As asked for when it was attached."""
+    """The targets that were asked for at attach."""
     base: Mapping[str, Any] = field(default_factory=dict)
     """Identity of the base model; empty when unknown."""
     generator: str = GENERATOR

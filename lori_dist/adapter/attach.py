@@ -215,18 +215,32 @@ def adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
     return {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+def trainable(model: nn.Module, adapter: str | None = None) -> dict[str, nn.Parameter]:
     """Module path -> the kept entries being trained, (kept,). Modules that keep none are absent.
 
+    Of a model that trains several adapters: `path@name` -> the same; adapter: those of one of them alone.
     What `fully_shard` has sharded is a DTensor, also after a forward pass that has left it gathered.
     """
+    _check_named(model, adapter)
     sharded.reshard(model)
     return {
-        path: delta.values
+        name_of(path, name): delta.values
         for path, layer in adapted(model).items()
-        for delta in layer.deltas
-        if delta.values is not None and delta.values.requires_grad
+        for name, delta in _owned(layer)
+        if adapter in (None, name) and delta.values is not None and delta.values.requires_grad
     }
+
+
+def _several(model: nn.Module) -> tuple[str, ...]:
+    """The names of the adapters that `attach_several` has put on a model; none of other models."""
+    found = getattr(sharded.unwrapped(model), ATTACHED, None)
+    return tuple(found) if isinstance(found, Mapping) else ()
+
+
+def _check_named(model: nn.Module, adapter: str | None) -> None:
+    if adapter is not None and adapter not in (names := _several(model)):
+        known = f"there are {', '.join(names)}.{nearest(adapter, names)}" if names else "the model has one, unnamed"
+        raise AdapterError(f"adapter: unknown adapter {adapter!r}; {known}")
 
 
 def trainable_projections(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -239,29 +253,26 @@ def trainable_projections(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def dense(model: nn.Module) -> dict[str, Tensor]:
+def dense(model: nn.Module, adapter: str | None = None) -> dict[str, Tensor]:
     """Module path -> B of a model being trained, (out_features, rank), fp32 on the CPU: what masks are chosen from.
 
-    A collective where the model is sharded: every rank calls it and gets all. Entries that are not kept are zero.
+    adapter: the name of one of several. A collective where the model is sharded: every rank calls it and gets all.
+    Entries that are not kept are zero. Raises AdapterError for a name that no adapter has.
     """
-    return {path: entries.dense(*_shape(model, path)) for path, entries in _entries(model).items()}
-
-
-def _shape(model: nn.Module, path: str) -> tuple[int, int]:
-    [delta] = adapted(model)[path].deltas
-    return delta.out_features, delta.rank
-
-
-def _entries(model: nn.Module) -> dict[str, Entries]:
-    layers = adapted(model)
+    if adapter is None and (names := _several(model)):
+        raise AdapterError(f"adapter: the model has {', '.join(names)}; name one of them")
+    _check_named(model, adapter)
+    sharded.reshard(model)
     return {
-        path: Entries(index=_index(layers[path].deltas[0]), values=sharded.full(values))
-        for path, values in trainable(model).items()
+        path: Entries(index=_index(delta), values=sharded.full(delta.values)).dense(delta.out_features, delta.rank)
+        for path, layer in adapted(model).items()
+        for name, delta in _owned(layer)
+        if name == (adapter or "") and delta.values is not None and delta.values.requires_grad
     }
 
 
 @torch.no_grad()
-def sparsify(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+def sparsify(model: nn.Module, masks: Mapping[str, Tensor] | Mapping[str, Mapping[str, Tensor]]) -> None:
     """Makes of an adapter that was trained dense (LoRI-D) the sparse one to train next (LoRI-S), in place.
 
     masks: module path -> (out_features, rank) bool, for every target, as the functions of lori_dist.masks give them
@@ -269,28 +280,42 @@ def sparsify(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     parameters are new, so the optimizer must be. The base stays where it is: with `fully_shard`, the new parameters
     take the place of the old in its groups; with DeepSpeed, call engine.destroy() before this and
     deepspeed.initialize after it.
+    Of a model with several adapters, masks are those of all of them: name -> module path -> mask.
     Raises AdapterError for a model that has no dense adapter to train, for masks that do not fit, and for what DDP or
     DeepSpeed have made around a model, which is to be made again around the new parameters.
     """
     sharded.refuse_wrapped(model)
     model = sharded.unwrapped(model)
     layers, spec = _attached(model), getattr(model, ATTACHED)
-    if not isinstance(spec, Spec) or any(delta.index is not None for _, delta in _deltas(layers)):
+    specs = [*spec.values()] if isinstance(spec, Mapping) else [spec]
+    updates = [(path, name, delta) for path, layer in layers.items() for name, delta in _owned(layer)]
+    if not all(isinstance(one, Spec) for one in specs) or any(delta.index is not None for *_, delta in updates):
         raise AdapterError("model: has no dense adapter that is trained; attach(model, spec) without masks first")
     if sharded.has_engine(model):
         raise AdapterError(
             "model: is trained by an engine of DeepSpeed, which does not take new parameters; call engine.destroy() "
             "first, and deepspeed.initialize after sparsify"
         )
-    _refuse_other_modules(masks, layers)
-    positions = {path: _positions(path, masks, (delta.out_features, delta.rank)) for path, delta in _deltas(layers)}
+    by_name = cast(Mapping[str, Mapping[str, Tensor]], masks if isinstance(spec, Mapping) else {"": masks})
+    if isinstance(spec, Mapping) and by_name.keys() != spec.keys():
+        raise AdapterError(
+            f"masks: got masks for {', '.join(masks) or 'nothing'}; the model has adapters {', '.join(spec)}, all of "
+            "which get one"
+        )
+    for name, of_one in by_name.items():
+        _refuse_other_modules(of_one, layers, f"{name}: " if name else "")
+    of_updates = [
+        _positions(path, by_name[name], (delta.out_features, delta.rank), f"{name}: " if name else "")
+        for path, name, delta in updates
+    ]
     sharded.reshard(model)
-    places = sharded.forget(model, [delta for _, delta in _deltas(layers)])
-    for path, delta in _deltas(layers):
-        delta.restrict(positions[path])
+    deltas = [(path, delta) for path, _, delta in updates]
+    places = sharded.forget(model, [delta for _, delta in deltas])
+    for delta, index in zip([delta for _, delta in deltas], of_updates, strict=True):
+        delta.restrict(index)
     saved.begin_again(model)
     if sharded.is_fully_sharded(model):
-        sharded.join(model, _deltas(layers), places)
+        sharded.join(model, deltas, places)
 
 
 def separate_tasks(model: nn.Module, num_tasks: int) -> PerTask:
@@ -342,7 +367,10 @@ def extract(
     """
     model = sharded.unwrapped(model)
     layers, spec = _attached(model), getattr(model, ATTACHED)
-    if isinstance(spec, Adapter) and not trainable(model):
+    if isinstance(spec, Mapping):
+        _check_named(model, name)
+    one, adapter = (spec[name], name) if isinstance(spec, Mapping) else (spec, None)
+    if isinstance(one, Adapter) and not trainable(model, adapter):
         raise AdapterError("model: holds an adapter that was trained before; save that one itself, or attach a Spec")
     of_several: dict[str, Spec | Adapter] = spec if isinstance(spec, dict) else {}
     own, spec = (name, of_several[name]) if of_several else ("", spec)
@@ -399,10 +427,10 @@ def _from_spec(
     return {path: AdaptedLinear(base, [_delta(path, base, spec, masks, before)]) for path, base in bases.items()}
 
 
-def _refuse_other_modules(masks: Mapping[str, Tensor], targets: Mapping[str, nn.Module]) -> None:
+def _refuse_other_modules(masks: Mapping[str, Tensor], targets: Mapping[str, nn.Module], where: str = "") -> None:
     for path in masks:
         if path not in targets:
-            raise AdapterError(f"masks: there is a mask for {path}, which is not a target; {_listing(targets)}")
+            raise AdapterError(f"{where}masks: there is a mask for {path}, which is not a target; {_listing(targets)}")
 
 
 def _refuse_other_projection(before: Adapter, spec: Spec, shapes: Mapping[str, tuple[int, int]]) -> None:
@@ -454,13 +482,15 @@ def _delta(path: str, base: nn.Module, spec: Spec, masks: Mapping[str, Tensor] |
     )
 
 
-def _positions(path: str, masks: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor | None:
+def _positions(path: str, masks: Mapping[str, Tensor], shape: tuple[int, int], where: str = "") -> Tensor | None:
     """Flat positions of a module's kept entries, int32; None for all of them."""
     if path not in masks:
-        raise AdapterError(f"masks: no mask for {path}; give one for every target, or none at all")
+        raise AdapterError(f"{where}masks: no mask for {path}; give one for every target, or none at all")
     mask = masks[path]
     if mask.dtype != torch.bool or tuple(mask.shape) != shape:
-        raise AdapterError(f"masks: the mask of {path} is {mask.dtype} {tuple(mask.shape)}; wanted torch.bool {shape}")
+        raise AdapterError(
+            f"{where}masks: the mask of {path} is {mask.dtype} {tuple(mask.shape)}; wanted torch.bool {shape}"
+        )
     return None if bool(mask.all()) else mask.flatten().nonzero().squeeze(1).to(torch.int32)
 
 

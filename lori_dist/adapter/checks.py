@@ -10,10 +10,10 @@ from lori_dist.files import parse_json, read_regular
 
 HEX = re.compile(r"[0-9a-f]{16}\Z")
 MAX_ENTRIES = 2**31 - 1
-"""Of A or B of one module: positions are int32."""
+"""Most entries of A or B of one module, as positions are int32."""
 MAX_NUMBER = 1e38
 MAX_JSON_BYTES = 1 << 24
-"""Of a file of JSON; parsed, it can take thirty times its size."""
+"""Most bytes of a JSON file. Parsed, it can take thirty times its size."""
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -78,7 +78,8 @@ class AdaptedExperts(nn.Module):
             owners, num_owners = router.of_tokens(self.module, hidden_states) + 1, router.num_owners + 1
             places = places * num_owners + owners.repeat_interleave(num_chosen)
         order = places.argsort(stable=True)
-        counts = places.bincount(minlength=num_experts * num_owners).view(num_experts, num_owners).tolist()
+        found = self.count(places, num_experts * num_owners)
+        counts = [found[first : first + num_owners] for first in range(0, len(found), num_owners)]
         inputs = torch.split(hidden_states[order // num_chosen], [sum(of_expert) for of_expert in counts])
         made = []
         for number, (x, of_expert) in enumerate(zip(inputs, counts, strict=True)):
@@ -89,6 +90,11 @@ class AdaptedExperts(nn.Module):
         weighted = outputs * top_k_weights.flatten()[order, None]
         back = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
         return weighted[back].view(*top_k_index.shape, -1).sum(-2).to(hidden_states.dtype)
+
+    def count(self, places: Tensor, num_places: int) -> list[int]:
+        """How many tokens go to each place: an expert, or an expert and an adapter."""
+        counts: list[int] = places.bincount(minlength=num_places).tolist()
+        return counts
 
     def router(self) -> Routing | PerTask | None:
         """What tells the tokens of several adapters, or of several tasks, apart."""

@@ -48,7 +48,7 @@ VERSIONS = (1, 2, 3)
 """Read. Version 2 is written only where a block has no seed, version 3 only where parameters were trained in full: all
 other files stay as they were."""
 DISTRIBUTION = "uniform"
-"""Of the entries of A. Together with the generator it says what A is."""
+"""Distribution of the entries of A. Together with the generator it defines A."""
 
 _METADATA = "lori"  # the key of the header in the safetensors metadata
 _DIGEST_AT_END = re.compile(r',"digest":"([0-9a-f]{16})"\}\Z')
@@ -132,7 +132,7 @@ def header(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def block_bytes(path: str | os.PathLike[str]) -> tuple[int, ...]:
-    """What the tensors of each block take in the file: values, masks and stored A. Raises AdapterError as `header`."""
+    """Bytes of each block's tensors in the file: values, masks and stored A. Raises AdapterError as `header`."""
     path = Path(path)
     with naming(path, "read"), _opened(path) as file:
         sizes = [0] * len(_read_header(file)["blocks"])

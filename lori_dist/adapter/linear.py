@@ -442,6 +442,13 @@ class RoutedLinear(AdaptedLinear):
             for number, delta in enumerate(self.deltas)
             if self.owners[number] == segment.adapter and not delta.is_empty
         )
+        if not self.routing.collects:
+            used = {use.number for use in uses}
+            uses += tuple(
+                Use(number=number, tokens=slice(0, 0))
+                for number, delta in enumerate(self.deltas)
+                if number not in used and any(parameter.requires_grad for parameter in delta.parameters())
+            )
         if not uses:
             return y
         held = [tensor for use in uses for tensor in (self.deltas[use.number].values, self.deltas[use.number].held_a)]
@@ -465,10 +472,7 @@ class Use:
 
 
 class _Routed(torch.autograd.Function):
-    """y + scale * B (A x), with A and B of each token's own adapter, saving A x, which is rank wide, instead of x.
-
-    Parameters get no gradient: it is added to the sums of the layer's routing.
-    """
+    """y + scale * B (A x), with A and B of each token's own adapter, saving A x, which is rank wide, instead of x."""
 
     @staticmethod
     def forward(
@@ -529,16 +533,24 @@ class _Routed(torch.autograd.Function):
                 grad_x = rows.new_zeros(len(rows), ctx.x_shape[-1])
                 for use, delta, of_one, a in zip(uses, deltas, of_reduced, held[1::2], strict=True):
                     grad_x[use.tokens] += _up(of_one, a, delta.recipe)
+        grads: list[Tensor | None] = []
         for n, (use, delta) in enumerate(zip(uses, deltas, strict=True)):
+            of_values = of_projection = None
             if needs[2 * n]:
                 picked = of_b[n] if delta.index is None else of_b[n].index_select(0, delta.index)
-                layer.add_gradient(use.number, picked.float().mul_(delta.scale))
+                of_values = picked.float().mul_(delta.scale)
             if needs[2 * n + 1]:
                 made = of_reduced[n].t() @ _rows(x)[use.tokens].to(grad.dtype)
-                layer.add_gradient(use.number, made.float().view(-1), of_projection=True)
+                of_projection = made.float().view(-1)
+            grads += [of_values, of_projection]
+        if layer.routing.collects:
+            for n, gradient in enumerate(grads):
+                if gradient is not None:
+                    layer.add_gradient(uses[n // 2].number, gradient, of_projection=n % 2 == 1)
+            grads = [None] * len(held)
         if grad_x is not None:
             grad_x = grad_x.to(ctx.x_dtype).view(ctx.x_shape)
-        return grad_x, grad if needs_y else None, None, None, *(None for _ in held)
+        return grad_x, grad if needs_y else None, None, None, *grads
 
 
 def _is_even(uses: Sequence[Use], deltas: Sequence[Delta], num_rows: int, projections: Sequence[Tensor | None]) -> bool:

@@ -29,7 +29,7 @@ from lori_dist.errors import AdapterError
 PROJECTION_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 TYPE = "LORI"
-"""What `peft_type` begins with."""
+"""Start of `peft_type`."""
 
 _NAME = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lori_delta\.(?P<part>values|index)\Z")
 

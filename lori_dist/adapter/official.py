@@ -6,6 +6,7 @@ B's zeros say as much.
 """
 
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def read_mask(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Te
         raise AdapterError(f"{file.name}: the name has no sparsity; wanted one such as 0.9_mask.pt")
     try:
         require_regular(file)
-        held = torch.load(file, map_location="cpu", weights_only=True)
+        # Mapped, a mask takes memory as it is read; files of torch before 1.6 are no archives and have to be loaded.
+        held = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # what a damaged pickle can raise has no common class
         reason = named(str(error).partition("\n")[0])
         raise AdapterError(f"{file.name}: holds more than tensors, or is damaged ({reason}); it is not read") from error

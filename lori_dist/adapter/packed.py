@@ -6,9 +6,10 @@ from torch import Tensor, nn
 
 from lori_dist.adapter import saved, sharded
 from lori_dist.adapter.adapter import Adapter, Spec
-from lori_dist.adapter.attach import ATTACHED, adapted, layers_for, put, refuse_adapted
+from lori_dist.adapter.attach import ATTACHED, adapted, layers_for, put, refuse_adapted, trained_on
 from lori_dist.adapter.linear import AdaptedLinear, Delta, RoutedLinear
 from lori_dist.adapter.per_task import of_a
+from lori_dist.adapter.probe import probe
 from lori_dist.adapter.routing import Routing, name_of
 from lori_dist.errors import AdapterError
 
@@ -30,7 +31,7 @@ def attach(
         raise AdapterError(
             "modules_to_save: adapters that are trained over one base have the same; give all of them one list"
         )
-    routing = Routing(names=tuple(what))
+    routing = Routing(names=tuple(what), collects=True)
     layers = _layers(model, what, masks or {}, routing, train=True)
     [modules_to_save] = whole
     chosen = saved.match(model, modules_to_save)
@@ -42,27 +43,73 @@ def attach(
     return routing
 
 
-def attach_several(model: nn.Module, adapters: Mapping[str, Adapter]) -> Routing:
-    """Puts trained adapters on a model, in place and frozen, each under a name: for inference.
+def attach_several(
+    model: nn.Module,
+    adapters: Mapping[str, Adapter | Spec],
+    *,
+    masks: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> Routing:
+    """Puts several adapters on a model, in place, each under a name. `rows` of what this returns says which row of a
+    batch meets which; before the first time, all meet the first.
 
-    They may have been trained on other targets, with other ranks, and be merges. `rows` of what this returns says which
-    row of a batch meets which; before the first time, all meet the first. The model may be one that
-    `fully_shard` was applied to: every rank then has all of the adapters, and its own rows.
-    Raises AdapterError as `attach.attach`, and for a Spec.
+    With Adapters: trained ones, frozen, for inference. They may have been trained on other targets, with other ranks,
+    and be merges. The model may be one that `fully_shard` was applied to: every rank then has all of the adapters, and
+    its own rows.
+    With Specs: adapters to train together over one frozen base. `trainable`, `dense`, `extract` and `sparsify` take
+    such a model, and name the adapter. Each parameter's gradient is that of its own adapter's rows, so each is trained
+    as it would be alone. The model may be one that `fully_shard` was applied to; for DDP and DeepSpeed call this first.
+    masks: name -> module path -> (out_features, rank) bool, the entries of B that exist; without masks, all do.
+    Raises AdapterError as `attach.attach`, for Specs beside Adapters, for masks of Adapters, and for modules_to_save.
     """
+    if not adapters:
+        raise AdapterError("adapters: there are none; give at least one Adapter or Spec, by name")
+    specs = {name: one for name, one in adapters.items() if isinstance(one, Spec)}
+    trained = {name: one for name, one in adapters.items() if isinstance(one, Adapter)}
+    wrong = next((name for name in adapters if name not in specs and name not in trained), None)
+    if wrong is not None:
+        raise AdapterError(f"{wrong}: got a {type(adapters[wrong]).__name__}; wanted an Adapter or a Spec")
+    if specs and trained:
+        raise AdapterError(
+            f"{next(iter(specs))}: is a Spec, and {next(iter(trained))} a trained Adapter; attach Specs to train, or "
+            "Adapters for inference"
+        )
+    return _attach_specs(model, specs, masks) if specs else _attach_trained(model, trained, masks)
+
+
+def _attach_specs(
+    model: nn.Module, specs: Mapping[str, Spec], masks: Mapping[str, Mapping[str, Tensor]] | None
+) -> Routing:
+    if masks is not None and masks.keys() != specs.keys():
+        raise AdapterError(
+            f"masks: got masks for {', '.join(masks) or 'nothing'}; wanted them for {', '.join(specs)}, or none at all"
+        )
+    saving = next((name for name, spec in specs.items() if spec.modules_to_save), None)
+    if saving is not None:
+        raise AdapterError(
+            f"{saving}: has modules_to_save, which `lori run` trains for several adapters, and a loop of your own for "
+            "one; remove them, or attach one at a time"
+        )
+    sharded.refuse_late(model)
+    sharded.reshard(model)
+    routing = attach(model, specs, masks)
+    routing.collects = False
+    if sharded.is_fully_sharded(model):
+        sharded.join(model, [(path, delta) for path, layer in routed(model).items() for delta in layer.deltas])
+    routing.only(routing.names[0])
+    return routing
+
+
+def _attach_trained(
+    model: nn.Module, adapters: Mapping[str, Adapter], masks: Mapping[str, Mapping[str, Tensor]] | None
+) -> Routing:
+    if masks is not None:
+        raise AdapterError("masks: got masks for trained adapters, which have their own; remove them")
     model = sharded.unwrapped(model)
     sharded.refuse_split(model)
     refuse_adapted(model)
-    untrained = next((name for name, adapter in adapters.items() if not isinstance(adapter, Adapter)), None)
-    if untrained is not None:
-        raise AdapterError(
-            f"{untrained}: got a {type(adapters[untrained]).__name__}; wanted a trained Adapter. Adapters are trained "
-            "together over one base by `lori run` with cluster.packing, in a loop of your own one after the other"
-        )
-    if not is_routable(model, adapters):
-        raise AdapterError(
-            "modules_to_save: what is trained in full cannot be distinguished by rows; attach one at a time"
-        )
+    reason = _unroutable(model, adapters)
+    if reason is not None:
+        raise AdapterError(reason)
     routing = Routing(names=tuple(adapters))
     layers = _layers(model, adapters, {}, routing, train=False)
     model.requires_grad_(False)
@@ -77,8 +124,20 @@ def attach_several(model: nn.Module, adapters: Mapping[str, Adapter]) -> Routing
 
 
 def is_routable(model: nn.Module, adapters: Mapping[str, Adapter]) -> bool:
-    """Whether `attach_several` takes them: what was trained in full does not know the rows."""
-    return not any(adapter.saved for adapter in adapters.values())
+    """Whether `attach_several` takes them: what was trained in full, and layers that mix rows, do not know the rows."""
+    return _unroutable(model, adapters) is None
+
+
+def _unroutable(model: nn.Module, adapters: Mapping[str, Adapter]) -> str | None:
+    """Why the rows of adapters cannot be distinguished; None if they can."""
+    if any(adapter.saved for adapter in adapters.values()):
+        return "modules_to_save: what is trained in full cannot be distinguished by rows; attach one at a time"
+    known = probe(model)
+    paths = (path for adapter in adapters.values() for path in trained_on(model, adapter))
+    mixing = next((path for path in paths if known.mixes_rows(path)), None)
+    if mixing is None:
+        return None
+    return f"{mixing}: its input is not divided into rows; attach one adapter at a time"
 
 
 def _layers(

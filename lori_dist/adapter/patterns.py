@@ -7,7 +7,7 @@ from lori_dist.adapter.checks import named
 from lori_dist.errors import AdapterError
 
 MAX_STEPS = 2 * 10**9
-"""Of all patterns over all texts, at worst: some seconds. Those of PEFT's folders take some millions."""
+"""Most steps of all patterns over all texts together: some seconds. PEFT's own folders take some millions."""
 MAX_LENGTH = 10_000
 MAX_GROUPS = 64
 

@@ -54,7 +54,7 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that take something out of the base's weights: the update is one to that other base."""
 
 MAX_HEADER_BYTES = 1 << 25
-"""Of the file of tensors: some hundred thousand of them."""
+"""Most bytes of the header of the tensors' file, enough for some hundred thousand tensors."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -63,7 +63,7 @@ _NAME = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Factors:
-    """Where A and B of one module lie, and the scale of their product."""
+    """The places of A and B of one module, and the scale of their product."""
 
     a: Stored  # (rank, in_features)
     b: Stored  # (out_features, rank)
@@ -77,12 +77,12 @@ class FolderB:
     module: str
     where: Stored
     ratio: float
-    """What the values are multiplied by, in fp32; 1: nothing."""
+    """Factor of the values, applied in fp32; 1 leaves them as they are."""
     mask: npt.NDArray[np.uint8] | None
     """Bits in row-major order, eight to a byte, of what is kept; None: what is not zero."""
     kept: int
     digest: str
-    """Of B as it is stored."""
+    """Digest of B as it is stored."""
 
     def read(self) -> Entries:
         """Raises AdapterError if the file has changed since it was opened."""
@@ -240,8 +240,8 @@ def _pair(module: str, pair: Mapping[str, Stored], config: Mapping[str, Any]) ->
 
 
 def _of(config: Mapping[str, Any], field: str, default: str, module: str) -> float:
-    """What the first of the patterns that fits says of a module, as PEFT reads them: regular expressions over the end
-    of its path."""
+    """A module's value from the first matching pattern, as PEFT reads patterns: regular expressions over the end of its
+    path."""
     for pattern, value in (config.get(field) or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return float(value)
@@ -283,7 +283,7 @@ PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """What adapter_config.json says, with the types that it must have where it is used."""
+    """The content of adapter_config.json, checked for the types that its users need."""
     config = read_object(folder / CONFIG)
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{CONFIG}: peft_type is {shown(config.get('peft_type'))}; only LORA can be merged")
@@ -331,7 +331,7 @@ def _are_texts(found: Any) -> bool:
 
 
 def base_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What an adapter_config.json says of the base model; of a folder, its name alone."""
+    """The description of the base model in an adapter_config.json; a folder is described by its name alone."""
     name = config.get("base_model_name_or_path")
     base: dict[str, Any] = {}
     if isinstance(name, str) and name:

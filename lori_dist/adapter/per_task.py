@@ -27,9 +27,9 @@ class PerTask:
 
     num_tasks: int
     segments: Segments = ()
-    """Of the batch that runs."""
+    """Segments of the batch that is being computed."""
     num_tokens: int = 0
-    """Of the batch that runs, padding included."""
+    """Tokens of the batch that is being computed, padding included."""
     sums: dict[str, Tensor] = field(default_factory=dict)
     """Name of a trained parameter -> (num_tasks, entries): the sum over all batches since `clear`, of this process."""
 
@@ -68,7 +68,7 @@ class PerTask:
             self.segments, self.num_tokens = before
 
     def of(self, module: str, num_tokens: int) -> Segments:
-        """Where each task's tokens are in the input of a layer, its dimensions but the last in one.
+        """The places of each task's tokens in the input of a layer, flattened to (tokens, features).
 
         Raises AdapterError where a layer does not see every token of the batch.
         """

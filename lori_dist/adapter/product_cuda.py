@@ -44,7 +44,7 @@ def up(u: Tensor, key: int, in_features: int, scale: float, dtype: torch.dtype) 
 
 
 def _tile(tokens: int, rank: int, in_features: int, a_dtype: torch.dtype, dtype: torch.dtype) -> dict[str, Any]:
-    """What the kernels are compiled for. Sides are powers of two from 16 on, which is what tensor cores take."""
+    """Constants that the kernels are compiled for. Sides are powers of two from 16 on, as tensor cores need."""
     side = _BYTES // dtype.itemsize
     return {
         "TOKENS": min(_TOKENS, max(16, triton.next_power_of_2(tokens))),

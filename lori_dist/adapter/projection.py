@@ -74,7 +74,7 @@ def projection(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """What A is made from, and all that has to be kept of it. Raises AdapterError as `projection` does."""
+    """The recipe of A, which is all of A that is stored. Raises AdapterError as `projection` does."""
 
     seed: int
     module: str
@@ -87,12 +87,12 @@ class Recipe:
 
     @property
     def key(self) -> int:
-        """Of the generator: two 64-bit words, the low one first."""
+        """Key of the generator: two 64-bit words, the low one first."""
         return _key(self.seed, self.module)
 
     @property
     def scale(self) -> float:
-        """What the generator's integers are multiplied with."""
+        """Factor of the generator's integers."""
         return _scale(self.in_features)
 
     def make(

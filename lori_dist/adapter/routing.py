@@ -25,13 +25,14 @@ class Segment:
 
 @dataclass(kw_only=True, slots=True)
 class Routing:
-    """Which adapter each row of the batch that runs belongs to, and the gradients that its rows gave.
-
-    A layer that trains several adapters gives their parameters no gradient: it adds it to the sums.
-    """
+    """Which adapter each row of the batch that runs belongs to, and the gradients that its rows gave."""
 
     names: tuple[str, ...]
-    """Of the adapters."""
+    """Names of the adapters."""
+    collects: bool = False
+    """Whether layers add gradients to `sums` and give parameters none, so that no engine reduces them. Else every
+    parameter has a gradient after a backward pass, zero where the batch has no rows of its adapter, so that all ranks
+    reduce the same ones."""
     rows_of: tuple[tuple[int, int], ...] = ()
     """(adapter, rows that follow each other), in the batch's order."""
     num_tokens: int | None = None

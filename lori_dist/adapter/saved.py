@@ -14,7 +14,7 @@ from lori_dist.errors import AdapterError
 from lori_dist.plugin import nearest
 
 SAVED = "lori_saved"
-"""Where an adapted model keeps what such parameters were before."""
+"""Attribute in which an adapted model keeps the original values of such parameters."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -153,7 +153,7 @@ def put(parameter: Tensor, values: Tensor) -> None:
 
 
 def shape(parameter: Tensor) -> tuple[int, ...]:
-    """As it is in one process; ZeRO-3 leaves none."""
+    """Shape of the whole parameter. ZeRO-3 replaces the parameter's own shape by an empty one."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 

@@ -14,7 +14,7 @@ def load(path: Path) -> Adapter:
 
 
 def opened(path: Path) -> Adapter:
-    """As `load`, but its tensors stay there until they are asked for."""
+    """Does what `load` does, but leaves the tensors in the file until they are used."""
     if not path.is_dir():
         if path.name in peft_folder.NAMES and peft_folder.is_one(path.parent):
             raise AdapterError(f"{path}: this is a file of a LoRA folder of PEFT; give the folder, {path.parent}")
@@ -30,7 +30,7 @@ def opened(path: Path) -> Adapter:
 
 
 def base(path: Path) -> dict[str, Any]:
-    """What the adapter at a path says of its base model; of a file, without reading a tensor. Raises as `load`."""
+    """The description of the base model of the adapter at a path; no tensor of a file is read. Raises as `load`."""
     return dict(opened(path).base if path.is_dir() else file.header(path)["base"])
 
 

@@ -31,7 +31,7 @@ class Spool:
     out: Path
     """The file that is being made, for messages."""
     dtype: torch.dtype = torch.float32
-    """Of values."""
+    """Data type of the values."""
 
     def keep(self, part: Part) -> Part:
         """The part, with its tensors in the file. Those that lie in another, as they would here, stay there.

@@ -25,17 +25,17 @@ _CHUNK = 1 << 16  # bytes of a mask at a time
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Where the kept entries of one B lie, and what a header says of them."""
+    """The place of the kept entries of one B, with its description in the header."""
 
     about: str
-    """Of which B, for messages."""
+    """Name of the B, for messages."""
     values: Stored
     mask: Stored | None
     """None: all entries are kept."""
     kept: int
     num_entries: int
     dtype: torch.dtype
-    """Of the values."""
+    """Data type of the values."""
     digest: str
 
     def read(self) -> Entries:
@@ -69,7 +69,7 @@ class Place:
 
 
 class Readable(Protocol):
-    """Where entries can be read again and again."""
+    """A source of entries that can be read repeatedly."""
 
     @property
     def kept(self) -> int: ...
@@ -114,7 +114,7 @@ class UnreadEntries(Entries):
 
 
 class StoredEntries(UnreadEntries):
-    """Those of an adapter file, as they would be written again."""
+    """Entries of an adapter file, as they would be written again."""
 
     __slots__ = ()
     place: Place
@@ -148,7 +148,7 @@ class StoredProjection:
 
 @contextmanager
 def naming(path: Path, verb: str) -> Iterator[None]:
-    """What goes wrong below is about this file."""
+    """Adds this file's path to errors that occur inside."""
     try:
         yield
     except AdapterError as error:

@@ -1,4 +1,4 @@
-"""What a module's path says of it: the layer it lies in, and which kind of module it is.
+"""The layer and the kind of a module, found from its path.
 
 Every place that groups modules asks here: masks, weights by pattern and their search, tables, the report.
 """

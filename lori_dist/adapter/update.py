@@ -1,4 +1,4 @@
-"""What an adapter does to one module: the form in which adapters are merged, one module at a time."""
+"""An adapter's effect on one module. Adapters are merged in this form, one module at a time."""
 
 import copy
 import dataclasses
@@ -20,7 +20,7 @@ class Part:
     goes."""
 
     name: str
-    """Of the task."""
+    """Name of the task."""
     module: str
     shape: tuple[int, int]
     """(out_features, in_features) of the module's weight."""
@@ -34,11 +34,11 @@ class Part:
     """Without a seed: alpha / rank of the block, whose modules may have other ranks."""
     weight: float = 1.0
     dtype: torch.dtype = torch.float32
-    """Of A."""
+    """Data type of A."""
     entries: Entries | None = None
     """The kept entries of B; None: none is kept."""
     checksum: str | None = None
-    """Of A; None where nobody knows it yet."""
+    """Checksum of A; None while it is unknown."""
     stored: Tensor | Elsewhere | None = None
     """A without a seed, (rank, in_features), in dtype."""
 
@@ -77,17 +77,17 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Update:
-    """What one adapter does to one module."""
+    """The effect of one adapter on one module."""
 
     name: str
-    """Of the adapter: the names of its blocks, joined by `+`."""
+    """Name of the adapter: the names of its blocks, joined by `+`."""
     module: str
     shape: tuple[int, int]
     """(out_features, in_features) of the module's weight."""
     parts: tuple[Part, ...]
     """One for each block of the adapter, also for those that keep nothing here."""
     surveyed: Any = None
-    """What the method has found out about it by looking at all modules; None for a method that looks at one alone."""
+    """Result of the method's survey of all modules; None for a method that looks at one module alone."""
 
     @property
     def kept(self) -> tuple[Part, ...]:
@@ -113,7 +113,7 @@ def split(adapter: Adapter, module: str, shape: tuple[int, int]) -> Update:
 
 
 def label(adapter: Adapter) -> str:
-    """What to call it in messages and in the names of merges."""
+    """The adapter's name in messages and in names of merges."""
     return "+".join(block.name for block in adapter.blocks)
 
 

@@ -1,4 +1,9 @@
-"""Measurements, one suite a file: `run()` returns {"rows": what was measured, "ratios": name -> what it says}."""
+"""Benchmarks that users run with `lori bench NAME`, one per file.
+
+A file has `run(**options)`, which returns {"rows": one record for each measurement, "ratios": name -> quotient}. Ratios
+compare what was measured side by side in the same process or gang, since absolute times differ between machines.
+Dropping in a file adds a benchmark; files that begin with an underscore are shared. Only `lori bench` imports it.
+"""
 
 import datetime
 import importlib.metadata
@@ -15,14 +20,14 @@ VERSIONS_OF = ("torch", "deepspeed", "transformers", "accelerate", "peft", "ray"
 
 
 def provenance(command: str) -> dict[str, Any]:
-    """What a figure needs to be believed: the command, the day, the machine and its load, and the versions."""
+    """The provenance of a figure: command, date, machine and its load, and versions."""
     versions = {name: found for name in VERSIONS_OF if (found := _version(name)) is not None}
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     return {"command": command, "date": today, "machine": machine(), "versions": versions}
 
 
 def machine() -> dict[str, Any]:
-    """Where something was measured. load: processes that ran or waited, on average over the last minute."""
+    """The machine of a measurement. load: processes that ran or waited, on average over the last minute."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     load = round(os.getloadavg()[0], 1)
     return {"cpu": _processor(), "cores": os.cpu_count(), "gpu": gpu, "torch": torch.__version__, "load": load}

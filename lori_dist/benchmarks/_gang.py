@@ -23,11 +23,13 @@ PRELOADED = (
     "lori_dist.engines.fsdp",
     "lori_dist.training.train",
 )
-"""What every rank imports: once, in the process from which the ranks are forked. It touches no device."""
+"""Modules that every rank needs. They are imported once, in the process from which ranks are forked, and touch no
+device."""
 
 
 def gang(function: Callable[..., dict[str, Any]], num_ranks: int, *args: Any) -> dict[str, Any]:
-    """What function(world, *args), called on every rank of new processes, gives on rank 0; plain JSON."""
+    """Returns what function(world, *args) returns on rank 0, called on every rank in new processes; it must be plain
+    JSON."""
     with tempfile.TemporaryDirectory() as place:
         start(_rank, (function, num_ranks, Path(place), args), num_ranks)
         found: dict[str, Any] = json.loads((Path(place) / "result.json").read_text())

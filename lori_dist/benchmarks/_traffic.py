@@ -1,4 +1,4 @@
-"""What a step costs besides time: bytes sent, counted at the collectives, and bytes kept for the backward pass."""
+"""The cost of a step besides its time: bytes sent, counted at the collectives, and bytes kept for the backward pass."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -84,18 +84,18 @@ def saved_bytes(model: nn.Module, is_adapted: Callable[[nn.Module], bool]) -> It
 
 
 def local_bytes(tensor: Any) -> int:
-    """Of what this rank has of a tensor."""
+    """Bytes of this rank's part of a tensor."""
     return int((tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes)
 
 
 def moment_bytes(engine: Any) -> int:
-    """Of Adam's moments on this rank."""
+    """Bytes of Adam's moments on this rank."""
     held = [kept[name] for kept in engine.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     return sum(map(local_bytes, held))
 
 
 def process_bytes(name: str) -> int:
-    """Of this process, as Linux counts them: `VmRSS`, what it has; `VmHWM`, the most it had."""
+    """Bytes of this process as Linux counts them: `VmRSS` is its current size, `VmHWM` its largest."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 

@@ -48,7 +48,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-"""Those that are tried, one after the other."""
+"""Model shapes, which are measured one after the other."""
 TINY = {
     "vocab_size": 256,
     "hidden_size": 64,
@@ -65,7 +65,7 @@ WAYS: Mapping[str, Mapping[str, bool]] = {
 OURS = "lori_s"
 DTYPE = torch.bfloat16
 SIDE = {"cuda": 8192, "cpu": 256}
-"""Of the matrices whose product is what a device can do."""
+"""Side of the square matrices whose product measures a device's speed."""
 LAYER = {"cuda": (8192, 4096, 14336), "cpu": (64, 64, 176)}
 """Tokens, inputs and outputs of the layer that is measured alone."""
 LR = 1e-4
@@ -198,7 +198,7 @@ class _Random:
 def _train(
     shape: LlamaConfig, world: World, settings: Mapping[str, Any]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
-    """What was found of each way, and seconds of its steps, which take turns."""
+    """The measurements of each method, and the seconds of its steps. Methods take turns, step by step."""
     batch = _batch(shape, settings["rows"], settings["length"])
     found: dict[str, dict[str, Any]] = {}
     steps: dict[str, Callable[[], StepResult]] = {}
@@ -221,7 +221,7 @@ def _train(
 def _engine(
     method: str, shape: LlamaConfig, world: World, settings: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Replicated]:
-    """What a method has to compute and train, and what does."""
+    """The figures of what a method computes and trains, and the engine that trains it."""
     base: Made = (without_weights(shape, DTYPE).eval().requires_grad_(False), _Random())
     num_flops = flops.per_token(base[0], activation_checkpointing=False)
     parameters = _num_parameters(base[0])
@@ -261,7 +261,7 @@ def _matmul(device: torch.device) -> float:
 
 
 def _digits(value: float) -> float:
-    """To four significant digits: a slow CPU's TFLOP/s are thousandths."""
+    """Rounds to four significant digits; the TFLOP/s of a slow CPU are thousandths."""
     return float(f"{value:.4g}")
 
 

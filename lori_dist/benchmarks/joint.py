@@ -14,6 +14,7 @@ from lori_dist import config
 from lori_dist.adapter.adapter import Spec
 from lori_dist.adapter.attach import attach, match
 from lori_dist.adapter.linear import features
+from lori_dist.balances.ortho import order
 from lori_dist.benchmarks._methods import make_llama
 from lori_dist.benchmarks._timing import interleaved, one_thread, quotients
 from lori_dist.engines.ddp import Replicated, build
@@ -21,7 +22,7 @@ from lori_dist.errors import ConfigError
 from lori_dist.training.data import Batch
 from lori_dist.training.device import dtype_of_base
 from lori_dist.training.loss import task_loss_sums
-from lori_dist.training.surgery import order, surgery
+from lori_dist.training.surgery import surgery
 from lori_dist.training.weights import skeleton
 from lori_dist.training.world import World, from_environment
 
@@ -38,6 +39,7 @@ METHODS = {
 def run(
     *,
     tasks: list[int] = [3, 8],  # noqa: B006  # read from the source, never shared
+    balances: list[str] = [],  # noqa: B006
     rank: int = 32,
     layers: int = 4,
     hidden: int = 512,
@@ -48,9 +50,9 @@ def run(
 ) -> dict[str, Any]:
     """Rows for a table, and ratios[method][tasks]: medians of quotients of steps taken in turns, with quartiles.
 
-    tasks: how many, one measurement each. rank: of the adapters. layers, hidden: of a Llama with random weights. rows,
-    length: of a batch, the same for all numbers of tasks. steps: timed. dtype: of the base, by default bfloat16 on
-    CUDA, else float32. On CPU all run on one thread.
+    tasks: how many, one measurement each. balances: further ways, by name, besides Ortho-LoRA. rank: of the adapters.
+    layers, hidden: of a Llama with random weights. rows, length: of a batch, the same for all numbers of tasks. steps:
+    timed. dtype: of the base, by default bfloat16 on CUDA, else float32. On CPU all run on one thread.
 
     plain: joint training without projection. joint: with it, from one backward pass. loop: as the paper prints it, a
     forward and a backward pass for each task, on its rows, then the gradients themselves projected, matrix by matrix.
@@ -69,12 +71,17 @@ def run(
         for method in METHODS:
             for num_tasks in tasks:
                 batch = _batch(num_tasks, rows, length)
-                seconds = _measure(base, method, rank, dtype, batch, world, steps)
+                seconds = _measure(base, method, rank, dtype, batch, world, steps, balances)
                 table += [_row(method, num_tasks, name, times, batch) for name, times in seconds.items()]
                 ratios[method][str(num_tasks)] = {
                     **quotients("joint_over_plain", seconds["joint"], seconds["plain"]),
                     **quotients("loop_over_plain", seconds["loop"], seconds["plain"]),
                     **quotients("loop_over_joint", seconds["loop"], seconds["joint"]),
+                    **{
+                        key: value
+                        for name in balances
+                        for key, value in quotients(f"{name}_over_plain", seconds[name], seconds["plain"]).items()
+                    },
                 }
     return {"rows": table, "ratios": ratios}
 
@@ -89,18 +96,25 @@ def _batch(num_tasks: int, rows: int, length: int) -> Batch:
 
 
 def _measure(
-    base: Path, method: str, rank: int, dtype: str, batch: Batch, world: World, steps: int
+    base: Path, method: str, rank: int, dtype: str, batch: Batch, world: World, steps: int, balances: Sequence[str]
 ) -> dict[str, list[float]]:
     """Seconds of every step, of ways that take turns."""
     assert batch.weights is not None
     names = [f"task-{number}" for number in range(len(batch.weights))]
     plain, joint, loop = (_engine(base, method, rank, dtype, world) for _ in range(3))
     projecting = surgery(joint.model.module, names, world)
+
+    def balanced(name: str) -> Callable[[], object]:
+        engine = _engine(base, method, rank, dtype, world)
+        tasks = surgery(engine.model.module, names, world, balance=name)
+        return lambda: engine.step([batch], num_targets=1, lr=LR, tasks=tasks)
+
     return interleaved(
         {
             "plain": lambda: plain.step([batch], num_targets=1, lr=LR),
             "joint": lambda: joint.step([batch], num_targets=1, lr=LR, tasks=projecting),
             "loop": _loop(loop, batch, world),
+            **{name: balanced(name) for name in balances},
         },
         steps,
     )

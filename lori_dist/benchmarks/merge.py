@@ -27,7 +27,7 @@ METHODS = {"concat": "cat", "linear": "linear", "ties": "ties"}
 """Ours -> PEFT's `combination_type`."""
 
 SEED = 0
-"""Of A, one for all tasks, so that linear and TIES merge B on it. PEFT knows nothing of it and holds one for each."""
+"""Seed of A. All tasks share it, so that linear and TIES merge B on it; PEFT stores one A for each."""
 
 PROGRAM = "import sys; from lori_dist.benchmarks import merge; print(merge.measure(sys.argv[1]))"
 
@@ -241,6 +241,6 @@ def _seconds(act: Callable[[], object]) -> float:
 
 
 def _peak_bytes() -> int:
-    """Of this process. `ru_maxrss` would begin with that of the process that started it."""
+    """Peak memory of this process. `ru_maxrss` would start with that of its parent."""
     lines: Iterator[str] = iter(Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))

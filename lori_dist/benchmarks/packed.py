@@ -35,7 +35,7 @@ ENGINES: dict[str, tuple[str, dict[str, Any]]] = {"fsdp": ("fsdp", {}), "zero3":
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What every rank is told."""
+    """Settings of every rank."""
 
     folder: Path
     engine: str
@@ -131,7 +131,7 @@ def run(
 
 
 def _gangs(function: Any, setting: Setting, num_ranks: int, num_gangs: int, *args: Any) -> dict[str, Any]:
-    """What rank 0 of the first of several gangs gives, that work at once."""
+    """The result of rank 0 of the first of several gangs that work at the same time."""
     result = setting.folder / "result.json"
     place = setting.folder / f"stores-{time.monotonic_ns()}"
     place.mkdir()

@@ -1,4 +1,4 @@
-"""What `lori plan` says beside what is measured: memory by kind, traffic, files and the peak of a step."""
+"""The figures of `lori plan` beside measured ones: memory by kind, traffic, files and the peak of a step."""
 
 import ctypes
 import gc
@@ -32,6 +32,16 @@ from lori_dist.training.world import World
 
 SIZES = {"vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8}
 LLAMA = {**SIZES, "intermediate_size": 704, "num_key_value_heads": 2, "max_position_embeddings": 512}
+MIXTURES: Mapping[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2},
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "head_dim": 32},
+    "deepseek_v3": {
+        **{"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
+        **{"first_k_dense_replace": 2, "moe_intermediate_size": 256, "num_key_value_heads": 8, "q_lora_rank": 96},
+        **{"kv_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32},
+    },
+}
+"""Mixtures of experts, with dense first layers and shared experts where a kind has them."""
 MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {**LLAMA, "tie_word_embeddings": False}),
     "llama, few tokens": ("llama", {**LLAMA, "vocab_size": 256}),
@@ -40,6 +50,7 @@ MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {**LLAMA, "head_dim": 32}),
     "gemma": ("gemma", {**LLAMA, "head_dim": 32}),
     "gpt2": ("gpt2", {"vocab_size": 4096, "n_positions": 512, "n_embd": 256, "n_layer": 6, "n_head": 8}),
+    **{kind: (kind, {**LLAMA, **more}) for kind, more in MIXTURES.items()},
 }
 """Name -> type, and settings of its configuration."""
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
@@ -48,7 +59,7 @@ MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What every rank is told."""
+    """Settings of every rank."""
 
     run: config.Run
     place: Path
@@ -68,8 +79,8 @@ def run(
 ) -> dict[str, Any]:
     """Rows for a table, and ratios[kind]: the lowest and the highest of planned over measured.
 
-    models: by default six kinds of some five million weights. engines: names of placements, such as `fsdp`; all by
-    default, hybrids as if there were two nodes. rows, length: of a rank's batch.
+    models: by default all kinds, of five to twelve million weights. engines: names of placements, such as `fsdp`;
+    all by default, hybrids as if there were two nodes. rows, length: of a rank's batch.
 
     Kinds: of a rank `base`, `adapter` (A, positions, values and what DeepSpeed keeps of them twice) and `moments`,
     between steps; `gathered` and `reduced` in the collectives of a step, each the whole tensor, and `gathered_2`,
@@ -227,7 +238,7 @@ def _of_adapter(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _values(engine: Any, setting: Setting) -> int:
-    """What computes, and what DeepSpeed updates beside it."""
+    """Bytes of the values that compute, and of the copies that DeepSpeed updates beside them."""
     found = sum(map(_held, trained(engine.model.module if setting.engine != "fsdp" else engine.model).values()))
     if setting.engine == "deepspeed":
         zero = engine.model.optimizer
@@ -245,7 +256,7 @@ def _held(parameter: Any) -> int:
 
 
 def _keep_no_freed_memory() -> None:
-    """What is freed goes back to the system at once, so that a process has what its tensors take."""
+    """Returns freed memory to the system at once, so that the process's size is that of its tensors."""
     libc = ctypes.CDLL(None)
     libc.mallopt(MMAP_THRESHOLD, 1 << 14)
     libc.mallopt(TRIM_THRESHOLD, 1 << 14)

@@ -39,17 +39,17 @@ ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "zero3": ("deepspeed", {"stage": 3}),
 }
 COUNTED = ("optimizer_bytes", "gradient_bytes", "adapter_file_bytes", "saved_activation_bytes")
-"""Of which there is a ratio, beside that of the times."""
+"""Counted quantities that get a ratio, in addition to the times."""
 VOCABULARY = 8192
 AGAINST, FLOOR = "peft_lora", "floor"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What every gang of ranks is told."""
+    """Settings of every gang of ranks."""
 
     folder: Path
-    """With the base in `base`, and room for results."""
+    """Folder with the base in `base` and room for results."""
     engine: str
     rank: int
     rows: int
@@ -156,7 +156,7 @@ def _row(
 
 
 def _ratios(rows: Mapping[str, Mapping[str, Any]], together: Mapping[str, Any]) -> dict[str, Any]:
-    """Of what is counted, quotients; of times, the median of the quotients of steps taken in the same turn."""
+    """Ratios: of counts, the quotients; of times, the median of the quotients of steps taken in the same turn."""
     found = {}
     for method in ("lori_d", "lori_s"):
         counted = {name: round(rows[method][name] / rows[AGAINST][name], 4) for name in COUNTED}
@@ -212,7 +212,8 @@ def _together(world: World, setting: Setting) -> dict[str, Any]:
 
 
 def _adapter_flops(setting: Setting) -> int:
-    """Of LoRI's products in one forward and backward pass of a rank: A x and B (A x), their transposes, and B's."""
+    """FLOPs of LoRI's products in one forward and backward pass of a rank: A x and B (A x), their transposes, and B's
+    gradient."""
     model, _ = METHODS["lori_d"](from_files(setting.folder / "base", setting.dtype), setting.rank)
     sizes = [features(layer.base) for layer in adapted(model).values()]
     each = sum(2 * (inputs + outputs) + outputs for outputs, inputs in sizes)

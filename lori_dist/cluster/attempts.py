@@ -1,4 +1,7 @@
-"""A job, or several that share one base, with all attempts: how each ends, and whether there is another."""
+"""A job, or several that share one base, with all attempts: the loop, the record of each, and the published result.
+
+Why an attempt failed and whether there is another is decided in failures.py.
+"""
 
 import contextlib
 import logging
@@ -8,28 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from lori_dist import config, folder, storage
-from lori_dist.cluster import gang, schedule, trials
-from lori_dist.cluster.gang import Broken, Gangs
-from lori_dist.cluster.schedule import Failure
+from lori_dist.cluster import gang, trials
+from lori_dist.cluster.failures import BACKOFF_SECONDS, CUT_OFF, STOPPED, described, failure_of, is_stop, retry
+from lori_dist.cluster.gang import Gangs
 from lori_dist.cluster.summary import ATTEMPTS, CHECKPOINTS, METRICS, attempts_of, is_step, log_file
 from lori_dist.cluster.trials import TRIED
-from lori_dist.cluster.work import (
-    Assignment,
-    evaluate_model,
-    evaluate_models,
-    merge_adapters,
-    train_rank,
-    train_ranks,
-)
+from lori_dist.cluster.work import Assignment, evaluate_rank, merge_adapters, train_rank, train_ranks
 from lori_dist.config import Run
 from lori_dist.errors import JobError
 from lori_dist.jobs import Job, check_inputs
-
-BACKOFF_SECONDS = 1.0
-"""Before a job is started again."""
-
-CUT_OFF = "cut off with its driver"
-STOPPED = "stopped with its run"
+from lori_dist.scores import MEASURED
 
 log = logging.getLogger(__name__)
 
@@ -41,18 +32,19 @@ def do(
     gangs: Gangs,
     end: Callable[[Job, dict[str, Any] | str], None],
 ) -> None:
-    """A job with all its attempts, or several that share one base: trainings that need nothing of others, or
-    evaluations. What fails is started again for all of them.
+    """Does a job, or several that share one base, with all attempts: trainings that need no other job, or evaluations.
+    A failed attempt is repeated for all of them.
 
-    inputs: of each job, digests of what it reads of others. end: called once for each job, with what its job.json
-    holds or with why it failed.
+    inputs: job -> digests of the results that it reads. end: called once for each job, with the content of its job.json
+    or with the reason why it failed. Raises JobError with the last attempt's failure.
     """
     start = time.monotonic()
     partials = [folder.open(run.folder, job) for job in jobs]
-    mirror = storage.open(run.output, run.name) if storage.is_url(run.output) else None
-    for partial in partials if mirror else ():
-        _push(mirror, partial)
-        _prune(mirror, partial)
+    mirror = _mirror(run)
+    if mirror:
+        for partial in partials:
+            mirror.push(partial.name)
+            mirror.prune(partial.name)
     names, number = ", ".join(job.name for job in jobs), 0
     while True:
         number += 1
@@ -63,20 +55,23 @@ def do(
         ]
         histories = [History(partial, one.attempt.number) for partial, one in zip(partials, assignments, strict=True)]
         try:
-            for partial in partials:
-                _push(mirror, partial)
+            if mirror:
+                for partial in partials:
+                    mirror.push(partial.name)
             outcomes = _outcomes(run, assignments, gangs, histories)
-            for partial in partials:
-                _pull(mirror, partial)
+            if mirror:
+                for partial in partials:
+                    mirror.pull(partial.name)
             break
         except Exception as error:
-            for partial in partials:
-                _pull(mirror, partial)
+            if mirror:
+                for partial in partials:
+                    mirror.pull(partial.name)
             failure = failure_of(error)
             log.debug("%s: attempt %d failed", jobs[0].name, number, exc_info=error)
             for history in histories:
                 history.end(STOPPED if gangs.is_ending and is_stop(failure) else failure.message)
-            if gangs.is_ending or not schedule.retry(failure, number, run.cluster.retries):
+            if gangs.is_ending or not retry(failure, number, run.cluster.retries):
                 raise JobError(described(run, jobs[0], failure)) from error
             again = f"restarting {'them' if len(jobs) > 1 else 'it'} ({number} of {run.cluster.retries})"
             log.warning("%s: %s; %s", names, failure.message, again)
@@ -89,31 +84,15 @@ def do(
             continue
         try:
             made = publish(run, assignment, history, start, inputs[job.name], outcome["result"])
-            if mirror:
-                for place in folder.kept(run.folder, job.name):
-                    mirror.push(place.name)
-                mirror.push(job.name)
-                mirror.prune(job.name)
-                mirror.delete(assignment.attempt.partial.name)
         except JobError as error:
             end(job, str(error))
         else:
             end(job, made)
 
 
-def _push(mirror: storage.Mirror | None, partial: Path) -> None:
-    if mirror:
-        mirror.push(partial.name)
-
-
-def _prune(mirror: storage.Mirror | None, partial: Path) -> None:
-    if mirror:
-        mirror.prune(partial.name)
-
-
-def _pull(mirror: storage.Mirror | None, partial: Path) -> None:
-    if mirror:
-        mirror.pull(partial.name)
+def _mirror(run: Run) -> storage.Mirror | None:
+    """The mirror of a run's folder on storage, if its output is a URL."""
+    return storage.open(run.output, run.name) if storage.is_url(run.output) else None
 
 
 def publish(
@@ -124,14 +103,20 @@ def publish(
     inputs: Mapping[str, Any],
     result: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Makes an attempt's folder the job's. Returns what its job.json holds. start: of the work, by `time.monotonic`."""
+    """Publishes an attempt's folder as the job's result. Returns what its job.json holds. start: when the work began,
+    by `time.monotonic`."""
     job = assignment.job
     assignment.attempt.check()
     check_inputs(run, job)
     history.end(None)
     seconds = round(time.monotonic() - start, 3)
     record = {"seconds": seconds, "attempts": history.attempts, "inputs": dict(inputs), "result": dict(result)}
-    folder.publish(run.folder, job, record, scratch=[CHECKPOINTS, TRIED, ATTEMPTS])
+    folder.publish(run.folder, job, record, scratch=[CHECKPOINTS, TRIED, ATTEMPTS, MEASURED])
+    if mirror := _mirror(run):
+        for place in (*folder.kept(run.folder, job.name), run.folder / job.name):
+            mirror.push(place.name)
+        mirror.prune(job.name)
+        mirror.delete(assignment.attempt.partial.name)
     published = folder.finished(run.folder, job)
     assert published is not None
     return published
@@ -140,57 +125,45 @@ def publish(
 def _outcomes(
     run: Run, assignments: Sequence[Assignment], gangs: Gangs, histories: "Sequence[History]"
 ) -> dict[str, dict[str, Any]]:
-    """Of each job, by name, its `result` or the `error` that ended it alone. Raises Broken, or what goes wrong in this
+    """Job -> its `result`, or the `error` that ended it alone. Raises Broken if processes fail, and any error of this
     process."""
     first, name = assignments[0], assignments[0].job.name
+    if first.job.kind == "evaluate":
+        return dict(_of_gang(run, histories, gangs, first.job, evaluate_rank, assignments))
     if first.job.kind == "train":
-        ranks = gangs.take(first.job, run.cluster)
-        for history in histories:
-            history.begin(workers=ranks.shape.count)
-        try:
-            outcomes: dict[str, dict[str, Any]]
-            if len(assignments) > 1:
-                outcomes = ranks.run(train_ranks, assignments, gangs.stopping, gangs.asked)
-            else:
-                outcomes = {name: {"result": ranks.run(train_rank, first, gangs.stopping, gangs.asked)}}
-        except BaseException:
-            ranks.close()
-            raise
-        gangs.give_back(ranks)
-        return outcomes
+        if len(assignments) > 1:
+            return dict(_of_gang(run, histories, gangs, first.job, train_ranks, assignments))
+        return {name: {"result": dict(_of_gang(run, histories, gangs, first.job, train_rank, first))}}
     for history in histories:
         history.begin(workers=1)
-    if len(assignments) > 1:
-        call = gang.remote(run, first.job, evaluate_models)(list(assignments))
-        return dict(gang.result(call, gangs.stopping))
     if "search" in first.job.settings:
         first = trials.searched(run, first, gangs.stopping)
-    function = {"merge": merge_adapters, "evaluate": evaluate_model}[first.job.kind]
-    return {name: {"result": dict(gang.result(gang.remote(run, first.job, function)(first), gangs.stopping))}}
+    return {name: {"result": dict(gang.result(gang.remote(run, first.job, merge_adapters)(first), gangs.stopping))}}
 
 
-def is_stop(failure: Failure) -> bool:
-    """Whether a job that failed while its run ended did so for that reason: it saved, or lost its processes."""
-    return "Stopped" in failure.types or not schedule.is_final(failure)
-
-
-def failure_of(error: Exception) -> Failure:
-    if isinstance(error, Broken):
-        return error.failure
-    return schedule.failure_of(schedule.record_of(error, None, time.time()))
-
-
-def described(run: Run, job: Job, failure: Failure) -> str:
-    where = f" (rank {failure.rank})" if job.kind == "train" and failure.rank is not None else ""
-    return f"{failure.message}{where}; see {log_file(run.folder, job, failure.rank or 0)}"
+def _of_gang(
+    run: Run, histories: Sequence["History"], gangs: Gangs, job: Job, function: Callable[[Any], Any], argument: Any
+) -> Any:
+    """Returns what function(argument) returns on rank 0 of a gang of the job's shape. Raises Broken."""
+    ranks = gangs.take(job, run.cluster)
+    for history in histories:
+        history.begin(workers=ranks.shape.count)
+    try:
+        result = ranks.run(function, argument, gangs.stopping, gangs.asked)
+    except BaseException:
+        ranks.close()
+        raise
+    gangs.give_back(ranks)
+    return result
 
 
 class History:
-    """What became of each attempt at a job, those of earlier drivers among them. For summary.json and job.json.
+    """The record of each attempt at a job, those of earlier drivers included, for summary.json and job.json.
 
-    Of each: its number; when it started, in seconds since the epoch; how many seconds it took, waiting for room among
-    them; how many workers it had; the error that ended it; and of a training the step from which it went on, the last
-    it reached, and how many seconds after the end of the attempt before it had done one. None where that is not known.
+    A record has the attempt's number; its start, in seconds since the epoch; the seconds it took, with those that it
+    waited for room; its number of workers; the error that ended it; and, for a training, the step from which it
+    resumed, the last step it reached, and the seconds from the end of the attempt before to its first step. What is not
+    known is None.
     """
 
     def __init__(self, partial: Path, number: int) -> None:
@@ -246,6 +219,6 @@ class History:
 
 
 def _steps(partial: Path) -> list[dict[str, Any]]:
-    """What a training's metrics say, but for lines that are not whole. Other jobs have no steps."""
+    """The steps in a training's metrics, without damaged lines. Other jobs have no steps."""
     records, _ = folder.read_lines(partial / METRICS)
     return [record for record in records if is_step(record)]

@@ -1,4 +1,4 @@
-"""Where each job of a run stands, and who is told."""
+"""The state of each job of a run, written to the run's folder and reported to whoever shows progress."""
 
 import contextlib
 import json
@@ -22,35 +22,35 @@ from lori_dist.jobs import Job, dependents, path_lengths, ready
 EVALUATION = "evaluation.json"
 
 ENDING = re.compile(r": ending, as (`lori stop` was called|SIGTERM was received|train\.time_limit has passed)")
-"""In what a driver writes before it leaves its cluster, where it was told to end."""
+"""Matches what a driver that was asked to end writes before it leaves its cluster."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """How far a run is."""
+    """The progress of a run."""
 
     job: str
     state: str
     """`running`, `interrupted`, `finished`, `failed` or `blocked`."""
     seconds: float
     num_done: int
-    """Jobs that are finished."""
+    """Number of finished jobs."""
     num_jobs: int
     phase: str = ""
-    """Of a training: `calibrate` or `train`."""
+    """The phase of a training: `calibrate` or `train`."""
     step: int = 0
     num_steps: int = 0
     loss: float | None = None
     tokens_per_second: float | None = None
     eta_seconds: float | None = None
-    """Until the end of the training."""
+    """Seconds until the end of the training."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Board:
-    """Where each job stands."""
+    """The state of each job."""
 
     run: Run
     jobs: list[Job]
@@ -58,12 +58,12 @@ class Board:
     states: dict[str, dict[str, Any]] = field(default_factory=dict)
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     made: dict[str, str] = field(default_factory=dict)
-    """Finished job -> digest of its adapter, or nothing where it made none."""
+    """Finished job -> digest of its adapter, empty if it made none."""
     report: dict[str, str] | None = None
-    """Where the run's is, or why there is none."""
+    """Paths of the run's report, or the reason why there is none."""
     started: dict[str, float] = field(default_factory=dict)
     leaders: dict[str, str] = field(default_factory=dict)
-    """Job that is done in one gang with others -> the first of these."""
+    """Job that shares a gang with others -> the first of these."""
 
     def __post_init__(self) -> None:
         self.states = {job.name: {"state": "waiting", **self._begun(job)} for job in self.jobs}
@@ -77,8 +77,8 @@ class Board:
                 self._change(job, "finished", cached=True, seconds=record["seconds"], attempts=record["attempts"])
 
     def keep_report(self) -> list[str]:
-        """Renames the summary and the report of an earlier run under this name if they are of results that are not
-        this one's. Returns their new names."""
+        """Renames the summary and the report of an earlier run of this name if they describe other results. Returns
+        their new names."""
         root = self.run.folder
         try:
             summary = json.loads(read_regular(root / SUMMARY).decode())
@@ -95,16 +95,18 @@ class Board:
         return [] if is_mine or not finished else folder.set_aside(root, [SUMMARY, *report])
 
     def superseded(self) -> list[str]:
-        """Of each unfinished job whose folder has a result of other settings: what differs, and what becomes of it."""
+        """Sentences about unfinished jobs whose folders hold results of other settings: what differs, and what happens
+        to them."""
         found = (folder.superseded(self.run.folder, job) for job in self.unfinished())
         return [text for text in found if text is not None]
 
     def _begun(self, job: Job) -> dict[str, bool]:
-        """For `lori status`: whether the job's folder is what an attempt at this very job has left."""
+        """Whether the job's folder was left by an attempt at this very job, as `lori status` asks."""
         return {"begun": True} if folder.begun(self.run.folder, job) else {}
 
     def inputs(self, job: Job) -> dict[str, str | None]:
-        """What the job reads of others: it is done again where those were, and became something else."""
+        """Digests of the results that the job reads. The job is done again if those were done again and have
+        changed."""
         return {need: self.made.get(need) for need in job.needs}
 
     def named(self, state: str) -> list[Job]:
@@ -117,14 +119,21 @@ class Board:
         return [job for job in self.jobs if self.states[job.name]["state"] != "finished"]
 
     def ready(self) -> list[Job]:
-        """What could start now, what most jobs wait for in a row first, and else in the plan's order."""
+        """The jobs that could start now: those on which the longest chain of jobs waits come first, else the plan's
+        order counts."""
         lengths = path_lengths(self.jobs)
         possible = ready(self.jobs, self.names("finished"), self.names("running") | self.names("failed"))
         return sorted(possible, key=lambda job: -lengths[job.name])
 
     def startable(self, nodes: Sequence[Resources]) -> list[tuple[Job, ...]]:
-        """What is to start now; jobs that one gang is to do together."""
-        packs = {jobs[0].name: jobs for jobs in schedule.packs(self.ready(), self.run.cluster.packing)}
+        """What is to start now; jobs that one gang is to do together.
+
+        Evaluations wait for each other: all models are evaluated in one pass over the base.
+        """
+        found = self.ready()
+        if any(job.kind == "evaluate" and job not in found for job in self.named("waiting")):
+            found = [job for job in found if job.kind != "evaluate"]
+        packs = {jobs[0].name: jobs for jobs in schedule.packs(found, self.run.cluster.packing)}
         running = {self.leaders.get(job.name, job.name): job for job in self.named("running")}
         leaders = [jobs[0] for jobs in packs.values()]
         admitted = schedule.admit(leaders, list(running.values()), self.run.cluster, nodes)
@@ -165,14 +174,14 @@ class Board:
         return {"attempts": attempts_of(self.run.folder / f"{folder.PARTIAL}{job.name}")}
 
     def _started(self, job: Job) -> dict[str, Any]:
-        """When, in seconds since the epoch, as the run's timeline shows it, and with which others."""
+        """The job's start in seconds since the epoch and the jobs that share its gang, for the run's timeline."""
         return {key: value for key, value in self.states[job.name].items() if key in ("started", "packed_with")}
 
     def seconds(self, job: Job) -> float:
         return round(time.monotonic() - self.started[job.name], 3) if job.name in self.started else 0.0
 
     def has_steps(self, job: Job) -> bool:
-        """Whether a training may have done some since it started. Of a URL this machine sees none."""
+        """Whether a training may have done steps since it started. If `output` is a URL, this machine sees none."""
         if storage.is_url(self.run.output):
             return True
         steps = last_steps(self.run.folder / f"{folder.PARTIAL}{job.name}")
@@ -210,8 +219,8 @@ class Board:
 
 
 def check_record(place: Path, job: Job, record: Mapping[str, Any]) -> None:
-    """Raises JobError if what a finished job's job.json says is not what the run wrote: earlier versions did not seal
-    it, but what an evaluation found has a file of its own."""
+    """Raises JobError if a finished job's job.json differs from what the run wrote. Earlier versions did not seal it,
+    but what an evaluation found has a file of its own."""
     problem = None
     kinds = {"inputs": dict, "result": dict, "seconds": int | float, "attempts": list}
     if not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
@@ -228,7 +237,7 @@ def check_record(place: Path, job: Job, record: Mapping[str, Any]) -> None:
 
 
 def _saved(run: Run, job: Job) -> dict[str, str]:
-    """From which step a training resumes, for people."""
+    """The step from which a training resumes, for people."""
     found = last_saved(run.folder / f"{folder.PARTIAL}{job.name}") if job.kind == "train" else {}
     if not found or found["step"] is None:
         return {}
@@ -255,7 +264,7 @@ def _told(state: Mapping[str, Any]) -> str:
 
 
 def _last_step(root: Path, job: Job) -> dict[str, Any]:
-    """Where a training is, and how fast."""
+    """The last step of a training, and its speed."""
     steps = last_steps(root / f"{folder.PARTIAL}{job.name}")
     if not steps:
         return {}

@@ -14,12 +14,12 @@ from lori_dist.atomic import write_text
 from lori_dist.config import Name, Run, Seed, Text, section
 from lori_dist.errors import ConfigError, JobError, LoriError
 from lori_dist.files import read_regular
-from lori_dist.jobs import Job
+from lori_dist.jobs import plan
 
 log = logging.getLogger(__name__)
 
 OWN = "own"
-"""In the place of a model: on each task, the adapter that was trained on it."""
+"""The name that stands, on each task, for the adapter that was trained on it."""
 
 Scores = Mapping[str, Mapping[str, float]]
 """Row -> task -> value."""
@@ -37,14 +37,14 @@ class Variant:
 
 @section
 class Comparison:
-    """What is compared."""
+    """A comparison as its YAML file describes it."""
 
     name: Name
     """The runs are called NAME-VARIANT-SEED, the result NAME.json."""
     config: Text
     """A YAML file of a run."""
     seeds: Annotated[tuple[Seed, ...], pydantic.Field(min_length=1)] = (0, 1, 2)
-    """Of A and of the order of the rows."""
+    """Seeds of A and of the order of the rows."""
     metric: Text = "exact_match"
     variants: Annotated[dict[Name, Variant], pydantic.Field(min_length=1)]
 
@@ -78,7 +78,7 @@ def runs(comparison: Comparison, overrides: Sequence[str] = ()) -> dict[tuple[st
 
 
 def _rows(run: Run, name: str, variant: Variant, metric: str) -> Iterator[str]:
-    measured = [job.settings["subject"] for job in _plan(run) if job.kind == "evaluate"]
+    measured = [job.settings["subject"] for job in plan(run) if job.kind == "evaluate"]
     known = [*measured, *([OWN] if set(run.tasks) <= set(measured) else [])]
     for row, model in variant.rows.items():
         if model not in known:
@@ -88,16 +88,10 @@ def _rows(run: Run, name: str, variant: Variant, metric: str) -> Iterator[str]:
         yield f"metric: {metric} is not measured; there are {', '.join(run.evaluate.metrics)}"
 
 
-def _plan(run: Run) -> list[Job]:
-    method = plugin.find("multitask", run.multitask.name, "plan", "multitask")
-    jobs: list[Job] = method.load()(run, **method.bind(run.multitask.options, "multitask"))
-    return jobs
-
-
 def compare(
     comparison: Comparison, overrides: Sequence[str] = (), *, execute: Callable[[Run], Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Does all runs, one after another, and what was done before not again. Returns what is also in OUTPUT/NAME.json.
+    """Does all runs, one after another, and skips finished ones. Returns what is also written to OUTPUT/NAME.json.
 
     execute: does a run and returns its summary. The result has `metric`, `seeds`, `tasks`, and of each row of the
     table the `scores` of every seed (task -> value, `mean` over the tasks among them), their `mean` and `std` over the

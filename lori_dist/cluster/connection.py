@@ -23,10 +23,11 @@ from lori_dist.training import preemption
 log = logging.getLogger(__name__)
 
 TOKEN = secrets.token_hex(32)
-"""Lets nobody else on this machine into the cluster that we start. Ray reads it once in a process."""
+"""The token of the cluster that this process starts, which keeps others on this machine out. Ray reads it once in a
+process."""
 
 TOKEN_FILE = ".ray-token"
-"""In the run's folder while other machines can connect."""
+"""The file in the run's folder that holds the token while other machines can connect."""
 
 LOOPBACK = "127.0.0.1"
 
@@ -38,20 +39,21 @@ NO_METRICS = {"RAY_enable_metrics_collection": "0", "DASHBOARD_METRIC_PORT": "-1
 Ray notes that in its logs, and has no other way to turn these two off."""
 
 RAY = "r"
-"""Ray's folder in that of temporary files. Ray lets everybody in there; the one above is the user's own."""
+"""Ray's folder inside the folder for temporary files. Ray opens its own to everybody; the one above is the user's
+alone."""
 
 REACH_SECONDS = 10.0
 
 
 _open = contextlib.ExitStack()
-"""Ends the connection of this process, and removes its token file. Ray has one connection in a process."""
+"""Closes the connection of this process and removes its token file. Ray has one connection in a process."""
 
 
 @contextlib.contextmanager
 def connected(run: Run) -> Iterator[Callable[[], list[Resources]]]:
-    """A connection to the run's cluster. Gives what tells the nodes that it has now.
+    """Connects to the run's cluster. Yields a function that returns the nodes which the cluster has now.
 
-    That raises JobError once a local cluster has lost its own processes: no node can come back to it.
+    The function raises JobError once a local cluster has lost its own processes: no node can come back to it.
     """
     local = run.cluster.address == "local"
     is_open = run.cluster.bind != LOOPBACK
@@ -86,7 +88,8 @@ def connected(run: Run) -> Iterator[Callable[[], list[Resources]]]:
 
 
 def _connect(run: Run, place: Path | None) -> str | None:
-    """Returns the dashboard's URL, if there is one. place: for a cluster that is started here."""
+    """Connects this process. Returns the dashboard's URL, if there is one. place: the folder for a cluster that is
+    started here."""
     if place is not None:
         try:
             return _init(run, place)
@@ -115,7 +118,7 @@ def _init(run: Run, place: Path | None) -> str | None:
 
 @contextlib.contextmanager
 def _raising(run: Run) -> Iterator[None]:
-    """Ray's errors while it starts or connects, as ours, each with its remedy."""
+    """Raises the errors that Ray has while it starts or connects as ours, each with its remedy."""
     import ray
 
     try:
@@ -150,7 +153,7 @@ def _check_authentication(run: Run) -> None:
 
 @contextlib.contextmanager
 def _token_file(run: Run) -> Iterator[None]:
-    """For the user's other programs, and nobody else's: what to give as RAY_AUTH_TOKEN_PATH."""
+    """Keeps the token in a file that only the user can read, for RAY_AUTH_TOKEN_PATH of the user's other programs."""
     if os.environ.get("RAY_AUTH_TOKEN") != TOKEN:  # the user has one
         yield
         return
@@ -190,7 +193,7 @@ def _nodes() -> list[Resources]:
 
 
 def _check_address(address: str) -> None:
-    """Ray itself would try for a quarter of an hour."""
+    """Raises JobError for an address that does not answer, since Ray itself would try for a quarter of an hour."""
     if address in ("local", "auto"):
         return
     host, _, port = address.rpartition(":")
@@ -206,12 +209,13 @@ def _check_address(address: str) -> None:
 
 
 def disconnect() -> None:
-    """Ends the connection to the cluster, and the cluster if it is our own."""
+    """Closes the connection to the cluster, and ends the cluster if this process started it."""
     _open.close()
 
 
 def _settings(run: Run, environment: Mapping[str, str], place: Path | None) -> dict[str, str]:
-    """The variables that Ray needs, apart from those that the user has set. place: of a cluster started here."""
+    """The variables that Ray needs, apart from those that the user has set. place: the folder of a cluster started
+    here."""
     wanted = {
         "RAY_ENABLE_AUTO_CONNECT": "0",  # or a late call after the shutdown would start another cluster
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -241,13 +245,13 @@ def _settings(run: Run, environment: Mapping[str, str], place: Path | None) -> d
 
 
 def authentication(environment: Mapping[str, str]) -> str:
-    """Ray's mode for a cluster that is there: as the user says, or else `token` if the user has one. A cluster that
-    wants none takes it as well."""
+    """Ray's mode for an existing cluster: the one that the user sets, else `token` if the user has one. A cluster that
+    wants no token accepts one as well."""
     return environment.get("RAY_AUTH_MODE") or ("token" if _has_token(environment) else "disabled")
 
 
 def _has_token(environment: Mapping[str, str]) -> bool:
-    """Whether there is one in a place where Ray looks."""
+    """Whether the user has a token where Ray looks for one."""
     if environment.get("RAY_AUTH_TOKEN") or environment.get("RAY_AUTH_TOKEN_PATH"):
         return True
     return (Path.home() / ".ray" / "auth_token").is_file()
@@ -282,10 +286,10 @@ FORWARDED = (
 
 
 def runtime_env(run: Run) -> dict[str, Any]:
-    """What processes on other machines are to find in their environment. Our own cluster inherits all of ours.
+    """The environment that processes on other machines get. A cluster that this process starts inherits all of its own.
 
-    Secrets are left out: Ray shows a job's environment in its logs and its dashboard. How its own processes know each
-    other is for the cluster to say, which has started them with its token, or without.
+    Secrets are left out: Ray shows a job's environment in its logs and its dashboard. The cluster has started its own
+    processes with its token, or without one.
     """
     if run.cluster.address == "local":
         return {}

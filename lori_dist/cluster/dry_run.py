@@ -1,4 +1,4 @@
-"""A run without its steps: all that it does before them, where it would do it, and nothing of it stays."""
+"""A run without its steps: everything before the first step is done where the run would do it, and nothing remains."""
 
 import dataclasses
 import tempfile
@@ -7,9 +7,9 @@ from typing import Any
 
 from lori_dist import config, folder, rows, storage
 from lori_dist.cluster import schedule, scratch
-from lori_dist.cluster.attempts import failure_of
 from lori_dist.cluster.board import Board
 from lori_dist.cluster.connection import connected, runtime_env
+from lori_dist.cluster.failures import failure_of
 from lori_dist.cluster.gang import Gangs
 from lori_dist.cluster.run import planned, with_absolute_paths
 from lori_dist.cluster.work import Rehearsal, rehearse_rank
@@ -22,8 +22,8 @@ TITLES = ("job", "state", "needs", "rows", "steps", "trained entries")
 
 def dry_run(run: Run) -> tuple[list[tuple[str, ...]], list[str]]:
     """Checks a run, reads and encodes its rows, and builds each of its trainings in a gang of the run's cluster, up to
-    the first step. Returns a line for each job, under TITLES, and what is said of each whose folder has a result of
-    other settings. The run's folder stays as it is, or absent.
+    the first step. Returns one line for each job, under TITLES, and a sentence for each job whose folder has a result
+    of other settings. The run's folder stays as it is, or absent.
 
     Raises what `execute` would at its start, and JobError with what is wrong with trainings that cannot be built.
     """
@@ -38,7 +38,7 @@ def dry_run(run: Run) -> tuple[list[tuple[str, ...]], list[str]]:
 
 
 def _rehearsed(board: Board) -> dict[str, dict[str, Any]]:
-    """What `training.rehearse` says of each training."""
+    """Training -> the result of `training.rehearse`."""
     run = board.run
     rows.check(run)
     found, failed = {}, []

@@ -1,7 +1,7 @@
 """A gang: the processes of one training, placed together, started together and ended together.
 
 They are actors of Ray in one placement group. After a training that went well they wait for the next one of the same
-shape, with all that is heavy imported.
+shape, with all that is heavy imported. Which of their failures ended a gang is decided in failures.py.
 """
 
 import contextlib
@@ -21,55 +21,36 @@ from typing import Any
 
 from lori_dist.cluster import schedule
 from lori_dist.cluster.connection import runtime_env
-from lori_dist.cluster.schedule import Failure, Resources, Shape
+from lori_dist.cluster.failures import (
+    DIED,
+    GRACE_SECONDS,
+    MAX_STARTS,
+    Broken,
+    Failure,
+    Outcome,
+    cause_of,
+    from_record,
+    not_started,
+    outcome_of,
+)
+from lori_dist.cluster.schedule import Resources, Shape
 from lori_dist.config import Cluster, Run
 from lori_dist.errors import JobError, Stopped
 from lori_dist.jobs import Job
 
-DIED = "the process died: it was killed, or its machine ran out of memory or was lost"
-
 PLACE_SECONDS = 15.0
-"""After which a gang that found no place asks anew: nodes may have gone that Ray had counted on."""
+"""Seconds after which a gang that found no place asks again: nodes that Ray had counted on may be gone."""
 POLL_SECONDS = 1.0
-MAX_STARTS = 3
-"""How often the processes of one attempt may die before they have begun."""
 START_SECONDS = 300.0
-"""In which a process must have started. It may have to wait until its machine has fetched the program."""
-GRACE_SECONDS = 2.0
-"""In which the others tell their errors, once one process has failed."""
+"""Seconds within which a process must start. It may have to wait until its machine has fetched the package."""
 END_SECONDS = 10.0
-"""For which the end of a gang's processes is awaited."""
+"""Seconds for which the end of a gang's processes is awaited."""
 
 log = logging.getLogger(__name__)
 
 
 class Unplaced(Exception):
-    """There was no room for a gang."""
-
-
-class Broken(Exception):
-    """A job's processes have ended without its result."""
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(failure.message)
-        self.failure = failure
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """What a process says at its end."""
-
-    result: Any = None
-    failure: dict[str, Any] | None = None
-    """As `schedule.record_of` writes it."""
-
-
-def outcome_of(rank: int, function: Callable[..., Any], *arguments: Any) -> Outcome:
-    """Calls a function. What it raises comes back as data: Ray would wrap it, and ask for its class elsewhere."""
-    try:
-        return Outcome(result=function(*arguments))
-    except BaseException as error:
-        return Outcome(failure=schedule.record_of(error, rank, time.time()))
+    """Raised if there is no room for a gang."""
 
 
 # --- in each process -------------------------------------------------------------------------------------------------
@@ -77,15 +58,15 @@ def outcome_of(rank: int, function: Callable[..., Any], *arguments: Any) -> Outc
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Where a process found itself."""
+    """The node, port and GPUs that a process has."""
 
     node: str
     address: str
-    """Of the node."""
+    """The node's address."""
     port: int
-    """On which this process listens, should it become rank 0."""
+    """Port on which this process listens if it becomes rank 0."""
     gpus: tuple[str, ...]
-    """Its own, as CUDA_VISIBLE_DEVICES names them."""
+    """The process's own GPUs, as CUDA_VISIBLE_DEVICES names them."""
 
 
 class Process:
@@ -97,7 +78,7 @@ class Process:
         self._outcome: Outcome | None = None
 
     def place(self) -> Place:
-        """Opens a port anew with every call."""
+        """Opens a new port in every call. Returns where the process is."""
         import ray
 
         context = ray.get_runtime_context()
@@ -124,7 +105,7 @@ class Process:
         return self._outcome
 
     def outcome(self) -> Outcome | None:
-        """Of the last run. Of one that was cancelled Ray tells nothing, however it went."""
+        """The end of the last run. Ray loses the result of a cancelled call, so the driver asks for it here."""
         return self._outcome
 
     def _run(self, rank: int, function: Callable[..., Any], argument: Any) -> Any:
@@ -137,7 +118,7 @@ class Process:
         return result
 
     def _serve(self, listening: socket.socket) -> None:
-        """The store at which all ranks meet, on a socket that nobody can have taken meanwhile, and on no other
+        """Opens the store at which all ranks meet, on a socket that nobody can have taken meanwhile, and on no other
         interface than the node's own."""
         import torch.distributed as dist
 
@@ -148,7 +129,7 @@ class Process:
 
 
 def _leave() -> None:
-    """Makes the process ready for another world."""
+    """Makes the process ready for another process group."""
     import torch.distributed as dist
 
     from lori_dist.training.device import free_cached
@@ -184,7 +165,7 @@ def interface(address: str) -> str | None:
 
 
 def ranked(places: Sequence[Place]) -> list[int]:
-    """The processes in the order of their ranks: node by node as they come, on a node by GPU."""
+    """The processes in the order of their ranks: node by node in the given order, and by GPU on a node."""
     nodes = list(dict.fromkeys(place.node for place in places))
 
     def key(number: int) -> tuple[int, list[tuple[int, str]], int]:
@@ -195,7 +176,7 @@ def ranked(places: Sequence[Place]) -> list[int]:
 
 
 def variables(places: Sequence[Place]) -> list[dict[str, str]]:
-    """What each rank finds in its environment, as of torchrun. places: by rank."""
+    """The environment of each rank, with the variables that torchrun sets. places: in the order of the ranks."""
     nodes = list(dict.fromkeys(place.node for place in places))
     sizes = Counter(place.node for place in places)
     seen: Counter[str] = Counter()
@@ -225,12 +206,13 @@ def variables(places: Sequence[Place]) -> list[dict[str, str]]:
 
 
 class Gang:
-    """Processes that wait for a training."""
+    """Processes of one shape that wait for work."""
 
     def __init__(
         self, shape: Shape, environment: Mapping[str, Any], is_ending: Callable[[], bool] = lambda: False
     ) -> None:
-        """Raises Unplaced if there is no room now or the run is to end, Broken if the processes did not start."""
+        """Starts the processes. Raises Unplaced if there is no room now or the run is to end, Broken if they did not
+        start."""
         import ray
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -269,7 +251,7 @@ class Gang:
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-            raise Broken(Failure(rank=None, time=time.time(), types=(), message=_said(error))) from error
+            raise Broken(Failure(rank=None, time=time.time(), types=(), message=not_started(error))) from error
         order = ranked(places)
         self._processes = [self._processes[number] for number in order]
         self._variables = variables([places[number] for number in order])
@@ -284,7 +266,7 @@ class Gang:
         """Calls function(argument) as each rank of a world. Returns what it returns on rank 0.
 
         stopping: when set, the ranks are given up. asked: when set, they are asked to save and end, and waited for.
-        Raises Broken for the failure that brought the others down, as soon as one rank has failed.
+        Raises Broken with the failure that caused the others, as soon as one rank has failed.
         """
         self.meet()
         calls = {
@@ -294,7 +276,7 @@ class Gang:
         outcomes: dict[int, Outcome | None] = {}
         for rank, outcome in _ended(calls, self._processes, stopping, asked or threading.Event()):
             outcomes[rank] = outcome
-        failure = _cause(outcomes)
+        failure = cause_of(outcomes)
         if failure is not None:
             raise Broken(failure)
         first = outcomes[0]
@@ -302,7 +284,7 @@ class Gang:
         return first.result
 
     def close(self) -> None:
-        """Ends the processes, and waits for that."""
+        """Ends the processes and waits until they are gone."""
         import ray
 
         for process in self._processes:
@@ -313,7 +295,7 @@ class Gang:
 
 
 def _all_of(calls: Sequence[Any], end: float, is_ending: Callable[[], bool]) -> list[Any]:
-    """What calls return. Raises the error of the first that fails, and Unplaced if the run is to end."""
+    """The results of calls. Raises the error of the first that fails, and Unplaced if the run is to end."""
     import ray
 
     waiting = list(calls)
@@ -327,12 +309,6 @@ def _all_of(calls: Sequence[Any], end: float, is_ending: Callable[[], bool]) -> 
     return list(ray.get(list(calls)))
 
 
-def _said(error: Exception) -> str:
-    """Of a process that did not start. Where the program itself could not be loaded, the last line is the reason."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"a process of the gang did not start: {lines[-1] if lines else type(error).__name__}"
-
-
 def _bundle(part: Resources) -> dict[str, float]:
     return {"CPU": part.cpus} | ({"GPU": part.gpus} if part.gpus else {})
 
@@ -340,7 +316,8 @@ def _bundle(part: Resources) -> dict[str, float]:
 def _ended(
     calls: dict[Any, int], processes: Sequence[Any], stopping: threading.Event, asked: threading.Event
 ) -> Iterator[tuple[int, Outcome | None]]:
-    """Rank and outcome, or None for a process that died, as they come; after the first failure only for a while."""
+    """Yields ranks and outcomes in the order of their ends, None for a process that died; after the first failure only
+    for GRACE_SECONDS."""
     import ray
 
     end, were_asked = float("inf"), False
@@ -374,29 +351,18 @@ def _outcome(call: Any, process: Any) -> Outcome | None:
     return outcome
 
 
-def _cause(outcomes: Mapping[int, Outcome | None]) -> Failure | None:
-    """What brought a gang down, from what its processes said."""
-    reported, lost = [], []
-    for rank, outcome in sorted(outcomes.items()):
-        if outcome is None:
-            lost.append(Failure(rank=rank, time=0.0, types=(), message=DIED))
-        elif outcome.failure is not None:
-            reported.append(schedule.failure_of(outcome.failure))
-    return schedule.cause(reported, lost)
-
-
 @dataclass(kw_only=True, slots=True)
 class Gangs:
-    """Those of a run: a gang that has ended a training well waits here for another of its shape."""
+    """The gangs of a run. A gang that has ended its work well waits here for more work of its shape."""
 
     environment: Mapping[str, Any]
-    """Ray's runtime_env for all of them."""
+    """Ray's runtime_env of all gangs."""
     nodes: Callable[[], Sequence[Resources]]
-    """The cluster's, now."""
+    """Returns the cluster's nodes as they are now."""
     stopping: threading.Event = field(default_factory=threading.Event)
-    """Set when the run ends now."""
+    """An event that is set when the run ends at once."""
     asked: threading.Event = field(default_factory=threading.Event)
-    """Set before, when trainings are to save and end, and no job is started any more."""
+    """An event that is set earlier: trainings are to save and end, and no job is started any more."""
     _idle: list[Gang] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -405,10 +371,10 @@ class Gangs:
         return self.asked.is_set() or self.stopping.is_set()
 
     def take(self, job: Job, cluster: Cluster) -> Gang:
-        """A gang for a training, as soon as there is room for one, one that waits or a new one.
+        """Returns a gang for a job as soon as there is room for one: one that waits, or a new one.
 
         Raises JobError if the cluster's nodes are too few for it for longer than cluster.patience, Stopped if the run
-        is to end; Broken if its processes end while they start, again and again.
+        is to end, and Broken if its processes died MAX_STARTS times while they started.
         """
         enough = time.monotonic()
         num_starts = 0
@@ -435,7 +401,7 @@ class Gangs:
             self._idle.append(gang)
 
     def keep(self, count: int) -> None:
-        """Ends all that wait but so many: others need the room."""
+        """Ends all waiting gangs but `count`, since others need their room."""
         with self._lock:
             extra, self._idle[:] = self._idle[count:], self._idle[:count]
         for gang in extra:
@@ -460,7 +426,7 @@ class Gangs:
 
 
 def remote(run: Run, job: Job, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function as a Ray task, with the room that one process of the job takes. Gives what `result` takes."""
+    """A function as a Ray task with the room of one process of the job. Calls return references for `result`."""
     import ray
 
     part = schedule.wanted(job, run.cluster).part
@@ -470,7 +436,7 @@ def remote(run: Run, job: Job, function: Callable[..., Any]) -> Callable[..., An
 
 
 def first_done(references: Sequence[Any], stopping: threading.Event) -> Any:
-    """That of the tasks which ends first. Raises Broken once `stopping` is set."""
+    """The reference of the first task to end. Raises Broken once `stopping` is set."""
     import ray
 
     while True:
@@ -482,7 +448,7 @@ def first_done(references: Sequence[Any], stopping: threading.Event) -> Any:
 
 
 def result(reference: Any, stopping: threading.Event | None = None) -> Any:
-    """What a task returned. Waits for its end. Raises Broken with its failure, or once `stopping` is set."""
+    """Waits for a task and returns its result. Raises Broken with its failure, or once `stopping` is set."""
     import ray
 
     if stopping is not None:
@@ -492,5 +458,5 @@ def result(reference: Any, stopping: threading.Event | None = None) -> Any:
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.LocalRayletDiedError):
         raise Broken(Failure(rank=0, time=time.time(), types=(), message=DIED)) from None
     if outcome.failure is not None:
-        raise Broken(schedule.failure_of(outcome.failure))
+        raise Broken(from_record(outcome.failure))
     return outcome.result

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lori_dist import folder, plugin
+from lori_dist import folder
 from lori_dist.cluster.attempts import History
 from lori_dist.cluster.run import with_absolute_paths
 from lori_dist.cluster.summary import ADAPTER, ATTEMPTS, CHECKPOINTS, LOG_FORMAT, log_file, path
@@ -14,7 +14,7 @@ from lori_dist.config import Run
 from lori_dist.errors import ConfigError, JobError, Preempted, Redacting
 from lori_dist.folder import Attempt
 from lori_dist.integrations import model_card
-from lori_dist.jobs import Job, check_inputs
+from lori_dist.jobs import Job, check_inputs, plan
 from lori_dist.training import preemption
 from lori_dist.training.metrics import Record
 from lori_dist.training.train import train
@@ -79,7 +79,7 @@ def _train(
 
 @contextlib.contextmanager
 def _logged(file: Path) -> Iterator[None]:
-    """What this package logs goes to the end of a file as well."""
+    """Appends to a file what this package logs."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace", delay=True)
     handler.setFormatter(Redacting(LOG_FORMAT))
@@ -93,8 +93,7 @@ def _logged(file: Path) -> Iterator[None]:
 
 
 def _begin(run: Run, task: str) -> Begun:
-    method = plugin.find("multitask", run.multitask.name, "plan", "multitask")
-    jobs = {job.name: job for job in method.load()(run, **method.bind(run.multitask.options, "multitask"))}
+    jobs = {job.name: job for job in plan(run)}
     job = jobs.get(f"train-{task}")
     if job is None:
         raise ConfigError(f"multitask: the plan of {run.multitask.name} has no job for {task} alone; use `lori run`")

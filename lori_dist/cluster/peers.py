@@ -1,7 +1,8 @@
-"""Tells when another rank of a gang ends before its time.
+"""Notices between the ranks that a launcher has started: each learns when another one ends before its time.
 
-Every rank holds a connection to rank 0, which closes with its process, however that ends. Collectives tell as well, but
-only the next one, which may be many minutes away while a model is loaded, and those of NCCL only after a timeout.
+Every rank holds a connection to rank 0, which closes with its process, however that ends. Collectives notice as well,
+but only the next one, which may be many minutes away while a model is loaded, and those of NCCL only after a timeout.
+What a rank does when it learns of an end is in failures.py.
 """
 
 import ipaddress
@@ -19,9 +20,9 @@ import torch.distributed as dist
 from lori_dist.training.world import World
 
 CONNECT_S = 10.0
-"""Patience with a machine that does not answer."""
+"""Seconds to wait for a machine that does not answer."""
 LOST_S = 20
-"""After which a machine that has gone silent, as without power, is given up."""
+"""Seconds after which a silent machine, such as one without power, is given up."""
 
 log = logging.getLogger(__name__)
 
@@ -32,14 +33,14 @@ class Ended:
 
     rank: int
     said: str | None
-    """What it said, in the form it gave to `Peers.tell`; None if it ended without a word."""
+    """The notice that it gave to `Peers.tell`; None if it ended without one."""
 
 
 def watch(world: World, ended: Callable[[Ended], None]) -> "Peers | None":
     """Begins to watch the other ranks. Every rank calls this.
 
     ended: called in a thread, once, with the first rank that ends. Returns None if rank 0 and this one cannot be
-    connected, so that only collectives tell.
+    connected; then only collectives fail when another rank has ended.
     """
     peers = Peers(world.rank, ended)
     try:
@@ -71,22 +72,22 @@ def _connect(peers: "Peers", world: World) -> bool:
 
 
 class Peers:
-    """The other ranks, as far as this one is connected with them: rank 0 with all, all with rank 0, which passes on."""
+    """The connections between ranks: rank 0 has one to each other rank and passes notices on."""
 
     def __init__(self, rank: int, ended: Callable[[Ended], None]) -> None:
         self.rank = rank
         self.first: Ended | None = None
-        """The first that ended, this rank included."""
+        """The first rank that ended, which may be this one."""
         self._ended = ended
         self._lock = threading.Condition()
         self._connections: dict[int, socket.socket] = {}
 
     def tell(self, said: str) -> None:
-        """That this rank ends now, and what it has said. said: a word without spaces."""
+        """Notifies the others that this rank ends now. said: a word without spaces, such as a digest of its message."""
         self._learn(Ended(rank=self.rank, said=said))
 
     def close(self) -> None:
-        """That this rank is done. What happens to others from now on is no concern of it."""
+        """Notifies the others that this rank is done. It ignores from now on how others end."""
         with self._lock:
             self.first = self.first or Ended(rank=self.rank, said=None)
         self._send("done")
@@ -105,14 +106,14 @@ class Peers:
         return own, listener.getsockname()[1], password
 
     def connect(self, host: str, own: str, port: int, password: str) -> None:
-        """own: the address that rank 0 has found for itself."""
+        """Connects to rank 0. own: the address that rank 0 has found for itself."""
         connection = socket.create_connection((own or host, port), timeout=CONNECT_S)
         connection.sendall(f"{password} {self.rank}\n".encode())
         self._add(0, connection)
         _start(self._follow, 0, connection.makefile("r"))
 
     def await_connections(self, num_ranks: int) -> None:
-        """For so long as a machine may take to answer."""
+        """Waits until so many ranks are connected, at most CONNECT_S seconds."""
         with self._lock:
             self._lock.wait_for(lambda: len(self._connections) == num_ranks, timeout=CONNECT_S)
 
@@ -175,7 +176,7 @@ class Peers:
 
 
 def _own_address(host: str) -> tuple[str, socket.AddressFamily]:
-    """Which of this machine's addresses those see that look for a host."""
+    """The address of this machine that is visible to machines which look up `host`."""
     places = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)
     for number, (family, kind, _, _, place) in enumerate(places):
         with socket.socket(family, kind) as probe:
@@ -194,7 +195,7 @@ def _start(function: Callable[..., None], *args: Any) -> None:
 
 
 def _keep_alive(connection: socket.socket) -> None:
-    """So that a machine that is gone is noticed although nothing is sent."""
+    """Makes the loss of a machine noticeable although nothing is sent."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, LOST_S // 4)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, LOST_S // 4)

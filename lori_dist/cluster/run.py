@@ -1,7 +1,7 @@
-"""A run on a Ray cluster: which jobs there are, and that each is done once, as soon as it can be.
+"""A run on a Ray cluster: each of its jobs is done once, as soon as it can be.
 
-The driver holds the plan and the run's folder; a thread of its own watches over each running job. What a job leaves is
-in files, so that nothing is lost with a process, a node or the cluster: the same run again goes on from them.
+The driver holds the plan and the run's folder; a thread of its own watches each running job. What a job leaves is in
+files, so nothing is lost with a process, a node or the cluster: the same command resumes from them.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lori_dist import folder, plugin, rows, storage, tables
+from lori_dist import folder, rows, storage, tables
 from lori_dist.cluster import attempts, schedule, scratch
 from lori_dist.cluster.board import Board, Progress
 from lori_dist.cluster.connection import TOKEN_FILE, connected, disconnect, runtime_env
@@ -25,22 +25,23 @@ from lori_dist.cluster.trials import TRIED
 from lori_dist.config import Run
 from lori_dist.errors import JobError, Preempted, Stopped
 from lori_dist.integrations import model_card
-from lori_dist.jobs import Job, order, same_merges, same_merges_said
+from lori_dist.jobs import GANGS, Job, plan, same_merges, same_merges_said
 from lori_dist.report import write_of_run
 from lori_dist.training import preemption
 
 POLL_SECONDS = 1.0
 STOP_SECONDS = 15.0
 LEAVE_SECONDS = 5.0
-"""In which watchers of jobs see that the run ends."""
+"""Seconds within which watchers of jobs notice that the run ends."""
 SAVE_SECONDS = 60.0
-"""For which a run that is to end waits until its trainings have saved: some steps. Batch systems may give less."""
+"""Seconds for which a run that is to end waits until its trainings have saved: some steps. Batch systems may give
+less."""
 
 log = logging.getLogger(__name__)
 
 
 def execute(run: Run, *, progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
-    """Does the jobs of a run that are not done yet. Returns the summary, which is also in run.folder/summary.json.
+    """Does the jobs of a run that are not finished. Returns the summary, which is also in run.folder/summary.json.
 
     progress: called whenever a job changes its state, and every second for each training that runs.
     Raises ConfigError before anything is started if a job is larger than the cluster, and JobError if another process
@@ -78,9 +79,8 @@ def _execute(run: Run, progress: Callable[[Progress], None] | None) -> dict[str,
 
 
 def planned(run: Run) -> list[Job]:
-    """The jobs of a run, each after what it needs."""
-    method = plugin.find("multitask", run.multitask.name, "plan", "multitask")
-    jobs = order(method.load()(run, **method.bind(run.multitask.options, "multitask")))
+    """The jobs of a run, each after those that it needs."""
+    jobs = plan(run)
     for line in same_merges_said(same_merges(run, jobs)):
         log.warning("%s", line)
     return jobs
@@ -114,7 +114,7 @@ def with_absolute_paths(run: Run) -> Run:
 
 
 def _work(board: Board, nodes: Callable[[], Sequence[Resources]], owner: str) -> None:
-    """Starts what can start, until nothing runs and nothing more can."""
+    """Starts every job that can start, until nothing runs and nothing more can start."""
     ended: queue.Queue[tuple[Job, dict[str, Any] | str]] = queue.Queue()
     gangs = Gangs(environment=runtime_env(board.run), nodes=nodes)
     watchers: list[threading.Thread] = []
@@ -156,8 +156,8 @@ def _work(board: Board, nodes: Callable[[], Sequence[Resources]], owner: str) ->
                 for job in board.ready():
                     board.fail(job, schedule.no_room(job, board.run.cluster, nodes()))
             if starting:
-                gangs.keep(sum(jobs[0].kind == "train" for jobs in starting))
-            elif not any(job.kind == "train" for job in board.named("waiting") + board.named("running")):
+                gangs.keep(sum(jobs[0].kind in GANGS for jobs in starting))
+            elif not any(job.kind in GANGS for job in board.named("waiting") + board.named("running")):
                 gangs.keep(0)  # a job that began while a node was being lost may wait for their room
             for jobs in starting:
                 board.start(jobs)
@@ -199,7 +199,8 @@ def _join(watchers: Sequence[threading.Thread], seconds: float) -> None:
 def _await_saved(
     board: Board, watchers: Sequence[threading.Thread], ended: "queue.Queue[tuple[Job, dict[str, Any] | str]]"
 ) -> None:
-    """Until the trainings that have something to save have done so, and ended. What has finished meanwhile is."""
+    """Waits until the trainings that have something to save have saved it and ended. Jobs that finish meanwhile count
+    as finished."""
     end = time.monotonic() + SAVE_SECONDS
     saving = {board.leaders[job.name] for job in board.named("running") if job.kind == "train" and board.has_steps(job)}
     for watcher in watchers:

@@ -15,23 +15,23 @@ from lori_dist.errors import ConfigError, JobError
 
 PREFIX = "lori-"
 LOCK = ".lock"
-"""In each folder. Its process holds it, so that the next one knows what a killed process has left."""
+"""A file in each folder that its process keeps locked, so that the next run knows what a killed process has left."""
 
 LONGEST = 40
 """Bytes of a folder's path. A socket's may have 107, of which Ray needs up to 66 and Python's multiprocessing 32."""
 
 COMMON = ("/tmp", "/var/tmp", "/dev/shm")
-"""Where a folder is made if TMPDIR is too long."""
+"""Places for the folder if TMPDIR is too long."""
 
 END_SECONDS = 3.0
-"""For which the end of processes is awaited, before they are asked to, and before they are killed."""
+"""Seconds for which the end of processes is awaited, before they are asked to end, and again before they are killed."""
 REMOVE_SECONDS = 5.0
-"""For which processes that end may still write while their folder is removed."""
+"""Seconds for which processes that end may still write while their folder is removed."""
 
 
 def check() -> None:
-    """Raises ConfigError if TMPDIR or RAY_TMPDIR names no folder in which files can be made: Python would use another
-    one without a word, and Ray would end with a traceback."""
+    """Raises ConfigError if TMPDIR or RAY_TMPDIR is not a folder in which files can be made: Python would silently use
+    another one, and Ray would end with a traceback."""
     for name in ("TMPDIR", "RAY_TMPDIR"):
         place = os.environ.get(name)
         if place and (problem := _problem(Path(place))):
@@ -88,7 +88,8 @@ def end_processes(place: Path, *, wait: bool = False) -> None:
 
 
 def _processes(place: Path) -> set[int]:
-    """Of this user; those that have ended, but whose parent has not asked how, have no environment any more."""
+    """Process ids of this user whose TMPDIR is the folder. Ended processes that wait for their parent have no
+    environment."""
     found = set()
     wanted = f"\0TMPDIR={place}\0".encode()
     for path in Path("/proc").glob("[0-9]*/environ"):
@@ -105,7 +106,7 @@ def remove_empty_cache() -> None:
 
 
 def _places() -> Iterator[Path]:
-    """Absolute, as a relative path means another place to another process."""
+    """Absolute paths for the folder, since a relative one means another place to another process."""
     if own := os.environ.get("RAY_TMPDIR"):
         yield Path(own).absolute()
     yield Path(tempfile.gettempdir()).absolute()

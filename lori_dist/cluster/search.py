@@ -1,4 +1,4 @@
-"""The search for the weights of a merge: which to try next, and what was measured so far.
+"""The search for the weights of a merge: the points to try next, and what was measured so far.
 
 A method is a generator: it yields points to measure side by side, and is sent their scores, of which lower is better.
 It follows from its arguments and the scores alone, so a search that was killed asks for the same points again, and what
@@ -24,33 +24,33 @@ Point = tuple[float, ...]
 Method = Generator[list[Point], list[float], None]
 
 DIGITS = 6
-"""Of a weight: what is written is what was measured."""
+"""Digits after a weight's decimal point: the weight that is written is the one that was measured."""
 
 HUGE = 1e12
-"""Instead of an infinite score, whose differences are no numbers."""
+"""The score that replaces an infinite one, whose differences would not be numbers."""
 
 SMALLEST = 1 / 128
-"""Of the bounds' width: steps below it are not worth an evaluation."""
+"""Smallest step as a share of the bounds' width: shorter ones are not worth an evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Axis:
-    """One number that is searched for."""
+    """One weight that the search varies."""
 
     task: str
     projection: str | None = None
-    """None: of all modules."""
+    """The module kind whose weight it is; None: all modules."""
 
 
 def axes(tasks: Sequence[str], projections: Mapping[str, Sequence[str]] | None) -> list[Axis]:
-    """One for each task, or for each projection that it has. projections: task -> names, or None."""
+    """One axis for each task, or for each module kind of a task. projections: task -> module kinds, or None."""
     if projections is None:
         return [Axis(task=task) for task in tasks]
     return [Axis(task=task, projection=name) for task in tasks for name in projections[task]]
 
 
 def weights(point: Point, along: Sequence[Axis]) -> dict[str, Any]:
-    """Task -> its weight, a number or projection -> number."""
+    """Task -> its weight, a number or module kind -> number."""
     made: dict[str, Any] = {}
     for axis, number in zip(along, point, strict=True):
         if axis.projection is None:
@@ -139,8 +139,7 @@ def _within(number: float, bounds: tuple[float, float]) -> float:
 
 
 def read(file: Path) -> dict[Point, float]:
-    """The scores in a file of JSON lines. Lines that are not whole, or not as they were written, are removed: what they
-    were of is measured again."""
+    """The scores in a file of JSON lines. Damaged or changed lines are removed; their points are measured again."""
     records, num_bad = read_lines(file)
     whole = [record for record in records if is_sealed(record) and _is_whole(record)]
     num_bad += len(records) - len(whole)
@@ -157,7 +156,7 @@ def _is_whole(record: Mapping[str, Any]) -> bool:
 
 
 def append(file: Path, point: Point, along: Sequence[Axis], metrics: Mapping[str, float], score: float) -> None:
-    """Adds what was measured, on disk before the next is asked for."""
+    """Appends a measurement to the file and flushes it, before the next one is asked for."""
     finite = score if math.isfinite(score) else None
     shown = {task: value if math.isfinite(value) else None for task, value in metrics.items()}
     record = {"point": list(point), "weights": weights(point, along), "metrics": shown, "score": finite}

@@ -1,4 +1,5 @@
-"""Where a run is, and its end on request, from its files alone: from any machine that sees them, and without Ray."""
+"""The state of a run, and its end on request, from its files alone: from any machine that sees them, and without
+Ray."""
 
 import json
 import re
@@ -14,11 +15,11 @@ from lori_dist.errors import ConfigError, JobError
 POLL_SECONDS = 0.2
 
 JOB_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"
-"""What the names of jobs are made of: one in a file that has another could lead out of the run's folder."""
+"""Pattern of job names: any other name in a damaged file could lead out of the run's folder."""
 
 
 def folder_of(run: str, overrides: list[str]) -> Path:
-    """A run's folder, of its configuration or of itself. Raises ConfigError if it is neither."""
+    """A run's folder, given its configuration or the folder itself. Raises ConfigError for anything else."""
     if not Path(run).is_dir():
         return config.load(run, overrides, elsewhere=True).folder
     if overrides:
@@ -27,15 +28,15 @@ def folder_of(run: str, overrides: list[str]) -> Path:
 
 
 def status(root: Path) -> dict[str, Any]:
-    """Where the run in a folder is.
+    """Returns the state of the run in a folder as plain JSON.
 
     `run`, `folder`, `driver` (the process that works on it, or None), `stopping` (whether it has been asked to end) and
-    `jobs`. Of each job, in the plan's order: `name`, `state` (waiting, running, finished, failed, blocked, or
-    interrupted: it ran, and its driver has gone), `needs`, `seconds`, `attempts` (how many; 0 where it was finished
-    before), `error` (of a job that is not finished: of its last attempt that has ended with one) and, of a training,
-    `phase`, `step` and `num_steps`: the last step that it has done; of one that does not run, `saved_step`: the step of
-    that phase from which it resumes; of one that runs, `steps_per_second`, `tokens_per_second` and `eta_seconds`, until
-    its end. None where that is not known. Raises JobError if there is no run in the folder.
+    `jobs`. Each job, in the plan's order, has `name`, `state` (waiting, running, finished, failed, blocked, or
+    interrupted: it ran, and its driver has gone), `needs`, `seconds`, `attempts` (their number; 0 if another run
+    finished it) and `error` (the last one, while the job is not finished). A training has its last step, as `phase`,
+    `step` and `num_steps`; while it does not run, `saved_step`, the step of that phase from which it resumes; while it
+    runs, `steps_per_second`, `tokens_per_second` and `eta_seconds`. What is not known is None. Raises JobError if there
+    is no run in the folder.
     """
     driver = folder.owner(root)  # before the summary, which a driver writes before it goes
     summary = _summary(root)
@@ -106,7 +107,7 @@ STEP_KEYS = (
 
 
 def _reached(partial: Path) -> dict[str, Any]:
-    """How far a training that was interrupted has come, and where it resumes."""
+    """The last step of an interrupted training, and the step from which it resumes."""
     saved = last_saved(partial)
     records = last_steps(partial)
     if not records:
@@ -119,7 +120,7 @@ def _reached(partial: Path) -> dict[str, Any]:
 
 
 def rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """A line for each job, under TITLES."""
+    """One line for each job, under TITLES."""
     return [tuple(printable(cell) for cell in _row(job)) for job in found["jobs"]]
 
 
@@ -173,8 +174,8 @@ def printable(text: str) -> str:
 def stop(root: Path, *, timeout: float) -> str | None:
     """Asks the process that works on a run to end, and waits until it has. Returns its name, or None if there is none.
 
-    What the run has done is kept; the same run again goes on. timeout: in seconds. Raises JobError if the process has
-    not ended by then; it has been asked all the same.
+    What the run has done is kept, and the same command resumes it. timeout: in seconds. Raises JobError if the process
+    has not ended by then; it has been asked all the same.
     """
     driver = folder.owner(root)
     if driver is None:

@@ -27,24 +27,24 @@ log = logging.getLogger(__name__)
 PACKAGE = Path(__file__).parents[1]
 
 CONFIG = "run.yaml"
-"""What the job's working directory holds."""
+"""The configuration in the job's working directory."""
 
 PATIENCE_SECONDS = 300.0
-"""For which the cluster may be out of reach while its job is followed."""
+"""Seconds for which the cluster may be out of reach while its job is followed."""
 RETRY_SECONDS = 2.0
 SUBMIT_SECONDS = 60.0
-"""For which a job is submitted again that the cluster cannot take yet."""
+"""Seconds for which a job that the cluster cannot take yet is submitted again."""
 STOPPED_CODE = 3
 TAIL = 4000
 """Characters of a job's log, in which its last message stands."""
 POLL_SECONDS = 0.2
-"""Between two looks at whether Ctrl-C was pressed."""
+"""Seconds between two checks whether Ctrl-C was pressed."""
 
 
 def submit(path: str, overrides: list[str], address: str, *, dry_run: bool = False) -> int:
     """Runs a configuration on a cluster, and writes what the job writes to stdout. Returns the job's exit code.
 
-    The job gets the configuration and this very package, and runs whatever becomes of this process. address: of the
+    The job gets the configuration and this very package, and runs on even if this process ends. address: the URL of the
     cluster's dashboard. Raises ConfigError for a configuration that no other machine can run, and JobError if nothing
     answers there or the job did not start.
     """
@@ -124,14 +124,14 @@ def _told(address: str) -> Iterator[None]:
 
 
 def _found(error: Exception) -> str:
-    """The line of an error that says what is wrong. Ray's may begin with lines that only lead to a traceback."""
+    """The line of an error that says what is wrong. Ray's errors may begin with lines that only lead to a traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     last = next((line for line in lines if "try again later" in line.lower()), None)
     return (last or lines[0] if lines else type(error).__name__)[:300]
 
 
 def _followed(client: Any, job: str, address: str) -> int:
-    """The job's exit code, at its end. A lost connection is made again."""
+    """Follows a job and returns its exit code. A lost connection is made again."""
     said = _Log()
     lost = None
     while True:
@@ -155,8 +155,8 @@ def _followed(client: Any, job: str, address: str) -> int:
 
 @contextmanager
 def _interruptions() -> Iterator[Callable[[], bool]]:
-    """Gives what says whether Ctrl-C was pressed. Raised in the midst of the libraries below, it could get lost there;
-    pressed once more, it is raised."""
+    """Yields a function that says whether Ctrl-C was pressed. A KeyboardInterrupt raised inside the libraries below
+    could get lost there; pressed once more, it is raised."""
     pressed: list[int] = []
 
     def press(number: int, frame: object) -> None:
@@ -173,15 +173,15 @@ def _interruptions() -> Iterator[Callable[[], bool]]:
 
 
 class _Log:
-    """What the job has written, of which some is here already."""
+    """The job's output, of which a part has been written here already."""
 
     def __init__(self) -> None:
         self._num_shown = 0
         self.tail = ""
-        """The end of it."""
+        """The last TAIL characters of the output."""
 
     async def follow(self, client: Any, job: str, interrupted: Callable[[], bool]) -> None:
-        """Writes what is new until the job ends, or it is interrupted."""
+        """Writes new output until the job ends or the user interrupts."""
         writing = asyncio.create_task(self._write(client, job))
         while not writing.done() and not interrupted():
             await asyncio.wait({writing}, timeout=POLL_SECONDS)
@@ -192,7 +192,7 @@ class _Log:
         await writing
 
     async def _write(self, client: Any, job: str) -> None:
-        """Each connection tells everything from the beginning."""
+        """Writes the part that is new, since each connection sends everything from the beginning."""
         place = 0
         async for text in client.tail_job_logs(job):
             new = text[max(0, self._num_shown - place) :]
@@ -204,8 +204,8 @@ class _Log:
 
 
 def _code(job: str, state: Any, tail: str) -> int:
-    """tail: the end of what the job has written. Raises Stopped, whose exit code is 3, if the job was stopped: Ray may
-    end a driver that has left its cluster before that has an exit code of its own."""
+    """The job's exit code. tail: the end of its output. Raises Stopped, whose exit code is 3, if the job was stopped:
+    Ray may end a driver that has left its cluster before that has an exit code of its own."""
     if state.status.value == "SUCCEEDED":
         return 0
     code = int(state.driver_exit_code or 0)

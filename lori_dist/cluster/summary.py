@@ -16,13 +16,13 @@ from lori_dist.jobs import Job, same_merges
 from lori_dist.scores import transfer
 
 SUMMARY = "summary.json"
-"""In a run's folder."""
+"""File in a run's folder."""
 ADAPTER, METRICS, CHECKPOINTS = "adapter.safetensors", "metrics.jsonl", "checkpoints"
-"""What trainings have in their folders. Stands here so that the driver of a run does without torch."""
+"""Names in the folders of trainings. They stand here so that the driver of a run needs no torch."""
 CALIBRATED, CALIBRATE, TRAIN = "calibrated.safetensors", "calibrate", "train"
-"""What a finished calibration leaves, and the names of a training's phases, in their order."""
+"""The file that a finished calibration leaves, and the names of a training's phases, in their order."""
 ATTEMPTS = "attempts.json"
-"""In an unfinished job's folder: what became of each attempt at it."""
+"""File in an unfinished job's folder: the record of each attempt."""
 
 
 def summarize(
@@ -30,9 +30,9 @@ def summarize(
 ) -> dict[str, Any]:
     """The tree of summary.json.
 
-    states: job -> what goes under "jobs", at least its "state". results: finished job -> what it returned. Models are
-    in the order base, tasks, other adapters, merges. Of tasks trained one after another: `transfer`, as
-    `scores.transfer` has it. Of merges that are the same function: `same_merges`, groups of their names.
+    states: job -> its entry under "jobs", with at least its "state". results: finished job -> its result. Models are in
+    the order base, tasks, other adapters, merges. `transfer`, as `scores.transfer` computes it, is there for tasks that
+    were trained one after another; `same_merges`, groups of names, for merges that are the same function.
     """
     jobs = list(jobs)
     same = same_merges(run, jobs)
@@ -46,6 +46,8 @@ def summarize(
     measured = {job.settings["subject"]: result["evaluation"] for job, result in done if job.kind == "evaluate"}
     adapters, merges = files("train", "task", run.tasks), files("merge", "merge", run.merges)
     evaluation = {name: measured[name] for name in ("base", *adapters, *merges) if name in measured}
+    # Results of earlier versions have no intervals.
+    limits = {job.settings["subject"]: result.get("intervals", {}) for job, result in done if job.kind == "evaluate"}
     chain = [job.settings["task"] for job in jobs if "sequel" in job.settings]
     return {
         "run": run.name,
@@ -54,6 +56,7 @@ def summarize(
         "adapters": adapters,
         "merges": merges,
         "evaluation": evaluation,
+        "intervals": {name: limits[name] for name in evaluation},
         **({"transfer": transfer(chain, evaluation)} if chain else {}),
         **({"same_merges": same} if same else {}),
     }
@@ -65,16 +68,17 @@ def path(run: Run, job: Job) -> Path:
 
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-"""Of the lines in a run's logs."""
+"""Format of the lines in a run's logs."""
 
 
 def log_file(root: Path, job: Job, rank: int) -> Path:
     """Where a rank of a job writes what it has to say."""
-    return root / "logs" / (f"{job.name}.rank{rank}.log" if job.kind == "train" else f"{job.name}.log")
+    return root / "logs" / (f"{job.name}.rank{rank}.log" if job.kind == "train" or rank else f"{job.name}.log")
 
 
 def attempts_of(partial: Path) -> list[dict[str, Any]]:
-    """What became of each attempt at a job, from the folder in which it is being done."""
+    """The records of the attempts at a job, read from its unfinished folder. Empty if there are none, or the file is
+    damaged."""
     try:
         tree = json.loads(read_regular(partial / ATTEMPTS).decode())
     except (OSError, ValueError, RecursionError):  # none yet, or damaged
@@ -84,7 +88,7 @@ def attempts_of(partial: Path) -> list[dict[str, Any]]:
 
 
 def _is_attempt(attempt: Any) -> bool:
-    """Whether it is what `cluster.attempts.History` writes."""
+    """Whether this is a record as `cluster.attempts.History` writes it."""
     return (
         isinstance(attempt, dict)
         and type(attempt.get("number")) is int
@@ -99,7 +103,7 @@ def _is_number(value: Any) -> bool:
 
 
 LAST_BYTES = 2**16
-"""Of a training's metrics: the last fifty steps or so."""
+"""Bytes at the end of a training's metrics that are read: the last fifty steps or so."""
 
 
 def last_steps(partial: Path) -> list[dict[str, Any]]:
@@ -123,7 +127,7 @@ def last_steps(partial: Path) -> list[dict[str, Any]]:
 
 
 def is_step(record: Any) -> bool:
-    """Whether it is what a training writes of a step: a line may be damaged."""
+    """Whether this is a training's record of a step: a line may be damaged."""
     return (
         isinstance(record, dict)
         and isinstance(record.get("phase"), str)
@@ -136,7 +140,7 @@ def is_step(record: Any) -> bool:
 
 
 def speed(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """How far a training is, and how fast: by the median time from one step to the next, so that a restart or a
+    """The progress and speed of a training, by the median time from one step to the next, so that a restart or a
     checkpoint among the last steps does not count."""
     if not records:
         return {}
@@ -154,8 +158,8 @@ def speed(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def last_saved(partial: Path) -> dict[str, Any]:
-    """Where a training resumes: `phase`, `step` and `num_steps`, None where its records do not say. Empty if nothing is
-    saved. From the names of its files: nobody has to read a checkpoint to show it."""
+    """The step from which a training resumes: `phase`, `step` and `num_steps`, None if its records do not say. Empty if
+    nothing is saved. The names of its files suffice: no checkpoint is read."""
     num_steps = {step["phase"]: step["num_steps"] for step in last_steps(partial)}
     names = sorted(path.name for path in (partial / CHECKPOINTS).glob("[!.]*"))
     found = [match for name in names if (match := re.fullmatch(r"(\w+)-(\d+)\.safetensors", name))]

@@ -18,15 +18,16 @@ from lori_dist.config import Run
 from lori_dist.jobs import Job
 
 SEARCH, TRIED = "search.jsonl", "tried"
-"""What a search has measured, and the folder with its rows and the merges it tries."""
+"""The measurements of a search, and the folder with its rows and the merges that it tries."""
 
 log = logging.getLogger(__name__)
 
 
 def searched(run: Run, assignment: Assignment, stopping: threading.Event) -> Assignment:
-    """The merge with the best of the weights that are tried. Each is measured by a Ray task, several side by side.
+    """Returns the assignment of the merge with the best weights found. Ray tasks measure the candidates, several side
+    by side.
 
-    Raises Broken where a trial fails, or once `stopping` is set; what was measured by then is in search.jsonl.
+    Raises Broken if a trial fails, or once `stopping` is set; what was measured by then is in search.jsonl.
     """
     job, partial = assignment.job, assignment.attempt.partial
     settings = job.settings["search"]
@@ -75,7 +76,7 @@ def searched(run: Run, assignment: Assignment, stopping: threading.Event) -> Ass
 
 
 def _on_validation_rows(run: Run, job: Job, place: Path) -> Run:
-    """The run as an evaluation of a search sees it: with copies of its rows as all test rows there are."""
+    """The run as an evaluation of a search sees it: copies of the search's rows are its only test rows."""
     place.mkdir(exist_ok=True)
     settings = job.settings["search"]
     tasks = {}
@@ -95,7 +96,7 @@ def _rows(file: Path, count: int, part: str) -> bytes:
 
 
 def _projections(run: Run, job: Job) -> dict[str, list[str]]:
-    """Task -> the kinds of module that its adapter has."""
+    """Task -> the module kinds that its adapter has."""
     from lori_dist.adapter import file, targets
 
     found = {}
@@ -106,7 +107,7 @@ def _projections(run: Run, job: Job) -> dict[str, list[str]]:
 
 
 def _try(assignment: Assignment, weights: Sequence[Any], name: str) -> dict[str, float]:
-    """Task -> what the search's metric says of the merge with these weights, on the rows of the search."""
+    """Task -> the search's metric of the merge with these weights, on the rows of the search."""
     with working([assignment], 0) as run:
         import torch
 

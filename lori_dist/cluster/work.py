@@ -1,4 +1,4 @@
-"""What the processes of a job do, wherever in the cluster they are."""
+"""The work of a job's processes, wherever in the cluster they are."""
 
 import contextlib
 import logging
@@ -28,23 +28,23 @@ if TYPE_CHECKING:
 
 PUSH_SECONDS = 1.0
 LOOK_SECONDS = 2.0
-"""Between two looks at whether a node is to go."""
+"""Seconds between two checks whether the node is about to go."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Assignment:
-    """What a worker is told."""
+    """The work that a process gets."""
 
     tree: dict[str, Any]
-    """The run."""
+    """The run as a plain tree."""
     job: Job
     attempt: Attempt
 
 
 def train_rank(assignment: Assignment) -> dict[str, Any]:
-    """One rank of a training, in a process of a gang."""
+    """Does one rank of a training, in a process of a gang. Returns the training's result."""
     with working([assignment], int(os.environ["RANK"])) as run, _listening() as told:
         import torch
 
@@ -67,7 +67,7 @@ def train_rank(assignment: Assignment) -> dict[str, Any]:
 
 
 def train_ranks(assignments: Sequence[Assignment]) -> dict[str, Any]:
-    """One rank of several tasks' trainings. Gives, for each job, its `result` or the `error` that ended it.
+    """Does one rank of several tasks' trainings. Returns, for each job, its `result` or the `error` that ended it.
 
     What the process writes goes to the log of the first.
     """
@@ -96,7 +96,6 @@ def train_ranks(assignments: Sequence[Assignment]) -> dict[str, Any]:
                 told=told,
             )
 
-        _refer(run, assignments, rank)
         outcomes = train_together({one.job.settings["task"]: make(one) for one in assignments}, world)
     return {
         f"train-{task}": {"error": str(outcome)} if isinstance(outcome, LoriError) else {"result": outcome}
@@ -106,7 +105,8 @@ def train_ranks(assignments: Sequence[Assignment]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _listening() -> Iterator["Told"]:
-    """Gives what this process of a gang is told: by its driver, to save and end; by Ray, to save, as its node goes."""
+    """Yields what a rank asks after each step: whether its driver wants it to save and end, or Ray to save as its node
+    goes."""
     import ray
 
     from lori_dist.training.preemption import Notice
@@ -115,7 +115,7 @@ def _listening() -> Iterator["Told"]:
     node, ended, is_leaving = context.get_node_id(), threading.Event(), threading.Event()
 
     def look() -> None:
-        """Beside the steps, as Ray may take its time."""
+        """Asks beside the steps, as Ray may take its time."""
         while not ended.wait(LOOK_SECONDS):
             try:
                 if node in ray._private.state.state.get_draining_nodes():
@@ -143,29 +143,29 @@ def _listening() -> Iterator["Told"]:
         ended.set()
 
 
-def _refer(run: Run, assignments: Sequence[Assignment], rank: int) -> None:
+def _refer(root: Path, assignments: Sequence[Assignment], rank: int) -> None:
     """Says in the logs of all jobs of a pack but the first where theirs is."""
-    names, first = ", ".join(one.job.name for one in assignments), log_file(run.folder, assignments[0].job, rank)
+    names, first = ", ".join(one.job.name for one in assignments), log_file(root, assignments[0].job, rank)
     for one in assignments[1:]:
-        with log_file(run.folder, one.job, rank).open("a", encoding="utf-8") as stream:
+        with log_file(root, one.job, rank).open("a", encoding="utf-8") as stream:
             stream.write(f"attempt {one.attempt.number}: over one base, {names}; see {first}\n")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rehearsal:
-    """What a worker is told of a training that is not to be done."""
+    """The work of a process in a training that is built but not done."""
 
     tree: dict[str, Any]
-    """The run."""
+    """The run as a plain tree."""
     job: Job
     partial: Path | None
-    """What an earlier attempt has left."""
+    """The folder that an earlier attempt has left."""
     sequel: Mapping[str, Any] | None
-    """As far as what it adds to is there."""
+    """The adapter that the training adds to, if that is finished."""
 
 
 def rehearse_rank(rehearsal: Rehearsal) -> dict[str, Any]:
-    """One rank of a training up to its first step. It logs nothing, and leaves nothing."""
+    """Does one rank of a training up to its first step. It logs nothing and leaves nothing."""
     import torch
 
     from lori_dist.training.train import rehearse
@@ -208,8 +208,8 @@ def merged(run: Run, assignment: Assignment, weights: Sequence[Any], out: Path, 
 
 
 def _spread(run: Run, job: Job) -> dict[str, Any]:
-    """How a merge is divided among workers, as `merge_files` takes it. Nothing where it has one, or where its workers
-    have no files in common: the result is the same."""
+    """The division of a merge among workers, as keyword arguments of `merge_files`. Empty for one worker, or if the
+    workers have no files in common: the result is the same."""
     import ray
 
     shape = schedule.wanted(job, run.cluster)
@@ -233,65 +233,76 @@ def _call(function: Callable[[Any], Any], item: Any) -> Any:
     return function(item)
 
 
-def evaluate_model(assignment: Assignment) -> dict[str, Any]:
-    with working([assignment], 0) as run:
+def evaluate_rank(assignments: Sequence[Assignment]) -> dict[str, Any]:
+    """Does one rank of the evaluation of several models on one copy of the base. Returns, for each job, its `result`.
+
+    What the process writes goes to the log of the first.
+    """
+    rank = int(os.environ["RANK"])
+    with working(assignments, rank) as run, contextlib.ExitStack() as stack:
         import torch
 
-        from lori_dist.evaluation import evaluate
-        from lori_dist.training.device import first
+        from lori_dist.evaluation import Store, evaluate_all
+        from lori_dist.training.world import from_environment
 
-        torch.set_num_threads(1)
-        name = assignment.job.settings["adapter"]
-        adapter = None if name is None else run.folder / name / ADAPTER
-        device = first(run.cluster.gpus_per_worker)
-        with recorded(run, assignment.job.name, assignment.attempt.partial) as record:
-            result = evaluate(run, adapter, device=device, record=record)
-        folder.write_json(assignment.attempt.partial / "evaluation.json", result)
-        return {"evaluation": result}
-
-
-def evaluate_models(assignments: Sequence[Assignment]) -> dict[str, Any]:
-    """Several evaluations on one copy of the base. Gives, for each job, its `result`."""
-    with working(assignments, 0) as run:
-        import torch
-
-        from lori_dist.evaluation import evaluate_all
-        from lori_dist.training.device import first
-
-        _refer(run, assignments, 0)
-        torch.set_num_threads(1)
+        torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
+        world = from_environment()
         needs = {one.job.name: one.job.settings["adapter"] for one in assignments}
+        stores, records = dict[str, Store](), dict[str, Callable[[dict[str, Any]], None]]()
+        if rank == 0:
+            for one in assignments:
+                stores[one.job.name] = Store.of_folder(one.attempt.partial)
+                before = stores[one.job.name].records()
+                records[one.job.name] = stack.enter_context(
+                    recorded(run, one.job.name, one.attempt.partial, before=before)
+                )
+
+        def record(name: str, line: dict[str, Any]) -> None:
+            records[name](line)
+            pushing(line)
+
+        pushing = _pushing(run, assignments)
         paths = {name: None if need is None else run.folder / need / ADAPTER for name, need in needs.items()}
+        found = evaluate_all(run, paths, world=world, progress=_logged_progress(), record=record, stores=stores)
         results: dict[str, Any] = {}
-        start = time.monotonic()
-        measured = evaluate_all(run, paths, device=first(run.cluster.gpus_per_worker))
-        for one, (name, values) in zip(assignments, measured, strict=True):
-            with recorded(run, one.job.name, one.attempt.partial) as record:
-                seconds = time.monotonic() - start
-                for task, metrics in values.items():
-                    for metric, value in metrics.items():
-                        record({"metric": metric, "task": task, "value": value, "seconds": seconds})
-            folder.write_json(one.attempt.partial / "evaluation.json", values)
-            results[name] = {"result": {"evaluation": values}}
-            start = time.monotonic()
+        for one in assignments:
+            of_model = found[one.job.name]
+            if rank == 0:
+                one.attempt.check()
+                folder.write_json(one.attempt.partial / "evaluation.json", of_model.values)
+            results[one.job.name] = {"result": {"evaluation": of_model.values, "intervals": of_model.intervals}}
         return results
+
+
+def _logged_progress() -> Callable[[str, int, int], None]:
+    """Says in the job's log what is measured next, and how long all will take."""
+    start = time.monotonic()
+
+    def show(what: str, done: int, total: int) -> None:
+        seconds = time.monotonic() - start
+        left = f", about {(total - done) * seconds / done:.0f} s left" if done else ""
+        log.info("%s (%d of %d measurements are done%s)", what, done, total, left)
+
+    return show
 
 
 @contextlib.contextmanager
 def working(assignments: Sequence[Assignment], rank: int) -> Iterator[Run]:
-    """The run, while all that this process writes goes to the log of the first job, also what goes wrong."""
+    """The run, while all that this process writes goes to the log of the first job, also what goes wrong. The logs of
+    the others say where to look."""
     first = assignments[0]
     output, name = first.tree["output"], first.tree["name"]
     mirror = storage.open(output, name) if storage.is_url(output) else None
     root = mirror.here if mirror else Path(output) / name
     if mirror:
-        for assignment in assignments:
-            for prefix in (assignment.attempt.partial.name, *assignment.job.needs):
+        for one in assignments:
+            for prefix in (one.attempt.partial.name, *one.job.needs):
                 mirror.pull(prefix)
     with _putting(mirror, assignments, rank), _logged(log_file(root, first.job, rank)):
         try:
-            for assignment in assignments:
-                assignment.attempt.check()
+            for one in assignments:
+                one.attempt.check()
+            _refer(root, assignments, rank)
             log.info("%s: attempt %d, rank %d, process %d", first.job.name, first.attempt.number, rank, os.getpid())
             yield config.validate(first.tree)
         except Stopped as stopped:
@@ -304,15 +315,15 @@ def working(assignments: Sequence[Assignment], rank: int) -> Iterator[Run]:
 
 @contextlib.contextmanager
 def _putting(mirror: storage.Mirror | None, assignments: Sequence[Assignment], rank: int) -> Iterator[None]:
-    """Puts on storage what a process leaves, also when it fails; of a training's folder only rank 0 does."""
+    """Puts on storage what a process leaves, also when it fails; of a gang's folders only rank 0 does."""
     try:
         yield
     finally:
         if mirror:
-            for assignment in assignments:
-                mirror.push(log_file(Path(), assignment.job, rank).as_posix())
+            for one in assignments:
+                mirror.push(log_file(Path(), one.job, rank).as_posix())
                 if rank == 0:
-                    _push(mirror, assignment)
+                    _push(mirror, one)
 
 
 def _push(mirror: storage.Mirror, assignment: Assignment) -> None:
@@ -323,7 +334,7 @@ def _push(mirror: storage.Mirror, assignment: Assignment) -> None:
 
 
 def _pushing(run: Run, assignments: Sequence[Assignment]) -> Callable[[dict[str, Any]], None]:
-    """Puts metrics and checkpoints of trainings on storage every few seconds."""
+    """Puts what jobs have measured and saved on storage every few seconds."""
     if not storage.is_url(run.output):
         return lambda record: None
     mirror = storage.open(run.output, run.name)
@@ -341,7 +352,7 @@ def _pushing(run: Run, assignments: Sequence[Assignment]) -> Callable[[dict[str,
 
 @contextlib.contextmanager
 def _logged(file: Path) -> Iterator[None]:
-    """All that this process writes to its standard output and error, from C as well, goes to the end of a file."""
+    """Appends to a file all that this process writes to its standard output and error, from C as well."""
     print_anything()
     file.parent.mkdir(parents=True, exist_ok=True)
     target = os.open(file, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)

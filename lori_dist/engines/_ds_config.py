@@ -87,7 +87,7 @@ def _of_zero(zero: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def of_ranks(path: str, train: Train, ranks: int) -> Iterator[str]:
-    """What contradicts the YAML on so many ranks."""
+    """Yields contradictions between the file and the YAML that depend on the number of ranks."""
     name = "gradient_accumulation_steps"
     found, wanted = read(path).get(name, AUTO), num_micro_batches(train.batch_size, ranks, train.micro_batch_size)
     if found != AUTO and found != wanted:
@@ -99,7 +99,8 @@ def of_ranks(path: str, train: Train, ranks: int) -> Iterator[str]:
 
 
 def contradictions(run: Run) -> Iterator[str]:
-    """What the file and the YAML say differently, and what no engine here does, one sentence each."""
+    """Yields contradictions between the file and the YAML, and settings that no engine here supports, one sentence
+    each."""
     engine, train = run.train.engine, run.train
     path = str(engine.options["config"])
     tree = read(path)
@@ -175,8 +176,8 @@ def _params(
     path: str,
     other: Any,
 ) -> Iterator[str]:
-    """What is unknown in a section with a type and params, or contradicts `values`: key -> its place in the YAML and
-    its value there. ignored: keys that change no result."""
+    """Yields the unknown keys of a section with a type and params, and contradictions to `values`: key -> its place in
+    the YAML and its value there. ignored: keys that change no result."""
     yield from _strange(section, ("type", "params"), name, path)
     params = section.get("params", {})
     if not isinstance(params, dict):
@@ -285,7 +286,8 @@ def _impossible(tree: Mapping[str, Any], path: str) -> Iterator[str]:
 
 
 def filled(path: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """What DeepSpeed gets: `defaults`, the engine's own, and over them all that the file says; without "auto"."""
+    """The configuration for DeepSpeed: `defaults`, the engine's own, overridden by the file, with every "auto" filled
+    in."""
     tree = _without_auto(read(path))
     for name in OWN:
         tree.pop(name, None)
@@ -298,7 +300,7 @@ def filled(path: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
 
 
 FIXED = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-"""What the engine says to DeepSpeed in its own words, once it is known to be the same."""
+"""Keys that the engine sets itself, once they are known to agree."""
 
 
 def _without_auto(value: Any) -> Any:

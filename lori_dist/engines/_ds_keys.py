@@ -1,5 +1,5 @@
-"""Which keys of a configuration DeepSpeed reads, as its own reader shows: it refuses unknown ones in most sections, and
-leaves them out without a word in others."""
+"""The keys of a configuration that DeepSpeed reads, found from its own reader, which refuses unknown keys in most
+sections and ignores them silently in others."""
 
 import contextlib
 import logging
@@ -64,7 +64,7 @@ class Asked(dict[str, Any]):
 
 
 class _Keys:
-    """To look whether a key is there is not yet to read it."""
+    """Records which keys are read; testing whether a key is present does not count as reading it."""
 
     def __init__(self, asked: Asked) -> None:
         self.asked = asked

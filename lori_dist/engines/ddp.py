@@ -1,6 +1,6 @@
 """torch's DistributedDataParallel: the base and the values on every rank, gradients averaged."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 
 from torch import nn
@@ -43,6 +43,13 @@ def build(model: nn.Module, weights: Weights, train: Train, world: World, *, sta
     return Replicated(model, weights, train, world, state)
 
 
+def place(model: nn.Module, weights: Weights, world: World) -> Callable[[], None]:
+    """The whole base on every rank, to compute with. Returns what frees it."""
+    materialize(model, world.device)
+    fill(model, weights, whole)
+    return lambda: None
+
+
 def memory(model: Counted, load: Load) -> Held:
     """Everything whole, on every rank."""
     size = FP32 * load.trained
@@ -60,8 +67,7 @@ class Replicated:
     """An `Engine`."""
 
     def __init__(self, model: nn.Module, weights: Weights, train: Train, world: World, state: State | None) -> None:
-        materialize(model, world.device)
-        fill(model, weights, whole)
+        place(model, weights, world)
         self.parameters = trained(model)
         self.model = DistributedDataParallel(
             model,
@@ -97,7 +103,7 @@ class Replicated:
                 (loss.sum() * (self.world.size if tasks is None else 1)).backward()
             losses.append(loss.detach())
         if tasks is not None:
-            for path, gradient in tasks.gradient(self.parts("values"), self.num_steps).items():
+            for path, gradient in tasks.gradient(self.parts("values"), self.num_steps, losses).items():
                 self.parameters[path].grad = gradient.view_as(self.parameters[path])
         norm = clip(self.parameters.values(), self.max_norm)
         result = finish(losses, norm)

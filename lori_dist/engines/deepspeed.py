@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Annotated, Any, Literal
 
@@ -36,10 +36,11 @@ from lori_dist.adapter.experts import AdaptedExperts
 from lori_dist.adapter.linear import RoutedLinear
 from lori_dist.adapter.routing import name_of
 from lori_dist.config import COMPILED_AT_STAGE_3, Run, Train
-from lori_dist.engines import _ds_config, _ds_keys
+from lori_dist.engines import _ds_config, _ds_keys, ddp
 from lori_dist.errors import ConfigError
 from lori_dist.training.cost import FP32, Collective, Counted, Held, Kind, Load, Owner
 from lori_dist.training.data import Batch
+from lori_dist.training.device import return_freed
 from lori_dist.training.engine import (
     ADAPTER,
     Accept,
@@ -62,6 +63,7 @@ from lori_dist.training.engine import (
     trained,
 )
 from lori_dist.training.loss import task_loss_sums
+from lori_dist.training.model import blocks
 from lori_dist.training.weights import Weights, fill, materialize, on, whole
 from lori_dist.training.world import World
 
@@ -69,6 +71,12 @@ LIVE = 10**9
 """Entries that stage 3 keeps gathered (stage3_max_live_parameters, max_reuse_distance)."""
 BUCKET = 25_000_000
 """Entries reduced or gathered at once; a sparse adapter has about that many at 70B."""
+
+
+PREFETCHED = 50_000_000
+"""Entries that stage 3 gathers ahead (stage3_prefetch_bucket_size)."""
+SMALL = 24
+"""Of the base: what is kept gathered where nothing is trained."""
 
 
 def build(
@@ -100,6 +108,51 @@ def build(
     return Partitioned(model, weights, train, world, state, stage, hpz, offload, config)
 
 
+def place(
+    model: nn.Module,
+    weights: Weights,
+    world: World,
+    *,
+    stage: Literal[1, 2, 3] = 2,
+    hpz: Annotated[int, "[1, inf)"] = 1,
+    offload: bool = False,
+) -> Callable[[], None]:
+    """The base as for a training, to compute with: at stage 3 each layer is gathered when it runs, else it is whole.
+
+    The options are those of `build`. Returns what frees it. Raises ConfigError as `build`.
+    """
+    _check(world.size, stage, hpz, offload)
+    if stage < 3:
+        return ddp.place(model, weights, world)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    largest = max((sum(p.numel() for p in block.parameters()) for block in blocks(model)), default=BUCKET)
+    live = min(largest, total // SMALL)
+    zero: dict[str, Any] = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        # There is no backward pass for which anything should stay gathered.
+        "stage3_max_reuse_distance": 0,
+        "stage3_max_live_parameters": live,
+        "stage3_prefetch_bucket_size": min(live // 2, PREFETCHED),
+        "memory_efficient_linear": False,  # see _FrozenLinear
+        "zero_hpz_partition_size": hpz,
+    }
+    if offload:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
+    config = {"train_micro_batch_size_per_gpu": 1, "steps_per_print": SELDOM, "zero_optimization": zero}
+    _prepare(world)
+    if world.device.type == "cpu":
+        return_freed()
+    _partition(model, weights, config, world)
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+
+    def close() -> None:
+        engine.destroy()
+        _free(model)
+
+    return close
+
+
 def forget_groups() -> None:
     """Makes DeepSpeed look for the process group anew: it keeps the first one, also when that was destroyed."""
     comm.cdb = None
@@ -121,7 +174,8 @@ def settled(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(run: Run, ranks: int | None = None) -> Iterator[str]:
-    """What is wrong with the configuration file of a run, or contradicts its YAML. ranks: where they are known."""
+    """Yields mistakes in a run's DeepSpeed file and its contradictions to the YAML. ranks: their number, if it is
+    known."""
     options = run.train.engine.options
     path = options.get("config")
     if path is None:
@@ -166,8 +220,8 @@ def placements(ranks: int, nodes: int) -> Iterator[dict[str, Any]]:
 def memory(
     model: Counted, load: Load, *, stage: int = 2, hpz: int = 1, offload: bool = False, config: str | None = None
 ) -> Held:
-    """What is updated is sharded at every stage, and what computes at stage 3 alone. Gradients of an adapter are one
-    bucket, which is whole until it is reduced, but at stage 3."""
+    """Updated values are sharded at every stage, computing ones at stage 3 alone. Gradients of an adapter form one
+    bucket, which is whole until it is reduced, except at stage 3."""
     _check(load.ranks, stage, hpz, offload)
     zero = _ds_config.zero(config)
     size, share = FP32 * load.trained, -(-FP32 * load.trained // load.ranks)
@@ -274,7 +328,7 @@ class Partitioned:
                 self.model.backward(loss.sum() * (self.world.size if tasks is None else 1))
                 losses.append(loss.detach())
         if tasks is not None:
-            for path, gradient in tasks.gradient(self.parts("values"), self.num_steps).items():
+            for path, gradient in tasks.gradient(self.parts("values"), self.num_steps, losses).items():
                 self._put_gradient(self.parameters[path], gradient)
             self.model.set_gradient_accumulation_boundary(True)
         return self._update(losses, accept)
@@ -317,7 +371,7 @@ class Partitioned:
         return {path: part(parameter, quantity) for path, parameter in self.parameters.items()}
 
     def _put_gradient(self, parameter: Any, gradient: Tensor) -> None:
-        """In the place of what DeepSpeed has reduced, which is nothing."""
+        """Writes a gradient where DeepSpeed expects its reduced one, which is empty here."""
         if self.stage == 3:
             padded = gradient.new_zeros(parameter.ds_tensor.numel())
             padded[: gradient.numel()] = gradient
@@ -336,13 +390,7 @@ class Partitioned:
     def close(self) -> None:
         self.model.destroy()
         if self.stage == 3:
-            # DeepSpeed keeps the modules in lists and caches of its own, for ever.
-            for parameter in self.model.parameters():
-                parameter.ds_tensor.data = torch.empty(0)
-                parameter.ds_secondary_tensor = None
-            for module in self.model.modules():
-                for name, _ in list(module.named_buffers(recurse=False)):
-                    setattr(module, name, torch.empty(0))
+            _free(self.model)
             self.optimizer.state.clear()
 
     def _restore(self, state: State | None) -> None:
@@ -362,7 +410,7 @@ class Partitioned:
 
     @torch.no_grad()
     def _copy(self, state: State) -> None:
-        """To what is updated, and to the copies that compute."""
+        """Copies a state to the values that are updated, and to the copies that compute."""
         restore(self, state)
         for path, parameter in self.parameters.items():
             if path not in state.values:
@@ -373,6 +421,18 @@ class Partitioned:
         if self.stage == 3 and (persistent := self.model.optimizer.persistent_parameters):
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
+
+
+def _free(model: nn.Module) -> None:
+    """DeepSpeed keeps the modules in lists and caches of its own, for ever."""
+    for parameter in model.parameters():
+        shard: Any = parameter
+        if hasattr(shard, "ds_tensor"):  # what was attached after it has none
+            shard.ds_tensor.data = torch.empty(0)
+            shard.ds_secondary_tensor = None
+    for module in model.modules():
+        for name, _ in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(0))
 
 
 def _part_of_one_and_two(parameter: Any, quantity: Quantity) -> Part:

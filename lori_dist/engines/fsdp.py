@@ -1,7 +1,7 @@
 """torch's FSDP2, `fully_shard`: values, gradients and moments sharded over the ranks, and the base too if asked for."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -17,13 +17,18 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from lori_dist import plugin
+from lori_dist.adapter.linear import is_quantized
+from lori_dist.adapter.probe import probe
 from lori_dist.adapter.routing import adapter_of
 from lori_dist.config import Train
+from lori_dist.engines import ddp
 from lori_dist.errors import ConfigError, JobError
 from lori_dist.training.cost import FP32, Collective, Counted, Held, Kind, Load, Owner
 from lori_dist.training.data import Batch
+from lori_dist.training.device import return_freed
 from lori_dist.training.engine import (
     Accept,
     LearningRate,
@@ -103,9 +108,79 @@ def build(
     return FullySharded(model, weights, train, world, state, settings)
 
 
+def place(
+    model: nn.Module,
+    weights: Weights,
+    world: World,
+    *,
+    base: Literal["sharded", "replicated"] = "sharded",
+    replicas: Annotated[int, "[1, inf)"] = 1,
+    wrap: list[str] | None = None,
+    forward_prefetch: Annotated[int, "[0, inf)"] = 0,
+    offload: bool = False,
+    pin_memory: bool = True,
+) -> Callable[[], None]:
+    """The base sharded as for a training, to compute with: each block is gathered when it runs, and freed after it.
+
+    The options are those of `build`. Returns what frees it. Raises ConfigError as `build`.
+    """
+    _check(world.size, base, replicas, offload, pin_memory, None)
+    if base == "replicated":
+        return ddp.place(model, weights, world)
+    settings = Settings(
+        shards_base=True,
+        replicas=replicas,
+        wrap=None if wrap is None else tuple(wrap),
+        frees=True,
+        forward_prefetch=forward_prefetch,
+        backward_prefetch=1,
+        precision=MixedPrecisionPolicy(),
+        offload=CPUOffloadPolicy(pin_memory=pin_memory and world.device.type == "cuda") if offload else OffloadPolicy(),
+    )
+    mesh = _mesh(world, replicas)
+    layers = _layers_of_large_blocks(model) if wrap is None else []
+    root = _shard(model, mesh, settings, apart=[*layers, *_ends(model)])
+    if world.device.type == "cpu":
+        root._set_unshard_async_op(True)  # else each group's buffer is kept until the next, for overlap that GPUs have
+        return_freed()
+    _fill(model, weights, world, settings)
+    return lambda: None
+
+
+SMALL = 24
+"""Of the base: blocks that are a larger part of it are gathered layer by layer."""
+
+
+def _layers_of_large_blocks(model: nn.Module) -> list[nn.Module]:
+    """The linear layers of blocks that are so large that the gathered ones would be much of a rank's memory."""
+    total, known = sum(parameter.numel() for parameter in model.parameters()), probe(model)
+    large = {one for one in blocks(model) if SMALL * sum(parameter.numel() for parameter in one.parameters()) > total}
+    return [
+        layer
+        for path, block in model.named_modules()
+        if block in large
+        for name, layer in block.named_modules()
+        if isinstance(layer, nn.Linear) and not known.is_idle(f"{path}.{name}") and not is_quantized(layer)
+    ]
+
+
+def _ends(model: nn.Module) -> list[nn.Module]:
+    """The embedding of a model and its output layer, if they are not tied: each is gathered by itself where there is no
+    backward pass, for which the root's group stays gathered."""
+    if not isinstance(model, PreTrainedModel):
+        return []
+    found = [model.get_input_embeddings(), model.get_output_embeddings()]
+    ends = [
+        module for module in found if module is not None and next(module.parameters(recurse=False), None) is not None
+    ]
+    owners = [id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False)]
+    is_shared = any(owners.count(id(parameter)) > 1 for module in ends for parameter in module.parameters())
+    return [] if is_shared else ends
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """What `build` takes, in torch's words."""
+    """The options of `build` in torch's terms."""
 
     shards_base: bool
     replicas: int
@@ -171,8 +246,9 @@ def memory(
     offload: bool = False,
     pin_memory: bool = True,
 ) -> Held:
-    """Of FSDP all but blocks stays whole from the forward to the backward pass, and blocks that are not freed. A block
-    is there whole while it computes, with those that are gathered ahead, one as it arrives and is copied into place."""
+    """FSDP keeps everything but the blocks whole from the forward to the backward pass, and blocks that are not
+    resharded. A block is whole while it computes, with those that are prefetched, of which one is also being copied
+    into place."""
     shards = _check(load.ranks, base, replicas, offload, pin_memory, reshard_after_forward)
     is_sharded = base == "sharded" and shards > 1
     share = -(-FP32 * load.trained // shards)
@@ -279,12 +355,9 @@ class FullySharded:
         state: State | None,
         settings: Settings,
     ) -> None:
-        shape = (settings.replicas, world.size // settings.replicas)
-        self.mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replica", "shard"))
+        self.mesh = _mesh(world, settings.replicas)
         self.model: Any = _shard(model, self.mesh, settings)  # an nn.Module and an FSDPModule
-        place = torch.device("cpu") if isinstance(settings.offload, CPUOffloadPolicy) else world.device
-        materialize(model, world.device, lambda parameter: on(place, parameter))
-        fill(model, weights, _part)
+        _fill(model, weights, world, settings)
         self.parameters: dict[str, Any] = trained(model)  # DTensors
         self.optimizer = adamw(self.parameters, train)
         self.world, self.max_norm = world, train.clip
@@ -312,7 +385,7 @@ class FullySharded:
             (loss.sum() * (self.world.size if tasks is None else 1)).backward()
             losses.append(loss.detach())
         if tasks is not None:
-            for path, gradient in tasks.gradient(self.parts("values"), self.num_steps).items():
+            for path, gradient in tasks.gradient(self.parts("values"), self.num_steps, losses).items():
                 self.parameters[path].grad = _like(self.parameters[path], gradient)
         norm = self._clip()
         result = finish(losses, norm)
@@ -331,7 +404,8 @@ class FullySharded:
         return {path: _part(p if quantity == "values" else state[p][quantity]) for path, p in self.parameters.items()}
 
     def _clip(self) -> Tensor:
-        """As `clip_grad_norm_`, which makes a DTensor's way of each operation, and cannot where they are offloaded."""
+        """Clips as `clip_grad_norm_` does, which would make each operation one on DTensors, and cannot clip offloaded
+        ones."""
         grads = [parameter.grad.to_local() for parameter in self.parameters.values()]
         squared = torch.nn.utils.get_total_norm(grads).to(self.world.device).square()
         dist.all_reduce(squared, group=self.mesh.get_group("shard"))
@@ -345,8 +419,20 @@ class FullySharded:
         """Nothing is left that would outlive it."""
 
 
-def _shard(model: nn.Module, mesh: DeviceMesh, settings: Settings) -> FSDPModule:
-    """Blocks first, the rest with the root: embeddings and head, tied or not, are then in one group."""
+def _mesh(world: World, replicas: int) -> DeviceMesh:
+    shape = (replicas, world.size // replicas)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replica", "shard"))
+
+
+def _fill(model: nn.Module, weights: Weights, world: World, settings: Settings) -> None:
+    place = torch.device("cpu") if isinstance(settings.offload, CPUOffloadPolicy) else world.device
+    materialize(model, world.device, lambda parameter: on(place, parameter))
+    fill(model, weights, _part)
+
+
+def _shard(model: nn.Module, mesh: DeviceMesh, settings: Settings, apart: Sequence[nn.Module] = ()) -> FSDPModule:
+    """Blocks first, the rest with the root: embeddings and head, tied or not, are then in one group, but for modules
+    that are to be `apart`."""
     frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
     options: dict[str, Any] = {
         "mesh": mesh["shard"] if mesh.shape[0] == 1 else mesh,
@@ -354,6 +440,8 @@ def _shard(model: nn.Module, mesh: DeviceMesh, settings: Settings) -> FSDPModule
         "offload_policy": settings.offload,
         "mp_policy": settings.precision,
     }
+    for module in apart:
+        fully_shard(module, reshard_after_forward=settings.frees, **options)
     # A module is sharded after those inside it, and blocks are given last first.
     groups = blocks(model) if settings.wrap is None else _of_classes(model, settings.wrap)
     if not groups:
@@ -363,7 +451,8 @@ def _shard(model: nn.Module, mesh: DeviceMesh, settings: Settings) -> FSDPModule
         )
     for group in groups:
         # Values alone are so small that they may stay gathered between forward and backward.
-        fully_shard(group, reshard_after_forward=settings.frees, **options)
+        if not hasattr(group, "_get_fsdp_state"):  # one that is apart
+            fully_shard(group, reshard_after_forward=settings.frees, **options)
     root = fully_shard(model, **options)
     _prefetch([group for group in groups if isinstance(group, FSDPModule)][::-1], settings)
     return root
@@ -388,7 +477,8 @@ def _unknown_class(name: str, there: Iterable[str], model: str) -> ConfigError:
 
 
 def _prefetch(groups: Sequence[FSDPModule], settings: Settings) -> None:
-    """In the order of the forward pass. Without this, torch gathers one group ahead in the backward pass alone."""
+    """Sets prefetching in the order of the forward pass. By default torch prefetches one group, in the backward pass
+    alone."""
     for number, group in enumerate(groups):
         if settings.forward_prefetch:
             group.set_modules_to_forward_prefetch(list(groups[number + 1 : number + 1 + settings.forward_prefetch]))

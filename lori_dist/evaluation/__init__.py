@@ -1,27 +1,35 @@
-"""How well a model does on a task's test rows. Each metric is one file with one function,
-`score(subject) -> float | None`; None says that the metric does not apply to the task."""
+"""How well models do on the tasks' test rows: base, adapters and merges in one pass over a base that may be sharded.
 
-import contextlib
-import functools
+Each metric is one file with a function `score(subject) -> float | None`; None says that the metric does not apply to
+the task. The metrics here have two more: `ask(subject)` gives what to ask of the model, and `judge(subject, answers)`
+what that says of each row. So the requests of all models share the batches, and these are divided among the ranks.
+"""
+
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lori_dist import config, plugin
-from lori_dist.adapter import attach, packed, source
-from lori_dist.adapter.adapter import Adapter
-from lori_dist.errors import AdapterError, ConfigError
+from lori_dist.adapter import source
+from lori_dist.errors import ConfigError
+from lori_dist.evaluation._answers import BASE, Reader
+from lori_dist.evaluation._passes import attached, passes_of
+from lori_dist.evaluation._place import place
+from lori_dist.evaluation._rows import Answer, Ask, Judge, Row, interval, mean
+from lori_dist.evaluation._store import LM_EVAL, Key, Measured, Store
 from lori_dist.rows import responses
-from lori_dist.training.data import Example, encode, read
+from lori_dist.scores import LOWER_IS_BETTER
+from lori_dist.training.data import Example, Segments, encode, read
 from lori_dist.training.metrics import Record
-from lori_dist.training.model import check, check_base, load_model, load_tokenizer
+from lori_dist.training.model import check, check_base, load_tokenizer
+from lori_dist.training.world import World, from_first
 
-__all__ = ["Subject", "check_adapter", "evaluate", "evaluate_all"]
+__all__ = ["Found", "Store", "Subject", "check_adapter", "evaluate", "evaluate_all", "scored"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,9 +52,36 @@ class Subject:
     """Of a generated response."""
 
 
-Rows = list[tuple[str, str]]  # (prompt, response)
-Measure = Callable[[PreTrainedModel, PreTrainedTokenizerBase], Mapping[str, Mapping[str, float]]]
-"""Gives task -> metric -> value."""
+def scored(subject: Subject, ask: Ask, judge: Judge) -> float | None:
+    """What a metric of requests says of one model, in this process alone."""
+    requests = ask(subject)
+    if requests is None:
+        return None
+    return mean(judge(subject, answered(subject, requests)))
+
+
+def answered(subject: Subject, requests: Sequence[Any]) -> list[Answer]:
+    """The answers of one model, in this process alone."""
+    reader = Reader(
+        model=subject.model, tokenizer=subject.tokenizer, batch_size=subject.batch_size, device=subject.model.device
+    )
+    return reader.answers(BASE, requests)[None]
+
+
+Values = dict[str, dict[str, float]]
+"""Task -> metric -> value."""
+Rows = list[Segments]  # (prompt, response)
+LmEval = Callable[[PreTrainedModel, PreTrainedTokenizerBase], Mapping[str, Mapping[str, float]]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """What an evaluation says of one model."""
+
+    values: Values = field(default_factory=dict)
+    """Without metrics that do not apply to a task."""
+    intervals: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    """Task -> metric -> lowest and highest value of an accuracy, see `_rows.interval`."""
 
 
 def evaluate(
@@ -55,31 +90,33 @@ def evaluate(
     *,
     device: torch.device | str = "cpu",
     progress: Callable[[str, int, int], None] | None = None,
-    record: Callable[[Record], None] = lambda record: None,
-) -> dict[str, dict[str, float]]:
-    """Every metric of the run on every task's test rows: task -> metric -> value, without those that do not apply.
+) -> Values:
+    """Every metric of the run on every task's test rows, of one model in one process; else as `evaluate_all`.
 
-    adapter: an adapter file, trained or merged, or a LoRA folder of PEFT; None measures the base. progress: called with
-    what is measured next, how many measurements are done, and how many there are. record: gets metric, task, value and
-    seconds of each.
-    Raises ConfigError for test rows that cannot be used, and AdapterError if the adapter was trained on another base.
+    adapter: an adapter file, trained or merged, or a LoRA folder of PEFT; None measures the base.
     """
-    tokenizer = load_tokenizer(run.model)
-    rows, more = _test_rows(run, tokenizer), _more(run)
-    model = _model(run.model, adapter).to(device)
-    return _measured(run, rows, more, model, tokenizer, progress=progress, record=record)
+    return evaluate_all(run, {"": adapter}, device=device, progress=progress)[""].values
 
 
 def evaluate_all(
     run: config.Run,
     adapters: Mapping[str, Path | None],
     *,
+    world: World | None = None,
     device: torch.device | str = "cpu",
-    progress: Callable[[str, str, int, int], None] | None = None,
-) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
-    """As `evaluate`, for several adapters on one copy of the base, one after the other: name and values.
+    progress: Callable[[str, int, int], None] | None = None,
+    record: Callable[[str, Record], None] = lambda name, record: None,
+    stores: Mapping[str, Store] | None = None,
+) -> dict[str, Found]:
+    """Every metric of the run on every task's test rows, of several models on one copy of the base: name -> figures.
 
-    adapters: by name; None measures the base. progress: gets the name first, else what that of `evaluate` gets.
+    adapters: by name; None measures the base. world: the gang whose ranks all call this; it shards the base as the
+    run's engine says, and divides the rows. None: this process holds the base on the device. progress: called with what
+    is measured next, how many measurements are done, and how many there are. record: gets a model's name, and metric,
+    task, value and seconds of each measurement. stores: of models, where what is measured is kept; what is there is not
+    measured again.
+    progress, record and stores are for rank 0, and figures equal on all ranks.
+    Raises ConfigError for test rows that cannot be used, and AdapterError if an adapter was trained on another base.
     """
     tokenizer = load_tokenizer(run.model)
     rows, more = _test_rows(run, tokenizer), _more(run)
@@ -88,82 +125,145 @@ def evaluate_all(
         path = adapters[name]
         assert path is not None
         check_base(path, adapter.base, run.model)
-    model = load_model(run.model).to(device)
-    with_one = _one_at_a_time(model, loaded)
-    for name in adapters:
-        shown = None if progress is None else functools.partial(progress, name)
-        with with_one(name):
-            measured = _measured(run, rows, more, model, tokenizer, progress=shown, record=lambda record: None)
-        yield name, measured
-
-
-def _one_at_a_time(
-    model: PreTrainedModel, adapters: dict[str, Adapter]
-) -> Callable[[str], contextlib.AbstractContextManager[None]]:
-    """What puts one of the adapters to work: all are attached and one is told, or, where that cannot be, attached."""
-    if not packed.is_routable(model, adapters):
-        return lambda name: _attached(model, adapters.get(name))
-    routing = packed.attach_several(model, adapters) if adapters else None
-    known = set(adapters)
-    adapters.clear()  # their entries are in the model now
-
-    def tell(name: str) -> contextlib.AbstractContextManager[None]:
-        if routing is not None:
-            routing.only(name if name in known else None)
-        return contextlib.nullcontext()
-
-    return tell
-
-
-@contextlib.contextmanager
-def _attached(model: PreTrainedModel, adapter: Adapter | None) -> Iterator[None]:
-    if adapter is not None:
-        attach.attach(model, adapter)
-    try:
-        yield
-    finally:
-        if adapter is not None:
-            attach.detach(model)
-
-
-def _measured(
-    run: config.Run,
-    rows: Mapping[str, Rows],
-    more: Measure | None,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    progress: Callable[[str, int, int], None] | None,
-    record: Callable[[Record], None],
-) -> dict[str, dict[str, float]]:
-    metrics = {
-        name: plugin.find("evaluation", name, "score", "evaluate.metrics").load() for name in run.evaluate.metrics
-    }
-    subjects = {name: _subject(run, name, rows[name], model, tokenizer) for name in run.tasks}
-    values: dict[str, dict[str, float]] = {name: {} for name in run.tasks}
-    measurements = list(product(subjects, metrics))
+    matrix = _Matrix(
+        run=run, tokenizer=tokenizer, world=world, names=tuple(adapters), stores=stores or {}, record=record
+    )
+    metrics = [_Metric.found(name) for name in run.evaluate.metrics]
+    measurements = [(task, metric) for task in run.tasks for metric in metrics]
     total = len(measurements) + (more is not None)
-    for done, (name, metric) in enumerate(measurements):
-        if progress is not None:
-            progress(f"{metric} of {name}", done, total)
-        start = time.monotonic()
-        with torch.inference_mode():
-            value = metrics[metric](subjects[name])
-        if value is not None:
-            values[name][metric] = value
-            record({"metric": metric, "task": name, "value": value, "seconds": time.monotonic() - start})
-    if more is not None:
-        if progress is not None:
-            progress("lm-eval", total - 1, total)
-        start = time.monotonic()
-        for name, found in more(model, tokenizer).items():
-            values.setdefault(name, {}).update(found)
-            for metric, value in found.items():
-                record({"metric": metric, "task": name, "value": value, "seconds": time.monotonic() - start})
-    return values
+    keys = [(task, metric.name) for task, metric in measurements] + ([LM_EVAL] if more is not None else [])
+    if matrix.lack(keys):
+        base = place(run, world, torch.device(device))
+        try:
+            subjects = {task: _subject(run, task, rows[task], base.model, tokenizer) for task in run.tasks}
+            reader = Reader(
+                model=base.model,
+                tokenizer=tokenizer,
+                batch_size=run.evaluate.batch_size,
+                device=torch.device(device) if world is None else world.device,
+                world=world,
+                is_sharded=base.is_sharded,
+            )
+            passes = passes_of(base.model, loaded, matrix.names)
+            for turn, one in enumerate(passes):
+                with attached(reader, one) as names:
+                    for number, (task, metric) in enumerate(measurements):
+                        if progress is not None:
+                            progress(f"{metric.name} of {task}", turn * total + number, total * len(passes))
+                        matrix.measure(reader, names, subjects[task], metric)
+                    if more is not None:
+                        if progress is not None:
+                            progress("lm-eval", (turn + 1) * total - 1, total * len(passes))
+                        matrix.measure_more(reader, names, more)
+        finally:
+            base.close()
+    return {name: matrix.of(name, keys) for name in adapters}
 
 
-def _more(run: config.Run) -> Measure | None:
+# --- what is measured ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Metric:
+    name: str
+    score: Callable[[Subject], float | None]
+    ask: Ask | None
+    judge: Judge | None
+    """Absent from a metric of the user's own that has a score alone."""
+
+    @classmethod
+    def found(cls, name: str) -> "_Metric":
+        method = plugin.find("evaluation", name, "score", "evaluate.metrics")
+        ask, judge = method.companion("ask"), method.companion("judge")
+        return cls(name=name, score=method.load(), ask=ask if judge else None, judge=judge if ask else None)
+
+    @property
+    def is_accuracy(self) -> bool:
+        return self.name.rpartition(".")[2] not in LOWER_IS_BETTER
+
+
+@dataclass(kw_only=True, slots=True)
+class _Matrix:
+    """What is known of each model."""
+
+    run: config.Run
+    tokenizer: PreTrainedTokenizerBase
+    world: World | None
+    names: tuple[str, ...]
+    stores: Mapping[str, Store]
+    record: Callable[[str, Record], None]
+    known: dict[str, dict[Key, Measured]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.known = {name: {} for name in self.names}
+        self.known |= self._from_first(lambda: {name: store.read() for name, store in self.stores.items()})
+
+    def lack(self, keys: Sequence[Key]) -> bool:
+        """Whether anything is still to be measured."""
+        return any(key not in self.known[name] for name in self.names for key in keys)
+
+    def of(self, name: str, keys: Sequence[Key]) -> Found:
+        found = Found(values={task: {} for task in self.run.tasks})
+        for key in keys:
+            measured = self.known[name][key]
+            for task, values in measured.values.items():
+                found.values.setdefault(task, {}).update(values)
+            if measured.interval is not None:
+                found.intervals.setdefault(key[0], {})[key[1]] = list(measured.interval)
+        return found
+
+    def measure(self, reader: Reader, names: Mapping[str, str | None], subject: Subject, metric: _Metric) -> None:
+        """One metric of one task, of all models of a pass that lack it."""
+        key = (subject.task, metric.name)
+        left = {name: routed for name, routed in names.items() if key not in self.known[name]}
+        if not left:
+            return
+        start = time.monotonic()
+        for name, value, rows in self._scores(reader, left, subject, metric):
+            values = {} if value is None else {subject.task: {metric.name: value}}
+            limits = interval(rows) if rows and metric.is_accuracy else None
+            self._keep(name, key, Measured(values=values, interval=limits), rows, time.monotonic() - start)
+
+    def _scores(
+        self, reader: Reader, names: Mapping[str, str | None], subject: Subject, metric: _Metric
+    ) -> Iterator[tuple[str, float | None, list[Row]]]:
+        if metric.ask is None or metric.judge is None:
+            for name, routed in names.items():
+                with reader.only(routed):
+                    yield name, metric.score(subject), []
+            return
+        requests = metric.ask(subject)
+        if requests is None:
+            yield from ((name, None, []) for name in names)
+            return
+        answers = reader.answers(list(names.values()), requests)
+        for name, routed in names.items():
+            rows = metric.judge(subject, answers[routed])
+            yield name, mean(rows), rows
+
+    def measure_more(self, reader: Reader, names: Mapping[str, str | None], more: LmEval) -> None:
+        for name, routed in names.items():
+            if LM_EVAL not in self.known[name]:
+                start = time.monotonic()
+                with reader.only(routed):
+                    values = {task: dict(of_task) for task, of_task in more(reader.model, self.tokenizer).items()}
+                self._keep(name, LM_EVAL, Measured(values=values), [], time.monotonic() - start)
+
+    def _keep(self, name: str, key: Key, measured: Measured, rows: Sequence[Row], seconds: float) -> None:
+        self.known[name][key] = measured
+        if self.world is not None and self.world.rank > 0:
+            return
+        if name in self.stores:
+            self.stores[name].write(key, measured, rows)
+        for task, values in measured.values.items():
+            for metric, value in values.items():
+                self.record(name, {"metric": metric, "task": task, "value": value, "seconds": seconds})
+
+    def _from_first(self, make: Callable[[], Any]) -> Any:
+        return make() if self.world is None else from_first(self.world, make)
+
+
+def _more(run: config.Run) -> LmEval | None:
     """What measures the tasks of lm-eval, where the run has any."""
     settings = run.evaluate.lm_eval
     if settings is None:
@@ -195,20 +295,6 @@ def _labels(task: config.Task) -> tuple[str, ...] | None:
     return None if task.labels is None else responses(task.labels, task.template)
 
 
-def _model(settings: config.Model, adapter: Path | None) -> PreTrainedModel:
-    if adapter is None:
-        return load_model(settings)
-    loaded = source.load(adapter)
-    check_base(adapter, loaded.base, settings)
-    model = load_model(settings)
-    attach.attach(model, loaded)
-    # Folded, it runs at the base's speed. A narrower dtype would round the update away; tied weights cannot be folded.
-    if model.dtype == torch.float32 and settings.quantize is None:
-        with contextlib.suppress(AdapterError):
-            attach.fold(model)
-    return model
-
-
 def check_adapter(adapter: Path, model: config.Model) -> None:
     """Raises AdapterError if there is no adapter, or that of another base. Cheap: looks at no tensor of a file."""
     check_base(adapter, source.base(adapter), model)
@@ -220,7 +306,9 @@ def _test_rows(run: config.Run, tokenizer: PreTrainedTokenizerBase) -> dict[str,
     problems: list[str] = []
     for name, task in run.tasks.items():
         try:
-            found = read(task.test, task.template, where=f"tasks.{name}.test", tokenizer=tokenizer, labels=task.labels)
+            found = read(
+                task.test, task.test_template, where=f"tasks.{name}.test", tokenizer=tokenizer, labels=task.labels
+            )
             rows[name] = found[: run.evaluate.rows]
         except ConfigError as error:
             problems.append(str(error))

@@ -1,42 +1,46 @@
 """The likelihood of every label of every row, which the forms of `choice` compare."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from lori_dist.errors import ConfigError
 from lori_dist.evaluation import Subject
-from lori_dist.evaluation._batches import by_length, hides_padding
-from lori_dist.training.data import Example, collate, pad_id
-from lori_dist.training.loss import log_likelihoods
+from lori_dist.evaluation._rows import Answer, Likelihood, Row
+from lori_dist.training.data import Example
 from lori_dist.training.model import check
 from lori_dist.training.tokens import eos_id, pairs, shorten
 
 
-def accuracy(
-    subject: Subject, *, with_end: bool = False, length: Callable[[str], float] = lambda label: 1.0
-) -> float | None:
-    """Share of rows whose own label has the highest log-likelihood after the prompt, over the label's length.
+def requests(subject: Subject, *, with_end: bool = False) -> list[Likelihood] | None:
+    """The likelihood of every label, row by row. with_end: whether the token that ends a response counts too.
 
-    with_end: whether the token that ends a response counts too. length: of a label's text, without the blanks it
-    begins with. Of equally likely labels, the first counts. None for a task without labels.
-    Raises ConfigError for a row whose response is not a label, and for a label that gives no tokens.
+    None for a task without labels. Raises ConfigError for a row whose response is not a label, and for a label that
+    gives no tokens.
     """
     if subject.labels is None:
         return None
-    answers = [_answer(subject, number) for number in range(len(subject.examples))]
+    for number in range(len(subject.examples)):
+        _answer(subject, number)
     candidates = _candidates(subject, with_end=with_end)
     check(candidates, subject.model)  # a label can be longer than any row's own response
-    scores = [0.0] * len(candidates)
-    pad = pad_id(subject.tokenizer)
-    rows = [candidate.prompt_ids + candidate.response_ids for candidate in candidates]
-    is_padded = subject.batch_size == 1 or hides_padding(subject.model, rows, pad, "right")
-    for numbers in by_length([len(row) for row in rows], subject.batch_size, is_padded=is_padded):
-        batch = collate([candidates[number] for number in numbers], pad).to(subject.model.device)
-        for number, value in zip(numbers, log_likelihoods(subject.model, batch).tolist(), strict=True):
-            scores[number] = value / length(candidates[number].response.lstrip())
-    num_labels = len(subject.labels)
-    found = [scores[first : first + num_labels] for first in range(0, len(scores), num_labels)]
-    hits = sum(row.index(max(row)) == answer for row, answer in zip(found, answers, strict=True))
-    return hits / len(answers)
+    return [Likelihood(candidate.prompt_ids, candidate.response_ids) for candidate in candidates]
+
+
+def rows(subject: Subject, answers: Sequence[Answer], length: Callable[[str], float] = lambda label: 1.0) -> list[Row]:
+    """Of each row, whether its own label has the highest log-likelihood after the prompt, over the label's length.
+
+    length: of a label's text, without the blanks it begins with. Of equally likely labels, the first counts.
+    """
+    assert subject.labels is not None
+    labels, found = subject.labels, []
+    for number, example in enumerate(subject.examples):
+        of_row = [float(answer) for answer in answers[number * len(labels) :][: len(labels)]]  # type: ignore[arg-type]
+        scores = [score / length(label.lstrip()) for score, label in zip(of_row, labels, strict=True)]
+        chosen = scores.index(max(scores))
+        is_right = chosen == _answer(subject, number)
+        found.append(
+            Row(prompt=example.prompt, response=labels[chosen], answer=example.response, score=float(is_right))
+        )
+    return found
 
 
 def _answer(subject: Subject, number: int) -> int:

@@ -3,8 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-Evaluation = Mapping[str, Mapping[str, Mapping[str, float]]]
-"""Model -> task -> metric -> value."""
+from lori_dist.scores import Evaluation, Intervals
 
 
 def _share(value: float) -> str:
@@ -19,13 +18,14 @@ FORMATS: Mapping[str, tuple[str, Callable[[float], str]]] = {
 """Metric -> heading and how a value reads. Metrics of the user's own are shown under their name, with four digits."""
 
 
-def table(evaluation: Evaluation) -> str:
+def table(evaluation: Evaluation, intervals: Intervals | None = None) -> str:
     """One table a metric, models down and tasks across in their given order, with the mean over the tasks at the right.
 
     A task that a metric does not apply to has no column; a value that is missing is `-`, and so is then the mean.
+    intervals: shown behind the values that have one.
     """
     metrics = dict.fromkeys(metric for tasks in evaluation.values() for values in tasks.values() for metric in values)
-    return "\n\n".join(_table(evaluation, metric) for metric in metrics)
+    return "\n\n".join(_table(evaluation, metric, intervals or {}) for metric in metrics)
 
 
 def compared(result: Mapping[str, Any]) -> str:
@@ -38,7 +38,7 @@ def compared(result: Mapping[str, Any]) -> str:
     return _lines(lines)
 
 
-def _table(evaluation: Evaluation, metric: str) -> str:
+def _table(evaluation: Evaluation, metric: str, intervals: Intervals) -> str:
     heading, shown = FORMATS.get(metric, (metric, "{:.4g}".format))
     tasks = list(dict.fromkeys(task for rows in evaluation.values() for task in rows if metric in rows[task]))
     lines = [[heading, *tasks, "mean"]]
@@ -46,8 +46,17 @@ def _table(evaluation: Evaluation, metric: str) -> str:
         values = [rows.get(task, {}).get(metric) for task in tasks]
         known = [value for value in values if value is not None]
         mean = sum(known) / len(known) if len(known) == len(values) else None
-        lines.append([model, *("-" if value is None else shown(value) for value in [*values, mean])])
+        limits = [intervals.get(model, {}).get(task, {}).get(metric) for task in tasks]
+        cells = [
+            "-" if value is None else f"{shown(value)}{_limits(limit, shown)}"
+            for value, limit in zip([*values, mean], [*limits, None], strict=True)
+        ]
+        lines.append([model, *cells])
     return _lines(lines)
+
+
+def _limits(limits: Sequence[float] | None, shown: Callable[[float], str]) -> str:
+    return "" if limits is None else f" [{shown(limits[0])}, {shown(limits[1])}]"
 
 
 def _lines(lines: Sequence[Sequence[str]]) -> str:

@@ -1,9 +1,19 @@
 """Share of rows whose label is likeliest for its length in characters: `acc_norm` of lm-eval."""
 
-from lori_dist.evaluation import Subject
-from lori_dist.evaluation._choices import accuracy
+from collections.abc import Sequence
+
+from lori_dist.evaluation import Subject, _choices, scored
+from lori_dist.evaluation._rows import Answer, Likelihood, Row
+
+
+def ask(subject: Subject) -> list[Likelihood] | None:
+    return _choices.requests(subject)
+
+
+def judge(subject: Subject, answers: Sequence[Answer]) -> list[Row]:
+    return _choices.rows(subject, answers, len)
 
 
 def score(subject: Subject) -> float | None:
-    """As `choice`, of log-likelihoods over the number of the label's characters, without the blanks it begins with."""
-    return accuracy(subject, length=len)
+    """Scores as `choice` does, with log-likelihoods divided by the label's characters without leading blanks."""
+    return scored(subject, ask, judge)

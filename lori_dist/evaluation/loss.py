@@ -1,20 +1,30 @@
 """Mean negative log-likelihood of the responses."""
 
-from lori_dist.evaluation import Subject
-from lori_dist.evaluation._batches import by_length, hides_padding
-from lori_dist.training.data import collate, pad_id
-from lori_dist.training.loss import loss_sum, num_targets
+from collections.abc import Sequence
+
+from lori_dist.evaluation import Subject, scored
+from lori_dist.evaluation._rows import Answer, Likelihood, Row
+from lori_dist.training.data import Example
 
 
-def score(subject: Subject) -> float:
+def ask(subject: Subject) -> list[Likelihood]:
+    return [Likelihood(example.prompt_ids, example.response_ids) for example in subject.examples]
+
+
+def judge(subject: Subject, answers: Sequence[Answer]) -> list[Row]:
+    """A row's score is the mean over its target tokens, which are its weight."""
+    pairs = zip(subject.examples, answers, strict=True)
+    return [_row(example, answer) for example, answer in pairs if isinstance(answer, float)]
+
+
+def _row(example: Example, likelihood: float) -> Row:
+    # Nothing predicts the first token of a row.
+    count = len(example.response_ids) - (not example.prompt_ids)
+    return Row(
+        prompt=example.prompt, response=None, answer=example.response, score=-likelihood / max(1, count), weight=count
+    )
+
+
+def score(subject: Subject) -> float | None:
     """Mean over the target tokens of all rows (eos among them), in nats: what training minimises."""
-    total, count = 0.0, 0
-    pad = pad_id(subject.tokenizer)
-    examples = subject.examples
-    rows = [example.prompt_ids + example.response_ids for example in examples]
-    is_padded = subject.batch_size == 1 or hides_padding(subject.model, rows, pad, "right")
-    for numbers in by_length([len(row) for row in rows], subject.batch_size, is_padded=is_padded):
-        batch = collate([examples[number] for number in numbers], pad).to(subject.model.device)
-        total += loss_sum(subject.model, batch).item()
-        count += num_targets(batch)
-    return total / count
+    return scored(subject, ask, judge)

@@ -1,4 +1,4 @@
-"""What PEFT makes of a LoRA folder. Imported only where PEFT is installed."""
+"""PEFT's own reading of a LoRA folder. The module is imported only where PEFT is installed."""
 
 import warnings
 from collections.abc import Iterator

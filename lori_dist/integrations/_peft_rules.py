@@ -1,4 +1,4 @@
-"""What PEFT does with a module's name besides looking for it, as far as an export has to know."""
+"""PEFT's treatment of module names, apart from finding them, as far as an export depends on it."""
 
 import re
 from collections.abc import Iterable
@@ -14,7 +14,8 @@ EXPERT = re.compile(r"(.+)\.(gate_up_proj|up_proj|down_proj)\.([0-9]+)")
 REFUSED = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 """Model types of which PEFT refuses BYPASSED_NAMES: their fused kernels use such weights without calling the layer."""
 BYPASSED = {*REFUSED, "bamba", "granitemoehybrid", "zamba2"}
-"""Those, and others with the same kernels, in which PEFT takes such a target and leaves it out wherever they run."""
+"""The refused model types, and others with the same kernels, for which PEFT accepts such a target without applying
+it."""
 BYPASSED_NAMES = {"out_proj", "conv1d"}
 
 UNFOLDED = "export it with --format folded instead, which any reader of the base model takes"

@@ -1,4 +1,4 @@
-"""For scripts that use DeepSpeed themselves: a start that no build of an extension delays or holds up.
+"""A start of DeepSpeed, for scripts of one's own, that no build of an extension delays or blocks.
 
 DeepSpeed compiles some of its parts at their first use, into torch's folder for extensions (TORCH_EXTENSIONS_DIR, or
 ~/.cache/torch_extensions). A build that is killed leaves a file `lock` there, for which every later start waits, for

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lori_dist import config
 from lori_dist.adapter.adapter import Adapter, in_memory
@@ -31,7 +32,7 @@ from lori_dist.training.model_files import (
     stored_weights,
     weight_files,
 )
-from lori_dist.training.weights import skeleton
+from lori_dist.training.weights import Weights, skeleton
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
 """Not copied: without the adapter in them, they would be another model."""
@@ -68,10 +69,11 @@ def export_folded(
     """
     with complete(folder) as partial:
         base = config.Model(path=run_model_path, trust_remote_code=trust_remote_code)
-        _refuse_other_base(base, adapter)
         base = dataclasses.replace(base, dtype=_dtype(base))
+        model, weights = skeleton(base)
+        _refuse_other_base(base, adapter)
         load_tokenizer(base)  # a model without one is refused, and one on the hub is fetched
-        updated, whole = _updated(base, adapter)
+        updated, whole = _updated(base, model, weights, adapter)
         files, first = weight_files(base), stored_weights(base)
         for file in files:
             in_order = sorted(stored(file).items(), key=lambda item: item[1].offset)
@@ -100,10 +102,11 @@ class _Place:
     """Whether the rows are columns of the update."""
 
 
-def _updated(base: config.Model, adapter: Adapter) -> tuple[dict[Stored, list[_Place]], dict[Stored, str]]:
+def _updated(
+    base: config.Model, model: PreTrainedModel, weights: Weights, adapter: Adapter
+) -> tuple[dict[Stored, list[_Place]], dict[Stored, str]]:
     """Weight in a file -> what its rows get, from the first to the last; and -> the name under which the adapter has
-    it whole."""
-    model, weights = skeleton(base)
+    it whole. model, weights: the base's skeleton."""
     files = cast(Any, weights)
     direct: Mapping[str, Stored] = files.direct  # a model's names -> where files have those tensors
     found: dict[Stored, list[_Place]] = {}
@@ -145,7 +148,8 @@ def _compare(base: config.Model, folder: Path, adapter: Adapter, updated: Mappin
     Of each weight two rows: the one that the update changes most, and the last one. All tensors must be there, in the
     base's dtypes and shapes, and those that were trained in full as they were trained.
     """
-    again, whole = _updated(dataclasses.replace(base, path=str(folder)), adapter)
+    folded = dataclasses.replace(base, path=str(folder))
+    again, whole = _updated(folded, *skeleton(folded), adapter)
     for file in weight_files(base):
         layout, wanted = (
             {name: (t.dtype, t.shape) for name, t in stored(f).items()} for f in (folder / file.name, file)

@@ -18,10 +18,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Origin:
-    """What a run knows of an adapter file. Empty where the file does not lie in a run."""
+    """The run's record of how an adapter file was made. It is empty if the file does not lie in a run."""
 
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Of the job that made it: `data` and `train`, or the method of a merge."""
+    """Settings of the job that made the file: `data` and `train`, or the method of a merge."""
     measured: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Task -> metric -> value on its test rows."""
 

@@ -56,7 +56,8 @@ def export(adapter: Adapter, folder: Path, *, base_model_name: str, origin: Orig
 
 
 def _sparsity(adapter: Adapter) -> float:
-    """As asked for, which the counts meet to a rounding in each module: the shortest decimal so near."""
+    """The sparsity that was asked for: the shortest decimal that agrees with the counts up to rounding in each
+    module."""
     exact = 1 - adapter.kept / adapter.total
     near = (round(exact, digits) for digits in range(1, 8))
     fits = (found for found in near if 0 < found < 1 and abs(found - exact) * adapter.total <= len(adapter.shapes))

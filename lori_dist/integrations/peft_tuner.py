@@ -71,15 +71,16 @@ class _Type(str):
 LORI = _Type("LORI")
 
 BASE = "__base__"
-"""In `adapter_names`: this row meets the base alone."""
+"""Name in `adapter_names` of a row that uses the base alone."""
 
 ALPHA = 64.0
-"""Of a `LoriConfig` that is given none."""
+"""Default of `LoriConfig.lori_alpha`."""
 
 
 @dataclass
 class LoriConfig(PeftConfig):
-    """What `Spec` is, for PEFT. The update is lori_alpha / r * B A, with A frozen and made from seed and module path.
+    """The counterpart of `Spec` for PEFT. The update is lori_alpha / r * B A, with A frozen and made from seed and
+    module path.
 
     B is dense until `sparsify`. Raises AdapterError for values that `Spec` refuses, for another generator of A, and for
     settings of `LoraConfig` that LoRI has no meaning for.
@@ -92,9 +93,10 @@ class LoriConfig(PeftConfig):
     seed: int = 0
     """Give each task its own: the updates of tasks are then nearly orthogonal."""
     target_modules: list[str] | str | None = "all-linear"
-    """As in PEFT: names, a regular expression over paths, or `all-linear`, which None stands for."""
+    """Names, a regular expression over paths, or `all-linear`, as in PEFT; None means `all-linear`."""
     exclude_modules: list[str] | str | None = None
-    """As in PEFT: names or a regular expression over paths of modules that are not targets, whatever names them."""
+    """Names or a regular expression over paths of modules that are not targets, as in PEFT. They win over
+    target_modules."""
     layers_to_transform: list[int] | int | None = None
     """Numbers of the layers that have targets, however these are named; None: all layers."""
     layers_pattern: list[str] | str | None = None
@@ -107,7 +109,7 @@ class LoriConfig(PeftConfig):
     bias: str = "none"
     """No bias is trained."""
     projection_dtype: str = "float32"
-    """Of A."""
+    """Data type of A."""
     generator: str = GENERATOR
     checksums: dict[str, str] = field(default_factory=dict)
     """Module path -> checksum of A, written on save and compared on load."""
@@ -213,7 +215,7 @@ class LoriLinear(nn.Module, BaseTunerLayer):
         return cast(Delta, self.lori_delta[adapter])
 
     def expect(self, name: str, spec: Spec, kept: int) -> None:
-        """As `add`, for so many kept entries whose positions a reader of files will load as it loads parameters."""
+        """Adds an adapter with so many kept entries, whose positions are read from a file later, as parameters are."""
         self.add(name, spec, torch.full((kept,), -1, dtype=torch.int32))
         delta = self.delta(name)
         delta.register_buffer("index", delta.index, persistent=True)
@@ -295,7 +297,7 @@ class LoriLinear(nn.Module, BaseTunerLayer):
 
 
 class LoriModel(BaseTuner):
-    """What PEFT puts on a model. Made by `get_peft_model` and `PeftModel.from_pretrained`."""
+    """The wrapper that PEFT puts on a model. `get_peft_model` and `PeftModel.from_pretrained` make it."""
 
     prefix = "lori_"
     tuner_layer_cls = LoriLinear
@@ -351,7 +353,8 @@ class LoriModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(config: LoriConfig, key: str) -> Any:
-        """As PEFT, but layers_to_transform counts however the targets are named."""
+        """Decides as PEFT does whether a module is a target, except that layers_to_transform counts for every kind of
+        target_modules."""
         found = check_target_module_exists(config, key)
         layers = config.layers_to_transform
         if not found or layers is None or layers == []:
@@ -625,8 +628,8 @@ def _check_values(layer: LoriLinear, adapter_name: str, name: str, state_dict: M
 
 
 def _fill_card(folder: Path, base_model_name: str | None) -> None:
-    """What PEFT's README.md says at the top stays; where the rest is its form with nothing filled in, it becomes a card
-    of the adapter. A save does not fail by its card."""
+    """Fills in the model card. The head of PEFT's README.md stays; the rest becomes a card of the adapter if it is an
+    unfilled form. An error here does not stop a save."""
     card = folder / "README.md"
     try:
         found = card.read_text(encoding="utf-8") if card.is_file() else ""

@@ -18,7 +18,7 @@ _GROUPS = 256  # whose histograms are added up at once: 4 MB
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rule:
-    """What is kept: the entries with the largest keys of each group, of equal ones the earlier."""
+    """A rule for what is kept: the entries with the largest keys of each group, the earlier one of equal keys."""
 
     group: Callable[[str], str]
     """Module path -> name of its group."""
@@ -29,7 +29,7 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Share:
-    """What one of several processes has of B: entries that follow each other, earlier processes having earlier ones."""
+    """The share of B that one of several processes holds: consecutive entries, in the order of the ranks."""
 
     b: Mapping[str, Tensor]
     """Module path -> the entries it has, of any shape. Every process has all modules, if only with nothing of them."""
@@ -43,7 +43,7 @@ class Share:
     """Counts, int64, of this process -> those of all, added up; every process calls it as often."""
 
     def before(self, counts: Tensor) -> Tensor:
-        """What earlier processes counted, added up."""
+        """The sum of the counts of the processes before this one."""
         table = counts.new_zeros(self.num_processes, *counts.shape)
         table[self.process] = counts
         return self.total(table)[: self.process].sum(0)
@@ -57,7 +57,7 @@ def magnitudes(module: str, start: int, entries: Tensor) -> Tensor:
 
 
 def largest(b: Mapping[str, Tensor], rule: Rule, density: float) -> dict[str, Tensor]:
-    """Which entries a rule keeps, as the functions `mask` of this folder return it.
+    """Chooses the entries that a rule keeps, in the form that the functions `mask` of this folder return.
 
     Of a group of n entries exactly max(1, round(density * n)) are kept, halves rounded to even. Ties go to the earlier
     entry: by the order of `b`, then by flat index.
@@ -68,7 +68,7 @@ def largest(b: Mapping[str, Tensor], rule: Rule, density: float) -> dict[str, Te
 
 
 def largest_of(share: Share, rule: Rule, density: float) -> dict[str, Tensor]:
-    """As `largest`, for the entries that this process has, in their shapes. Every process calls this.
+    """Does what `largest` does for the entries of this process, in their shapes. All processes must call it.
 
     The same is raised by all.
     """

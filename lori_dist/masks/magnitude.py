@@ -8,7 +8,7 @@ from lori_dist.masks._select import Rule, largest, magnitudes
 
 
 def mask(b: Mapping[str, Tensor], *, density: float) -> dict[str, Tensor]:
-    """Which entries of B live: the largest |B| over the whole model.
+    """Keeps the largest |B| over the whole model.
 
     b: module path -> (out_features, rank), the dense B after calibration. density: kept entries / all entries, in
     (0, 1]. Returns module path -> (out_features, rank) bool, on the same device. Exactly max(1, round(density * n)) of
@@ -21,5 +21,5 @@ def mask(b: Mapping[str, Tensor], *, density: float) -> dict[str, Tensor]:
 
 
 def rule() -> Rule:
-    """By which processes choose together."""
+    """The rule by which several processes choose together."""
     return Rule(group=lambda module: "", keys=magnitudes)

@@ -9,7 +9,7 @@ from lori_dist.masks._select import Rule, largest, magnitudes
 
 
 def mask(b: Mapping[str, Tensor], *, density: float) -> dict[str, Tensor]:
-    """Which entries of B live: the largest |B| of each layer, all layers of the same density.
+    """Keeps the largest |B| of each layer, all layers at the same density.
 
     The layer is the path up to its first number (`model.layers.3`, `transformer.h.3`, `encoder.block.3`), so an
     expert's number inside a layer makes no group. Modules outside of all layers are one group. As the mask `magnitude`,
@@ -20,5 +20,5 @@ def mask(b: Mapping[str, Tensor], *, density: float) -> dict[str, Tensor]:
 
 
 def rule() -> Rule:
-    """By which processes choose together."""
+    """The rule by which several processes choose together."""
     return Rule(group=targets.layer, keys=magnitudes)

@@ -8,7 +8,7 @@ from lori_dist.masks._select import Rule, largest, magnitudes
 
 
 def mask(b: Mapping[str, Tensor], *, density: float) -> dict[str, Tensor]:
-    """Which entries of B live: the largest |B| of each module, all of the same density.
+    """Keeps the largest |B| of each module, all modules at the same density.
 
     As the mask `magnitude`, with the count, the ties and the zeros settled in each module apart; every module keeps at
     least one entry.
@@ -18,5 +18,5 @@ def mask(b: Mapping[str, Tensor], *, density: float) -> dict[str, Tensor]:
 
 
 def rule() -> Rule:
-    """By which processes choose together."""
+    """The rule by which several processes choose together."""
     return Rule(group=lambda module: module, keys=magnitudes)

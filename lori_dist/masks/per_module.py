@@ -11,7 +11,7 @@ MLP = ("mlp", "ffn", "feed_forward", "expert", "moe", "gate_proj", "up_proj", "d
 
 
 def mask(b: Mapping[str, Tensor], *, density: float) -> dict[str, Tensor]:
-    """Which entries of B live: the largest |B| of attention, of the MLPs and of all else, all of the same density.
+    """Keeps the largest |B| of attention, of the MLPs and of all else, all three at the same density.
 
     A module belongs to the innermost part of its path that holds a word of ATTENTION or of MLP: `self_attn.q_proj`,
     `attn.c_proj`, `mlp.c_proj`, `layers.3.fc1`. As the mask `magnitude`, with the count, the ties and the zeros settled
@@ -22,7 +22,7 @@ def mask(b: Mapping[str, Tensor], *, density: float) -> dict[str, Tensor]:
 
 
 def rule() -> Rule:
-    """By which processes choose together."""
+    """The rule by which several processes choose together."""
     return Rule(group=_kind, keys=magnitudes)
 
 

@@ -9,7 +9,7 @@ from lori_dist.masks._select import Rule, largest, magnitudes
 
 
 def mask(b: Mapping[str, Tensor], *, density: float) -> dict[str, Tensor]:
-    """Which entries of B live: the largest |B| of each kind of projection over all layers, all of the same density.
+    """Keeps the largest |B| of each kind of projection over all layers, all kinds at the same density.
 
     The kind is the last part of the module's path that is not a number: `q_proj`, `down_proj`, `c_attn`; those of all
     experts are one kind. As the mask `magnitude`, with the
@@ -20,5 +20,5 @@ def mask(b: Mapping[str, Tensor], *, density: float) -> dict[str, Tensor]:
 
 
 def rule() -> Rule:
-    """By which processes choose together."""
+    """The rule by which several processes choose together."""
     return Rule(group=targets.kind, keys=magnitudes)

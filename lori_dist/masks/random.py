@@ -14,7 +14,7 @@ _BLOCK = 4  # words that the generator makes at once
 
 
 def mask(b: Mapping[str, Tensor], *, density: float, seed: int = 0) -> dict[str, Tensor]:
-    """Which entries of B live: a uniformly random choice over the whole model, among those that are not zero.
+    """Keeps a uniformly random choice over the whole model, among the entries that are not zero.
 
     b: module path -> (out_features, rank). density: kept entries / all entries, in (0, 1]; exactly
     max(1, round(density * n)) are kept, zeros only once all other entries are.
@@ -27,7 +27,7 @@ def mask(b: Mapping[str, Tensor], *, density: float, seed: int = 0) -> dict[str,
 
 
 def rule(*, seed: int = 0) -> Rule:
-    """By which processes choose together."""
+    """The rule by which several processes choose together."""
 
     def keys(module: str, start: int, entries: Tensor) -> Tensor:
         digest = hashlib.blake2b(f"lori_dist.masks.random\0{seed}\0{module}".encode(), digest_size=16).digest()

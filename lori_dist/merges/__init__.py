@@ -5,7 +5,8 @@ adapter, also for those that do not adapt this module, and the result is the mer
 method sees no other module, so a merge needs the updates of one module at a time and modules can be merged in any order
 or place. One that must know something of all of them has a second function, `survey(modules, **options)`: it goes over
 their updates, one module after the other, as often as it needs, and returns module -> what each of its updates has as
-`surveyed` in `merge`, or None.
+`surveyed` in `merge`, or None. `merge` and `merge_files` apply a method to adapters in memory and in files; files that
+begin with an underscore are shared by methods.
 """
 
 import contextlib

@@ -40,11 +40,29 @@ def largest(x: Tensor, density: float) -> Tensor:
 
     Counted over all entries, the density of a sparse x would trim nothing. Ties go to the earlier entry.
     """
-    sizes = x.abs().flatten()
-    num_entries = int(torch.count_nonzero(sizes))
+    return _first(x, num_largest(int(torch.count_nonzero(x)), density))
+
+
+def without_outliers(x: Tensor, density: float, outliers: float) -> Tensor:
+    """Which entries of x stay, bool, as x, if its very largest go as well as its smallest.
+
+    max(1, round(density * n)) of the n that are not zero stay: the largest of those that are left without the
+    round(outliers * n) very largest, or without fewer of these where else too few are left. Ties go to the earlier
+    entry.
+    """
+    num_entries = int(torch.count_nonzero(x))
     num_kept = num_largest(num_entries, density)
-    if num_kept == num_entries:
+    num_outliers = min(round(outliers * num_entries), num_entries - num_kept)
+    return _first(x, num_outliers + num_kept) & ~_first(x, num_outliers)
+
+
+def _first(x: Tensor, num_kept: int) -> Tensor:
+    """Which entries of x are its `num_kept` largest, bool, as x; at most as many as are not zero."""
+    sizes = x.abs().flatten()
+    if num_kept >= int(torch.count_nonzero(sizes)):
         return x != 0
+    if num_kept == 0:
+        return torch.zeros_like(x, dtype=torch.bool)
     place = sizes.numel() - num_kept
     threshold = float(np.partition(sizes.numpy(), place)[place])  # several times as fast as kthvalue
     return Cut(threshold=threshold, num_kept=num_kept).keep(x)

@@ -46,10 +46,10 @@ def orthogonalized(directions: Sequence[Singular], keep: int, weights: Sequence[
     u = torch.cat([u[:, :keep] for u, _, _ in directions], dim=1)
     s = torch.cat([s[:keep] * weight for (_, s, _), weight in zip(directions, weights, strict=True)])
     vh = torch.cat([vh[:keep] for _, _, vh in directions])
-    return _nearest_orthogonal(u) * s, _nearest_orthogonal(vh)
+    return nearest_orthogonal(u) * s, nearest_orthogonal(vh)
 
 
-def _nearest_orthogonal(x: Tensor) -> Tensor:
+def nearest_orthogonal(x: Tensor) -> Tensor:
     """The polar factor of x."""
     u, _, vh = singular(x)
     return u @ vh

@@ -23,6 +23,8 @@ Elect = Literal["total", "frequency"]
 
 _DRAW = b"lori_dist.merges.dare.v1"
 _CHUNK = 1 << 20  # words drawn at a time
+_ROWS = 256  # ranked at a time
+_BELOW_ONE = 1 - 2.0**-53  # 2^64 is not a 64-bit word
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,16 +64,32 @@ def trim(x: Tensor, density: float) -> Tensor:
     return x * largest(x, density)
 
 
-def thin(x: Tensor, density: float, draw: Draw, name: str) -> Tensor:
+def thin(x: Tensor, density: float | Tensor, draw: Draw, name: str) -> Tensor:
     """x with every entry kept with probability `density` and divided by it, or zero: the expectation is x.
 
-    Whether entry number f is kept follows from (seed, module, name, f) alone: 64-bit word f of the Philox4x64-10 stream
-    whose key is the hash of the first three, compared with density * 2^64.
+    density: one for all entries, or one for each, in x's shape, above zero. Whether entry number f is kept follows from
+    (seed, module, name, f) alone: 64-bit word f of the Philox4x64-10 stream whose key is the hash of the first three,
+    compared with density * 2^64.
     """
-    if density == 1:
+    if isinstance(density, float | int) and density == 1:
         return x
     kept = torch.from_numpy(_kept(x.numel(), density, draw, name)).view_as(x)
     return x * kept / density
+
+
+def by_rank(x: Tensor, density: float, epsilon: float) -> Tensor:
+    """How probably each entry is kept, as x: from density - epsilon for the smallest entry of a row to density +
+    epsilon for its largest, in equal steps from one size to the next. Zeros have no rank; alone, an entry has
+    `density`."""
+    return torch.cat([_by_rank(rows, density, epsilon) for rows in torch.split(x, _ROWS)])
+
+
+def _by_rank(x: Tensor, density: float, epsilon: float) -> Tensor:
+    sizes = torch.where(x == 0, torch.inf, x.abs())  # behind all others
+    ranks = sizes.argsort(dim=1, stable=True).argsort(dim=1).double()
+    steps = (torch.count_nonzero(x, dim=1) - 1).unsqueeze(1).double()
+    share = torch.where(steps > 0, ranks / steps.clamp(min=1), 0.5)
+    return torch.where(x == 0, density, density + epsilon * (2 * share - 1))
 
 
 def total(matrices: Sequence[Tensor]) -> Tensor:
@@ -82,29 +100,40 @@ def total(matrices: Sequence[Tensor]) -> Tensor:
     return result
 
 
-def vote(matrices: Sequence[Tensor], *, elect: Elect = "total", divide: Sequence[float] | None = None) -> Tensor:
+def vote(
+    matrices: Sequence[Tensor],
+    *,
+    elect: Elect = "total",
+    multiply: Sequence[float] | None = None,
+    divide: Sequence[float] | None = None,
+) -> Tensor:
     """The mean, entry by entry, of those matrices that have the elected sign there; zeros have none.
 
-    elect: the sign of the sum (`total`), or that of most matrices (`frequency`); + where that is a draw. divide: what
-    each matrix counts in the mean's denominator; 1 by default.
+    elect: the sign of the sum (`total`), or that of most matrices (`frequency`); + where that is a draw. multiply,
+    divide: what each matrix counts in the mean's numerator and denominator, zero or more; 1 by default.
     """
     ballots = [x.sign() if elect == "frequency" else x for x in matrices]
     elected = torch.where(total(ballots) >= 0, 1.0, -1.0).to(matrices[0].dtype)
     result, count = torch.zeros_like(matrices[0]), torch.zeros_like(matrices[0])
     agreeing = torch.empty_like(matrices[0])  # its memory is used again: new memory takes longer than the arithmetic
-    for x, share in zip(matrices, divide or [1.0] * len(matrices), strict=True):
+    ones = [1.0] * len(matrices)
+    for x, factor, share in zip(matrices, multiply or ones, divide or ones, strict=True):
         torch.mul(x, elected, out=agreeing).clamp_(min=0)  # sizes, so that the sign comes back exactly
-        result += agreeing
+        result.add_(agreeing, alpha=factor)
         count.add_(agreeing > 0, alpha=share)
     return result.mul_(elected).div_(count.masked_fill_(count == 0, 1.0))
 
 
-def _kept(num_entries: int, density: float, draw: Draw, name: str) -> np.ndarray:
+def _kept(num_entries: int, density: float | Tensor, draw: Draw, name: str) -> np.ndarray:
     text = b"\0".join((_DRAW, b"%d" % draw.seed, draw.module.encode(), name.encode()))
     key = int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "little")
-    words, limit = np.random.Philox(key=key), np.uint64(int(density * 2**64))
+    words = np.random.Philox(key=key)
+    each = (
+        density.flatten().numpy() if isinstance(density, Tensor) else np.broadcast_to(np.float64(density), num_entries)
+    )
     kept = np.empty(num_entries, dtype=bool)
     for start in range(0, num_entries, _CHUNK):
         piece = kept[start : start + _CHUNK]
-        np.less(words.random_raw(piece.size), limit, out=piece)
+        limits = (np.minimum(each[start : start + _CHUNK], _BELOW_ONE) * 2.0**64).astype(np.uint64)
+        np.less(words.random_raw(piece.size), limits, out=piece)
     return kept

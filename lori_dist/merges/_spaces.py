@@ -104,6 +104,16 @@ def rank_within(updates: Sequence[Update], rank: int | None) -> int:
     return rank
 
 
+def rank_of_one(updates: Sequence[Update], rank: int | None) -> int:
+    """The rank asked for; by default the largest of the tasks' ranks or, if that is less, the most the shape allows.
+
+    Raises ConfigError for more than the shape allows.
+    """
+    if rank is None:
+        return min(*updates[0].shape, max(sum(part.rank for part in update.kept) for update in updates))
+    return rank_within(updates, rank)
+
+
 def _grounds(updates: Sequence[Update], space: Space, votes: bool) -> list[list[Part] | None]:
     """What the tasks' matrices stand on: the parts on each A, or once None, for the updates themselves."""
     one = shared(updates)

@@ -3,15 +3,14 @@
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-import torch
 from torch import Tensor
 
 from lori_dist.adapter.update import Part, Update
 from lori_dist.errors import ConfigError
+from lori_dist.merges._cores import from_core_space, in_core_space
 from lori_dist.merges._directions import kept_per_task, orthogonalized
 from lori_dist.merges._entries import Draw, combination, trim
-from lori_dist.merges._factors import factors, noise, singular, without_noise
-from lori_dist.merges._forms import in_row_space
+from lori_dist.merges._factors import singular
 
 UNIT_WEIGHTS: dict[str, tuple[object, ...]] = {"inner": ("ties", "dare_ties", "tsv")}
 """Options -> values for which each adapter has weight 1 where no weights are given: the paper's scale."""
@@ -47,10 +46,7 @@ def merge(
     """
     if keep is not None and inner != "tsv":
         raise ConfigError(f"merge.method.keep: got {keep}, and only inner=tsv keeps directions; remove it")
-    u, v = _bases(updates)
-    cores = [_core(update, u, v) for update in updates]
-    cut = noise(torch.stack(cores))
-    cores = [without_noise(core, cut) for core in cores]
+    u, v, cores = in_core_space(updates)
     if inner == "tsv":
         merged = _orthogonalized(updates, [trim(core, density) for core in cores], weights, keep)
     else:
@@ -59,25 +55,7 @@ def merge(
     if equalize:
         left, s, right = singular(merged)
         merged = left @ right * s.sum() / max(1, s.numel())
-    if u.shape[1] < v.shape[1]:
-        return [in_row_space(updates, u, merged @ v.t())]
-    return [in_row_space(updates, u @ merged, v.t())]
-
-
-def _bases(updates: Sequence[Update]) -> tuple[Tensor, Tensor]:
-    """U_B, (out_features, at most sum r), and V_A, (in_features, at most sum r)."""
-    out_features, in_features = updates[0].shape
-    b, a = torch.zeros(out_features, 0, dtype=torch.float64), torch.zeros(0, in_features, dtype=torch.float64)
-    parts = [part for update in updates for part in update.kept]
-    return (
-        singular(torch.cat([b, *(part.b() for part in parts)], dim=1))[0],
-        singular(torch.cat([a, *(part.a() for part in parts)]))[2].t(),
-    )
-
-
-def _core(update: Update, u: Tensor, v: Tensor) -> Tensor:
-    b, a = factors(update)
-    return (u.t() @ b) @ (a @ v)
+    return [from_core_space(updates, u, merged, v)]
 
 
 def _orthogonalized(

@@ -1,9 +1,10 @@
-"""One adapter for all tasks (Ortho-LoRA, arXiv 2601.09684; PCGrad, arXiv 2001.06782; or plain joint training)."""
+"""One adapter for all tasks, with any balance of their gradients."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
+from lori_dist import plugin
 from lori_dist.config import Run
 from lori_dist.errors import ConfigError
 from lori_dist.jobs import JOINT, Job, evaluate_job, joint_job
@@ -13,36 +14,103 @@ from lori_dist.plugin import nearest
 def plan(
     run: Run,
     *,
-    projection: Literal["original", "in_place", "none"] = "original",
-    granularity: Literal["matrix", "layer", "type", "global"] = "matrix",
+    balance: str | dict[str, float | int | bool | str] | None = None,
+    projection: Literal["original", "in_place", "none"] | None = None,
+    granularity: Literal["matrix", "layer", "type", "global"] | None = None,
     reduce: Literal["sum", "mean"] = "sum",
     seed: Annotated[int, "[0, inf)"] = 0,
     weights: dict[str, float] | None = None,
+    sampling: Literal["equal", "proportional"] | dict[str, float] = "equal",
+    temperature: Annotated[float, "[1, inf)"] | None = None,
+    cap: Annotated[int, "[1, inf)"] | None = None,
 ) -> list[Job]:
-    """One training on batches of all tasks, whose conflicting gradients are projected, and its evaluation.
+    """One training on batches of all tasks, whose gradients a balance makes into one, and its evaluation.
 
-    Every batch has as many rows of each task, to one. What is minimised is the sum over tasks of weight * mean loss of
-    a target token. projection: a task's gradient that opposes another one loses what opposes it: of the other's own
-    gradient (`original`), or of what that has become (`in_place`, as in the paper's listing); `none` is plain joint
-    training. granularity: where two gradients are compared: in each A and each B apart, in a layer, in all A and in all
-    B, or in everything (`global`, with `original` PCGrad). reduce: what is made of the tasks' gradients. seed: of the
-    order in which they give way, drawn anew each step. weights: by task; by default 1.
+    What is minimised is the sum over tasks of weight * mean loss of a target token. balance: a file of
+    `lori_dist/balances`, by name or as {name: ..., its options}: `ortho` by default, which takes out of a task's
+    gradient what opposes another one; `none` is plain joint training. projection: the older name of two of them: what
+    `ortho` projects against, or `none`. granularity: where gradients are compared: in each A and each B apart, in a
+    layer, in all A and in all B, or in everything; by default `matrix` with `ortho`, else `global`. reduce: what is
+    made of the weighted gradients. seed: of the order in which tasks give way, drawn in each step. weights: by task; by
+    default 1. sampling: every batch has at least one row of each task: equally many (`equal`), by the tasks' numbers of
+    rows (`proportional`), or by shares, task -> number. Unless equal, a task's loss counts by its share of the rows.
+    temperature: of `proportional`, numbers of rows to the power 1 / temperature; by default 1. cap: of `proportional`,
+    rows of a task that count at most.
     Raises ConfigError, with every mistake, for a run that this cannot be.
     """
     given = weights or {}
     problems = list(_problems(run, given))
+    name, options, found = _balance(balance, projection, granularity)
+    problems += [*found, *_of_sampling(run, sampling, temperature, cap)]
     if problems:
         raise ConfigError("\n".join(problems))
     joint: dict[str, Any] = {
         "tasks": list(run.tasks),
         "weights": [float(given.get(task, 1.0)) for task in run.tasks],
-        "projection": projection,
-        "granularity": granularity,
+        # In the words of runs from before there were other balances: these are the same trainings.
+        **(
+            {"projection": {"none": "none", "ortho": options.get("against", "original")}[name]}
+            if name in ("none", "ortho")
+            else {"balance": {"name": name, "options": options}}
+        ),
+        "granularity": granularity or ("matrix" if name in ("none", "ortho") else _granularities(name)[0]),
         "reduce": reduce,
         "seed": seed,
     }
+    if isinstance(sampling, dict):
+        joint["sampling"] = {"shares": [float(sampling[task]) for task in run.tasks]}
+    elif sampling == "proportional":
+        joint["sampling"] = {"temperature": temperature or 1.0, "cap": cap}
     trained = joint_job(run, joint)
     return [trained, evaluate_job(run, "base", None), evaluate_job(run, JOINT, trained)]
+
+
+def _balance(
+    balance: str | dict[str, float | int | bool | str] | None, projection: str | None, granularity: str | None
+) -> tuple[str, dict[str, Any], list[str]]:
+    """Its name and options, and what is wrong with them."""
+    if projection is not None:
+        both = ["multitask.projection: is an older name for a balance, and balance is given; set only one"]
+        options = {} if projection == "none" else {"against": projection}
+        return "none" if projection == "none" else "ortho", options, both if balance is not None else []
+    chosen: dict[str, Any] = {"name": balance or "ortho"} if not isinstance(balance, dict) else dict(balance)
+    name = chosen.pop("name", None)
+    if not isinstance(name, str):
+        return "ortho", {}, [f"multitask.balance.name: got {name!r}; wanted the name of a balance"]
+    try:
+        options = plugin.find("balances", name, "balance", "multitask.balance").bind(chosen, "multitask.balance")
+    except ConfigError as error:
+        return "ortho", {}, [str(error)]
+    known = _granularities(name)
+    if granularity is not None and name != "none" and granularity not in known:
+        problem = f"multitask.granularity: got {granularity!r}, and {name} takes {', '.join(known)}"
+        return name, options, [f"{problem}; {'remove it' if len(known) == 1 else 'set one of these'}"]
+    return name, options, []
+
+
+def _granularities(balance: str) -> Sequence[str]:
+    """The units that a balance can have, its default first."""
+    found = plugin.find("balances", balance, "balance", "multitask.balance").constants.get("GRANULARITY", ("global",))
+    return tuple(found)
+
+
+def _of_sampling(
+    run: Run, sampling: str | dict[str, float], temperature: float | None, cap: int | None
+) -> Iterator[str]:
+    for option, value in (("temperature", temperature), ("cap", cap)):
+        if value is not None and sampling != "proportional":
+            yield f"multitask.{option}: got {value:g}, and only sampling proportional has one; remove it"
+    if not isinstance(sampling, dict):
+        return
+    for task, share in sampling.items():
+        if task not in run.tasks:
+            yield (
+                f"multitask.sampling.{task}: unknown task; there are {', '.join(run.tasks)}.{nearest(task, run.tasks)}"
+            )
+        if not 0 < share < math.inf:
+            yield f"multitask.sampling.{task}: got {share:g}; wanted a finite number above 0"
+    if missing := [task for task in run.tasks if task not in sampling]:
+        yield f"multitask.sampling: has no share for {', '.join(missing)}; give every task one"
 
 
 def _problems(run: Run, weights: dict[str, float]) -> Iterator[str]:

@@ -1,8 +1,9 @@
-"""What a run would take of a cluster: memory, traffic, time and cost, for every engine and placement of the base.
+"""The memory, traffic, time and cost of a run, for every engine and placement of the base.
 
-From the configuration, the model's config.json and the files of rows alone. What is assumed beside: a ring for every
-collective, a share of the devices' peak rate that products reach, that sending and computing go on at the same time,
-and a share of memory that the allocator wastes. Each engine says itself what it holds and sends, in its own file.
+`plan` computes them from the configuration, the model's config.json and the files of rows alone. It assumes a ring for
+every collective, a share of the devices' peak rate that products reach, that sending and computing overlap, and a share
+of memory that the allocator wastes. Each engine says what it holds and sends in its own file; this package adds it up.
+No weight is read, and nothing is started.
 """
 
 import dataclasses
@@ -23,9 +24,9 @@ __all__ = ["DEVICES", "Hardware", "plan"]
 
 
 def plan(run: Run, hardware: Hardware, *, row_tokens: int | None = None) -> dict[str, Any]:
-    """What the run takes under every placement, and which is recommended.
+    """The costs of a run under every placement, and the recommended placement.
 
-    row_tokens: of every row, in place of the tokens that are counted in the run's files.
+    row_tokens: tokens of every row, instead of those that are counted in the run's files.
 
     Returns a tree of plain JSON: model, adapter, training, evaluation and hardware as counted or given; `placements`,
     each with memory (bytes of a rank by kind, without and with activation checkpointing, for rows of train.max_length
@@ -89,7 +90,7 @@ def plan(run: Run, hardware: Hardware, *, row_tokens: int | None = None) -> dict
 
 
 def _tokens_per_step(run: Run) -> int:
-    """At most: rows are shorter than max_length."""
+    """Largest number of tokens in a step: rows may be shorter than max_length."""
     return run.train.batch_size * run.train.max_length
 
 
@@ -111,17 +112,17 @@ def _rows(one: Lengths) -> dict[str, Any]:
 
 
 def _disk(run: Run, model: Counted, members: Sequence[Member]) -> int:
-    """Bytes that checkpoints take at most, all trainings with their last ones."""
+    """Largest number of bytes that checkpoints take, when all trainings keep their last ones."""
     held = 0 if run.train.checkpoint_every is None else run.train.keep
     return len(members) * held * 3 * 4 * ((model.entries if run.adapter.density < 1 else model.kept) + model.whole)
 
 
 HEADER = 400
-"""Bytes of an adapter file that say something of a module."""
+"""Bytes of an adapter file's header for each module."""
 
 
 def file_bytes(model: Counted) -> int:
-    """Values in fp32, and a mask, whose bits cost their entropy."""
+    """Bytes of an adapter file: values in fp32, and a mask, whose bits cost their entropy."""
     density = model.kept / model.entries
     fixed = 4 * (model.kept + model.whole) + HEADER * model.num_modules
     if density == 1:

@@ -1,4 +1,4 @@
-"""Which placement is recommended, and what other settings would do."""
+"""The recommended placement, and the effect of other settings."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,15 +11,16 @@ from lori_dist.plan.cost import Hardware, Trained, placed_on, ranks_of, with_mic
 from lori_dist.plan.placement import Placement
 
 SHOWN = 3
-"""Alternatives that are listed."""
+"""Number of alternatives that are listed."""
 NOTICEABLE = 0.98
-"""Of the time, that an alternative takes at most which is listed."""
+"""Largest share of the recommended time that a listed alternative takes."""
 
 
 def recommended(
     run: Run, trained: Sequence[Trained], hardware: Hardware, found: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """The fastest that fits, with activation checkpointing where the run asks for it or needs it; and why.
+    """The fastest placement that fits, with activation checkpointing if the run asks for it or needs it, and the
+    reason.
 
     `alternatives`: sentences on what other settings would change: no activation checkpointing, another
     micro_batch_size, replicas, offload.
@@ -53,7 +54,7 @@ def recommended(
 
 
 def _without_checkpointing(run: Run, fitting: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What leaving out the second forward pass would save, where the run asks for it without need."""
+    """Yields the time that leaving out the second forward pass would save, if the run asks for it without need."""
     able = [one for one in fitting if one["fits"]]
     if not run.train.activation_checkpointing or not able:
         return
@@ -66,7 +67,7 @@ def _without_checkpointing(run: Run, fitting: Sequence[Mapping[str, Any]]) -> It
 
 
 def _others(run: Run, trained: Sequence[Trained], hardware: Hardware, best: Mapping[str, Any]) -> Iterator[str]:
-    """Those that fit and are faster than the best, or that fit where nothing does."""
+    """Yields settings that fit and are faster than the best, or that fit if nothing else does."""
     nothing_fits = not (best["fits"] or best["fits_with_checkpointing"])
     tried = []
     for words, changed, placement in _variants(run, trained, hardware, best):

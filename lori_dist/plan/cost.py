@@ -1,4 +1,4 @@
-"""What gangs take of a cluster under one placement: memory, seconds of a step, and of all steps."""
+"""The costs of gangs under one placement: memory, seconds of a step, and seconds of all steps."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ class Hardware:
     """A cluster whose devices are all alike."""
 
     gpus: int
-    """In all."""
+    """Number of devices in the cluster."""
     nodes: int
     gpu_memory: float
-    """Bytes of each."""
+    """Bytes of memory of each device."""
     tflops: float
-    """Peak of dense products in the base's dtype."""
+    """Peak of dense products in the base's dtype, in TFLOP/s."""
     link: float
     """GB/s that a device sends to another of its node."""
     network: float
@@ -37,17 +37,17 @@ class Hardware:
     efficiency: float = 0.5
     """Share of the peak that products reach."""
     fragmentation: float = 0.1
-    """Share of what is used that the allocator wastes beside it."""
+    """Share of the used memory that the allocator wastes in addition."""
     reserved: float = 1.5 * GIB
     """Bytes of each device that CUDA, NCCL and libraries take."""
     price: float | None = None
-    """Of a device's hour."""
+    """Price of one hour of a device."""
     currency: str = "USD"
-    """Of the price."""
+    """Currency of the price."""
     name: str = ""
-    """Of the device, as in DEVICES."""
+    """Name of the device, as in DEVICES."""
     is_assumed: bool = False
-    """Whether the device is the default, and nobody has named it."""
+    """Whether the device is the default because nobody has named one."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError for devices that do not divide among the nodes."""
@@ -62,20 +62,20 @@ class Hardware:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trained:
-    """A gang, with what is known of its model and of its steps."""
+    """A gang with the counts of its model and of its steps."""
 
     gang: Gang
     model: Counted
     steps: tuple[tuple[str, int, Work], ...]
-    """Phase, steps, and what one of them is."""
+    """Phase, number of steps, and the work of one of them."""
     full: Work
     validation: Work | None
-    """Of one measurement of the validation loss."""
+    """The work of one measurement of the validation loss."""
     num_validations: int
 
 
 def ranks_of(run: Run, hardware: Hardware) -> int:
-    """Ranks of the gang: each has cluster.gpus_per_worker devices, and computes on the first of them."""
+    """Number of ranks of the gang: each has cluster.gpus_per_worker devices, and computes on the first of them."""
     per_rank = max(1, run.cluster.gpus_per_worker)
     if (hardware.gpus // hardware.nodes) % per_rank:
         raise ConfigError(
@@ -89,7 +89,7 @@ def ranks_of(run: Run, hardware: Hardware) -> int:
 
 
 def trained_of(run: Run, gangs: Sequence[Gang], ranks: int) -> list[Trained]:
-    """Of each gang. What is alike is counted once."""
+    """The counts of each gang. Equal ones are counted once."""
     counted: dict[tuple[int, str | None], Counted] = {}
     found = []
     for gang in gangs:
@@ -102,7 +102,7 @@ def trained_of(run: Run, gangs: Sequence[Gang], ranks: int) -> list[Trained]:
 
 
 def with_micro_batches_of(one: Trained, rows: int, ranks: int) -> Trained:
-    """The same with other micro-batches."""
+    """The same gang with micro-batches of `rows` rows."""
     members = tuple(
         dataclasses.replace(member, train=dataclasses.replace(member.train, micro_batch_size=rows))
         for member in one.gang.members
@@ -134,7 +134,7 @@ def _num_validations(member: Member) -> int:
 
 
 def _validation(model: Counted, member: Member, ranks: int) -> Work:
-    """One pass over the rows of all tasks."""
+    """The work of one pass over the validation rows of all tasks."""
     number = sum(one.number for one in member.validation)
     mean = sum(one.number * one.mean for one in member.validation) / number
     micro = sum(num_micro_batches(one.number, ranks, member.train.micro_batch_size) for one in member.validation)
@@ -150,7 +150,7 @@ def _validation(model: Counted, member: Member, ranks: int) -> Work:
 
 
 def placed_on(run: Run, trained: Sequence[Trained], hardware: Hardware, placement: Placement) -> dict[str, Any]:
-    """What a placement takes, as `plan` returns it."""
+    """The costs of a placement, as `plan` returns them."""
     plain, saving = (
         _most(hardware, [_memory(one, hardware, placement, is_saving) for one in trained])
         for is_saving in (False, True)
@@ -191,7 +191,7 @@ def placed_on(run: Run, trained: Sequence[Trained], hardware: Hardware, placemen
 def training_seconds(
     trained: Sequence[Trained], hardware: Hardware, placement: Placement, checkpointing: bool
 ) -> float:
-    """Of all steps of all gangs, with what is measured on validation rows."""
+    """Seconds of all steps of all gangs, with the measurements on validation rows."""
     seconds = 0.0
     for one in trained:
         for phase, number, of_step in one.steps:
@@ -205,7 +205,7 @@ def training_seconds(
 def _mean_step(
     trained: Sequence[Trained], hardware: Hardware, placement: Placement, checkpointing: bool
 ) -> dict[str, Any]:
-    """Of the steps of the phase `train`, of all gangs."""
+    """Mean over the steps of the phase `train`, of all gangs."""
     steps = [
         (number, _step(one, hardware, placement, one.model.kept, of_step, checkpointing))
         for one in trained
@@ -236,7 +236,7 @@ def _mean_step(
 def _step(
     one: Trained, hardware: Hardware, placement: Placement, kept: int, of_step: Work, checkpointing: bool
 ) -> dict[str, Any]:
-    """Seconds of one, what they are of, and bytes that a rank sends by owner and link."""
+    """Seconds of one step, their parts, and the bytes that a rank sends, by owner and link."""
     model = one.model
     sends: dict[str, dict[str, int]] = {owner: {"inside": 0, "between": 0} for owner in ("base", "adapter")}
     seconds = 0.0
@@ -320,7 +320,7 @@ def _most(hardware: Hardware, found: Sequence[dict[str, int]]) -> dict[str, int]
 
 
 def _at_once(one: Trained, hardware: Hardware, placement: Placement, checkpointing: bool) -> int:
-    """How many tasks' adapters would fit over one base, each with as many rows as one alone."""
+    """Number of tasks whose adapters would fit over one base, each with as many rows as one alone."""
 
     def total(number: int) -> int:
         model = with_adapters(one.model, number)

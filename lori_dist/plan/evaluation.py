@@ -3,19 +3,22 @@
 from collections.abc import Iterator
 from typing import Any
 
-from lori_dist import plugin
+from lori_dist import jobs
 from lori_dist.config import Run
-from lori_dist.jobs import Job, order
 from lori_dist.plan.cost import Hardware
 from lori_dist.plan.model import Counted
 from lori_dist.plan.rows import Counter, Lengths
+from lori_dist.training.loss import logits_bytes
 
 
 def planned(run: Run, model: Counted, hardware: Hardware, counter: Counter) -> dict[str, Any]:
-    """models: how many are evaluated; memory: bytes of the device; fits; seconds: of a device, over all models, with
-    the merges that searches for weights try; gpu_hours; uncounted: what takes time and cannot be counted."""
+    """The costs of a run's evaluation as plain JSON.
+
+    models: number of evaluated models; memory: bytes of the device; fits; seconds: time of a device, over all models,
+    with the merges that searches for weights try; gpu_hours; uncounted: work that takes time and cannot be counted.
+    """
     rows = {name: counter.of(name, "test", task.test) for name, task in run.tasks.items()}
-    models = sum(1 for job in _jobs(run) if job.kind == "evaluate")
+    models = sum(1 for job in jobs.plan(run) if job.kind == "evaluate")
     rate = hardware.tflops * 1e12 * hardware.efficiency
     seconds = models * sum(
         _seconds(run, name, metric, one, _limited(run, one.number), model, hardware, rate)
@@ -40,11 +43,6 @@ def planned(run: Run, model: Counted, hardware: Hardware, counter: Counter) -> d
     }
 
 
-def _jobs(run: Run) -> list[Job]:
-    method = plugin.find("multitask", run.multitask.name, "plan", "multitask")
-    return order(method.load()(run, **method.bind(run.multitask.options, "multitask")))
-
-
 def _limited(run: Run, number: int) -> int:
     return number if run.evaluate.rows is None else min(number, run.evaluate.rows)
 
@@ -52,7 +50,7 @@ def _limited(run: Run, number: int) -> int:
 def _seconds(
     run: Run, task: str, metric: str, lengths: Lengths, number: int, model: Counted, hardware: Hardware, rate: float
 ) -> float:
-    """Of one metric of one model on one task."""
+    """Seconds of one metric of one model on one task."""
     forward = (model.flops or 4.0 * model.parameters) / 2 * lengths.mean
     forward += sum(layer.per_pair * layer.pairs(round(lengths.mean)) for layer in model.attention)
     labels = run.tasks[task].labels
@@ -70,10 +68,11 @@ def _seconds(
 
 
 def _memory(run: Run, model: Counted, longest: int, models: int) -> int:
-    """The base, the adapters, the logits of a batch in two dtypes, and the keys and values of what is generated."""
+    """The base, the adapters, the logits of a batch, and the keys and values of what is generated."""
     rows, adapters = run.evaluate.batch_size, models if run.cluster.packing != "off" else 1
     of_adapters = adapters * (model.projections // model.adapters + 8 * model.kept)
-    logits = rows * longest * model.vocabulary * (model.dtype + 4)
+    hidden = rows * longest * model.block_input // model.tokens
+    logits = logits_bytes(rows * longest, model.vocabulary, hidden, chunked=model.chunked)
     generated = longest + run.evaluate.max_new_tokens if "exact_match" in run.evaluate.metrics else 0
     cached = rows * generated * model.num_blocks * model.key_values * model.dtype
     return model.base + of_adapters + max(logits, cached)

@@ -1,7 +1,7 @@
-"""What a plan has to know of a model with an adapter, counted on tensors without content: no weight is read or made."""
+"""Counts of a model with an adapter, made on tensors without content: no weight is read or made."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +11,17 @@ from transformers import PreTrainedModel
 from lori_dist.adapter import saved
 from lori_dist.adapter.adapter import Adapter, Spec
 from lori_dist.adapter.attach import attach, trainable_projections
-from lori_dist.adapter.experts import is_experts
+from lori_dist.adapter.experts import AdaptedExperts, Expert, is_experts
+from lori_dist.adapter.linear import AdaptedLinear, features
 from lori_dist.config import FLASH, Run
 from lori_dist.errors import ConfigError
 from lori_dist.training.cost import Counted, Sizes
-from lori_dist.training.flops import attention, per_token
+from lori_dist.training.flops import active_shares, attention, per_token
+from lori_dist.training.loss import is_chunked
 from lori_dist.training.model import blocks
-from lori_dist.training.model_files import check_causal, loading, made_from, settings_of
+from lori_dist.training.model_files import check_causal, has_weights, loading, made_from, settings_of
 from lori_dist.training.quantized import QuantizedLinear, quantize_layers
-from lori_dist.training.weights import attention_of
+from lori_dist.training.weights import attention_of, find_weights
 
 __all__ = ["Counted", "count", "skeleton", "spec"]
 
@@ -28,15 +30,18 @@ def count(run: Run, *, ranks: int = 1, adapters: int = 1, start: Adapter | None 
     """ranks: that a batch is divided among, the micro-batch smaller where there are more of them than it has rows.
     adapters: that are trained over the base at once, each with rows of its own. start: whose training continues.
 
+    Of a mixture, experts have equally many tokens each; what all of them keep together does not depend on that.
     Raises ConfigError for a model whose configuration cannot be read, that has no blocks or fewer positions than a
-    row has tokens, and for a mixture of experts, whose activations depend on what it is shown."""
+    row has tokens, and for a mixture of experts of which it is not known how many compute a token."""
     model = skeleton(run)
+    if has_weights(run.model):  # else the plan is of a model that is not on this machine
+        find_weights(skeleton(run, quantized=False), run.model)
     check_causal(model, run.model)
-    experts = next((path for path, module in model.named_modules() if is_experts(module)), None)
-    if experts is not None:
+    shares = active_shares(model)
+    if shares is None:
         raise ConfigError(
-            f"model.path: {experts} is a mixture of experts, whose activations depend on the rows; a plan cannot count "
-            "them, so measure a few steps instead"
+            f"model.path: {type(model).__name__} is a mixture of experts, and how many of them compute a token could "
+            "not be found out on a small copy of it, so a plan cannot count them; measure a few steps instead"
         )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and run.train.max_length > positions:
@@ -49,9 +54,10 @@ def count(run: Run, *, ranks: int = 1, adapters: int = 1, start: Adapter | None 
     found = _blocks(model)
     in_blocks = [sum(map(_bytes, _frozen(block))) for block in found]
     deltas = [layer.deltas[0] for layer in attached.values()]
+    meets = {path: _share_of(path, layer.base, shares) for path, layer in attached.items()}
     entries = sum(delta.out_features * delta.rank for delta in deltas)
     rows, length = min(run.train.micro_batch_size, -(-run.train.batch_size // ranks)) * adapters, run.train.max_length
-    one, two = (_saved(run, of_spec, num_blocks, rows) for num_blocks in (1, 2))
+    of_blocks, other = _activations(run, of_spec, found, rows)
     dtype = getattr(torch, run.model.dtype)
     settings = model.config.get_text_config()
     quantized = [
@@ -73,14 +79,16 @@ def count(run: Run, *, ranks: int = 1, adapters: int = 1, start: Adapter | None 
         dequantized=round(sum(quantized) * _moved(run, dtype)),
         widest_b=adapters * max(delta.out_features * delta.rank for delta in deltas),
         vocabulary=settings.vocab_size,
+        chunked=is_chunked(model),
         dtype=dtype.itemsize,
-        block_activations=two - one,
-        block_gradients=3 * rows * length * max(max(d.out_features, d.in_features) for d in deltas) * dtype.itemsize,
+        block_activations=max(of_blocks),
+        blocks_activations=sum(of_blocks),
+        block_gradients=3 * rows * length * _widest(attached, shares) * dtype.itemsize,
         block_input=rows * length * settings.hidden_size * dtype.itemsize,
-        other_activations=max(0, 2 * one - two),
+        other_activations=other,
         tokens=rows * length,
         flops=per_token(model),
-        adapter_flops=float(sum(_of_delta(delta) for delta in deltas)),
+        adapter_flops=float(sum(meets[path] * _of_delta(layer.deltas[0]) for path, layer in attached.items())),
         attention=tuple(attention(model.config)),
         kernel=run.model.attention or str(model.config._attn_implementation),
         key_values=_key_values(settings),
@@ -89,8 +97,9 @@ def count(run: Run, *, ranks: int = 1, adapters: int = 1, start: Adapter | None 
 
 
 def _moved(run: Run, dtype: torch.dtype) -> float:
-    """Bytes that go through a device's memory to make one entry of a quantised weight again: read as it is stored,
-    written as fp32, with int8 read, scaled and written once more, and read and written in the dtype of the base."""
+    """Bytes that go through a device's memory to dequantize one entry of a weight: it is read as it is stored and
+    written as fp32; int8 is read, scaled and written once more; then it is read and written in the dtype of the
+    base."""
     stored, scaled = (0.5, 0) if run.model.quantize == "nf4" else (1.0, 8)
     return stored + 4 + scaled + (0 if dtype == torch.float32 else 4 + dtype.itemsize)
 
@@ -102,27 +111,43 @@ def _key_values(settings: Any) -> int:
 
 
 def _of_delta(delta: Any) -> int:
-    """Operations of training on a token: A x, B (A x) and their gradients, of which A has one where it is trained."""
+    """Operations of training on a token: A x, B (A x) and their gradients. A has a gradient only if it is trained."""
     down, up = 2 * delta.rank * delta.in_features, 2 * delta.rank * delta.out_features
     return int(down * (2 + (delta.trained_a is not None)) + up * 3)
 
 
+def _share_of(path: str, base: nn.Module, shares: Mapping[str, float]) -> float:
+    """The share of tokens that an adapted layer computes, where experts have equally many."""
+    return shares[path.rsplit(".", 2)[0]] if isinstance(base, Expert) else 1.0
+
+
+def _widest(attached: Mapping[str, AdaptedLinear], shares: Mapping[str, float]) -> int:
+    """Most features that a token has in or out of an adapted layer, or of all experts that compute it."""
+    widths = [max(features(layer.base)) for layer in attached.values() if not isinstance(layer.base, Expert)]
+    for path, layer in attached.items():
+        if isinstance(layer.base, Expert):
+            chosen = round(_share_of(path, layer.base, shares) * cast(int, layer.base.experts.num_experts))
+            widths.append(chosen * min(features(layer.base)))
+    return max(widths)
+
+
 def _spec_of(adapter: Adapter) -> Spec:
-    """What an adapter is whose training continues."""
+    """The Spec of an adapter whose training continues."""
     [block] = adapter.blocks
     names = tuple(dict.fromkeys(path.rpartition(".")[2] for path in adapter.shapes))
     return Spec(rank=block.rank, alpha=block.alpha, seed=block.seed or 0, targets=names, dtype=block.dtype)
 
 
 def skeleton(run: Run, *, num_blocks: int | None = None, quantized: bool = True) -> PreTrainedModel:
-    """The base on the meta device, from its config.json alone. num_blocks: so many of them in the place of all."""
+    """The base on the meta device, from its config.json alone. num_blocks: this many blocks instead of all."""
     with loading(run.model):
         settings = settings_of(run.model)
         text = settings.get_text_config()
         if num_blocks is not None:
-            text.num_hidden_layers = num_blocks
-            if getattr(text, "layer_types", None):
-                text.layer_types = text.layer_types[:num_blocks]
+            before, text.num_hidden_layers = text.num_hidden_layers, num_blocks
+            for name, value in list(vars(text).items()):
+                if isinstance(value, list) and len(value) == before:  # of each block
+                    setattr(text, name, value[:num_blocks])
         with torch.device("meta"):
             model = made_from(
                 settings,
@@ -137,7 +162,8 @@ def skeleton(run: Run, *, num_blocks: int | None = None, quantized: bool = True)
 
 
 LINEAR = ("flex_attention", *FLASH)
-"""Attention that makes no mask and keeps what a row has, as sdpa does without a mask; some need a GPU to run at all."""
+"""Attention implementations that make no mask and keep memory linear in a row's length, as sdpa does without a mask.
+Some need a GPU to run at all."""
 
 
 def _attention_of(run: Run) -> dict[str, str]:
@@ -168,7 +194,8 @@ def _blocks(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _classes(model: nn.Module) -> dict[str, Sizes]:
-    """Those that have weights: the largest module of each, and all that are not inside another of the same class."""
+    """Class of modules with weights -> bytes of its largest module, and of all its modules that are not inside another
+    of the same class."""
     found: dict[str, list[tuple[str, int]]] = {}
     for path, module in model.named_modules():
         of_class = found.setdefault(type(module).__name__, [])
@@ -193,17 +220,42 @@ def _bytes(tensor: Tensor) -> int:
 # --- activations -----------------------------------------------------------------------------------------------------
 
 
-def _saved(run: Run, of_spec: Spec, num_blocks: int, rows: int) -> int:
-    """What a forward pass of so many rows keeps for the backward pass, in a model of so many blocks."""
+def _activations(run: Run, of_spec: Spec, blocks: Sequence[nn.Module], rows: int) -> tuple[list[int], int]:
+    """Bytes that a forward pass of so many rows keeps for the backward pass: in each block, and outside of them.
+
+    Blocks with the same weights keep the same, so a model of the first few is run, with one of each kind at least.
+    """
+    kinds = [_kind(block) for block in blocks]
+    num_blocks = min(len(kinds), max(2, *(kinds.index(kind) + 1 for kind in kinds)))
+    kept, other = _saved(run, of_spec, num_blocks, rows)
+    of_kind = dict(zip(kinds, kept, strict=False))  # of the last of each: the first block's input is counted there
+    return [of_kind[kind] for kind in kinds], max(0, other + kept[0] - of_kind[kinds[0]])
+
+
+def _kind(block: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
+
+
+def _saved(run: Run, of_spec: Spec, num_blocks: int, rows: int) -> tuple[list[int], int]:
+    """What a forward pass of so many rows keeps, in each block of a model of so many, and outside of them."""
     # Products with quantised weights keep what others do.
     model = skeleton(run, num_blocks=num_blocks, quantized=False)
     attach(model, of_spec)
+    _share_evenly(model)
     length = run.train.max_length
     is_eager = model.config._attn_implementation == "eager"
     # Rows that are padded or packed have a mask, of which each layer keeps a copy in the base's dtype. Without content
     # transformers cannot see where there is none to be made, and makes one.
     has_mask = is_eager or ((rows > 1 or run.train.pack) and run.model.attention not in LINEAR)
-    kept: dict[int, int] = {}
+    kept: dict[int, tuple[int, int]] = {}
+    running = [-1]  # outside of all blocks
+
+    def leave() -> None:
+        running.pop()
+
+    for number, block in enumerate(_blocks(model)):
+        block.register_forward_pre_hook(lambda *_, number=number: running.append(number))
+        block.register_forward_hook(lambda *_: leave())
     with FakeTensorMode(allow_non_fake_inputs=True):
         _make_fake(model)
         resident = {_address(tensor) for tensor in (*model.parameters(), *model.buffers())}
@@ -214,13 +266,30 @@ def _saved(run: Run, of_spec: Spec, num_blocks: int, rows: int) -> int:
             held.append(tensor)
             is_mask = tensor.ndim == 4 and tensor.shape[1] == 1 and tensor.shape[-2:] == (length, length)
             if _address(tensor) not in resident and (has_mask or not is_mask):
-                kept[_address(tensor)] = tensor.untyped_storage().nbytes()
+                kept.setdefault(_address(tensor), (running[-1], tensor.untyped_storage().nbytes()))
             return tensor
 
         ids = torch.zeros(rows, length, dtype=torch.int64, device="cpu")
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             held.append(model(input_ids=ids, use_cache=False))
-    return sum(kept.values())
+    sums = [sum(size for where, size in kept.values() if where == number) for number in range(-1, num_blocks)]
+    return sums[1:], sums[0]
+
+
+def _share_evenly(model: nn.Module) -> None:
+    """Makes experts have equally many tokens each, as tensors without content do not say which they have."""
+    for path, module in list(model.named_modules()):
+        if is_experts(module) and not path.endswith(".base"):  # not adapted, but computed in the same way
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, AdaptedExperts(module, {}))
+    for module in model.modules():
+        if isinstance(module, AdaptedExperts):
+            module.count = _even  # type: ignore[method-assign]
+
+
+def _even(places: Tensor, num_places: int) -> list[int]:
+    size, rest = divmod(places.numel(), num_places)
+    return [size + (number < rest) for number in range(num_places)]
 
 
 def _make_fake(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""What a reader of a plan should know besides its figures, in sentences."""
+"""Sentences that a reader of a plan should know besides its figures."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

@@ -12,11 +12,11 @@ from lori_dist.plan.placement import MEMORY
 GIB = 2**30
 _SHADES = matplotlib.color_sequences["tab20"]  # pairs of a dark and a light shade of one colour
 COLOURS = dict(zip(MEMORY, [*_SHADES[::2], *_SHADES[1::2]], strict=False))
-"""Of each kind of memory, one of its own."""
+"""One colour for each kind of memory."""
 
 
 def save(plan: Mapping[str, Any], path: Path) -> None:
-    """Writes a PNG. The line is the room there is on a device."""
+    """Writes a PNG. Its line is the memory that a device has for training."""
     found = plan["placements"]
     figure = Figure(figsize=(9, 1.2 + 0.55 * len(found)), layout="constrained")
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""What a rank holds and sends under each engine and placement of the base: what the engines say, added up."""
+"""The memory and traffic of a rank under each engine and placement of the base: the sum of what engines report."""
 
 import dataclasses
 import functools
@@ -10,6 +10,7 @@ from lori_dist import plugin
 from lori_dist.config import Choice, Run
 from lori_dist.errors import ConfigError
 from lori_dist.training.cost import FP32, Collective, Counted, Held, Load
+from lori_dist.training.loss import logits_bytes
 
 MEMORY = (
     "base", "gathered", "projections", "positions", "values", "gradients", "moments", "activations", "logits",
@@ -18,16 +19,16 @@ MEMORY = (
 """Kinds of memory, in the order of tables and pictures."""
 
 ROUND = 2**24
-"""Entries that ranks exchange at once of gradients that are kept apart."""
+"""Entries that ranks exchange at once for gradients that are kept apart."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
-    """An engine with its options, on so many ranks."""
+    """An engine with its options, on a number of ranks."""
 
     engine: str
     options: Mapping[str, Any]
-    """Those that are not the engine's defaults, and DeepSpeed's stage."""
+    """Options that are not the engine's defaults, and DeepSpeed's stage."""
     ranks: int
 
     @property
@@ -36,7 +37,7 @@ class Placement:
         return f"{self.engine} ({shown})" if shown else self.engine
 
     def ask(self, role: str) -> Callable[..., Any]:
-        """The engine's own `memory` or `traffic`. Raises ConfigError where its file has none."""
+        """The engine's own `memory` or `traffic`. Raises ConfigError if its file has none."""
         found = _companion(self.engine, role)
         if found is None:
             raise ConfigError(
@@ -49,12 +50,13 @@ class Placement:
 
 @functools.cache
 def _companion(engine: str, role: str) -> Callable[..., Any] | None:
-    """A function beside an engine's `build`, whose file is parsed to find that."""
+    """A function beside an engine's `build`, found by parsing the file."""
     return plugin.find("engines", engine, "build", "train.engine").companion(role)
 
 
 def placements(ranks: int, nodes: int, own: Choice | None = None) -> Iterator[Placement]:
-    """All that engines propose, and a run's own, where it is none of these: also of an engine outside the package.
+    """Yields all placements that engines propose, and the run's own if it is not among them, also for an engine outside
+    the package.
 
     Raises ConfigError for a run's own that so many ranks cannot have, or whose engine does not say what it costs.
     """
@@ -72,14 +74,14 @@ def placements(ranks: int, nodes: int, own: Choice | None = None) -> Iterator[Pl
 
 
 def check_engine(run: Run, ranks: int) -> None:
-    """Raises ConfigError for what a run's engine cannot do on so many ranks, as it says itself."""
+    """Raises ConfigError if the run's engine says that it cannot train on so many ranks."""
     check = _companion(run.train.engine.name, "check")
     if check is not None and (problems := list(check(run, ranks))):
         raise ConfigError("\n".join(problems))
 
 
 _ORDER = ("ddp", "fsdp", "deepspeed")
-"""Of the rows: from what shards nothing to what shards most. Others follow."""
+"""Order of the rows, from the engine that shards least to the one that shards most. Others follow."""
 
 
 def _proposed(name: str, ranks: int, nodes: int) -> Iterator[dict[str, Any]]:
@@ -135,11 +137,10 @@ def memory(
         "moments": said.moments,
         "buffers": (model.widest_b + model.quantized) * (model.dtype + FP32) + said.buffers,
     }
-    kept_of_block = model.block_input if checkpointing else model.block_activations
-    saved = model.num_blocks * kept_of_block + model.other_activations
+    of_blocks = model.num_blocks * model.block_input if checkpointing else model.blocks_activations
+    saved = of_blocks + model.other_activations
     again = model.block_activations if checkpointing else 0
-    # Of the logits in fp32: they, their log-softmax, and the gradient of either.
-    logits = 3 * FP32 * model.tokens * model.vocabulary
+    logits = logits_bytes(model.tokens, model.vocabulary, model.block_input, chunked=model.chunked)
     moments = [
         {"activations": saved, "logits": logits, "gathered": said.gathered_at_loss},
         {"activations": saved + again + model.block_gradients, "logits": 0, "gathered": said.gathered_in_block},
@@ -160,20 +161,22 @@ def load_of(
     return Load(ranks=placement.ranks, nodes=nodes, trained=trained, micro_batches=micro_batches, tasks=tasks)
 
 
-OF_ROWS = ("block_activations", "block_gradients", "block_input", "other_activations", "tokens")
+OF_ROWS = (
+    "block_activations", "blocks_activations", "block_gradients", "block_input", "other_activations", "tokens",
+)  # fmt: skip
 """What is proportional to the rows of a micro-batch,"""
 OF_ADAPTERS = ("projections", "widest_b", *OF_ROWS)
 """and to the adapters over a base, each of which has rows of its own."""
 
 
 def with_adapters(model: Counted, number: int) -> Counted:
-    """With so many adapters over the base, each with the rows that one has alone."""
+    """The counts of a model with `number` adapters over the base, each with the rows that one has alone."""
     scaled = {name: getattr(model, name) * number // model.adapters for name in OF_ADAPTERS}
     return dataclasses.replace(model, adapters=number, **scaled)
 
 
 def with_rows(model: Counted, rows: int, before: int) -> Counted:
-    """With micro-batches of so many rows, which had others before."""
+    """The counts of a model with micro-batches of `rows` rows, from those with `before` rows."""
     return dataclasses.replace(model, **{name: getattr(model, name) * rows // before for name in OF_ROWS})
 
 
@@ -183,7 +186,7 @@ def with_rows(model: Counted, rows: int, before: int) -> Counted:
 def traffic(
     model: Counted, placement: Placement, *, kept: int, micro_batches: int, nodes: int, tasks: int = 0
 ) -> list[Collective]:
-    """Of one step of so many micro-batches. The arguments are those of `memory`."""
+    """The collectives of one step. The arguments are those of `memory`."""
     load = load_of(model, placement, kept=kept, micro_batches=micro_batches, nodes=nodes, tasks=tasks)
     found: list[Collective] = list(placement.ask("traffic")(model, load, **placement.options))
     if tasks:
@@ -195,7 +198,7 @@ def traffic(
 
 
 def sent(collective: Collective) -> int:
-    """Bytes that a rank sends in a ring: to get all of what is summed, its shares are summed and then gathered."""
+    """Bytes that a rank sends in a ring. A sum costs two passes: its shares are summed and then gathered."""
     if collective.kind == "copy":
         return collective.bytes
     rounds = 2 if collective.kind == "all_reduce" else 1

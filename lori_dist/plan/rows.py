@@ -1,4 +1,4 @@
-"""How many tokens rows have: counted with the model's tokenizer, in all rows or in some."""
+"""Numbers of tokens in rows: counted with the model's tokenizer, in all rows or in some."""
 
 import json
 import os
@@ -20,12 +20,13 @@ from lori_dist.training import data
 from lori_dist.training.model import load_tokenizer
 
 BYTES = 16_000_000
-"""Of text that is counted with a tokenizer, over all files of a run: some seconds. Of larger files, rows at equal
-distances are."""
+"""Bytes of text that are counted with a tokenizer, over all files of a run: some seconds. Larger files are sampled at
+equal distances."""
 SECONDS = 20.0
-"""To look for the number of rows of a run's files; of what is longer it is estimated by its size."""
+"""Seconds spent on counting the rows of a run's files; the number of rows of larger files is estimated from their
+size."""
 BYTES_PER_TOKEN = 4
-"""Of text, where there is no tokenizer: what is usual of English with a vocabulary of 100,000 tokens."""
+"""Bytes of text per token where there is no tokenizer: usual for English with a vocabulary of 100,000 tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,9 +34,9 @@ class Lengths:
     """Tokens of a file's rows."""
 
     number: int
-    """Rows in the file that are used."""
+    """Number of rows in the file that are used."""
     tokens: npt.NDArray[np.int64]
-    """Of each row that was counted, cut to train.max_length; of responses and prompts together."""
+    """Tokens of each counted row, prompt and response together, cut to train.max_length."""
     how: str
     """`all`: with the tokenizer, in all rows; `some`: in a sample; `estimated`: from bytes; `given`: not looked at."""
     is_rough: bool = False
@@ -61,7 +62,7 @@ class Counter:
         self.seconds = SECONDS / len(paths)
 
     def of(self, task: str, part: str, path: str, *, needs_number: bool = True) -> Lengths:
-        """Of a file of a task. part: its place there, for messages. needs_number: whether how many rows there are
+        """The lengths of a task's file. part: its key there, for messages. needs_number: whether the number of rows
         changes the plan. Raises ConfigError as the training would."""
         if (task, path) not in self.found:
             self.found[task, path] = self._count(task, part, path, needs_number)
@@ -104,7 +105,7 @@ class Counter:
         return {"number": len(tokens), "tokens": tokens, "how": how}
 
     def _sampled(self, path: str, where: str) -> tuple[list[Any], int, bool]:
-        """Rows at equal distances, how many rows there are, and whether that is an estimate: 0 where there is none."""
+        """Rows at equal distances, the number of rows (0 if there is none), and whether that is an estimate."""
         kept: list[tuple[Any, int]] = []
         stride, size, seen, seen_bytes = 1, 0, 0, 0
         deadline = time.monotonic() + self.seconds
@@ -144,9 +145,17 @@ def _tokenizer(run: Run) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def _estimated(text: Any) -> int:
-    """Of (prompt, response), or of messages, with bos and eos."""
-    parts = [part["content"] for part in text] if not isinstance(text, tuple) else list(text)
+def _estimated(text: rows.Text) -> int:
+    """Of (prompt, response), or of a chat, with bos and eos."""
+    if isinstance(text, rows.Chat):
+        more = [json.dumps(calls) for message in text.messages if (calls := message.get("tool_calls"))]
+        parts = [
+            *(message["content"] for message in text.messages),
+            *more,
+            json.dumps(text.tools) if text.tools else "",
+        ]
+    else:
+        parts = list(text)
     size = sum(len(part.encode("utf-8", "surrogatepass")) for part in parts)
     return 2 + -(-size // BYTES_PER_TOKEN)
 
@@ -156,7 +165,7 @@ def _is_compressed(path: str) -> bool:
 
 
 def said(found: Sequence[Lengths], model: str) -> str:
-    """How the rows were counted, for people."""
+    """A sentence for people on how the rows were counted."""
     tokens = np.concatenate([one.tokens for one in found])
     number, counted = sum(one.number for one in found), len(tokens)
     spread = f"{tokens.min():,} to {tokens.max():,} tokens a row, {_mean(found):,.1f} on average"

@@ -1,38 +1,39 @@
-"""What a run trains, gang by gang: how many steps, and what the slowest rank computes in one."""
+"""The trainings of a run, gang by gang: the number of their steps, and the work of the slowest rank in one."""
 
 import collections
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lori_dist import plugin
 from lori_dist.adapter import source
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.cluster import schedule
 from lori_dist.config import FLASH, Run, Train, held_out, trained_as
 from lori_dist.errors import AdapterError, ConfigError
-from lori_dist.jobs import Job, order
+from lori_dist.jobs import Job, plan
 from lori_dist.plan.rows import Counter, Lengths
 from lori_dist.training import data
 from lori_dist.training.cost import Counted
 from lori_dist.training.data import Example
 from lori_dist.training.flops import BACKWARD, Attention, of_attention
+from lori_dist.training.joint import balance_of, counts_in_batch, shares_of
 from lori_dist.training.phases import CALIBRATE, Phase, phases
 
 DRAWN = 2**18
-"""Rows that are drawn to see what batches are like."""
+"""Number of rows that are drawn to see what batches are like."""
 DRAWN_PACKED = 2**12
-"""Where each is put into a sequence."""
+"""Number of drawn rows if each is put into a sequence."""
 DRAWS = 16
-"""Batches at most that are drawn of a phase."""
+"""Largest number of batches that are drawn for a phase."""
 AGAIN = 0.5
-"""Of attention's products in the forward pass, what a fused kernel does again in the backward pass: the scores."""
+"""Share of attention's products of the forward pass, the scores, that a fused kernel repeats in the backward pass."""
 SKIPPING = ("flex_attention", *FLASH)
-"""Attention that leaves out what its mask hides; sdpa does where no row of a batch is padded."""
+"""Attention implementations that leave out what their mask hides; sdpa does if no row of a batch is padded."""
 
 Tokens = npt.NDArray[np.int64]
 
@@ -43,7 +44,7 @@ class Stream:
 
     parts: tuple[Lengths, ...]
     shares: tuple[float, ...]
-    """Of the rows that are trained on, by part."""
+    """Shares of the rows that are trained on, by part."""
 
     @property
     def number(self) -> int:
@@ -51,7 +52,7 @@ class Stream:
 
     @property
     def mean(self) -> float:
-        """Tokens of a row."""
+        """Mean tokens of a row."""
         return sum(share * part.mean for part, share in zip(self.parts, self.shares, strict=True))
 
     def draw(self, count: int, generator: np.random.Generator) -> Tokens:
@@ -71,18 +72,20 @@ class Member:
     """A task, or `joint`."""
     train: Train
     streams: tuple[Stream, ...]
-    """One, or those of the tasks of a joint training, which have as many rows in a batch, to one."""
+    """One, or those of the tasks of a joint training."""
     phases: tuple[Phase, ...]
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """How many rows in a batch are of each task, as a joint job's settings say."""
     validation: tuple[Lengths, ...] = ()
 
     @property
     def number(self) -> int:
-        """Rows of an epoch."""
+        """Number of rows of an epoch."""
         return sum(stream.number for stream in self.streams)
 
     @property
     def mean(self) -> float:
-        """Tokens of a row."""
+        """Mean tokens of a row."""
         if len(self.streams) == 1:
             return self.streams[0].mean
         counts = self._counts(self.train.batch_size)
@@ -90,10 +93,11 @@ class Member:
         return sum(count * mean for count, mean in zip(counts, means, strict=True)) / sum(counts)
 
     def _counts(self, batch: int) -> list[int]:
-        return [len(range(number, batch, len(self.streams))) for number in range(len(self.streams))]
+        shares = shares_of(self.sampling, [stream.number for stream in self.streams])
+        return counts_in_batch(shares, len(self.streams), batch)
 
     def rows(self, phase: Phase) -> int:
-        """Rows that all steps of a phase take."""
+        """Number of rows that all steps of a phase take."""
         most = phase.num_steps * self.train.batch_size
         return most if phase.epochs is None or len(self.streams) > 1 else min(most, round(self.number * phase.epochs))
 
@@ -109,10 +113,10 @@ class Gang:
 
     members: tuple[Member, ...]
     apart: int = 0
-    """Gradients that are kept of each trained entry: of every task of a joint training that projects them, and one
-    where several adapters share the base."""
+    """Number of gradients that are kept of each trained entry: one for every task of a joint training that projects
+    them, and one if several adapters share the base."""
     earlier: int = 0
-    """Tasks whose entries are there already."""
+    """Number of tasks whose entries were trained before."""
     start: str | None = None
     """The path of the adapter whose training continues."""
 
@@ -123,17 +127,17 @@ class Gang:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """Of one step, on average."""
+    """The work of one step, on average."""
 
     micro_batches: int
     tokens: float
-    """Real ones, of all ranks."""
+    """Tokens of all ranks, without padding."""
     computed: float
-    """Those that the slowest rank computes, padding included."""
+    """Tokens that the slowest rank computes, padding included."""
     attention: float
     """Operations of attention's products in one forward pass of that rank."""
     model_attention: float
-    """Of all ranks, forward and backward, those that the result needs."""
+    """Operations of attention that the result needs, forward and backward, on all ranks."""
 
 
 # --- gangs -----------------------------------------------------------------------------------------------------------
@@ -141,13 +145,11 @@ class Work:
 
 def trainings(run: Run) -> list[Job]:
     """The jobs of the run's plan that train, in the order in which they are done."""
-    method = plugin.find("multitask", run.multitask.name, "plan", "multitask")
-    jobs = order(method.load()(run, **method.bind(run.multitask.options, "multitask")))
-    return [job for job in jobs if job.kind == "train"]
+    return [job for job in plan(run) if job.kind == "train"]
 
 
 def gangs(run: Run, counter: Counter) -> list[Gang]:
-    """What is trained together over a base, one after the other."""
+    """The gangs that train over one base each, in their order."""
     jobs = trainings(run)
     names = {job.name for job in jobs}
     first = [job for job in jobs if not names & set(job.needs)]
@@ -162,7 +164,7 @@ def _gang(run: Run, jobs: Sequence[Job], counter: Counter) -> Gang:
         return Gang(members=members, apart=1)
     joint, sequel = settings.get("joint"), settings.get("sequel")
     if joint is not None:
-        return Gang(members=members, apart=0 if joint["projection"] == "none" else len(joint["tasks"]))
+        return Gang(members=members, apart=0 if balance_of(joint)[0] == "none" else len(joint["tasks"]))
     start = run.tasks[settings["task"]].start if "start" in settings else None
     return Gang(members=members, earlier=0 if sequel is None else len(sequel["before"]), start=start)
 
@@ -174,6 +176,7 @@ def _member(run: Run, job: Job, counter: Counter) -> Member:
     train = run.train if joint is not None else trained_as(run, task)
     density = 1.0 if "start" in job.settings else run.adapter.density
     needs_number = train.steps is None or (density < 1 and train.calibrate.epochs is not None)
+    needs_number |= joint is not None and "sampling" in joint
     streams = tuple(_stream(run, name, counter, needs_number) for name in tasks)
     number = sum(stream.number for stream in streams)
     validation = () if run.train.validate_every is None else tuple(_validation(run, name, counter) for name in tasks)
@@ -181,6 +184,7 @@ def _member(run: Run, job: Job, counter: Counter) -> Member:
         name=task,
         train=train,
         streams=streams,
+        sampling={} if joint is None else joint,
         phases=tuple(phases(train, density, number)),
         validation=validation,
     )
@@ -202,7 +206,7 @@ def _validation(run: Run, name: str, counter: Counter) -> Lengths:
 
 
 def adapter_at(run: Run, gang: Gang) -> Adapter | None:
-    """That whose training continues."""
+    """The adapter whose training continues; None if the gang starts from new ones."""
     if gang.start is None:
         return None
     try:
@@ -215,7 +219,8 @@ def adapter_at(run: Run, gang: Gang) -> Adapter | None:
 
 
 def segments(gang: Gang, phase: str) -> Iterator[tuple[int, tuple[Member, ...]]]:
-    """Steps of a phase with those that still train in them: a member that has done its own leaves the others alone."""
+    """Yields numbers of steps of a phase with the members that train in them: a member that has done its own drops
+    out."""
     lengths = {
         member.name: next((one.num_steps for one in member.phases if one.name == phase), 0) for member in gang.members
     }
@@ -229,7 +234,7 @@ def segments(gang: Gang, phase: str) -> Iterator[tuple[int, tuple[Member, ...]]]
 
 
 def work(model: Counted, members: Sequence[Member], phase: str, ranks: int) -> Work:
-    """Of a step in which these train, from batches drawn at random as training draws them."""
+    """The work of a step in which these members train, from batches drawn at random as training draws them."""
     train = members[0].train
     generator = np.random.default_rng(0)
     batches = [_batch(member, phase) for member in members]
@@ -265,7 +270,7 @@ def work(model: Counted, members: Sequence[Member], phase: str, ranks: int) -> W
 
 
 def full(model: Counted, gang: Gang, ranks: int) -> Work:
-    """Of a step whose rows all have train.max_length tokens."""
+    """The work of a step whose rows all have train.max_length tokens."""
     length = gang.members[0].train.max_length
     row = Lengths(number=1, tokens=np.array([length]), how="given")
     stream = Stream(parts=(row,), shares=(1.0,))
@@ -281,13 +286,13 @@ def _whole(phase: Phase) -> Phase:
 
 
 def _batch(member: Member, phase: str) -> int:
-    """Rows of a step on average, rounded up: the last of an epoch may have fewer."""
+    """Rows of a step on average, rounded up: the last step of an epoch may have fewer."""
     one = next(one for one in member.phases if one.name == phase)
     return min(member.train.batch_size, max(1, math.ceil(member.rows(one) / max(1, one.num_steps))))
 
 
 def _pieces(lengths: Tokens, ranks: int, rows: int) -> Tokens:
-    """(micro-batches, rows, ranks): tokens of each row, 0 where there is none."""
+    """Tokens of each row, of shape (micro-batches, rows, ranks), 0 for a missing row."""
     per_rank = math.ceil(len(lengths) / ranks)
     num_micro = math.ceil(per_rank / rows)
     padded = np.zeros(num_micro * rows * ranks, dtype=np.int64)
@@ -296,7 +301,7 @@ def _pieces(lengths: Tokens, ranks: int, rows: int) -> Tokens:
 
 
 def _slowest(model: Counted, train: Train, pieces: Sequence[Tokens]) -> tuple[float, float]:
-    """Tokens and operations of attention, of the slowest rank in each micro-batch."""
+    """Tokens and operations of attention of the slowest rank, summed over micro-batches."""
     count = max(len(piece) for piece in pieces)
     if train.pack:
         shapes = [_packed(piece, train.max_length) for piece in pieces]
@@ -348,22 +353,23 @@ def _pairs(model: Counted, lengths: Tokens, skips: bool) -> npt.NDArray[np.float
 
 
 def _may(layer: Attention, length: int, model: Counted) -> bool:
-    """sdpa has no window of its own: it is given a mask as soon as a row is longer."""
+    """Whether a layer may skip what is masked: sdpa has no window of its own, so it gets a mask once a row is
+    longer."""
     return model.kernel in SKIPPING or layer.window is None or length <= layer.window
 
 
 def passes(model: Counted, checkpointing: bool) -> float:
-    """Attention's products in a step, over those of one forward pass."""
+    """Operations of attention in a step as a multiple of those in one forward pass."""
     return 1 + BACKWARD + (0.0 if model.kernel == "eager" else AGAIN) + checkpointing
 
 
 def totals(gang: Gang) -> Mapping[str, float]:
-    """Tokens of all steps, without padding, by member."""
+    """Member -> tokens of all its steps, without padding."""
     return {member.name: sum(member.rows(phase) for phase in member.phases) * member.mean for member in gang.members}
 
 
 def num_checkpoints(member: Member) -> int:
-    """That are written by its phases, the calibrated state with them."""
+    """Number of checkpoints that a member's phases write, with the calibrated state."""
     every = member.train.checkpoint_every
     written = sum((phase.num_steps - 1) // every for phase in member.phases) if every is not None else 0
     return written + sum(phase.name == CALIBRATE for phase in member.phases)

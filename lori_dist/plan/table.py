@@ -9,7 +9,8 @@ GIB, MB = 2**30, 10**6
 
 
 def table(plan: Mapping[str, Any]) -> str:
-    """What was counted and assumed, the placements side by side, their memory by kind, and the recommendation."""
+    """Returns the text: the counts and assumptions, the placements side by side, their memory by kind, and the
+    recommendation."""
     placements, currency = plan["placements"], plan["hardware"]["currency"]
     parts = [
         *_counted(plan),

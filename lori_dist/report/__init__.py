@@ -1,4 +1,9 @@
-"""The interference of adapters as JSON, as a page to read and as pictures."""
+"""The interference of adapters and the timeline of a run, as JSON, as an HTML page and as pictures.
+
+`write` reports on adapters, `write_of_run` on a finished run. page.py makes the page, plots.py and timeline.py the
+pictures; the figures themselves are computed in interference.py. matplotlib, which takes a second to
+import, is in plots.py and timeline.py alone. The keys of report.json are public.
+"""
 
 import dataclasses
 import logging
@@ -106,7 +111,7 @@ def write_of_run(summary: Mapping[str, Any], out: Path) -> dict[str, str] | None
 
 
 def _blocks(adapter: Adapter) -> list[Adapter]:
-    """What each task added, where an adapter has grown from task to task."""
+    """The parts of an adapter that has grown from task to task: what each task added."""
     return [dataclasses.replace(adapter, blocks=(block,)) for block in adapter.blocks]
 
 

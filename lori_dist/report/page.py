@@ -290,7 +290,7 @@ def _adapters(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _jobs(jobs: Sequence[Row]) -> Iterator[str]:
-    """What became of the attempts that failed, and a table of all jobs."""
+    """Yields the failed attempts, each with its end, and a table of all jobs."""
     failed = [(row.name, number, one) for row in jobs for number, one in enumerate(row.attempts, 1) if one.error]
     if failed:
         told = (

@@ -42,7 +42,7 @@ PALETTE: Mapping[str, tuple[str, str]] = {
 SIGNED = ("less-4", "less-3", "less-2", "less-1", "more-0", "more-1", "more-3", "more-4", "more-6")
 RISING = tuple(f"more-{number}" for number in range(7))
 COSINES = (0.01, 0.03, 0.1, 0.3)
-"""Where the colour of a cosine changes: the same in every report, so that two of them can be compared."""
+"""Cosines at which the colour changes. They are fixed, so that the pictures of two reports can be compared."""
 SHARES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 
 WIDTH = 3.7  # inches: a phone's. On a wider screen there are several beside each other
@@ -62,9 +62,9 @@ class Plot:
     """One plot."""
 
     name: str
-    """Of its file."""
+    """Name of the file."""
     alternative: str
-    """What it shows, for those who do not see it."""
+    """Text for readers who do not see the picture."""
     caption: str
     """How to read it."""
     figure: Figure
@@ -268,7 +268,7 @@ def _conflicts(number: int, name: str, found: Mapping[str, Any]) -> Iterator[Plo
 
 
 def _gains(number: int, metric: str, found: Mapping[str, Any]) -> Plot:
-    """What each training of a sequence did: models down, tasks across."""
+    """The picture of what each training of a sequence changed: models down, tasks across."""
     base, *stages = found["scores"].items()
     tasks, sign = list(base[1]), -1 if found["lower_is_better"] else 1
     values = [[sign * (scores[task] - base[1][task]) for task in tasks] for _, scores in stages]
@@ -289,7 +289,7 @@ def _gains(number: int, metric: str, found: Mapping[str, Any]) -> Plot:
 
 
 def _steps(values: Sequence[Sequence[float | None]]) -> list[float]:
-    """Where the colour changes: at shares of the largest value."""
+    """Values at which the colour changes: shares of the largest value."""
     largest = max((abs(value) for row in values for value in row if value is not None), default=0.0)
     return [largest * step for step in (0.05, 0.25, 0.5, 0.75)]
 
@@ -466,7 +466,7 @@ def _cosines_of_layers(report: Mapping[str, Any]) -> Plot:
 
 
 def _size(layer: Mapping[str, Any] | None, name: str, lowest: float) -> float:
-    """As plotted: what is not there, or too small for the axis, lies at its lower edge."""
+    """The plotted size; a missing one, or one too small for the axis, is drawn at the axis's lower edge."""
     return max(lowest, abs((layer["cosine"][name] if layer else None) or 0.0))
 
 

@@ -46,9 +46,9 @@ class Row:
 
     name: str
     state: str
-    """As summary.json has it, and `earlier` for what another command had finished."""
+    """The state that summary.json gives, or `earlier` for a job that another command had finished."""
     attempts: tuple[Attempt, ...]
-    """Those whose time is known."""
+    """The attempts whose times are known."""
 
     @property
     def kind(self) -> str:
@@ -75,7 +75,7 @@ def rows(jobs: Mapping[str, Mapping[str, Any]]) -> list[Row]:
 
 
 def _attempts(job: Mapping[str, Any]) -> Iterator[Attempt]:
-    """Of the last attempt, what it does not say itself is that of the job."""
+    """Yields the attempts; the last one takes from its job what its own record lacks."""
     listed = job.get("attempts")
     *before, last = listed if listed and isinstance(listed, list) else [{}]  # or a number of them, or nothing
     known = {key: value for key, value in last.items() if value is not None}
@@ -146,7 +146,7 @@ class Clock:
 
     @property
     def breaks(self) -> list[float]:
-        """Where time was left out."""
+        """Places on the axis where time was left out."""
         return [self.at(start) for start, _ in self.busy[1:]]
 
     def at(self, moment: float) -> float:

@@ -1,4 +1,4 @@
-"""What `accelerate launch` has been configured for, which it says in variables of the environment.
+"""The configuration of `accelerate launch`, which it passes on in environment variables.
 
 `lori train` has engines of its own, so what is asked for there is followed where it is one of them, and refused where
 it is not: it is never left out without a word.
@@ -17,7 +17,7 @@ from lori_dist.training.data import num_micro_batches
 
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
 NEEDLESS = "none"
-"""What accelerate writes for an offload that is not wanted."""
+"""Value that accelerate writes for an offload that is not wanted."""
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +52,8 @@ READ = (
     "PARALLELISM_CONFIG_SP_BACKEND", "PARALLELISM_CONFIG_SP_SEQ_LENGTH", "PARALLELISM_CONFIG_SP_SEQ_LENGTH_IS_VARIABLE",
     "PARALLELISM_CONFIG_SP_ATTN_IMPLEMENTATION",
 )  # fmt: skip
-"""Those that are followed or refused below. ACCELERATE_FP8_... come with the mixed precision fp8, and MEGATRON_LM_...
-with Megatron-LM, both of which are refused."""
+"""Variables that are followed or refused below. ACCELERATE_FP8_... come with the mixed precision fp8, and
+MEGATRON_LM_... with Megatron-LM, both of which are refused."""
 
 
 def followed(run: Run, environment: Mapping[str, str], *, has_engine: bool) -> Run:
@@ -191,7 +191,7 @@ def _deepspeed(environment: Mapping[str, str], problems: list[str]) -> Choice | 
 
 
 def _others(run: Run, environment: Mapping[str, str]) -> Iterator[str]:
-    """What besides the engine is asked for, and is not in the run."""
+    """Yields requests besides the engine that the run does not contain."""
     is_parallel = _is_on(environment, "ACCELERATE_USE_PARALLELISM_CONFIG")
     sizes = {name: environment.get(f"PARALLELISM_CONFIG_{name}", "1") for name in ("TP_SIZE", "CP_SIZE", "SP_SIZE")}
     asked = ", ".join(f"PARALLELISM_CONFIG_{name} {size}" for name, size in sizes.items() if size != "1")

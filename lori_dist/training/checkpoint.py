@@ -11,9 +11,8 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,8 @@ from lori_dist.training.engine import QUANTITIES, Engine, Quantity, State, entri
 from lori_dist.training.world import World
 
 FORMAT, UNORDERED = "lori-checkpoint-3", "lori-checkpoint-2"
-"""What is written, and what earlier versions wrote: its digest does not depend on the order of the modules."""
+"""The format that is written, and the one of earlier versions, whose digest does not depend on the order of the
+modules."""
 KEY = "lori"
 DIGEST_BYTES = 16
 LISTED = 5
@@ -141,18 +141,16 @@ def write_state(
 
 
 def read(path: Path, phase: str, *, origin: Origin) -> State:
-    """The state in a file; quantities it lacks are empty.
+    """The state in a file; quantities it lacks are empty. Its tensors are maps of the file, so a rank that takes its
+    share of each holds no more than that.
 
     Raises JobError if it is of another phase or origin, and Damaged, which is one, if it is not what was written.
     """
-    header, found = _open(path)
-    tensors: dict[str, Tensor] = {}
-    _verify(path, header, found, (tensors.setdefault(quantity, found[quantity].load()) for quantity in _held(found)))
-    _refuse_another(path, header, phase, origin)
-    sizes = list(header["modules"].values())
+    header, found = _verified(path, phase, origin)
+    modules = header["modules"]
     parts = {
-        quantity: dict(zip(header["modules"], tensors[quantity].split(sizes), strict=True))
-        if quantity in tensors
+        quantity: dict(zip(modules, found[quantity].mapped().split(list(modules.values())), strict=True))
+        if quantity in found
         else {}
         for quantity in QUANTITIES
     }
@@ -160,16 +158,13 @@ def read(path: Path, phase: str, *, origin: Origin) -> State:
 
 
 def check(path: Path, phase: str, *, origin: Origin) -> tuple[dict[str, int], Stored]:
-    """Module path -> its entries, and where the values of all lie, one after the other. Raises what `read` raises, but
-    holds a piece of the file at a time."""
-    header, found = _open(path)
-    _verify(path, header, found, chain.from_iterable(found[quantity].pieces() for quantity in _held(found)))
-    _refuse_another(path, header, phase, origin)
+    """Module path -> its entries, and where the values of all lie, one after the other. Raises what `read` raises."""
+    header, found = _verified(path, phase, origin)
     return header["modules"], found["values"]
 
 
 class Damaged(JobError):
-    """What a file says about itself is not so."""
+    """A checkpoint's content contradicts its own header."""
 
 
 def _refuse_another(path: Path, header: Mapping[str, Any], phase: str, origin: Origin) -> None:
@@ -201,7 +196,7 @@ def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 def _open(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
-    """What a file says about itself, and where its tensors lie."""
+    """The header of a checkpoint, and the places of its tensors."""
     with _damage(path):
         found = stored(path)
         header = json.loads(metadata(path)[KEY])
@@ -219,19 +214,23 @@ def _held(found: Mapping[str, Stored]) -> list[Quantity]:
     return [quantity for quantity in QUANTITIES if quantity in found]
 
 
-def _verify(path: Path, header: Mapping[str, Any], found: Mapping[str, Stored], content: Iterable[Tensor]) -> None:
-    """content: of all quantities, in order."""
+def _verified(path: Path, phase: str, origin: Origin) -> tuple[dict[str, Any], dict[str, Stored]]:
+    """The header of a checkpoint and the places of its tensors, whose content was read once, a piece at a time."""
+    header, found = _open(path)
     with _damage(path):
         digest = _digest(header)
-        for tensor in content:
-            digest.update(tensor.numpy().data)
+        for quantity in _held(found):
+            for piece in found[quantity].pieces():
+                digest.update(piece.numpy().data)
         written = bytes(found["digest"].load().numpy())
     if written != digest.digest():
         raise _other_content(path)
+    _refuse_another(path, header, phase, origin)
+    return header, found
 
 
 def _digest(header: Mapping[str, Any]) -> Any:
-    """Of the header: as it stands, for values belong to modules by their order."""
+    """Digest of the header in its written order, since values belong to modules by their order."""
     text = json.dumps(header, sort_keys=header["format"] == UNORDERED)
     return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES)
 

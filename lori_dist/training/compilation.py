@@ -11,7 +11,7 @@ from lori_dist.errors import ConfigError
 from lori_dist.training.model import blocks
 
 GRAPHS = 8
-"""Of a block, at most, on average: with and without a gradient of its input, for fixed and for changing sizes."""
+"""Most graphs of a block on average: with and without a gradient of its input, for fixed and for changing sizes."""
 
 
 def compile_blocks(model: nn.Module, *, backend: str = "inductor") -> None:

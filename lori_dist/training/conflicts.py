@@ -12,11 +12,12 @@ DIGITS = 4
 """Of cosines in files."""
 
 
-def figures(conflicts: Conflicts) -> dict[str, Any]:
+def figures(conflicts: Conflicts, tasks: Sequence[str]) -> dict[str, Any]:
     """A part of a step's record.
 
     conflicts: two tasks, joined by `+` -> the cosine of their gradients and the share of units where they oppose each
-    other. removed: |taken out| / |sum of gradients|. exchanged_bytes: what the projection made ranks send.
+    other. removed: |sum of gradients - what was made of them| / |sum of gradients|. task_weights: task -> what its
+    gradient was multiplied by. exchanged_bytes: what ranks sent for it.
     """
     return {
         "conflicts": {
@@ -24,6 +25,7 @@ def figures(conflicts: Conflicts) -> dict[str, Any]:
             for pair, cosine in conflicts.cosines.items()
         },
         "removed": _short(conflicts.removed),
+        "task_weights": {task: _short(weight) for task, weight in zip(tasks, conflicts.weights, strict=True)},
         "exchanged_bytes": conflicts.sent_bytes,
     }
 

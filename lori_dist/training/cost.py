@@ -55,10 +55,14 @@ class Counted:
     widest_b: int
     """Entries of the largest B, which is dense while its layer computes."""
     vocabulary: int
+    chunked: bool
+    """Whether the loss makes logits in chunks."""
     dtype: int
     """Of an entry of what is computed."""
     block_activations: int
-    """Kept for the backward pass by one block, of one micro-batch."""
+    """Kept for the backward pass by the block that keeps most, of one micro-batch,"""
+    blocks_activations: int
+    """and by all blocks."""
     block_gradients: int
     """That a block has at once in its backward pass: of what it multiplies, and of the two factors."""
     block_input: int
@@ -68,7 +72,7 @@ class Counted:
     tokens: int
     """Of one micro-batch."""
     flops: float | None
-    """Of training on a token, in products with the base's matrices; None for mixtures of experts."""
+    """Of training on a token, in products with the base's matrices; None where that is not known."""
     adapter_flops: float = 0.0
     """Of training on a token, in products with A and B."""
     attention: tuple[Attention, ...] = ()

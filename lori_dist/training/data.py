@@ -4,7 +4,7 @@ import datetime
 import functools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -34,6 +34,9 @@ FORMS = [f"%{form}" for form in ("-d", "-m", "-H", "-I", "-M", "-S", "-y", "-j",
 """What Python's strftime writes parts of a date for."""
 
 Row = TypeVar("Row")
+Segments = tuple[str, ...]
+"""A row's text in pieces that are read and learned by turns: (prompt, response), or more where a chat has several
+answers that are learned."""
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +51,24 @@ class Example:
     """Starts with bos if the tokenizer adds it."""
     response_ids: tuple[int, ...]
     """From the first token that has a character of the response. Ends with eos, unless the response was cut off."""
+    read_only: tuple[tuple[int, int], ...] = ()
+    """Ranges of response_ids that are not learned: what stands between the answers of a chat."""
 
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are learned."""
+        return len(self.response_ids) - sum(end - start for start, end in self.read_only)
+
+    def labels(self) -> npt.NDArray[np.int64]:
+        """The response's tokens, IGNORED where they are not learned."""
+        found = np.array(self.response_ids, dtype=np.int64)
+        for start, end in self.read_only:
+            found[start:end] = IGNORED
+        return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,8 +104,8 @@ def read(
     where: str = "",
     tokenizer: PreTrainedTokenizerBase | None = None,
     labels: Sequence[str] | None = None,
-) -> list[tuple[str, str]]:
-    """The (prompt, response) of every row of a file, in its order; blank lines are skipped.
+) -> list[Segments]:
+    """The segments of every row of a file, in its order; blank lines are skipped.
 
     where: the file's place in the configuration (`tasks.sst2.train`), for messages. tokenizer: whose chat template
     makes text of messages; bos and eos, which `encode` adds, are left out. labels: all values that the template's
@@ -96,59 +113,137 @@ def read(
     Raises ConfigError as `rows.read`, and for messages that the tokenizer cannot make text of.
     """
     texts = rows.read(path, template, where=where, labels=labels)
-    if template.messages is None:
-        return cast(list[tuple[str, str]], texts)
+    if template.chat is None:
+        return cast(list[Segments], texts)
     assert tokenizer is not None
     prefix = f"{where}: " if where else ""
     if not tokenizer.chat_template:
-        raise ConfigError(f"{prefix}model.path: the tokenizer has no chat template, which template.messages needs")
-    found, bos = [], str(tokenizer.bos_token) if tokens.adds_bos(tokenizer) else ""
-    for number, messages in enumerate(texts, start=1):
+        key = "template.messages needs" if template.layout is None else f"template.layout {template.layout} needs"
+        raise ConfigError(f"{prefix}model.path: the tokenizer has no chat template, which {key}")
+    render = _Renderer(tokenizer, template, prefix)
+    found = []
+    for number, chat in enumerate(texts, start=1):
         try:
-            found.append(_of_messages(cast(Sequence[rows.Message], messages), tokenizer, template.date, bos))
+            found.append(render(cast(rows.Chat, chat)))
         except Exception as error:  # templates raise errors of their own
             raise ConfigError(f"{prefix}{path}: row {number}: the chat template refuses it ({error})") from error
     return found
 
 
-def _of_messages(
-    messages: Sequence[rows.Message], tokenizer: PreTrainedTokenizerBase, date: str | None, bos: str
-) -> tuple[str, str]:
-    """All but the last as prompt, and what the last adds to their text as response. date: what the template takes for
-    today, or its text would be another one tomorrow. bos: what is left out, as the tokenizer adds it."""
-    today = datetime.date.fromisoformat(date or rows.DATE)
-    template, named = tokenizer.get_chat_template(), dict[str, Any]()
-    if "strftime_now" in template:
-        template, named = CLOCK + template, {"lori_today": {form: today.strftime(form) for form in FORMS}}
-    if date is not None:
-        named["date_string"] = today.strftime("%d %b %Y")  # as templates call it that have a date of their own
-    # Parquet gives every message the keys of all.
-    context = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    prompt, whole = (
-        str(
-            tokenizer.apply_chat_template(
-                some, chat_template=template, tokenize=False, add_generation_prompt=some is not context, **named
+class _Renderer:
+    """Makes a chat's segments with a tokenizer's chat template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: config.Template, prefix: str) -> None:
+        today = datetime.date.fromisoformat(template.date or rows.DATE)
+        self.tokenizer, self.settings, self.prefix = tokenizer, template, prefix
+        self.bos = str(tokenizer.bos_token) if tokens.adds_bos(tokenizer) else ""
+        self.eos = str(tokenizer.eos_token)
+        self.named: dict[str, Any] = dict(template.arguments)
+        self.template = tokenizer.get_chat_template()
+        # The template takes a date for today, or its text would be another one tomorrow.
+        if "strftime_now" in self.template:
+            self.template = CLOCK + self.template
+            self.named["lori_today"] = {form: today.strftime(form) for form in FORMS}
+        if template.date is not None:
+            self.named["date_string"] = today.strftime("%d %b %Y")  # as templates call it that have one of their own
+
+    def __call__(self, chat: rows.Chat) -> Segments:
+        messages = chat.messages
+        learned = [len(messages) - 1]
+        if self.settings.train_on == "all":
+            learned = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        whole = self._text(chat, len(messages)).rstrip("\n").removesuffix(self.eos)
+        found, done = [], 0
+        for place in learned:
+            start, end = self._answer(chat, place, whole)
+            found += [whole[done:start], whole[start:end]]
+            done = end
+        return (found[0].removeprefix(self.bos), *found[1:])
+
+    def prompt(self, messages: Sequence[rows.Message]) -> str:
+        """The text that asks for the answer to messages."""
+        return self._text(rows.Chat(messages=messages), len(messages), opens=True).removeprefix(self.bos)
+
+    def _answer(self, chat: rows.Chat, place: int, whole: str) -> tuple[int, int]:
+        """Where the answer of a message begins in the text of all, and where it ends."""
+        before, opened = self._text(chat, place), self._text(chat, place, opens=True)
+        if place == len(chat.messages) - 1:
+            end = len(whole)
+        else:
+            after = self._text(chat, place + 1)
+            end = len(after.rstrip("\n"))
+            if not whole.startswith(after):
+                raise ConfigError(
+                    f"it changes the text of message {place + 1} when others follow, so its answer cannot be found "
+                    "there; set template.train_on to last"
+                )
+        start = _num_common(opened, whole)
+        if start < len(opened):
+            if not whole.startswith(before) or start <= len(before):
+                raise ConfigError(
+                    "it changes the earlier text when an answer follows, so the answer cannot be separated from the "
+                    "prompt"
+                )
+            _warn_of_opening(self.prefix, opened[start:])
+        if not whole[start:end].strip():
+            raise ConfigError(f"it makes no text of the answer in message {place + 1}, so nothing could be learned")
+        return start, end
+
+    def _text(self, chat: rows.Chat, count: int, *, opens: bool = False) -> str:
+        """Of the first messages. opens: whether it ends with what an answer begins with."""
+        if count == 0 and not opens:
+            return ""
+        return str(
+            self.tokenizer.apply_chat_template(
+                list(chat.messages[:count]),
+                tools=None if chat.tools is None else list(chat.tools),
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=opens,
+                **self.named,
             )
         )
-        for some in (context[:-1], context)
+
+
+def chat_prompt(
+    messages: Sequence[rows.Message], tokenizer: PreTrainedTokenizerBase, template: config.Template | None = None
+) -> str:
+    """The text after which a model writes its answer to messages, without the bos that the tokenizer adds by itself.
+
+    template: gives the chat template's date and arguments; None: as training has them by default. Raises ConfigError
+    if the chat template refuses the messages.
+    """
+    try:
+        return _Renderer(tokenizer, template or config.Template(), "").prompt(messages)
+    except Exception as error:  # templates raise errors of their own
+        raise ConfigError(f"prompt: the chat template refuses it ({error})") from error
+
+
+def _num_common(one: str, other: str) -> int:
+    """Characters that both begin with."""
+    differing = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differing, min(len(one), len(other)))
+
+
+@functools.cache
+def _warn_of_opening(prefix: str, opening: str) -> None:
+    log.warning(
+        "%sthe chat template opens an answer with %r, which it does not write before an answer that is there; rows are "
+        "learned, and answers written, without it",
+        prefix,
+        opening,
     )
-    if not whole.startswith(prompt):
-        raise ConfigError(
-            "it changes the earlier text when an answer follows, so the answer cannot be separated from the prompt"
-        )
-    response, eos = whole[len(prompt) :].rstrip("\n"), str(tokenizer.eos_token)
-    return prompt.removeprefix(bos), response.removesuffix(eos)
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
 def encode(
-    rows: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, max_length: int, *, where: str = ""
+    rows: Sequence[Segments], tokenizer: PreTrainedTokenizerBase, max_length: int, *, where: str = ""
 ) -> list[Example]:
-    """Rows of (prompt, response) as tokens, at most max_length of them a row, in their order.
+    """Rows of (prompt, response), or of more segments, as tokens, at most max_length of them a row, in their order.
 
-    A row's tokens are those of prompt + response, see `tokens.pairs`, and eos. A response longer than max_length - 1
+    A row's tokens are those of its text, see `tokens.segments`, and eos. A response longer than max_length - 1
     loses its end (and with it eos); a prompt that does not fit before its response loses its beginning, apart from
     bos. How many did is logged, and a warning where a prompt's last blank changes its tokens.
     where: the rows' place in the configuration (`tasks.sst2.train`), for messages.
@@ -159,13 +254,22 @@ def encode(
     eos = tokens.eos_id(tokenizer)
     examples = []
     num_cut_prompts = num_cut_responses = 0
-    for (prompt, response), (before, after) in zip(rows, tokens.pairs(rows, tokenizer), strict=True):
+    for (prompt, *others), (before, *pieces) in zip(rows, tokens.segments(rows, tokenizer), strict=True):
+        after = tuple(token for piece in pieces for token in piece)
         kept_after = (*after, eos)[: max_length - 1]
         kept_before = tokens.shorten(before, max_length - len(kept_after), tokenizer)
         num_cut_prompts += len(kept_before) < len(before)
         num_cut_responses += len(kept_after) <= len(after)
-        examples.append(Example(prompt=prompt, response=response, prompt_ids=kept_before, response_ids=kept_after))
-    tokens.warn_of_blanks(rows, tokenizer, where)
+        examples.append(
+            Example(
+                prompt=prompt,
+                response="".join(others),
+                prompt_ids=kept_before,
+                response_ids=kept_after,
+                read_only=tuple(_read_only(pieces, len(kept_after))),
+            )
+        )
+    tokens.warn_of_blanks([(row[0], "".join(row[1:])) for row in rows], tokenizer, where)
     if num_cut_prompts or num_cut_responses:
         log.warning(
             "%sof %d rows, %d prompts lost their beginning and %d responses their end to fit train.max_length=%d",
@@ -176,6 +280,16 @@ def encode(
             max_length,
         )
     return examples
+
+
+def _read_only(pieces: Sequence[Sequence[int]], length: int) -> Iterator[tuple[int, int]]:
+    """Where every second piece is, from the second one on, in what `length` leaves of all."""
+    start = 0
+    for number, piece in enumerate(pieces):
+        end = min(start + len(piece), length)
+        if number % 2 and end > start:
+            yield start, end
+        start = end
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -195,16 +309,16 @@ def collate(examples: Sequence[Example], pad_id: int, pack: int | None = None) -
     """
     if pack is not None and examples:
         return packed(examples, pad_id, pack)
-    rows = [(example.prompt_ids, example.response_ids) for example in examples] or [((pad_id, pad_id), ())]
-    length = max(len(before) + len(after) for before, after in rows)
+    rows = examples or [Example(prompt="", response="", prompt_ids=(pad_id, pad_id), response_ids=())]
+    length = max(example.num_tokens for example in rows)
     input_ids = np.full((len(rows), length), pad_id, dtype=np.int64)
     attention_mask = np.zeros((len(rows), length), dtype=np.int64)
     labels = np.full((len(rows), length), IGNORED, dtype=np.int64)
-    for row, (before, after) in enumerate(rows):
-        end = len(before) + len(after)
-        input_ids[row, :end] = before + after
+    for row, example in enumerate(rows):
+        end = example.num_tokens
+        input_ids[row, :end] = example.prompt_ids + example.response_ids
         attention_mask[row, :end] = 1
-        labels[row, len(before) : end] = after
+        labels[row, len(example.prompt_ids) : end] = example.labels()
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         attention_mask=torch.from_numpy(attention_mask),
@@ -274,7 +388,7 @@ def packed(examples: Sequence[Example], pad_id: int, length: int) -> Batch:
         for example in sequence:
             end = start + example.num_tokens
             input_ids[row, start:end] = example.prompt_ids + example.response_ids
-            labels[row, start + len(example.prompt_ids) : end] = example.response_ids
+            labels[row, start + len(example.prompt_ids) : end] = example.labels()
             position_ids[row, start:end] = np.arange(end - start)
             start = end
         position_ids[row, start:] = np.arange(width - start)

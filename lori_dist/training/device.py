@@ -1,5 +1,7 @@
 """The device that a rank computes on: which one, how ranks talk there, its memory, and how tensors get to it."""
 
+import contextlib
+import ctypes
 import os
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ def group_settings(local_rank: int) -> dict[str, Any]:
 
 
 def of_rank(local_rank: int, backend: str) -> torch.device:
-    """Where a rank of this machine computes, which is then the process's current device.
+    """The device of a rank on this machine, which becomes the process's current device.
 
     Raises JobError where there are fewer CUDA devices than ranks.
     """
@@ -62,12 +64,12 @@ def without_cuda() -> None:
 
 
 def num_ranks(wanted: int) -> int:
-    """As many ranks of this machine as are wanted, on CUDA at most one for each device."""
+    """The wanted number of ranks on this machine; with CUDA at most one for each device."""
     return min(wanted, torch.cuda.device_count()) if torch.cuda.is_available() else wanted
 
 
 def dtype_of_base() -> str:
-    """What a base is usually in: bfloat16 on CUDA, float32 on CPUs."""
+    """Usual data type of a base: bfloat16 on CUDA, float32 on CPUs."""
     return "bfloat16" if torch.cuda.is_available() else "float32"
 
 
@@ -100,6 +102,18 @@ def reset_peak(device: torch.device) -> None:
 def free_memory(device: torch.device) -> int | None:
     """Bytes of a device that nobody uses; None of a CPU's."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+LARGE = 2**20
+"""Bytes of memory that is given back as soon as it is free, see `return_freed`."""
+
+
+def return_freed() -> None:
+    """Makes this process give large pieces of host memory back when they are freed: glibc would keep up to all that
+    was gathered of a sharded base. Where the C library is another one, nothing is done."""
+    with contextlib.suppress(OSError, AttributeError):
+        threshold = -3  # M_MMAP_THRESHOLD of mallopt(3); once it is set, glibc does not raise it any more
+        ctypes.CDLL(None).mallopt(threshold, LARGE)
 
 
 def free_cached() -> None:

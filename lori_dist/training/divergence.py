@@ -14,7 +14,7 @@ WINDOW, LEAST = 32, 8
 MOST = 10
 """Steps in a row that may go wrong; more are no accident."""
 UPDATE = "update"
-"""In the record of a step that went wrong: what was done in the place of its update."""
+"""Key in the record of a step that went wrong: what was done instead of its update."""
 
 
 class Divergence:
@@ -25,21 +25,21 @@ class Divergence:
         before, which a training that goes on has."""
         self.spike = spike
         self.problem: str | None = None
-        """What is wrong with the last step; None: nothing."""
+        """Description of what is wrong with the last step; None if nothing is."""
         self.losses = deque((line["loss"] for line in records if UPDATE not in line), maxlen=WINDOW)
         wrong = [UPDATE in line for line in reversed(records)]
         self.in_a_row = wrong.index(False) if False in wrong else len(wrong)
 
     @classmethod
     def noted(cls, spike: float | None, notes: Mapping[str, Any]) -> "Divergence":
-        """As it was when it gave its `notes`."""
+        """Restores the state from its `notes`."""
         made = cls(spike, [])
         made.losses.extend(notes["losses"])
         made.in_a_row = notes["in_a_row"]
         return made
 
     def notes(self) -> dict[str, Any]:
-        """What a training that resumes has to know, as plain JSON."""
+        """The state that a resumed training needs, as plain JSON."""
         return {"losses": list(self.losses) if self.spike is not None else [], "in_a_row": self.in_a_row}
 
     def accepts(self, result: StepResult) -> bool:
@@ -63,7 +63,7 @@ class Divergence:
 
 
 def not_finite(loss: float, norm: float) -> str | None:
-    """What is wrong with a step, if its loss or the norm of its gradient is no number."""
+    """Description of a loss or gradient norm that is not finite; None if both are."""
     if math.isfinite(loss) and math.isfinite(norm):
         return None
     return f"the loss is {loss} and the gradient's norm {norm}"

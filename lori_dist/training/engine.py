@@ -141,8 +141,11 @@ class TaskGradients(Protocol):
         """A batch is to run, whose backward pass gives the parameters no gradient."""
         ...
 
-    def gradient(self, parts: Mapping[str, Part], step: int) -> Mapping[str, Tensor]:
-        """Name -> the gradient, over all ranks, of what this one holds, flat. step: of the training, from 0."""
+    def gradient(self, parts: Mapping[str, Part], step: int, losses: Sequence[Tensor]) -> Mapping[str, Tensor]:
+        """Name -> the gradient, over all ranks, of what this one holds, flat.
+
+        step: of the training, from 0. losses: of this rank's micro-batches, (tasks,) each.
+        """
         ...
 
 

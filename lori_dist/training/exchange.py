@@ -29,13 +29,13 @@ class Piece:
 
 
 class Exchange:
-    """For tensors of which ranks hold the parts they hold at the start."""
+    """Reduces and gathers tensors of which each rank holds the part that it held at the start."""
 
     def __init__(self, parts: Mapping[str, Part], num_tasks: int, world: World) -> None:
         """A collective. parts: of this rank."""
         self.world, self.num_tasks = world, num_tasks
         self.sent_bytes = 0
-        """Of the last exchange: of each whole tensor that was reduced or gathered."""
+        """Bytes of the whole tensors that were reduced or gathered in the last exchange."""
         self.held = [Piece(name=name, start=part.start, numel=part.data.numel()) for name, part in parts.items()]
         everyone: list[list[Piece]] = [[]] * world.size
         dist.all_gather_object(everyone, self.held)
@@ -53,7 +53,7 @@ class Exchange:
             [of_rank[number] if number < len(of_rank) else [] for of_rank in rounds]
             for number in range(max(map(len, rounds)))
         ]
-        """In each, what every rank gets."""
+        """The parts that every rank receives in each round."""
 
     def reduce(self, sums: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
         """Sums over ranks of this rank's share: names, each with (tasks, entries). A collective.
@@ -110,7 +110,7 @@ class Exchange:
 
 
 def _group(copies: Sequence[Sequence[int]], world: World) -> dist.ProcessGroup | None:
-    """Of those that hold the same. None: of all, or there are none."""
+    """The group of ranks that hold the same parts. None stands for all ranks, or for no group."""
     sets = [list(same) for same in dict.fromkeys(map(tuple, copies))]
     if len(sets) in (1, world.size):
         return None

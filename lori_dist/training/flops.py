@@ -2,13 +2,15 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lori_dist.adapter.experts import is_experts, projections
 from lori_dist.adapter.linear import is_quantized
+from lori_dist.adapter.probe import probe
 from lori_dist.adapter.saved import RoutedModule
 from lori_dist.config import Run
 from lori_dist.training.world import World
@@ -44,6 +46,7 @@ T4, V100, A100, L4, L40S, H100, H200 and HGX B200, which since Ampere give twice
 as parts of a device (MIG), have no peak here."""
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Names that configurations have for the number of a mixture's experts."""
 
 
 def per_token(model: PreTrainedModel, *, activation_checkpointing: bool = False) -> float | None:
@@ -54,20 +57,47 @@ def per_token(model: PreTrainedModel, *, activation_checkpointing: bool = False)
     they compute: a tensor of packed 4-bit entries is the matrix that it stands for. Embeddings count only where they
     are tied to the head. Left out are attention's products, see `attention`, and the adapter.
     activation_checkpointing: adds the second forward pass, which model FLOPs leave out and hardware FLOPs have.
-    None for a mixture of experts, where the weights depend on how many of them a token meets.
+    Of a mixture of experts, the share of the experts that compute a token counts. None where that is not known.
     """
-    if any(getattr(model.config.get_text_config(), name, None) for name in EXPERTS):
+    shares = active_shares(model)
+    if shares is None:
         return None
     again = 2.0 if activation_checkpointing else 0.0
-    return sum((again + (6.0 if trained else 4.0)) * numel for numel, trained in _matrices(model))
+    return sum((again + (6.0 if trained else 4.0)) * numel for numel, trained in _matrices(model, shares))
 
 
-def _matrices(model: PreTrainedModel) -> Iterator[tuple[int, bool]]:
-    """Entries of each matrix that rows are multiplied with, and whether it is trained."""
+def active_shares(model: nn.Module) -> dict[str, float] | None:
+    """Path of a mixture's fused experts -> the share of them that computes a token; empty for dense models.
+
+    The paths are those before an adapter was attached. None where the share is not known, as of experts that are
+    modules of their own.
+    """
+    found: dict[str, float] = {}
+    for path, module in model.named_modules():
+        if is_experts(module):
+            chosen = probe(model).num_chosen(path.removesuffix(".base"))
+            if chosen is None:
+                return None
+            found[path.removesuffix(".base")] = chosen / cast(int, module.num_experts)
+    settings: Any = getattr(model, "config", None)
+    if not found and settings is not None:
+        text = settings.get_text_config()
+        if any(isinstance(number := getattr(text, name, None), int) and number > 1 for name in EXPERTS):
+            return None
+    return found
+
+
+def _matrices(model: PreTrainedModel, shares: Mapping[str, float]) -> Iterator[tuple[float, bool]]:
+    """Entries of each matrix that a token is multiplied with, and whether it is trained."""
     head = model.get_output_embeddings()
     seen = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     seen -= {id(head.weight)} if head is not None else set()
-    for module in model.modules():
+    for path, module in model.named_modules():
+        if is_experts(module):
+            share = shares[path.removesuffix(".base")]
+            for fused in (getattr(module, name) for name in projections(module)):
+                yield share * fused.numel(), fused.requires_grad
+            continue
         for name, parameter in module.named_parameters(recurse=False):
             is_packed = is_quantized(module) and name == "weight"
             is_another_copy = isinstance(module, RoutedModule) and not name.startswith("copy_0_")
@@ -84,11 +114,11 @@ def _matrices(model: PreTrainedModel) -> Iterator[tuple[int, bool]]:
 # --- attention -------------------------------------------------------------------------------------------------------
 
 LOCAL = ("sliding_attention", "local", "sliding")
-"""Names that configurations have for layers whose tokens see a window,"""
+"""Names in configurations for layers whose tokens see a window."""
 CHUNKED = ("chunked_attention",)
-"""the chunk that they are in,"""
+"""Names for layers whose tokens see the chunk that they are in."""
 NO_PRODUCTS = ("linear_attention", "mamba", "mamba2", "conv", "recurrent", "linear")
-"""and for layers without a product of every two tokens."""
+"""Names for layers without a product of every two tokens."""
 BACKWARD = 2
 """Products of attention in the backward pass, over those of the forward pass: each of the two has two gradients."""
 
@@ -105,7 +135,7 @@ class Attention:
     """Whether windows do not overlap: a token sees those before it in its chunk."""
 
     def pairs(self, length: int, *, skips: bool = True) -> float:
-        """Of a row: how many tokens all tokens see together.
+        """Pairs of tokens in a row that attention computes.
 
         skips: only those at or before a token and in its window; else every token sees all of the row, which is what
         a kernel computes that applies the mask afterwards.
@@ -139,7 +169,7 @@ def attention(config: Any) -> list[Attention]:
 
 
 def _windows(text: Any, num_layers: int) -> Iterator[tuple[int | None, bool]]:
-    """Of each layer with attention."""
+    """Yields the window of each layer with attention."""
     sliding = getattr(text, "sliding_window", None) or getattr(text, "window_size", None)
     kinds = getattr(text, "layer_types", None) or getattr(text, "attention_layers", None)
     kinds = kinds or getattr(text, "layers_block_type", None)

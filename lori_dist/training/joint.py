@@ -1,8 +1,8 @@
 """Rows of several tasks in one batch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,28 +13,87 @@ from lori_dist.training.data import Batch, Example
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Joint:
-    """How tasks are trained together: what a joint job's settings say."""
+    """How tasks are trained together."""
 
     tasks: Sequence[str]
     weights: Sequence[float]
     """What each task's mean loss is multiplied by."""
-    projection: Literal["original", "in_place", "none"]
+    shares: Sequence[float] | None
+    """Of a batch's rows, by task; None: as many of each, to one."""
+    balance: str
+    options: Mapping[str, Any]
+    """Of the balance."""
     granularity: Literal["matrix", "layer", "type", "global"]
     reduce: Literal["sum", "mean"]
     seed: int
 
 
-def rows_of_step(step: int, *, num_rows: Sequence[int], batch_size: int, seed: int) -> list[tuple[int, int]]:
-    """The global batch of a step as (task, row), task by task: as many rows of each task, to one.
+def joint(settings: Mapping[str, Any], num_rows: Sequence[int]) -> Joint:
+    """From a joint job's settings and how many rows each task has.
 
-    Each task goes on from one permutation of its rows to the next by itself: the smaller it is, the more often.
-    num_rows: of each task, of which there are at most batch_size.
+    With a sampling, a task's weight is multiplied by T times its share of the rows: a row counts alike whatever task it
+    is of, and in equal shares this changes nothing.
     """
-    num_tasks = len(num_rows)
-    shares = [len(range(task, batch_size, num_tasks)) for task in range(num_tasks)]
+    balance, options = balance_of(settings)
+    shares, weights = shares_of(settings, num_rows), settings["weights"]
+    if shares is not None:
+        weights = [len(shares) * share * weight for share, weight in zip(shares, weights, strict=True)]
+    return Joint(
+        tasks=settings["tasks"],
+        weights=weights,
+        shares=shares,
+        balance=balance,
+        options=options,
+        granularity=settings["granularity"],
+        reduce=settings["reduce"],
+        seed=settings["seed"],
+    )
+
+
+def balance_of(settings: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Name and options of the balance in a joint job's settings, which say of Ortho-LoRA what it projects against."""
+    if "balance" in settings:
+        return settings["balance"]["name"], settings["balance"]["options"]
+    return ("none", {}) if settings["projection"] == "none" else ("ortho", {"against": settings["projection"]})
+
+
+def shares_of(settings: Mapping[str, Any], num_rows: Sequence[int]) -> list[float] | None:
+    """The share of each task in the rows, by a joint job's settings; None: equal."""
+    sampling = settings.get("sampling")
+    if sampling is None:
+        return None
+    sizes: list[float] = sampling.get("shares") or [
+        min(number, sampling["cap"] or number) ** (1 / sampling["temperature"]) for number in num_rows
+    ]
+    return [size / sum(sizes) for size in sizes]
+
+
+def counts_in_batch(shares: Sequence[float] | None, num_tasks: int, batch_size: int) -> list[int]:
+    """Rows of each task in every batch: by their shares, to one, and at least one; without shares, equally many.
+
+    num_tasks: at most batch_size.
+    """
+    if shares is None:
+        return [len(range(task, batch_size, num_tasks)) for task in range(num_tasks)]
+    counts = [1] * num_tasks
+    for _ in range(batch_size - num_tasks):  # each row to the task that lacks most
+        lacks = [share * batch_size - count for share, count in zip(shares, counts, strict=True)]
+        counts[lacks.index(max(lacks))] += 1
+    return counts
+
+
+def rows_of_step(
+    step: int, *, num_rows: Sequence[int], batch_size: int, seed: int, shares: Sequence[float] | None = None
+) -> list[tuple[int, int]]:
+    """The global batch of a step as (task, row), task by task, as `counts_in_batch` says.
+
+    Each task continues from one permutation of its rows to the next by itself: the smaller it is, the more often.
+    num_rows: of each task, of which there are at most batch_size. shares: of the rows, by task.
+    """
+    counts = counts_in_batch(shares, len(num_rows), batch_size)
     return [
         (task, row)
-        for task, (count, share) in enumerate(zip(num_rows, shares, strict=True))
+        for task, (count, share) in enumerate(zip(num_rows, counts, strict=True))
         for row in data.rows_of_step(step, num_rows=count, batch_size=share, seed=seed, epochs=None)
     ]
 
@@ -54,7 +113,7 @@ def batches(
     """
     counts = [0] * len(weights)
     for task, row in rows:
-        counts[task] += len(examples[task][row].response_ids)
+        counts[task] += examples[task][row].num_targets
     of_tasks = torch.tensor([weight / count for weight, count in zip(weights, counts, strict=True)])
     if pack is not None:
         return [_packed(piece, examples, of_tasks, pad_id, pack) for piece in pieces]

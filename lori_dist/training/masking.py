@@ -20,7 +20,7 @@ from lori_dist.training import checkpoint
 from lori_dist.training.world import World, from_first
 
 TINY = 1e-45
-"""What an entry that calibration left at zero counts as where others are not to be had."""
+"""Key of an entry that calibration left at zero, chosen only after all others."""
 PIECE = 2**20
 """Entries of B that are sent at once: 4 MB."""
 
@@ -56,7 +56,7 @@ def choose(
 
 
 def taken_by(adapter: Adapter, module: str) -> Tensor:
-    """Which entries of a module's B its blocks keep, (out_features, rank)."""
+    """The entries of a module's B that an adapter's blocks keep, (out_features, rank)."""
     shape = adapter.shapes[module][0], adapter.blocks[0].rank
     taken = torch.zeros(shape, dtype=torch.bool)
     for block in adapter.blocks:
@@ -160,13 +160,13 @@ def _places(modules: Mapping[str, int]) -> Iterator[tuple[str, slice]]:
 
 
 def _common(place: slice, mine: slice) -> slice:
-    """What of a place this rank has, counted from where its own begins; maybe nothing."""
+    """This rank's share of a slice, relative to the start of its own part; it may be empty."""
     start = min(max(place.start, mine.start), mine.stop)
     return slice(start - mine.start, max(start, min(place.stop, mine.stop)) - mine.start)
 
 
 def _dealt(values: Stored, num_entries: int, mine: slice, world: World) -> Tensor:
-    """Those that are mine of the first so many values.
+    """This rank's entries among the first so many values.
 
     Rank 0 reads and sends them: with storage by URL, or on other machines a moment after it was written, the others
     may not see the file. To all, as the libraries have no lasting connection between two ranks.

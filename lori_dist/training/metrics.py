@@ -31,10 +31,10 @@ Of an evaluation: metric, task, value, seconds. Of a merge: kept, total, density
 
 
 @contextlib.contextmanager
-def recorded(run: Run, job: str, folder: Path) -> Iterator[Callable[[Record], None]]:
-    """Gives what writes the records of a job that is done as a whole: to a new metrics.jsonl and to the run's trackers.
+def recorded(run: Run, job: str, folder: Path, *, before: Iterable[Record] = ()) -> Iterator[Callable[[Record], None]]:
+    """Gives what writes the records of a job that has no steps: to a new metrics.jsonl and to the run's trackers.
 
-    job: its name.
+    job: its name. before: records of what an earlier attempt has done, which come first.
     """
     rewrite(folder, [])
     forget(run, job)
@@ -44,6 +44,9 @@ def recorded(run: Run, job: str, folder: Path) -> Iterator[Callable[[Record], No
             line = {**record, "time": time.time()}
             append(folder, line)
             track(line)
+
+        for record in before:
+            write(record)
 
         yield write
 
@@ -66,7 +69,7 @@ def read(folder: Path, name: str = METRICS) -> list[Record]:
 
 
 def steps(folder: Path, name: str = METRICS) -> list[Record]:
-    """Those records that are of steps of a training."""
+    """The records of training steps."""
     return [line for line in read(folder, name) if is_step(line)]
 
 

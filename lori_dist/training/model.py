@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lori_dist import config
+from lori_dist.adapter import sharded
 from lori_dist.errors import AdapterError, ConfigError
 from lori_dist.training.data import Example
 from lori_dist.training.model_files import generation_settings
@@ -17,7 +18,7 @@ from lori_dist.training.model_files import identity as identity
 from lori_dist.training.model_files import load_tokenizer as load_tokenizer
 from lori_dist.training.model_files import loading as loading
 from lori_dist.training.model_files import weight_files as weight_files
-from lori_dist.training.weights import fill, materialize, skeleton, whole
+from lori_dist.training.weights import Weights, fill, materialize, skeleton, whole
 
 log = logging.getLogger(__name__)
 
@@ -27,12 +28,22 @@ def load_model(model: config.Model) -> PreTrainedModel:
 
     It is read as training reads it. Raises ConfigError if it cannot be loaded, or if its files lack a weight.
     """
-    made, weights = skeleton(model)
-    materialize(made.requires_grad_(False), torch.device("cpu"))
+    made, weights = frozen(model)
+    materialize(made, torch.device("cpu"))
     fill(made, weights, whole)
+    return made
+
+
+def frozen(model: config.Model) -> tuple[PreTrainedModel, Weights]:
+    """The base in evaluation mode, without its weights, of which none needs a gradient; and the weights.
+
+    Raises ConfigError as `load_model`.
+    """
+    made, weights = skeleton(model)
+    made.requires_grad_(False)
     if (settings := generation_settings(model)) is not None:
         made.generation_config = settings
-    return cast(PreTrainedModel, made.eval())
+    return cast(PreTrainedModel, made.eval()), weights
 
 
 def check_device(model: config.Model, device: torch.device) -> None:
@@ -45,7 +56,8 @@ def check_device(model: config.Model, device: torch.device) -> None:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """Its transformer blocks, inner ones first: the modules that transformers keeps on one device, if it says so."""
+    """The model's transformer blocks, inner ones first: the modules that transformers keeps on one device, if it names
+    any."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     return [module for module in model.modules() if type(module).__name__ in names][::-1]
 
@@ -60,7 +72,7 @@ def check(examples: Sequence[Example], model: PreTrainedModel) -> None:
             f"set train.max_length to {positions} or less"
         )
     largest = max((max(example.prompt_ids + example.response_ids) for example in examples), default=0)
-    num_embeddings = model.get_input_embeddings().weight.shape[0]
+    num_embeddings = sharded.shape(model.get_input_embeddings().weight)[0]
     if largest >= num_embeddings:
         raise ConfigError(
             f"model.path: the tokenizer gives token {largest}, the model has embeddings for {num_embeddings}; "

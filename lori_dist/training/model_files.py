@@ -1,4 +1,4 @@
-"""What lies in a base model's folder, or in its snapshot from the hub: the only place where any of it is opened.
+"""The content of a base model's folder, or of its snapshot from the hub: no other module opens any of it.
 
 Training, evaluation, export, plan and identity read configuration, tokenizer and weights through these functions, so
 that a folder means the same model to all of them, and code in it runs in all of them or in none.
@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from lori_dist import config
 from lori_dist.adapter.probe import probe
 from lori_dist.errors import ConfigError
-from lori_dist.files import read_regular, require_regular
+from lori_dist.files import folder_problem, read_regular, require_regular
 from lori_dist.jobs import TEXTS, WEIGHTS
 from lori_dist.tensors import Stored, stored
 
@@ -47,9 +47,9 @@ UNREAD = (
 )
 """Weights that a folder may have in other forms, named where there are none that are read."""
 PIECES = 64
-"""Places of a weight file that its identity looks at,"""
+"""Places of a weight file that its identity samples."""
 PIECE_BYTES = 4096
-"""and how many bytes it reads at each."""
+"""Bytes that are sampled at each place."""
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +58,28 @@ log = logging.getLogger(__name__)
 
 
 def settings_of(model: config.Model) -> PretrainedConfig:
-    """The model's configuration. Raises what transformers raises; within `loading` that is a ConfigError."""
+    """The model's configuration. Raises ConfigError for a quantised model or a damaged config.json, and what
+    transformers raises; within `loading` that is a ConfigError too."""
+    read_settings(model)
     with _own_code(model):
-        return cast(PretrainedConfig, AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code))
+        found = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    if getattr(found, "quantization_config", None) is not None:
+        raise ConfigError(f"model.path: {model.path!r} is quantised, which is not supported; give the base itself")
+    return cast(PretrainedConfig, found)
+
+
+def read_settings(model: config.Model) -> dict[str, Any]:
+    """config.json as it stands. Raises ConfigError where it is not there or is not a JSON object."""
+    if (problem := folder_problem(model.path)) is not None:
+        raise ConfigError(f"model.path: {problem}")
+    with loading(model):
+        try:
+            found = json.loads(read_regular(_file(model, "config.json")))
+        except ValueError as error:  # also of bytes that are not UTF-8
+            raise ValueError(f"config.json is not valid JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"config.json holds a {type(found).__name__}, wanted a JSON object")
+    return found
 
 
 def made_from(settings: PretrainedConfig, *, trust_remote_code: bool = False, **more: Any) -> PreTrainedModel:
@@ -95,6 +114,7 @@ def _can_decode(made: PreTrainedModel) -> bool:
 
 def load_tokenizer(model: config.Model) -> PreTrainedTokenizerBase:
     """The base's own tokenizer. Raises ConfigError if there is none."""
+    read_settings(model)  # which transformers reads too, and would call a fault there one of the tokenizer
     with loading(model, "the tokenizer of "), _own_code(model):
         tokenizer = cast(
             PreTrainedTokenizerBase,
@@ -108,7 +128,7 @@ def load_tokenizer(model: config.Model) -> PreTrainedTokenizerBase:
 
 
 def generation_settings(model: config.Model) -> GenerationConfig | None:
-    """What generation_config.json says; None where there is none."""
+    """The content of generation_config.json; None if there is no such file."""
     if _found(model, "generation_config.json") is None:
         return None
     with loading(model):
@@ -144,6 +164,13 @@ def _say_that_code_runs(path: str) -> None:
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def has_weights(model: config.Model) -> bool:
+    """Whether the model is a folder with weight files, of whatever format; nothing is downloaded to find out."""
+    folder = Path(model.path)
+    names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    return any(name.endswith(".safetensors") or name in (INDEX, *UNREAD) for name in names)
 
 
 def weight_files(model: config.Model) -> list[Path]:
@@ -224,14 +251,14 @@ def _file(model: config.Model, name: str) -> Path:
 
 
 def identity(model: config.Model) -> dict[str, str]:
-    """What tells this base from others, the same on every machine and in every folder.
+    """The identity of this base, which is the same on every machine and in every folder.
 
     name: of the folder, or on the hub. model_type: as in config.json. architecture: a hash of all tensors' names and
     shapes. weights: a hash of samples of every weight file, so cheap at any size; models that differ by a whole
     training differ in it, a change of single bytes may not show.
     """
+    settings = read_settings(model)
     with loading(model):
-        settings = json.loads(read_regular(_file(model, "config.json")))
         files = weight_files(model)
         shapes = sorted((name, list(where.shape)) for file in files for name, where in stored(file).items())
         weights = hashlib.blake2b(digest_size=8)
@@ -260,7 +287,7 @@ def _sample(file: Path, digest: hashlib.blake2b) -> None:
 
 @contextlib.contextmanager
 def loading(model: config.Model, part: str = "") -> Iterator[None]:
-    """What goes wrong below is about the folder or name that the user gave; the libraries raise nearly any class."""
+    """Names the user's folder or model in errors that occur inside, as the libraries raise nearly any class."""
     try:
         for file in Path(model.path).iterdir() if Path(model.path).is_dir() else ():
             if file.suffix in (*TEXTS, *WEIGHTS):  # which the libraries open, and would wait for if it were a pipe

@@ -1,4 +1,5 @@
-"""Where the processes that a launcher has started meet. Needs no torch: a mistake is answered before that is loaded."""
+"""The meeting point of the processes that a launcher has started. The module needs no torch, so mistakes are reported
+before torch is loaded."""
 
 import re
 from collections.abc import Mapping

@@ -1,38 +1,36 @@
-"""Gradients of several tasks made into one: where two oppose each other, what opposes is taken out.
+"""Gradients of several tasks made into one, with weights that a balance finds (`lori_dist.balances`).
 
 All that is made are sums of the tasks' gradients, so that of these nothing but their inner products has to be known:
-T x T numbers for each unit, whatever holds the gradients themselves. Sources: Ortho-LoRA (arXiv 2601.09684), algorithm
-1; PCGrad (arXiv 2001.06782), which is its `original` over the whole model. The form with inner products is our own.
+T x T numbers for each unit, whatever holds the gradients themselves.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal
 
-import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from lori_dist import plugin
 from lori_dist.adapter.attach import separate_tasks
 from lori_dist.adapter.per_task import PerTask, is_a, module_of
 from lori_dist.adapter.targets import layer
+from lori_dist.balances import Balance, State
 from lori_dist.training.data import Batch
 from lori_dist.training.engine import Part, trained
 from lori_dist.training.exchange import Exchange
 from lori_dist.training.world import World
 
-Projection = Literal["original", "in_place"]
 Granularity = Literal["matrix", "layer", "type", "global"]
 Reduce = Literal["sum", "mean"]
-
-VANISHED = 1e-10
-"""Of what a gradient's squared norm was, what is left of it that counts as nothing: rounding of fp32 gradients."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conflicts:
-    """How the tasks' gradients of one step stand to each other, before anything was taken out.
+    """How the tasks' gradients of one step stand to each other, before they were made into one.
 
     Equal on all ranks, but for sent_bytes where these hold unequal shares.
     """
@@ -44,7 +42,9 @@ class Conflicts:
     layers: Mapping[tuple[str, str], tuple[float, ...]]
     """Two tasks -> cosine in each layer, in the order of `layers_of`."""
     removed: float
-    """|taken out| / |sum of the gradients|; of `mean`, as if it were `sum`."""
+    """|sum of the gradients - what was made of them| / |sum of the gradients|; of `mean`, as if it were `sum`."""
+    weights: tuple[float, ...]
+    """What each task's gradient was multiplied by, the mean over units; of `mean`, as if it were `sum`."""
     sent_bytes: int
     """In the step's exchange: of each whole tensor that was reduced or gathered. 0 on one rank."""
 
@@ -56,10 +56,13 @@ class Surgery:
     tasks: tuple[str, ...]
     per_task: PerTask
     world: World
-    projection: Projection
+    balance: Balance
+    takes_losses: bool
     granularity: Granularity
     reduce: Reduce
     seed: int
+    state: State = field(default_factory=dict)
+    """Of the balance, after the last step."""
     conflicts: Conflicts | None = None
     """Of the last step."""
     _exchange: Exchange | None = field(default=None, init=False)
@@ -70,10 +73,11 @@ class Surgery:
         self.per_task.begin(batch.tasks, batch.input_ids.shape[1])
 
     @torch.no_grad()
-    def gradient(self, parts: Mapping[str, Part], step: int) -> dict[str, Tensor]:
+    def gradient(self, parts: Mapping[str, Part], step: int, losses: Sequence[Tensor]) -> dict[str, Tensor]:
         """Name -> the gradient of what this rank holds of a trained tensor, as `parts` says; flat. A collective.
 
-        Afterwards the tasks' gradients are zero again. step: of the training, from 0; with the seed it gives the order.
+        Afterwards the tasks' gradients are zero again. step: of the training, from 0. losses: of this rank's
+        micro-batches, (tasks,) each.
         """
         if self._exchange is None:
             self._exchange = Exchange(parts, len(self.tasks), self.world)
@@ -82,13 +86,29 @@ class Surgery:
         gram = exchange.add(gram_matrices(names, own, len(self.tasks), self.world.device)).cpu()
         units = numbered(unit_of(name, self.granularity) for name in names)
         of_units = summed(gram, units)
-        chosen = coefficients(of_units, order(len(self.tasks), self.seed, step), self.projection).sum(1)
+        chosen = self._weights(of_units, self._losses(losses), step)
         scale = 1 / len(self.tasks) if self.reduce == "mean" else 1.0
         of_tensors = dict(zip(names, (chosen * scale)[units].to(self.world.device), strict=True))
         made = exchange.share([(name, of_tensors[name].to(g.dtype) @ g) for name, g in own])
         self.per_task.clear()
         self.conflicts = self._conflicts(names, gram, of_units, chosen, exchange.sent_bytes)
         return made
+
+    def _losses(self, losses: Sequence[Tensor]) -> Tensor:
+        """Of the step, over all ranks, (tasks,), float64; zeros where the balance does not look at them."""
+        if not self.takes_losses:
+            return torch.zeros(len(self.tasks), dtype=torch.float64)
+        total = torch.stack(list(losses)).sum(0).double()
+        if self.world.size > 1:
+            dist.all_reduce(total)
+        return total.cpu()
+
+    def _weights(self, gram: Tensor, losses: Tensor, step: int) -> Tensor:
+        """(units, T). Of a step whose loss is not finite, which is not done, the plain sum; it leaves the state."""
+        if not (bool(gram.isfinite().all()) and bool(losses.isfinite().all())):
+            return gram.new_ones(gram.shape[:2])
+        weights, self.state = self.balance(gram, losses, self.state, seed=self.seed, step=step)
+        return weights
 
     def _conflicts(
         self, names: Sequence[str], gram: Tensor, of_units: Tensor, chosen: Tensor, sent_bytes: int
@@ -104,6 +124,7 @@ class Surgery:
             shares={pair: float((of_units[:, i, j] < 0).double().mean()) for pair, (i, j) in pairs.items()},
             layers={pair: tuple(of_layers[:, i, j].tolist()) for pair, (i, j) in pairs.items()},
             removed=float((removed / total).sqrt()),
+            weights=tuple(chosen.mean(0).tolist()),
             sent_bytes=sent_bytes,
         )
 
@@ -113,23 +134,27 @@ def surgery(
     tasks: Sequence[str],
     world: World,
     *,
-    projection: Projection = "original",
-    granularity: Granularity = "matrix",
+    balance: str = "ortho",
+    options: Mapping[str, Any] | None = None,
+    granularity: Granularity | None = None,
     reduce: Reduce = "sum",
     seed: int = 0,
 ) -> Surgery:
     """For a model with an adapter to train. From here on its backward passes give parameters no gradient.
 
-    projection: what a gradient is projected against: the other tasks' own gradients, or (`in_place`, as the paper
-    prints it) what these have become. granularity: the unit in which two gradients are compared: each A and B apart,
-    all of a layer, all A and all B, or everything.
+    balance: a file of `lori_dist/balances`, or `package.module`. options: of it, by name. granularity: the unit in
+    which gradients are compared: each A and B apart, all of a layer, all A and all B, or everything; by default that
+    of the balance. reduce: the sum of the weighted gradients, or that over the number of tasks.
+    Raises ConfigError for a balance or options that do not exist or fit.
     """
+    method = plugin.find("balances", balance, "balance", "multitask.balance")
     return Surgery(
         tasks=tuple(tasks),
         per_task=separate_tasks(model, len(tasks)),
         world=world,
-        projection=projection,
-        granularity=granularity,
+        balance=partial(method.load(), **method.bind(options or {}, "multitask.balance")),
+        takes_losses=bool(method.constants.get("LOSSES", False)),
+        granularity=granularity or method.constants.get("GRANULARITY", ("global",))[0],
         reduce=reduce,
         seed=seed,
     )
@@ -187,36 +212,3 @@ def cosines(gram: Tensor) -> Tensor:
     norms = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     product = norms.unsqueeze(-1) * norms.unsqueeze(-2)
     return torch.where(product > 0, gram / product, 0.0)
-
-
-def order(num_tasks: int, seed: int, step: int) -> list[int]:
-    """In which order tasks give way, and to whom first: from seed and step alone."""
-    words = np.random.Philox(key=np.array([seed, step], dtype=np.uint64)).random_raw(num_tasks)
-    return [int(task) for task in np.argsort(words, kind="stable")]
-
-
-def coefficients(gram: Tensor, order: Sequence[int], projection: Projection) -> Tensor:
-    """What becomes of each gradient, (units, T, T): task i's is the sum over j of [i, j] times task j's own.
-
-    gram: (units, T, T), float64, inner products of the tasks' gradients. The identity where no two oppose each other.
-    A gradient of which (nearly) nothing is left is nothing to give way to.
-    """
-    num_tasks = gram.shape[-1]
-    made = torch.eye(num_tasks, dtype=gram.dtype, device=gram.device).repeat(len(gram), 1, 1)
-    for i in order:
-        for j in order:
-            if i == j:
-                continue
-            against = made[:, j] if projection == "in_place" else _unit(j, made)
-            images = torch.einsum("ujk,uk->uj", gram, against)  # inner products with every task's own gradient
-            inner, squared = (made[:, i] * images).sum(1), (against * images).sum(1)
-            opposes = (inner < 0) & (squared > VANISHED * gram[:, j, j])
-            factor = torch.where(opposes, inner / torch.where(opposes, squared, 1.0), 0.0)
-            made[:, i] -= factor.unsqueeze(1) * against
-    return made
-
-
-def _unit(task: int, like: Tensor) -> Tensor:
-    own = torch.zeros_like(like[:, task])
-    own[:, task] = 1
-    return own

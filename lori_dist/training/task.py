@@ -27,6 +27,7 @@ from lori_dist.training.divergence import Divergence
 from lori_dist.training.engine import State
 from lori_dist.training.joint import Joint
 from lori_dist.training.joint import batches as joint_batches
+from lori_dist.training.joint import joint as joint_of
 from lori_dist.training.joint import rows_of_step as joint_rows
 from lori_dist.training.metrics import METRICS, Record
 from lori_dist.training.model import check_base, check_device, load_tokenizer
@@ -98,6 +99,10 @@ def make_job(
     tokenizer = load_tokenizer(run.model)
     tasks = joint["tasks"] if joint is not None else (task,)
     rows = {name: _rows(run, name, tokenizer) for name in tasks}
+    examples = [
+        data.encode([*chain(*parts)], tokenizer, run.train.max_length, where=f"tasks.{name}.train")
+        for name, parts in rows.items()
+    ]
     return Job(
         run=run if joint is not None else dataclasses.replace(run, train=trained_as(run, task)),
         name=planned.name,
@@ -109,14 +114,11 @@ def make_job(
         track=track,
         progress=progress,
         told=told,
-        examples=[
-            data.encode([*chain(*parts)], tokenizer, run.train.max_length, where=f"tasks.{name}.train")
-            for name, parts in rows.items()
-        ],
+        examples=examples,
         mixture=[] if len(rows[tasks[0]]) == 1 else [len(part) for part in rows[tasks[0]]],
         pad_id=data.pad_id(tokenizer),
         origin={"fingerprint": fingerprint, **planned.settings},
-        joint=None if joint is None else Joint(**joint),
+        joint=None if joint is None else joint_of(joint, [len(of_task) for of_task in examples]),
         before=None if sequel is None else _before(run, sequel["before"]),
         is_disjoint=sequel is not None and sequel["masks"] == "disjoint",
         start=_start(run, task) if "start" in planned.settings else None,
@@ -124,7 +126,7 @@ def make_job(
     )
 
 
-def _rows(run: Run, task: str, tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[str, str]]]:
+def _rows(run: Run, task: str, tokenizer: PreTrainedTokenizerBase) -> list[list[data.Segments]]:
     """Prompt and response of the rows to train on, file by file: all, but for those on which weights of merges are
     searched."""
     where, count, settings = f"tasks.{task}.train", held_out(run, task), run.tasks[task]
@@ -249,7 +251,8 @@ def rows_of_step(job: Job, phase: Phase, step: int) -> list[tuple[int, int]]:
     """(task, row)."""
     train, num_rows = job.run.train, [len(examples) for examples in job.examples]
     if job.joint is not None:
-        return joint_rows(step, num_rows=num_rows, batch_size=train.batch_size, seed=train.seed)
+        shares = job.joint.shares
+        return joint_rows(step, num_rows=num_rows, batch_size=train.batch_size, seed=train.seed, shares=shares)
     if job.mixture:
         shares = tuple(job.run.tasks[job.task].mixture.values())
         rows = data.mixed_rows_of_step(
@@ -419,7 +422,7 @@ def rewind(job: Job, phase: Phase, first: int) -> None:
 
 def conflicts_of(job: Job, model: nn.Module) -> Record:
     """The conflicts of the last phase, over all of its steps."""
-    if job.joint is None or job.joint.projection == "none":
+    if job.joint is None or job.joint.balance == "none":
         return {}
     records, lines = (
         [line for line in metrics.steps(job.folder, name) if line["phase"] == TRAIN]

@@ -54,6 +54,28 @@ def pairs(rows: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[tupl
     return found
 
 
+def segments(rows: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase) -> list[tuple[Ids, ...]]:
+    """The tokens of each row's segments, of which every second one is learned: of two, those that `pairs` gives.
+
+    Together they are the tokens of the row's text. Raises what `pairs` raises.
+    """
+    found: list[tuple[Ids, ...]] = list(pairs([(row[0], "".join(row[1:])) for row in rows], tokenizer))
+    longer = [place for place, row in enumerate(rows) if len(row) > 2]
+    if _is_additive(tokenizer):
+        for place in longer:
+            found[place] = (found[place][0], *_tokens(rows[place][1:], tokenizer))
+        return found
+    for place in longer:
+        row, whole = rows[place], sum(found[place], ())
+        cuts = [("".join(row[:count]), "".join(row[count:])) for count in range(2, len(row))]
+        borders = [len(found[place][0])]
+        for before, _ in pairs(cuts, tokenizer):
+            differing = (i for i, (a, b) in enumerate(zip(whole, before, strict=False)) if a != b)
+            borders.append(max(borders[-1], next(differing, min(len(whole), len(before)))))
+        found[place] = tuple(whole[start:end] for start, end in zip([0, *borders], [*borders, len(whole)], strict=True))
+    return found
+
+
 def prompt_ids(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Ids]:
     """The tokens of prompts alone, as a model is given them to write a response: with bos if the tokenizer adds it.
 

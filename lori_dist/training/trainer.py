@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -89,7 +90,7 @@ class Gradients:
         self.routing.begin(batch.tasks, batch.input_ids.shape[1])
 
     @torch.no_grad()
-    def gradient(self, parts: Mapping[str, Part], step: int) -> dict[str, Tensor]:
+    def gradient(self, parts: Mapping[str, Part], step: int, losses: Sequence[Tensor]) -> dict[str, Tensor]:
         if self._exchange is None:
             self._exchange = Exchange(parts, 1, self.world)
         own = [(name, summed[0]) for name, summed in self._exchange.reduce(self.routing.sums)]
@@ -174,6 +175,9 @@ class Group:
         gradients: Surgery | Gradients | None
         if routing is None:
             gradients, train, state = _surgery(first, model), run.train, next(iter(states.values()))
+            [course] = courses.values()
+            if gradients is not None:
+                gradients.state = course.notes.get("balance", {})
         else:
             gradients = Gradients(routing=routing, world=world, max_norm=run.train.clip)
             train, state = dataclasses.replace(run.train, clip=None), _joined(states)
@@ -291,7 +295,7 @@ class Group:
         """This rank's micro-batches of a step, and the number of targets, which is 1 where batches have weights."""
         courses = {task: self.courses[task] for task in rows}
         counts = {
-            task: sum(len(course.job.examples[which][row].response_ids) for which, row in rows[task])
+            task: sum(course.job.examples[which][row].num_targets for which, row in rows[task])
             for task, course in courses.items()
         }
         batches = {task: course.batches(rows[task]) for task, course in courses.items()}
@@ -322,7 +326,7 @@ class Group:
         weighted = zip(job.joint.tasks, result.task_losses, job.joint.weights, strict=True)
         found: Record = {"task_losses": {task: loss / weight for task, loss, weight in weighted}}
         if isinstance(self.gradients, Surgery) and self.gradients.conflicts is not None:
-            found |= conflicts.figures(self.gradients.conflicts)
+            found |= conflicts.figures(self.gradients.conflicts, job.joint.tasks)
         return found
 
     def _after(self, task: str, record: Record) -> None:
@@ -423,11 +427,19 @@ class Group:
             still_mine=job.still_mine,
             skipped=end.step - course.num_updates,
             spare=end.best.step if job.run.train.early_stop is not None else None,
-            notes=end.notes(course.divergence),
+            notes={**end.notes(course.divergence), **self._balance()},
         )
+
+    def _balance(self) -> dict[str, Any]:
+        """What a resumed joint job has to know of its balance."""
+        if not isinstance(self.gradients, Surgery) or not self.gradients.state:
+            return {}
+        return {"balance": dict(self.gradients.state)}
 
     def _load(self, task: str, state: State) -> None:
         """Puts a task's state in place of its values and moments; those of others stay."""
+        if isinstance(self.gradients, Surgery):
+            self.gradients.state = state.notes.get("balance", {})
         self.courses[task].num_updates = state.step
         adapter = self._adapter(task)
         self.engine.load(state if self.routing is None else _named(state, adapter))
@@ -507,13 +519,14 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 def _surgery(job: Job, model: PreTrainedModel) -> Surgery | None:
     """What makes one gradient of the tasks', where that is asked for."""
     joint = job.joint
-    if joint is None or joint.projection == "none":
+    if joint is None or joint.balance == "none":
         return None
     return surgery(
         model,
         joint.tasks,
         job.world,
-        projection=joint.projection,
+        balance=joint.balance,
+        options=joint.options,
         granularity=joint.granularity,
         reduce=joint.reduce,
         seed=joint.seed,

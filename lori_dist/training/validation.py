@@ -16,7 +16,7 @@ from lori_dist.training.metrics import Record
 from lori_dist.training.world import World
 
 LOSS = "validation_loss"
-"""In the record of a step after which it was measured."""
+"""Key in the record of the step after which the loss was measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,12 +31,12 @@ class Best:
 
     @classmethod
     def noted(cls, notes: Mapping[str, Any]) -> "Best":
-        """As it was when it gave its `notes`."""
+        """Restores the state from its `notes`."""
         loss = math.inf if notes["loss"] is None else notes["loss"]
         return cls(step=notes["step"], loss=loss, num_since=notes["num_since"])
 
     def notes(self) -> dict[str, Any]:
-        """What a training that resumes has to know, as plain JSON."""
+        """The state that a resumed training needs, as plain JSON."""
         loss = self.loss if math.isfinite(self.loss) else None
         return {"step": self.step, "loss": loss, "num_since": self.num_since}
 
@@ -47,7 +47,7 @@ class Best:
 
 
 def best(records: Iterable[Record]) -> Best:
-    """Of the steps that were done."""
+    """The best step among those that were done."""
     found = Best()
     for line in records:
         if LOSS in line:
@@ -64,4 +64,4 @@ def measure(engine: Engine, examples: Sequence[Example], world: World, *, batch_
         total += loss_sum(engine.model, batch)
     if world.size > 1:
         dist.all_reduce(total)
-    return float(total) / sum(len(example.response_ids) for example in examples)
+    return float(total) / sum(example.num_targets for example in examples)

@@ -26,7 +26,7 @@ from lori_dist.training.model_files import check_causal, loading, made_from, set
 from lori_dist.training.quantized import QuantizedWeights, quantize_layers
 
 HOLDERS = (AdaptedLinear, AdaptedExperts)
-"""What an adapter puts in the place of modules of the base, which are then their `base`."""
+"""Modules by which an adapter replaces those of the base, which become their `base`."""
 
 
 UNUSED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 class Weights(Protocol):
-    """Where a base's weights come from."""
+    """A source of a base's weights."""
 
     def read(self, name: str, into: Tensor, start: int) -> None:
         """Fills a flat tensor with entries of a parameter or buffer, row by row, from the flat position `start` on."""
@@ -47,7 +47,7 @@ class Weights(Protocol):
 
 
 def attention_of(model: config.Model) -> dict[str, str]:
-    """What transformers takes when it makes a model, for `model.attention`."""
+    """Arguments for transformers, when it makes a model, that follow from `model.attention`."""
     return {} if model.attention is None else {"attn_implementation": model.attention}
 
 
@@ -59,19 +59,27 @@ def skeleton(model: config.Model) -> tuple[PreTrainedModel, Weights]:
     dtype = getattr(torch, model.dtype)
     with loading(model):
         settings = settings_of(model)
-        if getattr(settings, "quantization_config", None) is not None:
-            raise ConfigError(f"model.path: {model.path!r} is quantised, which is not supported; give the base itself")
         attention = attention_of(model)
         made = without_weights(settings, dtype, trust_remote_code=model.trust_remote_code, **attention)
         _keep_exact(made, dtype)
-        weights = _Files(made, stored_weights(model))
-    weights.check(model.path)
+    weights = find_weights(made, model)
     _check_attention(made, model)
     check_causal(made, model)
     if model.quantize is None:
         return made.eval(), weights
     quantize_layers(made, model.quantize)
     return made.eval(), QuantizedWeights(made, weights.read)
+
+
+def find_weights(made: PreTrainedModel, model: config.Model) -> "_Files":
+    """Where the model's files have its weights; only their headers are read.
+
+    Raises ConfigError if they cannot be read, lack a weight, or have one of another shape.
+    """
+    with loading(model):
+        weights = _Files(made, stored_weights(model))
+    weights.check(model.path)
+    return weights
 
 
 def without_weights(settings: PretrainedConfig, dtype: torch.dtype, **more: Any) -> PreTrainedModel:

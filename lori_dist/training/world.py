@@ -35,13 +35,13 @@ class World:
     """This process among those that train together."""
 
     rank: int
-    """Of this process, from 0."""
+    """Rank of this process, from 0."""
     size: int
     """Number of processes."""
     local_rank: int
-    """Of this process among those on its machine."""
+    """Rank of this process among those on its machine."""
     device: torch.device
-    """Where this process computes."""
+    """Device of this process."""
 
 
 def from_environment() -> World:
@@ -58,7 +58,7 @@ def from_environment() -> World:
 
 
 def from_first(world: World, make: Callable[[], T]) -> T:
-    """What `make` gives on rank 0, which alone calls it, on all ranks. A LoriError it raises is raised on all."""
+    """Calls `make` on rank 0 alone and returns its result on all ranks. A LoriError that it raises is raised on all."""
     made: list[Any] = [None]
     if world.rank == 0:
         try:

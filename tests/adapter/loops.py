@@ -4,6 +4,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -400,6 +401,96 @@ def several(shards: bool, adapters: dict[str, Adapter]) -> Tensor:
         return whole(model)
 
 
+TASKS = {"math": SPEC, "code": replace(SPEC, seed=4)}
+OF_ROWS = ["code", "code", "math", "math"]
+"""The task of each of IDS: of two ranks, each has rows of one task alone."""
+
+
+def means(model: nn.Module, rows: Tensor) -> Tensor:
+    """The mean loss of each row."""
+    logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
+    losses = nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none")
+    return losses.mean(1)
+
+
+def trained_alone(task: str, clips: bool) -> Tensor:
+    """Both phases of one task on its own rows, with one adapter on the model."""
+    model = tiny_llama()
+    attach(model, TASKS[task])
+    rows = IDS[[place for place, name in enumerate(OF_ROWS) if name == task]]
+
+    def train(model: nn.Module) -> list[float]:
+        optimizer = torch.optim.AdamW(trainable(model).values(), lr=LR, eps=EPS, weight_decay=0.0)
+        for _ in range(STEPS):
+            means(model, rows).mean().backward()
+            if clips:
+                torch.nn.utils.clip_grad_norm_(trainable(model).values(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+        return []
+
+    return values_of(_both_phases(model, train, task))
+
+
+def _both_phases(model: nn.Module, train: Train, task: str) -> Adapter:
+    train(model)
+    sparsify(model, mask(dense(model), density=DENSITY))
+    train(model)
+    return extract(model, name=task)
+
+
+def trained_together(how: str) -> dict[str, Tensor]:
+    """Both phases of both tasks over one base. how: `` for one process, `fsdp attach first`, `fsdp shard first`, or a
+    stage of ZeRO."""
+    with quiet_deepspeed() if how.isdecimal() else contextlib.nullcontext() as deepspeed:
+        return _trained_together(how, deepspeed)
+
+
+def _trained_together(how: str, deepspeed: Any) -> dict[str, Tensor]:
+    model: Any = tiny_llama()
+    if how == "fsdp shard first":
+        shard(model)
+    routing = attach_several(model, TASKS)
+    if how == "fsdp attach first":
+        shard(model)
+    size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    count = len(IDS) // size
+    mine = slice(rank * count, (rank + 1) * count)
+
+    def loss(model: nn.Module) -> Tensor:
+        """Each task's mean over its two rows; the mean over ranks that engines take is undone."""
+        return means(model, IDS[mine]).sum() / 2 * size
+
+    def train() -> Any:
+        optimizer = torch.optim.AdamW(trainable(model).values(), lr=LR, eps=EPS, weight_decay=0.0)
+        for _ in range(STEPS):
+            with routing.rows(OF_ROWS[mine]):
+                loss(model).backward()
+            for task in TASKS:
+                torch.nn.utils.clip_grad_norm_(trainable(model, task).values(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def train_by_deepspeed() -> Any:
+        with quiet_deepspeed() as deepspeed:
+            config = {**deepspeed_config(int(how)), "gradient_clipping": 0.0}
+            engine, *_ = deepspeed.initialize(model=model, model_parameters=[*trainable(model).values()], config=config)
+            for _ in range(STEPS):
+                with routing.rows(OF_ROWS[mine]):
+                    engine.backward(loss(engine))
+                engine.step()
+        return engine
+
+    run = train_by_deepspeed if how.isdecimal() else train
+    engine = run()
+    masks = {task: mask(dense(model, task), density=DENSITY) for task in TASKS}
+    if engine is not None:
+        engine.destroy()
+    sparsify(model, masks)
+    run()
+    return {task: values_of(extract(model, name=task)) for task in TASKS}
+
+
 def mixed() -> dict[str, Any]:
     """bf16 in the passes, and what is kept and stepped in float32."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -436,7 +527,7 @@ def refused() -> dict[str, str]:
     split: Any = tiny_llama()
     parallelize_module(split.model.layers[0].mlp.up_proj, init_device_mesh("cpu", (1,)), ColwiseParallel())
     of("tensor parallel", lambda: attach(split, SPEC))
-    of("several", lambda: attach_several(tiny_llama(), {"math": SPEC}))  # type: ignore[dict-item]
+    of("several", lambda: attach_several(DistributedDataParallel(model), {"math": SPEC}))
     with quiet_deepspeed():
         piped = PipelineModule(layers=[nn.Linear(4, 4)], num_stages=1)
         of("pipeline", lambda: attach(piped, SPEC))

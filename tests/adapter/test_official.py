@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lori_dist.adapter import file, source
+from lori_dist.adapter import file, official, source
 from lori_dist.adapter.attach import attach, detach, extract, trainable
 from lori_dist.errors import AdapterError
 from lori_dist.merges import merge
@@ -55,6 +55,27 @@ def test_names_of_modules_alone_are_mapped(tmp_path: Path) -> None:
     for cut in (("base_model.model.", ""), (".lora_B.default.weight", ""), (".default", "")):
         torch.save({name.replace(*cut): item for name, item in mask.items()}, tmp_path / "s" / "0.9_mask.pt")
         compare(model, source.load(tmp_path / "s"))
+
+
+def test_a_mask_takes_memory_only_as_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "0_mask.pt"
+    torch.save({MODULE: torch.ones(2**16, 2**10, dtype=torch.bool)}, path)
+
+    def anonymous() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+    before = anonymous()
+    mask = official.read_mask(path, {MODULE: (2**16, 2**10)})
+    assert anonymous() - before < path.stat().st_size / 4  # the rest is the file's own pages, which the system may drop
+    assert mask[MODULE].all()
+
+
+def test_a_mask_of_torch_before_1_6_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "0.5_mask.pt"
+    wanted = torch.tensor([[True, False], [False, True]])
+    torch.save({MODULE: wanted}, path, _use_new_zipfile_serialization=False)
+    assert torch.equal(official.read_mask(path, {MODULE: (2, 2)})[MODULE], wanted)
 
 
 def refused(folder: Path, wanted: str) -> None:

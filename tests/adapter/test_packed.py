@@ -10,7 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lori_dist import Adapter, AdapterError, Spec, attach, attach_several, detach, extract, trainable
+from lori_dist import (
+    Adapter,
+    AdapterError,
+    Spec,
+    attach,
+    attach_several,
+    dense,
+    detach,
+    extract,
+    sparsify,
+    trainable,
+)
 from lori_dist.adapter import packed
 from lori_dist.adapter.adapter import Block
 from lori_dist.adapter.routing import adapter_of, name_of
@@ -232,3 +243,41 @@ def test_it_survives_casts_and_a_trip_to_meta() -> None:
             delta.index is not None and index is not None and torch.equal(delta.index, index)
         )
         assert delta.values is None or delta.values.dtype == torch.float32
+
+
+def test_several_specs_are_trained_by_name_and_mistakes_are_named() -> None:
+    model = tiny_llama()
+    specs = {"math": Spec(rank=2, alpha=4.0, seed=1), "code": Spec(rank=2, alpha=4.0, seed=2)}
+    routing = attach_several(model, specs)
+    everything, of_math = trainable(model), trainable(model, "math")
+    assert set(of_math) == {name for name in everything if name.endswith("@math")}
+    assert len(everything) == 2 * len(of_math) > 0
+    ids = torch.arange(3, 15).view(2, 6)
+    with routing.rows(["math", "math"]):
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    for name, parameter in everything.items():
+        assert parameter.grad is not None and bool(parameter.grad.any()) == name.endswith("@math"), name
+    made = extract(model, name="code")
+    assert made.blocks[0].name == "code" and made.blocks[0].seed == 2
+    with pytest.raises(AdapterError, match=r"^adapter: unknown adapter 'maths'; there are math, code\. Did you mean"):
+        trainable(model, "maths")
+    with pytest.raises(AdapterError, match=r"^adapter: unknown adapter 'maths'"):
+        extract(model, name="maths")
+    with pytest.raises(AdapterError, match=r"^adapter: the model has math, code; name one of them"):
+        dense(model)
+    with pytest.raises(AdapterError, match=r"^masks: got masks for math; the model has adapters math, code"):
+        sparsify(model, {"math": {}})
+    with pytest.raises(AdapterError, match=r"^math: masks: no mask for model\.layers\.0"):
+        sparsify(model, {"math": {}, "code": {}})
+    detach(model)
+    with pytest.raises(AdapterError, match=r"^math: is a Spec, and code a trained Adapter"):
+        attach_several(model, {"math": specs["math"], "code": made})
+    with pytest.raises(AdapterError, match=r"^math: got a str; wanted an Adapter or a Spec"):
+        attach_several(model, {"math": "math.safetensors"})  # type: ignore[dict-item]
+    attach_several(model, {"math": specs["math"], "code": Spec(rank=3, alpha=4.0, seed=2)})  # may differ in all
+    detach(model)
+    with pytest.raises(AdapterError, match=r"^math: has modules_to_save"):
+        attach_several(model, {"math": Spec(rank=2, alpha=4.0, seed=1, modules_to_save=("lm_head",))})
+    attach(model, specs["math"])
+    with pytest.raises(AdapterError, match=r"^adapter: unknown adapter 'math'; the model has one, unnamed"):
+        trainable(model, "math")

@@ -1,6 +1,7 @@
 """What a small copy of a model says of it: layers that never run, and tokens that see later ones."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -278,3 +279,22 @@ def test_an_exclusion_that_matches_nothing_or_everything_is_refused() -> None:
         attach(tiny_llama(), dataclasses.replace(SPEC, exclude=("q_prj",)))
     with pytest.raises(AdapterError, match=r"^targets: no linear layer is left after exclude \(model\)"):
         attach(tiny_llama(), dataclasses.replace(SPEC, exclude=("model",)))
+
+
+def test_a_large_mixture_of_experts_is_probed_in_seconds() -> None:
+    sizes = {"hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4}
+    experts = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "head_dim": 128}
+    settings = AutoConfig.for_model("qwen3_moe", **sizes, **experts)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        start = time.process_time()  # of all threads
+        found = probe(model)
+        assert time.process_time() - start < 8
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(num_threads)
+    assert found.is_causal and not found.idle
+    assert "model.layers.47.mlp.experts" in found.layers

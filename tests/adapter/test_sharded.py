@@ -135,12 +135,21 @@ def test_rows_meet_their_own_adapters_on_a_sharded_model() -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("how", ["", "fsdp attach first", "fsdp shard first", "2", "3"])
+def test_adapters_trained_together_are_those_trained_alone(how: str) -> None:
+    wanted = {task: loops.trained_alone(task, clips=not how.isdecimal()) for task in loops.TASKS}
+    found = run_distributed(loops.trained_together, how, world_size=2) if how else [loops.trained_together(how)]
+    for of_rank in found:
+        for task, values in wanted.items():
+            assert close(of_rank[task], values), task
+
+
 def test_models_that_are_split_otherwise_are_refused() -> None:
     [found] = run_distributed(loops.refused, world_size=1)
     assert found["ddp"].startswith("model: is a DistributedDataParallel, which does not take new parameters")
     assert found["tensor parallel"].startswith("model.layers.0.mlp.up_proj.weight: is a DTensor on a mesh")
     assert found["pipeline"].startswith("model: is a DeepSpeed PipelineModule, and pipeline parallelism")
-    assert found["several"].startswith("math: got a Spec; wanted a trained Adapter")
+    assert found["several"].startswith("model: is wrapped in DistributedDataParallel already; attach first")
 
 
 @pytest.mark.parametrize("how", ["", "fsdp2", "2", "3"])

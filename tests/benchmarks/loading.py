@@ -78,7 +78,7 @@ def load(world: World, folder: Path, engine: str) -> dict[str, int]:
     Path("/proc/self/clear_refs").write_text("5")
     before = process_bytes("VmRSS")
     _build(world, folder / "large", engine)
-    return {"peak_bytes": _most(world, "VmHWM", before), "held_bytes": _most(world, "VmRSS", before)}
+    return {"peak_bytes": most(world, "VmHWM", before), "held_bytes": most(world, "VmRSS", before)}
 
 
 def _build(world: World, base: Path, engine: str) -> None:
@@ -92,7 +92,7 @@ def _build(world: World, base: Path, engine: str) -> None:
         built.step([Batch(input_ids=ids, attention_mask=ids, labels=ids)], num_targets=3 * world.size, lr=0.0)
 
 
-def _most(world: World, what: str, before: int) -> int:
+def most(world: World, what: str, before: int) -> int:
     """Of all ranks."""
     grown = torch.tensor(process_bytes(what) - before)
     if world.size > 1:

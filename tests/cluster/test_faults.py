@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lori_dist import config
-from lori_dist.cluster.gang import DIED
+from lori_dist.cluster.failures import DIED
 from tests.cluster.trained import (
     Driver,
     assert_undisturbed,

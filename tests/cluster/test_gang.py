@@ -12,7 +12,8 @@ import pytest
 
 from lori_dist import config, folder
 from lori_dist.cluster.connection import connected
-from lori_dist.cluster.gang import DIED, Broken, Gangs, Place, interface, ranked, variables
+from lori_dist.cluster.failures import DIED, Broken
+from lori_dist.cluster.gang import Gangs, Place, interface, ranked, variables
 from lori_dist.cluster.work import Assignment, train_rank
 from lori_dist.config import Choice, Cluster
 from lori_dist.errors import Stopped

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from lori_dist import config
-from lori_dist.cluster.attempts import STOPPED
-from lori_dist.cluster.gang import DIED
+from lori_dist.cluster.failures import DIED, STOPPED
 from lori_dist.cluster.status import status
 from lori_dist.config import Calibrate
 from tests.cluster.trained import assert_undisturbed, attempts, described, driven, last_step

@@ -25,10 +25,9 @@ import torch
 from lori_dist import config, jobs
 from lori_dist.adapter import file
 from lori_dist.cluster import work
-from lori_dist.cluster.attempts import CUT_OFF
 from lori_dist.cluster.board import Progress
 from lori_dist.cluster.connection import TOKEN_FILE, connected
-from lori_dist.cluster.gang import DIED
+from lori_dist.cluster.failures import CUT_OFF, DIED
 from lori_dist.cluster.run import execute
 from lori_dist.errors import AdapterError, ConfigError, JobError
 from lori_dist.jobs import order

@@ -1,27 +1,19 @@
-"""What starts, why a job failed, and whether it is tried again."""
-
-from typing import Any
+"""What starts, and whether there is room for it."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lori_dist.cluster.schedule import (
-    Failure,
     Resources,
     Shape,
     admit,
-    cause,
     check_room,
-    failure_of,
-    is_final,
     possible,
-    record_of,
-    retry,
     wanted,
 )
 from lori_dist.config import Cluster
-from lori_dist.errors import AdapterError, ConfigError, JobError
+from lori_dist.errors import ConfigError
 from lori_dist.jobs import Job, Kind
 
 
@@ -32,9 +24,6 @@ def job(name: str, kind: Kind = "train") -> Job:
 GANGS = [job(f"train-{number}") for number in range(4)]
 TASKS = [job(f"evaluate-{number}", "evaluate") for number in range(4)]
 KINDS = {item.name: item for item in [*GANGS, *TASKS]}
-
-
-# --- room ------------------------------------------------------------------------------------------------------------
 
 
 def test_what_jobs_take() -> None:
@@ -150,83 +139,3 @@ def test_a_gang_larger_than_the_cluster_is_refused(cluster: Cluster, nodes: list
 def test_a_gang_may_be_spread_over_nodes() -> None:
     check_room(GANGS, Cluster(workers=4), [Resources(cpus=1), Resources(cpus=3)])
     check_room(GANGS, Cluster(workers=4, cpus_per_worker=0.5), [Resources(cpus=2)])
-
-
-# --- failures --------------------------------------------------------------------------------------------------------
-
-
-def failure(rank: int, time: float, error: BaseException | None) -> Failure:
-    if error is None:
-        return Failure(rank=rank, time=time, types=(), message="died")
-    return failure_of(record_of(error, rank, time))
-
-
-def test_a_failure_survives_the_way_through_json() -> None:
-    found = failure_of(record_of(ConfigError("a: b\nc: d"), 3, 12.5))
-    assert (found.rank, found.time, found.message) == (3, 12.5, "a: b\nc: d")
-    assert found.types[:2] == ("ConfigError", "LoriError")
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (RuntimeError("first line\nsecond line"), "RuntimeError: first line"),
-        (KeyError("x"), "KeyError: 'x'"),
-        (MemoryError(), "MemoryError"),
-        (JobError("rank 1: differs"), "rank 1: differs"),
-    ],
-)
-def test_a_message_says_what_a_user_can_use(error: BaseException, message: str) -> None:
-    assert record_of(error, 0, 0.0)["message"] == message
-
-
-@pytest.mark.parametrize(
-    ("error", "final"),
-    [
-        (ConfigError("x"), True),
-        (AdapterError("x"), True),
-        (JobError("x"), True),
-        (TypeError("x"), True),
-        (KeyError("x"), True),
-        (ModuleNotFoundError("x"), True),
-        (RuntimeError("Connection closed by peer"), False),
-        (OSError("No space left on device"), False),
-        (MemoryError(), False),
-        (None, False),
-    ],
-)
-def test_mistakes_are_not_tried_again(error: BaseException | None, final: bool) -> None:
-    found = failure(0, 0.0, error)
-    assert is_final(found) == final
-    assert retry(found, 1, 1) != final
-
-
-def test_attempts_are_counted() -> None:
-    died = failure(0, 0.0, None)
-    assert [retry(died, number, 2) for number in (1, 2, 3)] == [True, True, False]
-    assert not retry(died, 1, 0)
-
-
-CLOSED = RuntimeError("Connection closed by peer")
-
-
-@pytest.mark.parametrize(
-    ("reported", "lost", "rank"),
-    [
-        ([(1, 2.0, CLOSED), (0, 1.0, OSError("disk"))], [], 0),
-        ([(0, 1.0, CLOSED)], [1], 1),
-        ([(0, 1.0, CLOSED), (2, 2.0, ConfigError("x"))], [1], 2),
-        ([(0, 3.0, ConfigError("x")), (1, 2.0, ConfigError("x"))], [], 1),
-        ([], [3], 3),
-    ],
-)
-def test_the_first_cause_is_told_and_not_its_consequences(
-    reported: list[tuple[int, float, Any]], lost: list[int], rank: int
-) -> None:
-    found = cause([failure(*item) for item in reported], [failure(item, 0.0, None) for item in lost])
-    assert found is not None
-    assert found.rank == rank
-
-
-def test_without_a_failure_there_is_no_cause() -> None:
-    assert cause([], []) is None

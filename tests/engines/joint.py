@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lori_dist import plugin
 from lori_dist.adapter.adapter import Spec
 from lori_dist.adapter.attach import attach, match
 from lori_dist.adapter.linear import features
+from lori_dist.balances.ortho import order
 from lori_dist.training.data import Batch, collate, micro_batches
 from lori_dist.training.engine import Engine, StepResult, collect, trained
 from lori_dist.training.loss import loss_sum, num_targets
-from lori_dist.training.surgery import Surgery, order
+from lori_dist.training.surgery import Surgery, surgery
 from lori_dist.training.world import World
 from tests.engines import oracle
 from tests.engines.oracle import PAD, Course, _state, examples
@@ -35,6 +37,8 @@ SEED = 3
 class Way:
     """How the tasks are trained."""
 
+    balance: str = "ortho"
+    """Or another, or `none`."""
     projection: str = "original"
     granularity: str = "matrix"
     reduce: str = "sum"
@@ -54,6 +58,13 @@ class Way:
             masks[next(iter(masks))][:] = False
         attach(model, Spec(rank=4, alpha=8.0, seed=9, projection=self.a), masks=masks)  # type: ignore[arg-type]
         return model
+
+    def surgery(self, model: Any, world: World) -> Surgery | None:
+        if self.balance == "none":
+            return None
+        how: Any = {"granularity": self.granularity, "reduce": self.reduce, "seed": SEED}
+        options = {"against": self.projection} if self.balance == "ortho" else {}
+        return surgery(model, TASKS, world, balance=self.balance, options=options, **how)
 
     def unit(self, name: str) -> str:
         module, _, kind = name.partition(":")
@@ -89,7 +100,7 @@ def one_process(way: Way, start: Mapping[str, Tensor] | None = None) -> Course:
     optimizer = torch.optim.AdamW(
         parameters.values(), betas=TRAIN.betas, eps=TRAIN.eps, weight_decay=TRAIN.weight_decay, foreach=False
     )
-    results = []
+    results, state = [], dict[str, Any]()
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = RATES[step]
         losses, gradients = [], []
@@ -100,7 +111,10 @@ def one_process(way: Way, start: Mapping[str, Tensor] | None = None) -> Course:
             loss.backward()
             losses.append(loss.item())
             gradients.append({name: p.grad.double().clone() for name, p in parameters.items()})  # type: ignore[union-attr]
-        made = combined(gradients, way, order(len(TASKS), SEED, step))
+        if way.balance in ("ortho", "none"):
+            made = combined(gradients, way, order(len(TASKS), SEED, step))
+        else:
+            made, state = balanced(gradients, losses, way, state, step)
         for name, parameter in parameters.items():
             parameter.grad = made[name].to(parameter.dtype)
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), TRAIN.clip or float("inf"))
@@ -117,10 +131,22 @@ def combined(gradients: list[dict[str, Tensor]], way: Way, in_order: list[int]) 
     made = {}
     for names in units.values():
         own = [torch.cat([gradient[name] for name in names]) for gradient in gradients]
-        flat = project(own, in_order, way.projection)
+        flat = project(own, in_order, way.projection if way.balance == "ortho" else "none")
         total = torch.stack(flat).sum(0) / (len(flat) if way.reduce == "mean" else 1)
         made.update(zip(names, total.split([gradients[0][name].numel() for name in names]), strict=True))
     return {name: made[name].view_as(gradients[0][name]) for name in gradients[0]}
+
+
+def balanced(
+    gradients: list[dict[str, Tensor]], losses: list[float], way: Way, state: Any, step: int
+) -> tuple[dict[str, Tensor], Any]:
+    """The balance of whole gradients, one after the other."""
+    own = torch.stack([torch.cat([g.flatten() for g in gradient.values()]) for gradient in gradients])
+    balance = plugin.find("balances", way.balance, "balance", "multitask.balance").load()
+    of_losses = torch.tensor(losses, dtype=torch.float64)
+    weights, state = balance((own @ own.t()).unsqueeze(0), of_losses, state, seed=SEED, step=step)
+    total = (weights[0] @ own).split([g.numel() for g in gradients[0].values()])
+    return {name: g.view_as(gradients[0][name]) for (name, g) in zip(gradients[0], total, strict=True)}, state
 
 
 def project(own: list[Tensor], in_order: list[int], projection: str) -> list[Tensor]:

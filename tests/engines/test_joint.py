@@ -11,7 +11,7 @@ from lori_dist.training.engine import trained
 from lori_dist.training.surgery import Conflicts, surgery
 from lori_dist.training.world import from_environment
 from tests.distributed import run_distributed
-from tests.engines.joint import SEED, TASKS, TRAIN, Way, do, one_process, run
+from tests.engines.joint import TASKS, TRAIN, Way, do, one_process, run
 from tests.engines.oracle import Course, difference
 from tests.models import on_meta
 
@@ -31,7 +31,8 @@ WAYS = {
     "A trained, by type, in place": Way(density=None, a="trained", granularity="type", projection="in_place"),
     "A trained, mean": Way(density=0.3, a="trained", reduce="mean"),
     "global": Way(granularity="global"),
-    "plain": Way(projection="none", density=None, a="trained"),
+    "plain": Way(balance="none", density=None, a="trained"),
+    **{name: Way(balance=name, granularity="global", density=0.3, a="trained") for name in ("nash", "gradnorm")},
 }
 CASES = [(name, size) for size in (1, 2) for name in ENGINES] + [("fsdp, hybrid", 4), ("ddp", 3)]
 
@@ -50,10 +51,7 @@ def train_all(name: str) -> Outcome:
         model, weights = on_meta(way.model())
         build = plugin.find("engines", engine, "build", "train.engine").load()
         made = build(model, weights, TRAIN, world, state=None, **options)
-        tasks = None
-        if way.projection != "none":
-            how: Any = {"projection": way.projection, "granularity": way.granularity, "reduce": way.reduce}
-            tasks = surgery(model, TASKS, world, seed=SEED, **how)
+        tasks = way.surgery(model, world)
         courses[title] = run(made, tasks, world)
         conflicts[title] = None if tasks is None else tasks.conflicts
     return Outcome(courses=courses, conflicts=conflicts)
@@ -127,7 +125,7 @@ def test_all_ranks_see_the_same_conflicts(outcomes: list[Outcome]) -> None:
         assert [c.results for c in outcome.courses.values()] == [c.results for c in outcomes[0].courses.values()]
     for title, way in WAYS.items():
         conflicts = outcomes[0].conflicts[title]
-        if way.projection != "none":
+        if way.balance != "none":
             assert conflicts is not None
             assert max(conflicts.shares.values()) > 0
             assert conflicts.removed > 0

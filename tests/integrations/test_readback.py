@@ -12,11 +12,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lori_dist.__main__ import main
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.adapter.file import save
+from lori_dist.config import Model
 from lori_dist.errors import AdapterError
 from lori_dist.integrations import official, peft
 from lori_dist.integrations._readback import compare, compare_as_read
+from lori_dist.training.model import identity
 from tests.integrations.made import adapted_logits, logits, trained
 from tests.models import tiny_llama
+from tests.tokenizers import save as save_base
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -115,6 +118,22 @@ def test_what_kernels_pass_by_is_refused_and_the_rest_exported(tmp_path: Path, k
     peft.export(adapter, tmp_path / "out", base_model_name=base)
     theirs = logits(PeftModel.from_pretrained(made(kind, mamba=True), tmp_path / "out"))
     torch.testing.assert_close(theirs, adapted_logits(model, adapter), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", MAMBAS)
+def test_what_peft_refuses_is_exported_folded_and_transformers_loads_it(tmp_path: Path, kind: str) -> None:
+    base = save_base(made(kind, mamba=True), tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    adapter = trained(model, base=identity(Model(path=str(base))))
+    wanted = adapted_logits(model, adapter)
+    assert any(path.endswith("out_proj") for path in adapter.shapes)
+    assert (wanted - logits(model)).abs().max() > 1e-1
+    save(adapter, tmp_path / "a.safetensors")
+    words = ["export", str(tmp_path / "a.safetensors"), str(tmp_path / "out"), "--format", "folded"]
+    assert main([*words, "--base", str(base)]) == 0
+    found, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert type(found) is type(model) and not any(report.values())
+    torch.testing.assert_close(logits(found.eval()), wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_the_signature_is_the_one_documented(mask: Mask) -> None:
     assert first.name == "b"
     assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in others)
     assert [parameter.name for parameter in others if parameter.default is inspect.Parameter.empty] == ["density"]
-    assert mask.__doc__ is not None and mask.__doc__.startswith("Which entries of B live: ")
+    assert mask.__doc__ is not None and mask.__doc__.startswith("Keeps ")
 
 
 @pytest.mark.parametrize("name", NAMES)

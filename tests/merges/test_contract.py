@@ -30,9 +30,13 @@ def method(request: pytest.FixtureRequest) -> plugin.Method:
     return plugin.find("merges", request.param, "merge", "merge.method")
 
 
+NEUTRAL: dict[str, object] = {"density": 1.0, "flatten": 0.0}
+"""Values of options at which a method drops and changes nothing of a single task."""
+
+
 @pytest.fixture
 def merge(method: plugin.Method) -> Merge:
-    neutral = {"density": 1.0} if "density" in method.options else {}
+    neutral = {name: value for name, value in NEUTRAL.items() if name in method.options}
     return functools.partial(merges.merge, method=method.name, options=neutral)
 
 
@@ -136,7 +140,10 @@ def test_tasks_on_one_a_merge_to_b_on_that_a(method: plugin.Method, on_one_a: li
         assert (delta(merged, module) @ outside).abs().max() < 1e-12
 
 
-SPARSE = {"concat", "linear", "task_arithmetic", "magnitude", "ties", "dare", "dare_ties", "peft_linear"}
+SPARSE = {
+    *("concat", "linear", "task_arithmetic", "magnitude", "ties", "dare", "dare_ties", "peft_linear"),
+    *("della", "breadcrumbs", "sce"),
+}
 
 
 @pytest.mark.parametrize("name", sorted(SPARSE))
@@ -271,6 +278,10 @@ MEANS: list[tuple[str, dict[str, object]]] = [
     ("core_space", {"inner": "ties"}),
     ("core_space", {"inner": "dare_ties"}),
     ("core_space", {"inner": "tsv"}),
+    ("della", {"density": 1.0}),
+    ("breadcrumbs", {"density": 1.0, "inner": "ties"}),
+    ("sce", {}),
+    ("compress", {"inner": "ties"}),
 ]
 """Methods whose papers take the mean of equal tasks, with options at which nothing is dropped."""
 
@@ -314,6 +325,8 @@ EXACT: dict[str, dict[str, object]] = {
     "task_arithmetic": {},
     "magnitude": {"density": 1.0},
     "dare": {"density": 1.0},
+    "della": {"inner": "task_arithmetic", "density": 1.0},
+    "breadcrumbs": {"density": 1.0},
     "svd": {},
     "knots": {"inner": "task_arithmetic", "density": 1.0, "tolerance": 0.0},
     "core_space": {"inner": "task_arithmetic", "density": 1.0},
@@ -332,10 +345,13 @@ def test_what_is_a_sum_is_the_exact_sum(name: str, data: st.DataObject, number: 
         assert torch.allclose(delta(merged, module), wanted, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", sorted(EXACT))
+AVERAGES: dict[str, dict[str, object]] = {**EXACT, "compress": {}, "cp": {}, "do_merging": {"steps": 0}}
+
+
+@pytest.mark.parametrize("name", sorted(AVERAGES))
 def test_equal_weights_do_not_scale_with_the_number_of_tasks(name: str) -> None:
     one = adapter(block("a", rank=3))
-    merged = merges.merge([one] * 4, method=name, options=EXACT[name])
+    merged = merges.merge([one] * 4, method=name, options=AVERAGES[name])
     assert same(merged, one)
 
 

@@ -52,8 +52,64 @@ def test_the_training_knows_how(tree: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, {"projection": "original", "granularity": "matrix"}),
+        ({"balance": "ortho"}, {"projection": "original", "granularity": "matrix"}),
+        ({"balance": {"name": "ortho", "against": "in_place"}}, {"projection": "in_place", "granularity": "matrix"}),
+        ({"balance": "none"}, {"projection": "none", "granularity": "matrix"}),
+        ({"projection": "none"}, {"projection": "none", "granularity": "matrix"}),
+        ({"balance": "pcgrad"}, {"balance": {"name": "pcgrad", "options": {}}, "granularity": "global"}),
+        (
+            {"balance": {"name": "cagrad", "c": 0.4}, "granularity": "layer"},
+            {"balance": {"name": "cagrad", "options": {"c": 0.4}}, "granularity": "layer"},
+        ),
+        ({"sampling": {"nlu": 3, "math": 1, "code": 2}}, {"sampling": {"shares": [1.0, 2.0, 3.0]}}),
+        ({"sampling": "proportional", "cap": 5}, {"sampling": {"temperature": 1.0, "cap": 5}}),
+        ({"sampling": "equal"}, {}),
+    ],
+)
+def test_balance_and_sampling_are_settings(tree: dict[str, Any], given: dict[str, Any], wanted: dict[str, Any]) -> None:
+    joint = planned(with_options(tree, **given))["train-joint"].settings["joint"]
+    assert {key: joint[key] for key in wanted} == wanted
+    assert ("balance" in joint) != ("projection" in joint)
+    assert ("sampling" in joint) == ("sampling" in wanted)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"balance": "cagard"}, r"^multitask\.balance: unknown 'cagard' in balances; .* Did you mean 'cagrad'\?"),
+        ({"balance": {"name": "cagrad", "c": -1}}, r"^multitask\.balance\.c: got -1; it must be in \[0, inf\)"),
+        ({"balance": {"c": 1}}, r"^multitask\.balance\.name: got None"),
+        ({"balance": "nash", "projection": "none"}, r"^multitask\.projection: .* set only one"),
+        ({"balance": "famo", "granularity": "layer"}, r"^multitask\.granularity: got 'layer', and famo takes global"),
+        ({"temperature": 2}, r"^multitask\.temperature: got 2, and only sampling proportional has one; remove it"),
+        (
+            {"sampling": {"math": 1, "cod": 1}},
+            r"^multitask\.sampling\.cod: unknown task; .*'code'\?\n.*code, nlu; give",
+        ),
+        ({"sampling": {"math": 1, "code": 0, "nlu": 1}}, r"^multitask\.sampling\.code: got 0; wanted a finite number"),
+    ],
+)
+def test_a_balance_or_sampling_that_is_wrong_is_refused(
+    tree: dict[str, Any], given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        planned(with_options(tree, **given))
+
+
+@pytest.mark.parametrize(
     "options",
-    [{"projection": "none"}, {"granularity": "layer"}, {"reduce": "mean"}, {"seed": 1}, {"weights": {"nlu": 2.0}}],
+    [
+        {"projection": "none"},
+        {"balance": "nash"},
+        {"sampling": "proportional"},
+        {"granularity": "layer"},
+        {"reduce": "mean"},
+        {"seed": 1},
+        {"weights": {"nlu": 2.0}},
+    ],
 )
 def test_another_way_is_another_training(tree: dict[str, Any], options: dict[str, Any]) -> None:
     before, after = planned(tree), planned(with_options(tree, **options))

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from lori_dist import config, plugin
+from lori_dist import config, jobs, plugin
+from lori_dist.config import check
 from lori_dist.gpus import DEVICES
 from lori_dist.plan import Hardware, plan
 
@@ -33,6 +34,9 @@ MATTERS: dict[str, list[str]] = {
     "tasks.*.template.prompt": ["tasks.one.template.prompt='a long story before: {{prompt}}'"],
     "tasks.*.template.response": ["tasks.one.template.response='well, {{response}}'"],
     "tasks.*.template.messages": ["tasks.one.template.messages=messages"],
+    "tasks.*.template.layout": ["tasks.one.template.layout=alpaca"],
+    "tasks.*.template.tools": ["tasks.one.template.tools=tools"],
+    "tasks.*.template.arguments": ["tasks.one.template.arguments={{more: some words more}}"],
     "tasks.*.labels": ["tasks.one.labels=[a, b, c]"],
     "tasks.*.start": ["tasks.one.start={adapter}"],
     "tasks.*.steps": ["tasks.one.steps=5"],
@@ -79,10 +83,15 @@ MATTERS: dict[str, list[str]] = {
 }
 """Key -> what changes it, and the plan."""
 
+OF_CHATS = [f"tasks.one.{part}={{chats}}" for part in ("train", "test", "validation")]
+CHATS = [*OF_CHATS, "tasks.one.template.messages=messages"]
 BEFORE: dict[str, list[str]] = {
     "train.early_stop": ["train.validate_every=2"],
     "tasks.*.validation": ["train.validate_every=2"],
-    "tasks.*.template.messages": ["tasks.one.train={chats}", "tasks.one.test={chats}", "tasks.one.validation={chats}"],
+    "tasks.*.template.layout": OF_CHATS,
+    "tasks.*.template.messages": OF_CHATS,
+    "tasks.*.template.tools": CHATS,
+    "tasks.*.template.arguments": CHATS,
     "merges.*.search.rows": ["merges.all.search={{rows: 2}}"],
     "merges.*.search.budget": ["merges.all.search={{rows: 2}}"],
     "merges.*.search.metric": ["merges.all.search={{rows: 2}}"],
@@ -99,6 +108,7 @@ CANNOT_MATTER: dict[str, tuple[list[str], str]] = {
     "model.trust_remote_code": (["model.trust_remote_code=true"], "a model without code of its own is the same"),
     "tasks.*.seed": (["tasks.one.seed=5"], "another A of the same size"),
     "tasks.*.template.date": ([], "for chat templates alone, where a date is a few tokens of a row"),
+    "tasks.*.template.train_on": ([], "the same tokens, of which others are learned"),
     "tasks.*.lr": (["tasks.one.lr=0.1"], "a number in the optimizer"),
     "adapter.alpha": (["adapter.alpha=7"], "a factor"),
     "adapter.mask": (["adapter.mask=random"], "as many entries are kept; chosen once, in seconds, on the host"),
@@ -139,6 +149,19 @@ CANNOT_MATTER: dict[str, tuple[list[str], str]] = {
 WITH_SEARCH = ["merges.all.search={{rows: 2}}"]
 WITH_LM_EVAL = ["evaluate.lm_eval={{tasks: [hellaswag]}}"]
 
+CHANGES_RESULT: dict[str, tuple[list[str], list[str]]] = {
+    "adapter.projection": ([], ["adapter.projection=trained"]),
+    "train.engine": (["train.engine=fsdp"], ["train.engine={{name: fsdp, param_dtype: bfloat16}}"]),
+    "tasks.*.template.train_on": (CHATS, [*CHATS, "tasks.one.template.train_on=all"]),
+    "tasks.*.template.date": (CHATS, [*CHATS, "tasks.one.template.date=2025-01-01"]),
+    "tasks.*.validation": (
+        ["train.validate_every=2"], ["train.validate_every=2", "tasks.one.validation={short}"]
+    ),
+    "merges.*.search.method": (WITH_SEARCH, ["merges.all.search={{rows: 2, method: cma}}"]),
+    "evaluate.lm_eval.tasks": ([], WITH_LM_EVAL),
+}  # fmt: skip
+"""Key -> two values of it with different results, where those above have the same."""
+
 
 def keys(kind: Any, place: str = "") -> Iterator[str]:
     """Every key of a section and of those in it; `*` for names that users give."""
@@ -171,7 +194,13 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("keys")
     rows = [{"prompt": "how many " * (1 + i % 4), "response": "abc"[i % 3]} for i in range(12)]
     chats = [
-        {"messages": [{"role": "user", "content": "hello there"}, {"role": "assistant", "content": "yes"}], **row}
+        {
+            "messages": [{"role": "user", "content": "hello there"}, {"role": "assistant", "content": "yes"}],
+            "tools": [{"type": "function", "function": {"name": "add"}}],
+            "instruction": row["prompt"],
+            "output": row["response"],
+            **row,
+        }
         for row in rows
     ]
     found = {}
@@ -186,6 +215,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         (folder / name / "config.json").write_text(json.dumps(settings))
         template = folder / name / "chat_template.jinja"
         template.write_text(
+            "{{ tools }}{{ more }}"
             "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
         )
     found["folder"] = str(folder)
@@ -212,7 +242,7 @@ def _adapter(folder: Path, model: str) -> str:
     return str(path)
 
 
-def planned(places: dict[str, str], *overrides: str) -> dict[str, Any]:
+def described(places: dict[str, str], *overrides: str) -> config.Run:
     task = {"train": places["rows"], "test": places["rows"], "validation": places["rows"]}
     tree = {
         "name": "keys",
@@ -232,11 +262,13 @@ def planned(places: dict[str, str], *overrides: str) -> dict[str, Any]:
         given.append("train.calibrate.steps=null")
     if any(override.startswith("evaluate.lm_eval") for override in given):
         with pytest.MonkeyPatch.context() as patch:  # planned where it is not installed
-            patch.setattr(config, "_is_installed", lambda package: True)
-            run = config.load(path, given)
-    else:
-        run = config.load(path, given)
-    found = plan(run, Hardware(gpus=4, nodes=1, **DEVICES["h100"]))
+            patch.setattr("lori_dist.config.run.is_installed", lambda package: True)
+            return config.load(path, given)
+    return config.load(path, given)
+
+
+def planned(places: dict[str, str], *overrides: str) -> dict[str, Any]:
+    found = plan(described(places, *overrides), Hardware(gpus=4, nodes=1, **DEVICES["h100"]))
     return {key: found[key] for key in ("model", "adapter", "training", "placements", "evaluation", "notes")}
 
 
@@ -270,6 +302,31 @@ def test_a_key_that_cannot_matter_changes_nothing(key: str, places: dict[str, st
     assert reason
     before = WITH_SEARCH if ".search." in key else WITH_LM_EVAL if ".lm_eval." in key else []
     assert planned(places, *overrides) == compared(usual, places, *before)
+
+
+@pytest.mark.parametrize("key", [*MATTERS, *CANNOT_MATTER])
+def test_a_key_is_in_the_fingerprints_of_jobs_as_its_mark_says(key: str, places: dict[str, str]) -> None:
+    if key in CHANGES_RESULT:
+        before, after = CHANGES_RESULT[key]
+    else:
+        before = BEFORE.get(key, WITH_SEARCH if ".search." in key else WITH_LM_EVAL if ".lm_eval." in key else [])
+        after = [*before, *(MATTERS[key] if key in MATTERS else CANNOT_MATTER[key][0])]
+    is_same = fingerprints(places, *before) == fingerprints(places, *after)
+    assert is_same == (mark(key) is config.Fingerprint.NEVER)
+
+
+def fingerprints(places: dict[str, str], *overrides: str) -> dict[str, str]:
+    return {job.name: job.fingerprint for job in jobs.plan(described(places, *overrides))}
+
+
+def mark(key: str) -> config.Fingerprint | None:
+    """That of a key, or of the section that it is in."""
+    section, marks = config.Run, []
+    for name in key.replace(".*", "").split("."):
+        found = check.keys(section)[name]
+        section = found.section or found.sections
+        marks.append(found.fingerprint)
+    return config.Fingerprint.NEVER if config.Fingerprint.NEVER in marks else marks[-1]
 
 
 @pytest.mark.parametrize(

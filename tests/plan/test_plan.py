@@ -7,21 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
-from lori_dist import config
+from lori_dist import attach, config, trainable
 from lori_dist.__main__ import main
 from lori_dist.benchmarks.plan import run as measure
 from lori_dist.errors import ConfigError
 from lori_dist.gpus import DEVICES
 from lori_dist.plan import Hardware, picture, plan, rows
-from lori_dist.plan.model import Counted, count
+from lori_dist.plan.model import Counted, count, spec
 from lori_dist.plan.placement import MEMORY, memory, placements, sent, traffic
 from lori_dist.training.data import encode, read
 from lori_dist.training.flops import attention
 from lori_dist.training.model import load_tokenizer
+from tests.models import tiny
 
 ROOT = Path(__file__).parents[2]
 LARGE = sorted(path.stem for path in (ROOT / "configs").glob("llama-*.yaml"))
@@ -295,9 +298,9 @@ def test_memory_falls_with_more_ranks_and_with_checkpointing(
 ) -> None:
     model = Counted(
         parameters=base, base=2 * base, block=base // 8, blocks=base, num_blocks=8, num_modules=56, entries=entries,
-        kept=entries, whole=0, projections=entries, quantized=0, widest_b=1, vocabulary=100, dtype=2,
-        block_activations=10**6, block_gradients=10**4, block_input=10**5, other_activations=0, tokens=10,
-        flops=4.0 * base,
+        kept=entries, whole=0, projections=entries, quantized=0, widest_b=1, vocabulary=100, chunked=True, dtype=2,
+        block_activations=10**6, blocks_activations=8 * 10**6, block_gradients=10**4, block_input=10**5,
+        other_activations=0, tokens=10, flops=4.0 * base,
     )  # fmt: skip
     kept = entries // 10 if is_sparse else entries
     few, many = (list(placements(ranks * nodes, nodes)) for ranks in (2 * half, 4 * half))
@@ -409,9 +412,9 @@ def test_what_cannot_be_planned_is_refused(words: list[str], message: str, capsy
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            {"model_type": "mixtral", "num_local_experts": 4},
-            r"model.path: \S+ is a mixture of experts",
+        (  # of which no small copy can be run
+            {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 5},
+            r"model.path: MixtralForCausalLM is a mixture of experts, and how many of them compute a token could not",
         ),
         (
             {"model_type": "llama", "max_position_embeddings": 512},
@@ -464,9 +467,10 @@ COUNTABLE = (
     ("models", "engines", "ranks"),
     [
         (["llama"], ["fsdp"], [2]),
+        pytest.param(["qwen3_moe"], ["deepspeed (stage=3)"], [2], marks=pytest.mark.slow),
         pytest.param([], [], [2, 4], marks=pytest.mark.slow),
     ],
-    ids=["one", "all"],
+    ids=["one", "mixture", "all"],
 )
 def test_plans_are_within_five_percent_and_peaks_within_twenty(
     models: list[str], engines: list[str], ranks: list[int]
@@ -478,6 +482,59 @@ def test_plans_are_within_five_percent_and_peaks_within_twenty(
     for kind in ("peak", "peak_checkpointed"):
         low, high = ratios[kind]
         assert 0.8 <= low <= high <= 1.2, (kind, low, high)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("targets", ["all-linear", "[q_proj, o_proj]"])
+def test_a_mixture_is_planned_as_it_is_in_memory(kind: str, targets: str, tmp_path: Path) -> None:
+    made = tiny(kind)
+    made.config.save_pretrained(tmp_path)
+    words = [
+        "evaluate.max_new_tokens=8",
+        "adapter.rank=4",
+        "train.max_length=48",
+        "train.micro_batch_size=4",
+        "train.batch_size=4",
+    ]
+    if kind == "deepseek_v3" and targets != "all-linear":
+        targets = "[q_a_proj, o_proj]"
+    run = load("llama-3-8b", f"model.path={tmp_path}", "model.dtype=float32", f"adapter.targets={targets}", *words)
+    planned = count(run)
+    ids = torch.randint(3, 64, (4, 48), generator=torch.Generator().manual_seed(0))
+    is_token = torch.ones_like(ids)
+    is_token[0, -1] = 0
+
+    made.set_experts_implementation("eager")
+    made.requires_grad_(False)
+    assert planned.parameters == sum(parameter.numel() for parameter in made.parameters())
+    assert planned.base == sum(parameter.nbytes for parameter in made.parameters())
+    made.enable_input_require_grads()
+    products = (torch.ops.aten.mm, torch.ops.aten.addmm)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        made(input_ids=ids, attention_mask=is_token, use_cache=False).logits.sum().backward()
+    of_base = sum(number for name, number in counter.get_flop_counts()["Global"].items() if name in products)
+    assert planned.flops * ids.numel() == pytest.approx(of_base, rel=1e-9)
+    made.disable_input_require_grads()
+
+    layers = attach(made, spec(run))
+    values = trainable(made)
+    assert planned.entries == sum(one.numel() for one in values.values())
+    assert planned.num_modules == len(layers)
+    assert planned.projections == sum(layer.deltas[0].projection.nbytes for layer in layers.values())
+    resident = {one.untyped_storage().data_ptr() for one in (*made.parameters(), *made.buffers())}
+    kept: dict[int, int] = {}
+    held = []  # or the next could have an address that was counted
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        held.append(tensor)
+        if (address := tensor.untyped_storage().data_ptr()) not in resident:
+            kept[address] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        made(input_ids=ids, attention_mask=is_token, use_cache=False)
+    assert planned.blocks_activations + planned.other_activations == pytest.approx(sum(kept.values()), rel=0.1)
 
 
 def test_every_kind_of_memory_has_a_colour_of_its_own_in_the_picture() -> None:

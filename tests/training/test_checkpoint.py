@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from lori_dist.benchmarks._traffic import process_bytes
 from lori_dist.errors import JobError
 from lori_dist.training import checkpoint
 from lori_dist.training.data import Batch
@@ -319,3 +320,34 @@ def test_a_small_adapter_s_checkpoint_is_little_more_than_its_numbers(tmp_path: 
     origin = {"settings": {f"setting_{number}": "0123456789" * 5 for number in range(40)}}
     path = checkpoint.save(tmp_path, PHASE, Sized(world), world, origin=origin, keep=1)
     assert path.stat().st_size < 1.1 * 3 * 4 * 8192
+
+
+def most_held(path: Path) -> int:
+    """Most bytes above those before, while a rank of four takes its share of a large checkpoint."""
+    world = from_environment()
+    share = torch.zeros(3, 2**22)
+
+    def take() -> None:
+        found = checkpoint.read(path, PHASE, origin=ORIGIN)
+        for part, full in zip(share, (found.values, found.exp_avg, found.exp_avg_sq), strict=True):
+            part.copy_(full["large"][world.rank * part.numel() :][: part.numel()])
+
+    take()  # the first time, as libraries then load code of their own
+    assert share.sum().item() == share.numel()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = process_bytes("VmRSS")
+    take()
+    return process_bytes("VmHWM") - before
+
+
+def test_a_rank_that_resumes_holds_its_share_of_the_state(tmp_path: Path) -> None:
+    ones = torch.ones(2**24)
+    large = State(step=1, values={"large": ones}, exp_avg={"large": ones}, exp_avg_sq={"large": ones})
+    world = from_environment()
+    holder = Holder(1, world)
+    holder.state = large
+    path = checkpoint.save(tmp_path, PHASE, holder, world, origin=ORIGIN, keep=1)
+    size = path.stat().st_size
+    assert size > 200e6
+    for held in run_distributed(most_held, path, world_size=4):
+        assert held < 0.75 * size  # a quarter of the state, and pieces of 16 MB of which its digest is computed

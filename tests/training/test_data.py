@@ -32,7 +32,7 @@ from lori_dist.training.data import (
     read,
     rows_of_step,
 )
-from lori_dist.training.loss import loss_sum
+from lori_dist.training.loss import loss_sum, num_targets
 from tests.engines.oracle import examples
 from tests.models import tiny
 from tests.tokenizers import tiny_tokenizer
@@ -520,6 +520,14 @@ def test_of_messages_only_the_last_answer_is_learned(tmp_path: Path) -> None:
         ([{"role": "user", "content": "a"}] * 2, "the last message of 'chat' is of 'user'"),
         ([{"role": "user"}, {"role": "assistant", "content": "a"}], "message 1 of 'chat' has no role and content"),
         ([{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}], "its response is empty"),
+        (
+            [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "a"}],
+            "part 1 of message 1 of 'chat' is 'image'; wanted a part of type 'text'",
+        ),
+        (
+            [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}],
+            "the arguments of 'f' in message 2 of 'chat' is text that is not JSON",
+        ),
         ([{"role": "tool", "content": "a"}, {"role": "assistant", "content": "b"}], "the chat template refuses it"),
     ],
 )
@@ -564,3 +572,124 @@ def test_the_date_of_a_chat_is_part_of_the_fingerprint(tmp_path: Path) -> None:
     assert "date" not in template(CHAT)  # such runs keep the fingerprint they had
     assert template("{{ strftime_now('%d') }}")["date"] == "2024-07-26"
     assert template(CHAT, date="2031-02-03")["date"] == "2031-02-03"
+
+
+# As those of Qwen: tools before the rest, calls as JSON, an argument, and a thinking section in the last answer.
+QWEN = """{%- if tools %}{{ "<tools>" + (tools | tojson) + "</tools>\\n" }}{% endif %}
+{%- for m in messages %}
+    {{- "<im>" + m.role + "\\n" }}
+    {%- if m.role == "assistant" and loop.last %}{{ "<think>\\n\\n</think>\\n\\n" }}{% endif %}
+    {{- m.content }}
+    {%- for call in m.tool_calls or [] %}{{ "<call>" + (call.function.arguments | tojson) + "</call>" }}{% endfor %}
+    {{- "</im>\\n" }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- "<im>assistant\\n" }}
+    {%- if enable_thinking is defined and not enable_thinking %}{{ "<think>\\n\\n</think>\\n\\n" }}{% endif %}
+{%- endif %}"""
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CALLS: list[dict[str, Any]] = [
+    {"role": "user", "content": [{"type": "text", "text": "one and "}, {"type": "text", "text": "two?"}]},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}],
+    },
+    {"role": "tool", "content": "3"},
+    {"role": "assistant", "content": "three"},
+]
+
+
+def read_chat(folder: Path, row: dict[str, Any], chat_template: str, **template: Any) -> tuple[str, ...]:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = chat_template
+    [text] = read(rows_file(folder, json.dumps(row) + "\n"), Template(**template), tokenizer=tokenizer)
+    return text
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL]), None], ids=["objects", "text", "none"])
+def test_calls_of_tools_read_as_the_chat_template_writes_them(tmp_path: Path, tools: Any) -> None:
+    prompt, answer = read_chat(tmp_path, {"chat": CALLS, "tools": tools}, QWEN, messages="chat", tools="tools")
+    listed = "" if tools is None else f"<tools>{json.dumps([TOOL])}</tools>\n"
+    asked = '<im>user\none and two?</im>\n<im>assistant\n<call>{"a": 1}</call></im>\n<im>tool\n3</im>\n'
+    assert prompt == f"{listed}{asked}<im>assistant\n"
+    assert answer == "<think>\n\n</think>\n\nthree</im>"
+
+
+def test_a_call_may_be_the_answer(tmp_path: Path) -> None:
+    *_, answer = read_chat(tmp_path, {"chat": CALLS[:2]}, QWEN, messages="chat")
+    assert answer == '<think>\n\n</think>\n\n<call>{"a": 1}</call></im>'
+
+
+def test_arguments_reach_the_chat_template(tmp_path: Path) -> None:
+    text = read_chat(tmp_path, {"chat": CALLS}, QWEN, messages="chat", arguments={"enable_thinking": False})
+    assert text[0].endswith("<im>assistant\n<think>\n\n</think>\n\n")
+    assert text[1] == "three</im>"
+
+
+def test_a_template_that_opens_a_thinking_section_is_learned_without_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    opens = CHAT.replace('{{ "<assistant>" }}', '{{ "<assistant><think>" }}')
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert read_chat(tmp_path, {"chat": messages}, opens, messages="chat") == ("<user>a</s><assistant>", "b")
+    assert "opens an answer with '<think>'" in caplog.text
+
+
+TURNS = [{"role": role, "content": f"say {i}"} for i, role in enumerate(["user", "assistant"] * 3)]
+
+
+@pytest.mark.parametrize("max_length", [128, 60, 24])
+def test_all_answers_of_a_chat_are_learned(tmp_path: Path, max_length: int) -> None:
+    text = read_chat(tmp_path, {"chat": TURNS}, CHAT, messages="chat", train_on="all")
+    assert text[1::2] == ("say 1</s>", "say 3</s>", "say 5")
+    tokenizer = chat_tokenizer()
+    whole = tokenizer.apply_chat_template(TURNS, tokenize=True, return_dict=False)
+    [example] = encode([text], tokenizer, max_length)
+    [last] = encode([("".join(text[:-1]), text[-1])], tokenizer, 1000)
+    batch, together = collate([example], 0), packed([example, example], 0, 256)
+    learned = batch.input_ids[batch.labels != IGNORED]
+    assert [*last.prompt_ids, *last.response_ids] == whole  # the tokens of the text, whatever is learned
+    assert example.num_targets == len(learned) == num_targets(batch)
+    assert num_targets(together) == 2 * example.num_targets
+    if max_length == 128:
+        assert batch.input_ids[0].tolist() == whole
+        assert tokenizer.decode(learned) == "say 1</s>say 3</s>say 5</s>"
+    else:
+        assert example.num_tokens == max_length
+        assert "say 0" not in tokenizer.decode(learned)
+
+
+def test_answers_that_change_when_others_follow_cannot_all_be_learned(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"row 1: .* changes the text of message 2 .*; set template.train_on to last"):
+        read_chat(tmp_path, {"chat": TURNS}, QWEN, messages="chat", train_on="all")
+
+
+SHAREGPT = [
+    {"from": "human", "value": "hi"},
+    {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+    {"from": "observation", "value": "3"},
+    {"from": "gpt", "value": "three"},
+]
+
+
+def test_rows_of_sharegpt_are_chats(tmp_path: Path) -> None:
+    row = {"conversations": SHAREGPT, "system": "be brief"}
+    prompt, answer = read_chat(tmp_path, row, QWEN, layout="sharegpt")
+    assert prompt == (
+        '<im>system\nbe brief</im>\n<im>user\nhi</im>\n<im>assistant\n<call>{"a": 1}</call></im>\n'
+        "<im>tool\n3</im>\n<im>assistant\n"
+    )
+    assert answer.endswith("three</im>")
+
+
+@pytest.mark.parametrize("given", ["", None, "2 and 3"])
+def test_rows_of_alpaca(tmp_path: Path, given: str | None) -> None:
+    row = {"instruction": "add {these}", "input": given, "output": "5"}
+    if given is None:
+        del row["input"]
+    prompt, answer = read_chat(tmp_path, row, CHAT, layout="alpaca")
+    assert answer == "5"
+    assert "### Instruction:\nadd {these}\n\n" in prompt
+    assert prompt.endswith("### Response:\n")
+    assert ("### Input:\n2 and 3\n\n" in prompt) == bool(given) == ("further context" in prompt)

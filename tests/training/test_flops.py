@@ -14,7 +14,7 @@ from lori_dist import Spec, attach, config
 from lori_dist.training import flops
 from lori_dist.training.trainer import checkpoint_activations
 from lori_dist.training.world import World
-from tests.models import tiny_gpt2, tiny_llama
+from tests.models import tiny, tiny_gpt2, tiny_llama
 
 H100 = "NVIDIA H100 80GB HBM3"
 
@@ -29,6 +29,27 @@ def counted(model: Any, num_tokens: int) -> int:
         model(input_ids=torch.arange(3, 3 + num_tokens)[None], use_cache=False).logits.sum().backward()
     products = (torch.ops.aten.mm, torch.ops.aten.addmm)  # the scores are of bmm or of an attention
     return sum(number for operation, number in counter.get_flop_counts()["Global"].items() if operation in products)
+
+
+def mixture(kind: str) -> Any:
+    """Of which every expert is computed for its own tokens alone."""
+    model = tiny(kind)
+    model.set_experts_implementation("eager")
+    return model
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("is_adapted", [False, True])
+def test_of_a_mixture_it_is_the_work_of_the_experts_that_a_token_meets(kind: str, is_adapted: bool) -> None:
+    model = mixture(kind)
+    number = counted(model, 12)
+    if is_adapted:  # whose own products are not those of the base
+        attach(model, Spec(rank=4, alpha=8.0, seed=1))
+    wanted = flops.per_token(model)
+    assert wanted is not None
+    routers = [m for name, m in model.named_modules() if name.endswith((".gate", ".router"))]
+    assert len(routers) == (1 if kind == "deepseek_v3" else 2)
+    assert number == pytest.approx(12 * wanted, rel=1e-9)
 
 
 @pytest.mark.parametrize("recomputed", [False, True])

@@ -19,7 +19,7 @@ from lori_dist import attach, config, load_adapter
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.config import Choice, Run
 from lori_dist.multitask.joint import plan
-from lori_dist.training.joint import rows_of_step
+from lori_dist.training.joint import counts_in_batch, joint, rows_of_step, shares_of
 from lori_dist.training.metrics import Record
 from lori_dist.training.train import train
 from lori_dist.training.world import from_environment
@@ -111,6 +111,58 @@ def test_every_batch_has_rows_of_all_tasks(num_rows: list[int], more: int, step:
     assert max(counts.values()) - min(counts.values()) <= 1
     assert [task for task, _ in rows] == sorted(task for task, _ in rows)
     assert all(0 <= row < num_rows[task] for task, row in rows)
+
+
+@given(
+    st.lists(st.floats(0.01, 10), min_size=1, max_size=5).map(lambda sizes: [size / sum(sizes) for size in sizes]),
+    st.integers(0, 40),
+)
+def test_rows_of_a_batch_are_by_share_and_of_every_task(shares: list[float], more: int) -> None:
+    batch_size = len(shares) + more
+    counts = counts_in_batch(shares, len(shares), batch_size)
+    assert sum(counts) == batch_size
+    assert min(counts) >= 1
+    for count, share in zip(counts, shares, strict=True):
+        assert count == 1 or count < share * batch_size + 1
+
+
+SETTINGS = {"tasks": ["a", "b"], "weights": [1.0, 2.0], "projection": "none"} | {
+    "granularity": "matrix",
+    "reduce": "sum",
+    "seed": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("sampling", "shares"),
+    [
+        (None, None),
+        ({"temperature": 1.0, "cap": None}, [0.9, 0.1]),
+        ({"temperature": 2.0, "cap": None}, [0.75, 0.25]),
+        ({"temperature": 1.0, "cap": 300}, [0.75, 0.25]),
+        ({"shares": [1.0, 3.0]}, [0.25, 0.75]),
+    ],
+)
+def test_shares_and_what_losses_count(sampling: dict[str, Any] | None, shares: list[float] | None) -> None:
+    settings = SETTINGS if sampling is None else {**SETTINGS, "sampling": sampling}
+    found, made = shares_of(settings, [900, 100]), joint(settings, [900, 100])
+    assert found == (None if shares is None else pytest.approx(shares))
+    assert made.weights == pytest.approx([1.0, 2.0] if shares is None else [2 * shares[0], 4 * shares[1]])
+
+
+def test_a_balance_with_a_state_and_a_sampling_resume_bit_for_bit(run: Run, tmp_path: Path) -> None:
+    run = changed(run, multitask={"balance": {"name": "gradnorm", "lr": 0.2}, "sampling": "proportional"})
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    _, records = trained(run, whole)
+    with pytest.raises(Failed, match="SIGKILL"):
+        run_distributed(train_rank, run, again, ("train", 5), world_size=1)
+    trained(run, again)
+    assert (again / "adapter.safetensors").read_bytes() == (whole / "adapter.safetensors").read_bytes()
+    assert lines(again, "metrics.jsonl") == lines(whole, "metrics.jsonl")
+    weights = [record["task_weights"] for record in records if record["phase"] == "train"]
+    assert weights[0] == {"more": 1.0, "less": 1.0, "both": 1.0}
+    assert all(sum(one.values()) == pytest.approx(3, abs=1e-3) for one in weights)
+    assert weights[-1] != weights[0]
 
 
 def test_it_writes_one_adapter_that_the_base_takes(run: Run, tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lori_dist.training.surgery import Projection, coefficients, cosines, order, summed, unit_of
+from lori_dist.balances.ortho import Against, coefficients, order
+from lori_dist.training.surgery import cosines, summed, unit_of
 from tests.engines.joint import project
 
-PROJECTIONS: tuple[Projection, ...] = ("original", "in_place")
+PROJECTIONS: tuple[Against, ...] = ("original", "in_place")
 projections = pytest.mark.parametrize("projection", PROJECTIONS)
 
 
@@ -22,7 +23,7 @@ def gradients(seed: int, num_tasks: int, size: int) -> Tensor:
     return torch.randn(num_tasks, size, generator=generator, dtype=torch.float64) * scales
 
 
-def projected(own: Tensor, in_order: list[int], projection: Projection) -> Tensor:
+def projected(own: Tensor, in_order: list[int], projection: Against) -> Tensor:
     """By inner products, (tasks, size)."""
     return coefficients((own @ own.t()).unsqueeze(0), in_order, projection)[0] @ own
 
@@ -30,7 +31,7 @@ def projected(own: Tensor, in_order: list[int], projection: Projection) -> Tenso
 @projections
 @given(seed=st.integers(0, 10**6), num_tasks=st.integers(1, 6), size=st.integers(7, 30))
 def test_inner_products_give_what_the_gradients_themselves_give(
-    projection: Projection, seed: int, num_tasks: int, size: int
+    projection: Against, seed: int, num_tasks: int, size: int
 ) -> None:
     own, in_order = gradients(seed, num_tasks, size), order(num_tasks, seed, 3)
     wanted = torch.stack(project(list(own), in_order, projection))
@@ -39,7 +40,7 @@ def test_inner_products_give_what_the_gradients_themselves_give(
 
 @projections
 @given(seed=st.integers(0, 10**6), num_tasks=st.integers(1, 6))
-def test_without_a_conflict_each_gradient_stays_as_it_is(projection: Projection, seed: int, num_tasks: int) -> None:
+def test_without_a_conflict_each_gradient_stays_as_it_is(projection: Against, seed: int, num_tasks: int) -> None:
     own = gradients(seed, num_tasks, 9).abs()
     made = coefficients((own @ own.t()).unsqueeze(0), order(num_tasks, seed, 0), projection)
     assert torch.equal(made[0], torch.eye(num_tasks, dtype=torch.float64))
@@ -53,13 +54,13 @@ def test_of_two_tasks_the_step_opposes_neither(seed: int, size: int) -> None:
 
 
 @pytest.mark.parametrize(("projection", "wanted"), [("original", (0.64, 8.48)), ("in_place", (-5.36, 8.48))])
-def test_the_example_in_which_the_two_differ(projection: Projection, wanted: tuple[float, float]) -> None:
+def test_the_example_in_which_the_two_differ(projection: Against, wanted: tuple[float, float]) -> None:
     own = torch.tensor([[1.0, 0.0], [-6.0, 8.0]], dtype=torch.float64)
     assert projected(own, [0, 1], projection).sum(0).tolist() == pytest.approx(wanted)
 
 
 @projections
-def test_a_task_without_a_gradient_changes_nothing(projection: Projection) -> None:
+def test_a_task_without_a_gradient_changes_nothing(projection: Against) -> None:
     own = torch.tensor([[1.0, 2.0], [0.0, 0.0], [-2.0, 1.0]], dtype=torch.float64)
     assert torch.equal(projected(own, [2, 1, 0], projection), own)
     nothing = torch.zeros(3, 4, dtype=torch.float64)
@@ -67,7 +68,7 @@ def test_a_task_without_a_gradient_changes_nothing(projection: Projection) -> No
 
 
 @projections
-def test_what_is_left_of_opposite_gradients_is_nothing_to_give_way_to(projection: Projection) -> None:
+def test_what_is_left_of_opposite_gradients_is_nothing_to_give_way_to(projection: Against) -> None:
     own = torch.tensor([[3.0, 1.0], [-6.0, -2.0], [1.0, -5.0]], dtype=torch.float64)
     for in_order in permutations(range(3)):
         made = projected(own, list(in_order), projection)

@@ -16,7 +16,7 @@ from lori_dist import config
 from lori_dist.errors import ConfigError
 from lori_dist.jobs import evaluate_job, train_job
 from lori_dist.training.data import encode, read
-from lori_dist.training.tokens import continuation, pairs, prompt_ids, warn_of_blanks
+from lori_dist.training.tokens import continuation, pairs, prompt_ids, segments, warn_of_blanks
 
 SPECIALS = ["<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>"]
 TEXTS = [
@@ -180,6 +180,18 @@ def test_the_text_is_that_of_the_row(tokenizer: PreTrainedTokenizerBase, row: tu
     text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     assert text.removeprefix(" ") == "".join(row)
     assert continuation(example.prompt_ids, example.response_ids[:-1], tokenizer).endswith(row[1])
+
+
+@pytest.mark.parametrize("tokenizer", [*JOINED.values(), *BYTE_LEVEL.values()], ids=[*JOINED, *BYTE_LEVEL])
+def test_several_segments_are_the_tokens_of_the_whole_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    row = ("say one", " two", " and three", " four")
+    [found], [whole] = (segments([some], tokenizer) for some in (row, (row[0], "".join(row[1:]))))
+    assert len(found) == 4
+    assert all(found)
+    assert found[0] == whole[0]
+    assert sum(found, ()) == sum(whole, ()) or tokenizer in BYTE_LEVEL.values()
+    before = [segments([("".join(row[:count]), "".join(row[count:]))], tokenizer)[0][0] for count in (2, 3)]
+    assert [sum(found[:count], ()) for count in (2, 3)] == before or tokenizer in BYTE_LEVEL.values()
 
 
 @pytest.mark.parametrize("tokenizer", BYTE_LEVEL.values(), ids=BYTE_LEVEL.keys())

@@ -10,13 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from lori_dist.adapter.adapter import Spec
-from lori_dist.adapter.attach import attach, detach, fold
+from lori_dist import Spec, attach, load_adapter, save_adapter
+from lori_dist.__main__ import main
 from lori_dist.config import Model
 from lori_dist.errors import ConfigError
-from lori_dist.integrations.folded import export_folded
 from lori_dist.training.engine import Part
-from lori_dist.training.model import check_device, identity, load_model
+from lori_dist.training.model import check_device, load_model
 from lori_dist.training.weights import base_parameters, fill, materialize, skeleton, whole
 from tests.integrations.made import trained
 from tests.models import tiny_gpt2, tiny_llama
@@ -160,14 +159,6 @@ def test_a_missing_weight_and_one_of_another_shape_are_named(tmp_path: Path) -> 
         skeleton(Model(path=str(tmp_path)))
 
 
-def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
-    tiny_llama().save_pretrained(tmp_path)
-    config = tmp_path / "config.json"
-    config.write_text(config.read_text().replace("{", '{"quantization_config": {"quant_method": "fp8"},', 1))
-    with pytest.raises(ConfigError, match="is quantised, which is not supported"):
-        skeleton(Model(path=str(tmp_path)))
-
-
 # --- odd folders -----------------------------------------------------------------------------------------------------
 
 
@@ -216,29 +207,88 @@ def in_two_shards(folder: Path) -> None:
     (folder / SINGLE).unlink()
 
 
+def under_its_prefix(folder: Path) -> None:
+    """Names with the model's prefix once more, which transformers takes off."""
+    wrapped("model.")(folder)
+
+
 SINGLE = "model.safetensors"
-HARMLESS = [two_sets, adapter_beside, pickle_beside, consolidated_beside, more_tensors, in_two_shards]
+HARMLESS = [
+    two_sets, adapter_beside, pickle_beside, consolidated_beside, more_tensors, in_two_shards, under_its_prefix,
+]  # fmt: skip
+
+YAML = """
+name: r
+model: {path: BASE}
+tasks: {t: {train: rows.jsonl, test: rows.jsonl}}
+adapter: {rank: 2, density: 1.0}
+train: {steps: 1, batch_size: 2, micro_batch_size: 2, max_length: 64}
+evaluate: {metrics: [loss]}
+"""
+VERBS = {
+    "train": ["train", "run.yaml", "--task", "t"],
+    "evaluate": ["evaluate", "run.yaml", "--adapter", "any.safetensors", "--out", "losses.json"],
+    "export": ["export", "any.safetensors", "folded", "--format", "folded", "--base", "BASE"],
+    "plan": ["plan", "run.yaml", "--gpus", "1", "--out", "plan.json"],
+}
+"""What reads a base."""
+
+
+def described(folder: Path, damage: Callable[[Path], None] | None = None) -> Path:
+    """A base, damaged or not, with what the commands need beside it."""
+    folder.mkdir()
+    save(tiny_llama(), folder / "base")
+    if damage is not None:
+        damage(folder / "base")
+    (folder / "run.yaml").write_text(YAML.replace("BASE", str(folder / "base")))
+    (folder / "rows.jsonl").write_text('{"prompt": "a b", "response": "c"}\n' * 4)
+    save_adapter(trained(tiny_llama()), folder / "any.safetensors")
+    return folder
+
+
+def done(words: list[str]) -> int:
+    """The exit code of a command in the current folder. The base's path is absolute, as `lori train` names it."""
+    return main([str(Path("base").absolute()) if word == "BASE" else word for word in words])
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """What the commands leave of the base in a folder."""
+    adapter = load_adapter(folder / "runs" / "r" / "train-t" / "adapter.safetensors").blocks[0]
+    model = by_transformers(folder / "folded")
+    return {
+        "train": torch.cat([entries.values for entries in adapter.entries.values()]),
+        "evaluate": json.loads((folder / "losses.json").read_text()),
+        "export": (type(model), torch.cat([parameter.detach().flatten() for parameter in model.parameters()])),
+        "plan": json.loads((folder / "plan.json").read_text().replace(str(folder.absolute()), "FOLDER")),
+    }
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the commands leave of a folder without any oddity."""
+    folder = described(tmp_path_factory.mktemp("sound") / "sound")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert [done(words) for words in VERBS.values()] == [0] * len(VERBS)
+    return results(folder)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
 @pytest.mark.parametrize("damage", HARMLESS)
-def test_an_odd_folder_is_the_same_base_to_every_reader(damage: Callable[[Path], None], tmp_path: Path) -> None:
-    save(tiny_llama(), tmp_path / "base")
-    damage(tmp_path / "base")
-    model = Model(path=str(tmp_path / "base"))
-    for made in (read(model), load_model(model)):
-        assert_same(made, tiny_llama().eval())
-    # What an adapter is folded into is that base too, and what is written is nothing but it.
-    adapter = trained(tiny_llama(), base=identity(model))
-    export_folded(model.path, adapter, tmp_path / "folded")
-    wanted = tiny_llama()
-    attach(wanted, adapter)
-    fold(wanted)
-    detach(wanted)
-    found = by_transformers(tmp_path / "folded")
-    assert type(found) is type(wanted)
-    for (name, ours), theirs in zip(found.named_parameters(), wanted.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, msg=name)
+def test_an_odd_folder_is_the_same_base_to_every_command(
+    damage: Callable[[Path], None], sound: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(described(tmp_path / "odd", damage))
+    for verb, words in VERBS.items():
+        assert done(words) == 0, verb
+    found = results(Path())
+    for verb, wanted in sound.items():
+        if verb == "train":
+            assert torch.equal(found[verb], wanted)
+        elif verb == "export":
+            assert found[verb][0] is wanted[0] and torch.equal(found[verb][1], wanted[1])
+        else:
+            assert found[verb] == wanted, verb
 
 
 def index_of_nothing(folder: Path) -> None:
@@ -290,29 +340,66 @@ def consolidated_only(folder: Path) -> None:
     (folder / SINGLE).rename(folder / "consolidated.safetensors")
 
 
-REFUSED = {
-    index_of_nothing: "names 1 files that are not there: model-00002-of-00002.safetensors",
-    index_out_of_the_folder: "names '../model.safetensors', wanted the name of a safetensors file beside it",
-    index_without_a_map: "model.safetensors.index.json has no weight_map",
-    differing_shards: "is in model-00001-of-00002.safetensors and, with other values, in model-00002-of-00002",
-    wrapped("module."): "have 21 with other names (module.",
-    wrapped("_orig_mod."): "have 21 with other names (_orig_mod.",
-    transposed: "tensors of the shape config.json asks for",
-    both_names: "model.norm.weight is twice in the weights",
-    consolidated_only: "consolidated.safetensors cannot be read",
+def half_prefixed(folder: Path) -> None:
+    tensors = {
+        f"module.{name}" if number % 2 else name: tensor
+        for number, (name, tensor) in enumerate(load_file(folder / SINGLE).items())
+    }
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+
+
+def cut_off(folder: Path) -> None:
+    content = (folder / SINGLE).read_bytes()
+    (folder / SINGLE).write_bytes(content[: len(content) // 2])
+
+
+def changed_config(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        tree = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(change(tree)))
+
+    return write
+
+
+def config_cut_off(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def config_missing(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "index of nothing": (index_of_nothing, "names 1 files that are not there: model-00002-of-00002.safetensors"),
+    "index out of the folder": (index_out_of_the_folder, "names '../model.safetensors', wanted the name of a"),
+    "index without a map": (index_without_a_map, "model.safetensors.index.json has no weight_map"),
+    "differing shards": (differing_shards, "is in model-00001-of-00002.safetensors and, with other values, in"),
+    **{
+        prefix: (wrapped(prefix), f"have 21 with other names ({prefix}")
+        for prefix in ("module.", "_orig_mod.", "model.model.", "base_model.model.", "_fsdp_wrapped_module.")
+    },
+    "half prefixed": (half_prefixed, "have 10 with other names (module."),
+    "transposed": (transposed, "tensors of the shape config.json asks for"),
+    "both names": (both_names, "model.norm.weight is twice in the weights"),
+    "consolidated only": (consolidated_only, "consolidated.safetensors cannot be read"),
+    "cut off": (cut_off, "model.safetensors"),
+    "config cut off": (config_cut_off, "config.json is not valid JSON"),
+    "config a list": (changed_config(lambda tree: [tree]), "config.json holds a list, wanted a JSON object"),
+    "config missing": (config_missing, "there is no config.json in "),
+    "quantised": (changed_config(lambda tree: {**tree, "quantization_config": {"quant_method": "fp8"}}), "quantised"),
 }
 
 
-@pytest.mark.parametrize(("damage", "message"), REFUSED.items())
-def test_an_odd_folder_that_is_no_base_is_refused_by_every_reader(
-    damage: Callable[[Path], None], message: str, tmp_path: Path
+@pytest.mark.parametrize("case", REFUSED)
+def test_an_odd_folder_is_refused_by_every_command_in_the_same_words(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny_llama().save_pretrained(tmp_path / "base")
-    damage(tmp_path / "base")
-    found = []
-    for use in (skeleton, load_model):
-        with pytest.raises(ConfigError, match=r"^model.path: ") as caught:
-            use(Model(path=str(tmp_path / "base")))
-        found.append(str(caught.value))
-    assert found[0] == found[1]
-    assert message in found[0] and "\n" not in found[0]
+    damage, message = REFUSED[case]
+    monkeypatch.chdir(described(tmp_path / "odd", damage))
+    capsys.readouterr()
+    errors = {}
+    for verb, words in VERBS.items():
+        assert done(words) == 2, verb
+        errors[verb] = capsys.readouterr().err.strip().splitlines()[-1]
+    assert len(set(errors.values())) == 1, errors
+    assert message in errors["train"] and errors["train"].startswith("model.path: ")

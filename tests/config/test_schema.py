@@ -8,8 +8,9 @@ import jsonschema
 import pytest
 import yaml
 
-from lori_dist import config, schema
+from lori_dist import config
 from lori_dist.__main__ import main
+from lori_dist.config import schema
 from lori_dist.errors import ConfigError
 
 SCHEMA = schema.json_schema()

@@ -242,6 +242,14 @@ def test_files_of_almost_a_mebibyte_are_read_or_refused_in_two_seconds(text: str
     assert time.process_time() - start < 2
 
 
+def test_thousands_of_tasks_are_read_in_two_seconds(place: Path) -> None:
+    tasks = "".join(f"  t{n}: {{train: rows.jsonl, test: rows.jsonl}}\n" for n in range(8_000))
+    (place / "run.yaml").write_text(f"name: demo\nmodel: {{path: ./model}}\ntrain: {{steps: 10}}\ntasks:\n{tasks}")
+    start = time.process_time()
+    assert len(config.load("run.yaml").tasks) == 8_000
+    assert time.process_time() - start < 2
+
+
 def test_aliases_that_repeat_aliases_take_no_room() -> None:
     names = "abcdefghijkl"
     laughs = "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise(names))
@@ -416,9 +424,9 @@ def test_cma_must_be_installed_and_needs_two_weights(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     found = problems(MINIMAL, "merges.all={method: concat, tasks: [code], search: {method: cma}}", "trackers=[]")
     assert found == [
-        "merges.all.search.method: cma needs two weights, there is one; use coordinate",
         "merges.all.search.method: cma needs the package of this name, which is not installed; "
         "pip install 'lori_dist[search]', or use coordinate",
+        "merges.all.search.method: cma needs two weights, there is one; use coordinate",
     ]
 
 
@@ -427,9 +435,9 @@ def test_flash_attention_must_be_installed_and_fit_the_run(monkeypatch: pytest.M
     (place / "model" / "config.json").write_text('{"model_type": "llama"}')
     asked = ["model.attention=flash_attention_2", "train.pack=true", "trackers=[]"]
     assert [problem.partition("; ")[0] for problem in problems(MINIMAL, *asked)] == [
+        "model.attention: flash_attention_2 needs the package flash_attn, which is not installed",
         "model.attention: got flash_attention_2, which computes in half precision, and model.dtype is float32",
         "model.attention: got flash_attention_2, which lets packed rows see each other in a batch of several sequences",
-        "model.attention: flash_attention_2 needs the package flash_attn, which is not installed",
     ]
     Path("run.yaml").write_text(MINIMAL)
     alone = ["model={path: model, attention: flash_attention_3, dtype: bfloat16}"]
@@ -516,11 +524,11 @@ clustr: {}
         "merges.nlu.method",
         "cluster",
         "clustr",
-        "evaluate.metrics",
-        "train.steps, train.epochs",
         "tasks.nlu.test",
         "tasks.nlu.template.prompt",
         "tasks.nlu.labels",
+        "evaluate.metrics",
+        "train.steps, train.epochs",
         "merges.nlu",
         "merges.nlu.weights",
         "merges.all.weights",
@@ -540,7 +548,7 @@ except config.ConfigError as error:
     print(error)
 print(sorted({"torch", "transformers", "numpy", "ray", "deepspeed"} & set(sys.modules)))
 """
-    environment = {"PYTHONPATH": str(Path(config.__file__).parents[1])}
+    environment = {"PYTHONPATH": str(Path(config.__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[0].startswith("adapter.mask: unknown 'magnitud' in masks")
     assert done.stdout.splitlines()[1] == "[]"
@@ -561,6 +569,15 @@ print(sorted({"torch", "transformers", "numpy", "ray", "deepspeed"} & set(sys.mo
         ("tasks.nlu.test=x.jsonl", "tasks.nlu.test: there is no file 'x.jsonl'; paths are relative to .*"),
         ("tasks.nlu.labels=[a]", "tasks.nlu.labels: got ['a']; give at least two, each of them once"),
         ("tasks.nlu.labels=[a, b, a]", "tasks.nlu.labels: got ['a', 'b', 'a']; give at least two, .*"),
+        ("tasks.code.template.tools=tools", "tasks.code.template.tools: is for chat templates, and .*"),
+        ("tasks.code.template.train_on=all", "tasks.code.template.train_on: is for chat templates, and .*"),
+        ("tasks.code.template.arguments={a: 1}", "tasks.code.template.arguments: is for chat templates, and .*"),
+        (
+            "tasks.code.template={messages: prompt, arguments: {tools: 1}}",
+            "tasks.code.template.arguments: 'tools' is not an argument of a chat template's own; remove it",
+        ),
+        ("tasks.code.template={messages: prompt, response: a}", "tasks.code.template.response: is not used where .*"),
+        ("tasks.code.template.layout=sharegpt", "tasks.code.template.layout: takes the field 'conversations', .*"),
         ("tasks.nlu.template.prompt='{'", "tasks.nlu.template.prompt: '{' is not a template .*; write {{ for a brace"),
         ("tasks.nlu.labels=['no', yess]", "tasks.nlu.labels: row 1 of tasks.nlu.train has 'yes', wanted .* 'yess'?"),
         ("tasks.nlu.template.prompt='{prompt!r}'", "tasks.nlu.template.prompt: {prompt!r} is not a field; .*"),

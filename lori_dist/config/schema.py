@@ -1,11 +1,10 @@
-"""What a configuration may hold: as a JSON schema for editors, as YAML for readers. Both are made from the sections."""
+"""The configuration's schema: as JSON schema for editors, as YAML for readers. Both are made from the sections."""
 
 import json
 import textwrap
-import types
 import typing
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,41 +12,47 @@ import pydantic
 import yaml
 from pydantic.json_schema import GenerateJsonSchema
 
-from lori_dist import config, plugin
-from lori_dist.config import Choice, Methods
+from lori_dist import plugin
+from lori_dist.config.check import keys
+from lori_dist.config.kinds import Choice, Methods
+from lori_dist.config.run import Run
 
-FILE = Path(__file__).parent / "config.schema.json"
-"""The schema as it ships, which configurations name in their first line."""
+FILE = Path(__file__).parents[1] / "config.schema.json"
+"""The shipped schema, which configurations name in their first line."""
 WIDTH, COLUMN = 120, 32
-"""Of the YAML: its longest line, and where comments begin."""
+"""Longest line of the YAML, and the column of its comments."""
 
 
 class _Generator(GenerateJsonSchema):
     def field_title_should_be_set(self, schema: Any) -> bool:
-        """Editors show the key itself, and its description."""
+        """Leaves titles out: editors show the key itself, and its description."""
         return False
 
 
 def json_schema() -> dict[str, Any]:
-    """Returns the JSON schema (draft 2020-12) of a run's configuration. Every key has a description."""
-    adapter = pydantic.TypeAdapter(config.Run)
+    """Returns the JSON schema (draft 2020-12) of a run's configuration. Every key has a description.
+
+    `x-fingerprint` says of a key, and of all below it, that another value does not by itself make finished jobs count
+    as not done: its value is part of their fingerprints `if set`, never, or what is `derived` from it is.
+    """
+    adapter = pydantic.TypeAdapter(Run)
     schema = adapter.json_schema(schema_generator=_Generator)
     definitions = schema["$defs"]
     del definitions["Choice"]
     sections = {"Run": schema, **definitions}
-    for section in _sections(config.Run):
-        for name, hint in typing.get_type_hints(section, include_extras=True).items():
-            properties = sections[section.__name__]["properties"]
-            key = properties[name]
-            if is_dataclass(hint):  # pydantic leaves out what the section's own description says
-                key.setdefault("description", sections[typing.cast(type, hint).__name__]["description"])
+    for section in _sections(Run):
+        for name, stated in keys(section).items():
+            key = sections[section.__name__]["properties"][name]
+            if stated.section is not None:  # pydantic leaves out what the section's own description says
+                key.setdefault("description", sections[stated.section.__name__]["description"])
             key["description"] = " ".join(key["description"].split())
             if "patternProperties" in key:
                 key["additionalProperties"] = False
-            for methods in getattr(hint, "__metadata__", ()):
-                if isinstance(methods, Methods):
-                    key.pop("$ref", None)
-                    key["anyOf"] = list(_methods(methods))
+            if stated.methods is not None:
+                key.pop("$ref", None)
+                key["anyOf"] = [*_methods(stated.methods), *([{"type": "null"}] if "default" in key else [])]
+            if stated.fingerprint is not None:
+                key["x-fingerprint"] = stated.fingerprint.value
     return {"$schema": GenerateJsonSchema.schema_dialect, **schema, "title": "Configuration of a lori_dist run"}
 
 
@@ -57,16 +62,16 @@ def text() -> str:
 
 
 def _sections(section: Any) -> Iterator[Any]:
-    """A section and all that are below it."""
+    """Yields a section and all sections below it."""
     yield section
-    for hint in typing.get_type_hints(section).values():
-        for inner in (hint, *typing.get_args(hint)):
-            if is_dataclass(inner) and inner is not Choice:
-                yield from _sections(inner)
+    for key in keys(section).values():
+        if below := key.section or key.sections:
+            yield from _sections(below)
 
 
 def _methods(methods: Methods) -> Iterator[dict[str, Any]]:
-    """A method's name alone, or in a mapping with its options; of one's own method, in a module, any options."""
+    """Yields the forms of a method: its name alone, or a mapping with its options; a method of the user's own module
+    takes any options."""
     names = plugin.names(methods.folder)
     yield {"enum": list(names)}
     for name in names:
@@ -92,37 +97,33 @@ def _methods(methods: Methods) -> Iterator[dict[str, Any]]:
 
 
 def as_yaml() -> str:
-    """Returns all keys with their defaults and descriptions as YAML; `...` stands for what has no default."""
+    """Returns all keys with their defaults and descriptions as YAML; `...` stands for a value without a default."""
     sections = json_schema()
     described = {"Run": sections, **sections["$defs"]}
-    return "\n".join(_lines(config.Run, described, "")) + "\n"
+    return "\n".join(_lines(Run, described, "")) + "\n"
 
 
 def _lines(section: Any, described: dict[str, Any], indent: str) -> Iterator[str]:
-    hints = typing.get_type_hints(section)
     for item in fields(section):
+        key = keys(section)[item.name]
         text = described[section.__name__]["properties"][item.name]["description"]
-        if unnamed := [str(choice) for choice in _choices(hints[item.name]) if str(choice) not in text]:
+        if unnamed := [str(choice) for choice in _choices(key.hint) if str(choice) not in text]:
             text = f"{text.removesuffix('.')}: {', '.join(unnamed)}."
-        inner = [part for part in (hints[item.name], *typing.get_args(hints[item.name])) if is_dataclass(part)]
-        below = inner[0] if inner and inner[0] is not Choice else None
-        is_optional = isinstance(hints[item.name], types.UnionType)
-        value = "" if below is not None and not is_optional else _default(item)
+        has_sections = key.section is not None or key.sections is not None
+        value = "" if has_sections and not key.is_optional else _default(item)
         yield from _commented(f"{indent}{item.name}:{f' {value}' if value else ''}", text)
-        if below is None:
-            continue
-        if typing.get_origin(hints[item.name]) is dict:
+        if key.sections is not None:
             yield from _commented(f"{indent}  ...:", "its name")
-            yield from _lines(below, described, f"{indent}    ")
-        elif is_optional:
+            yield from _lines(key.sections, described, f"{indent}    ")
+        elif key.is_optional:
             yield f"{indent}# {item.name}:"
-            yield from (f"{indent}#   {line}" for line in _lines(below, described, ""))
-        else:
-            yield from _lines(below, described, f"{indent}  ")
+            yield from (f"{indent}#   {line}" for line in _lines(key.section, described, ""))
+        elif key.section is not None:
+            yield from _lines(key.section, described, f"{indent}  ")
 
 
 def _choices(hint: Any) -> Iterator[Any]:
-    """The values of a Literal, wherever in an annotation it stands."""
+    """Yields the values of a Literal, wherever it stands in an annotation."""
     if typing.get_origin(hint) is typing.Literal:
         yield from typing.get_args(hint)
     else:
@@ -138,7 +139,7 @@ def _default(item: "Field[Any]") -> str:
 
 
 def _commented(line: str, text: str) -> Iterator[str]:
-    """The comment stands beside the line, or above it where it is too long."""
+    """Yields a line with its comment beside it, or above it if it is too long."""
     if len(beside := f"{line:<{COLUMN - 1}} # {text}") <= WIDTH:
         yield beside
         return

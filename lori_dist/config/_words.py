@@ -1,0 +1,28 @@
+"""Words that messages share: how they name what was found."""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from lori_dist.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def found(value: Any) -> str:
+    kinds = {dict: "a mapping", list: "a list", type(None): "nothing"}
+    if type(value) in kinds:
+        return kinds[type(value)]
+    try:
+        return cut(repr(value))
+    except ValueError:  # more digits than Python makes text of
+        return "a large number"
+
+
+def cut(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:150]}...{text[-20:]}"
+
+
+def unless(problems: Sequence[str], found: T) -> T:
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return found
