@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec
     from lori_dist.adapter.attach import adapted, attach, dense, detach, extract, fold, sparsify, trainable, unfold
-    from lori_dist.adapter.file import load as load_adapter
-    from lori_dist.adapter.file import save as save_adapter
     from lori_dist.adapter.packed import attach_several
     from lori_dist.adapter.projection import projection
     from lori_dist.config import Run
     from lori_dist.config import load as load_run
     from lori_dist.errors import AdapterError, ConfigError, JobError, LoriError
+    from lori_dist.formats.native import load as load_adapter
+    from lori_dist.formats.native import save as save_adapter
 
 __all__ = [
     "Adapter",
@@ -62,10 +62,10 @@ _PLACES = {
     "detach": "adapter.attach:detach",
     "extract": "adapter.attach:extract",
     "fold": "adapter.attach:fold",
-    "load_adapter": "adapter.file:load",
+    "load_adapter": "formats.native:load",
     "load_run": "config:load",
     "projection": "adapter.projection:projection",
-    "save_adapter": "adapter.file:save",
+    "save_adapter": "formats.native:save",
     "sparsify": "adapter.attach:sparsify",
     "trainable": "adapter.attach:trainable",
     "unfold": "adapter.attach:unfold",

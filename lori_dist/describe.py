@@ -41,15 +41,16 @@ def adapter_file(path: Path) -> str:
 
     Raises AdapterError if it is damaged or no adapter.
     """
-    from lori_dist.adapter import file, source
+    from lori_dist import formats
+    from lori_dist.formats import native
 
-    adapter = source.load(path)
+    adapter = formats.load(path)
     if path.is_dir():
         header: Mapping[str, Any] = {"targets": adapter.targets, "base": adapter.base}
         sizes: tuple[int, ...] = (_held(adapter),)
         num_bytes = sum(item.stat().st_size for item in path.glob("*.safetensors"))
     else:
-        header, sizes, num_bytes = file.header(path), file.block_bytes(path), path.stat().st_size
+        header, sizes, num_bytes = native.header(path), native.block_bytes(path), path.stat().st_size
     lines = [f"{path}: {size(adapter.kept, adapter.total)}, {num_bytes:,} bytes"]
     forms = [_form(adapter, number) for number in range(len(sizes))]
     lines += [f"  form: {', '.join(_counted(forms, sizes))}"]

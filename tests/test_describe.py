@@ -6,7 +6,7 @@ import pytest
 import safetensors.torch
 
 from lori_dist import describe
-from lori_dist.adapter import file
+from lori_dist.formats import native
 from lori_dist.merges import merge
 from tests.merges.made import adapter, block
 
@@ -26,7 +26,7 @@ from tests.merges.made import adapter, block
 def test_the_form_of_a_merge_and_its_bytes_are_shown(tmp_path: Path, method: str, shared: bool, form: str) -> None:
     tasks = [adapter(block(f"t{place}", seed=0 if shared else place, draw=place)) for place in range(2)]
     path = tmp_path / "merged"
-    file.save(merge(tasks, method=method), path)
+    native.save(merge(tasks, method=method), path)
     shown = describe.adapter_file(path)
     size = sum(tensor.nbytes for tensor in safetensors.torch.load_file(path).values())
     assert f"\n  form: {form} ({size:,} bytes)\n" in shown

@@ -11,8 +11,9 @@ import yaml
 
 from lori_dist import config
 from lori_dist.__main__ import main
-from lori_dist.adapter import attach, file
+from lori_dist.adapter import attach
 from lori_dist.adapter.adapter import Spec
+from lori_dist.formats import native
 from lori_dist.training.model import identity, load_model
 from tests.models import tiny_llama
 from tests.tokenizers import save, tiny_tokenizer
@@ -41,7 +42,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     attach.attach(base, Spec(rank=4, alpha=8.0, seed=3))
     for values in attach.trainable(base).values():
         values.data.normal_()
-    file.save(attach.extract(base, name="t", base=identity(config.validate(tree).model)), tmp_path / "a.safetensors")
+    native.save(attach.extract(base, name="t", base=identity(config.validate(tree).model)), tmp_path / "a.safetensors")
     return tmp_path / "run.yaml", tmp_path / "a.safetensors"
 
 
@@ -50,7 +51,7 @@ def by_hand(run: Path, adapter: Path | None, prompt: str) -> str:
     """Greedy, one token at a time, without a cache."""
     model, tokenizer = load_model(config.load(run).model), tiny_tokenizer()
     if adapter is not None:
-        attach.attach(model, file.load(adapter))
+        attach.attach(model, native.load(adapter))
     tokens = tokenizer(prompt)["input_ids"]
     start = len(tokens)
     while len(tokens) < start + 6 and tokens[-1] != tokenizer.eos_token_id:

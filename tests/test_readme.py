@@ -18,9 +18,8 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from lori_dist import Spec, attach, config, extract, load_adapter, plugin, save_adapter, trainable
+from lori_dist import Spec, attach, config, extract, formats, load_adapter, plugin, save_adapter, trainable
 from lori_dist.__main__ import main
-from lori_dist.adapter import source
 from lori_dist.config import schema
 from lori_dist.masks.magnitude import mask
 from lori_dist.merges import merge
@@ -108,7 +107,7 @@ def test_what_is_not_run_here_names_the_test_that_runs_it_or_the_reason(language
 
 
 def test_the_bytes_of_the_golden_file_are_those_of_the_format() -> None:
-    data = (ROOT / "tests/adapter/golden/adapter.safetensors").read_bytes()
+    data = (ROOT / "tests/formats/golden/adapter.safetensors").read_bytes()
     lines = re.findall(r"^([0-9a-f]{8}): ((?:[0-9a-f]{2} )+)", (ROOT / "lori_dist/adapter/FORMAT.md").read_text(), re.M)
     assert len(lines) == 7
     for place, listed in lines:
@@ -334,7 +333,7 @@ def test_the_lines_for_peft_train_both_phases(tmp_path: Path, monkeypatch: pytes
     exec(phases, {"trainer": trainer, "new_model": wrapped[1], "mask": mask})
     trainer_of(wrapped[1], 2).train()
     wrapped[1].save_pretrained("sparse")
-    trained = source.load(Path("sparse"))
+    trained = formats.load(Path("sparse"))
     assert trained.kept == round(0.1 * trained.total)
     assert any(entries.values.any() for entries in trained.blocks[0].entries.values())
 

@@ -17,7 +17,7 @@ PACKAGE = Path(lori_dist.__file__).parent
 # A part is a file or a folder of the package; the libraries are what it may import besides the standard library, and a
 # file's own line goes before its folder's.
 RINGS = (
-    {"__init__.py", "adapter", "masks", "merges", "balances", "interference.py"}
+    {"__init__.py", "adapter", "formats", "masks", "merges", "balances", "interference.py"}
     | {"tensors.py", "files.py", "atomic.py", "plugin.py", "errors.py"},
     {"config", "tables.py", "rows.py", "jobs.py", "folder.py", "storage.py", "multitask", "scores.py"},
     {"training", "engines", "evaluation"},
@@ -43,6 +43,7 @@ LIBRARIES = {
     "adapter/projection_cuda.py": {"torch", "triton"},
     "adapter/product_cuda.py": {"torch", "triton"},
     "adapter": {"torch", "safetensors", "numpy"},
+    "formats": {"torch", "safetensors", "numpy"},
     "masks": {"torch", "safetensors", "numpy"},
     "merges": {"torch", "safetensors", "numpy"},
     "interference.py": {"torch"},
@@ -90,7 +91,7 @@ LIBRARIES = {
 }
 # Parts of the package that a part of an inner ring may import all the same; each with its reason.
 ACROSS = {
-    "__init__.py": {"adapter", "config", "errors.py"},  # the list of public names, loaded at first use
+    "__init__.py": {"adapter", "config", "formats", "errors.py"},  # the list of public names, loaded at first use
 }
 HEAVY = {"transformers", "deepspeed", "accelerate", "ray"}
 LEAKS = {0: HEAVY, 1: HEAVY | {"torch"}}
@@ -206,9 +207,9 @@ def test_a_fresh_process_loads_nothing_heavy(number: int) -> None:
         ("merges/linear.py", "def _later():\n    import accelerate", "merges/linear.py imports accelerate"),
         ("plugin.py", "import lori_dist.config", "plugin.py imports lori_dist.config, which is further out"),
         (
-            "adapter/file.py",
+            "formats/native.py",
             "from lori_dist import jobs",
-            "adapter/file.py imports lori_dist.jobs, which is further out",
+            "formats/native.py imports lori_dist.jobs, which is further out",
         ),
         ("config/run.py", "import torch", "config/run.py imports torch"),
         ("jobs.py", "from lori_dist.training import data", "jobs.py imports lori_dist.training.data, which is further"),

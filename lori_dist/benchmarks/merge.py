@@ -14,12 +14,12 @@ from typing import Annotated, Any
 import torch
 from torch import nn
 
-from lori_dist.adapter import file
 from lori_dist.adapter.adapter import Adapter, Entries
 from lori_dist.adapter.projection import checksum, projection
-from lori_dist.adapter.spool import Spool
 from lori_dist.adapter.update import Part, blocks
 from lori_dist.atomic import aside
+from lori_dist.formats import native
+from lori_dist.formats.spool import Spool
 from lori_dist.integrations import peft as exported
 from lori_dist.merges import merge_files
 
@@ -64,7 +64,7 @@ def run(
         ours = {number: _made(folder, number, shapes[number], tasks, rank, density) for number in shapes}
         theirs = [folder / f"peft-{task}" for task in range(tasks)]
         for task in range(tasks):
-            exported.export(file.opened(ours[peft_layers][task]), theirs[task], base_model_name="none")
+            exported.export(native.open_lazy(ours[peft_layers][task]), theirs[task], base_model_name="none")
         work = {
             (who, method, number): {
                 "who": who,
@@ -136,7 +136,7 @@ def _made(
                 module: [spool.keep(_random(f"task{task}", module, shape, rank, density, sums[module], generator))]
                 for module, shape in shapes.items()
             }
-            file.save(Adapter(shapes=shapes, blocks=blocks(parts, shapes), targets="all-linear"), path)
+            native.save(Adapter(shapes=shapes, blocks=blocks(parts, shapes), targets="all-linear"), path)
     return paths
 
 

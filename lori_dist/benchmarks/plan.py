@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lori_dist import config, plugin
-from lori_dist.adapter import file
 from lori_dist.adapter.attach import adapted, attach, extract, match
 from lori_dist.adapter.linear import features
 from lori_dist.benchmarks._gang import gang
 from lori_dist.benchmarks._traffic import Traffic, local_bytes, moment_bytes, process_bytes
+from lori_dist.formats import native
 from lori_dist.masks.random import mask
 from lori_dist.plan import file_bytes
 from lori_dist.plan.model import Counted, count, spec
@@ -208,7 +208,7 @@ def _of_rank(world: World, setting: Setting) -> dict[str, int]:
     values = gather(engine, "values", world)
     path = setting.place / "adapter.safetensors"
     if world.rank == 0:
-        file.save(extract(model, name="one", values=values), path)
+        native.save(extract(model, name="one", values=values), path)
     held = {
         "base": sum(map(_held, {id(one): one for one in base_parameters(model).values()}.values())),
         "adapter": sum(map(local_bytes, _of_adapter(model))) + _values(engine, setting),

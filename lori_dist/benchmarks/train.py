@@ -17,7 +17,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lori_dist import config, plugin
-from lori_dist.adapter import file
 from lori_dist.adapter.attach import adapted, extract
 from lori_dist.adapter.linear import features
 from lori_dist.benchmarks._gang import gang
@@ -25,6 +24,7 @@ from lori_dist.benchmarks._methods import METHODS, from_files, is_adapted, make_
 from lori_dist.benchmarks._timing import quotients
 from lori_dist.benchmarks._traffic import Traffic, moment_bytes, process_bytes, saved_bytes
 from lori_dist.errors import ConfigError
+from lori_dist.formats import native
 from lori_dist.training import checkpoint, device
 from lori_dist.training.data import Batch
 from lori_dist.training.engine import Engine, gather, trained
@@ -262,7 +262,7 @@ def _save(path: Path, method: str, model: nn.Module, engine: Engine, world: Worl
     if world.rank > 0 or method == FLOOR:
         return 0
     if adapted(model):
-        file.save(extract(model, name=method, values=values), path, dtype=torch.bfloat16)
+        native.save(extract(model, name=method, values=values), path, dtype=torch.bfloat16)
     else:
         safetensors.torch.save_file({name: value.bfloat16() for name, value in values.items()}, path)
     return path.stat().st_size

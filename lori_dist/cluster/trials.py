@@ -97,11 +97,12 @@ def _rows(file: Path, count: int, part: str) -> bytes:
 
 def _projections(run: Run, job: Job) -> dict[str, list[str]]:
     """Task -> the module kinds that its adapter has."""
-    from lori_dist.adapter import file, targets
+    from lori_dist.adapter import targets
+    from lori_dist.formats import native
 
     found = {}
     for task, need in zip(job.settings["tasks"], job.needs, strict=True):
-        modules = file.header(run.folder / need / ADAPTER)["modules"]
+        modules = native.header(run.folder / need / ADAPTER)["modules"]
         found[task] = list(dict.fromkeys(targets.kind(module) for module in modules))
     return found
 

@@ -34,10 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.format == "folded" and arguments.base is None:
         raise ConfigError("--base: is missing; --format folded writes the base model with the adapter in it")
-    from lori_dist.adapter import source
+    from lori_dist import formats
     from lori_dist.integrations import model_card
 
-    adapter, origin = source.opened(arguments.adapter), model_card.origin(arguments.adapter)
+    adapter, origin = formats.open_lazy(arguments.adapter), model_card.origin(arguments.adapter)
     if arguments.format == "folded":
         from lori_dist.integrations.folded import export_folded
 

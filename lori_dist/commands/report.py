@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     measured = None if matrix is None else _evaluation(tree.get("evaluation", tree), matrix, where)
     conflicts: Mapping[str, Any] = {}
     intervals: Any = None
-    from lori_dist.adapter import source
+    from lori_dist import formats
     from lori_dist.report import conflicts_of, write
 
     if described is not None:  # figures are those of the finished jobs, whose files are checked
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
         intervals = tree.get("intervals") if "evaluation" in tree else _intervals_beside(matrix)
     names = None if adapters else list(named)
     jobs = tree.get("jobs") if described is not None else None
-    opened = [source.opened(Path(path)) for path in paths]
+    opened = [formats.open_lazy(Path(path)) for path in paths]
     written = write(
         opened,
         arguments.out,

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lori_dist import config, plugin
-from lori_dist.adapter import source
+from lori_dist import config, formats, plugin
 from lori_dist.errors import ConfigError
 from lori_dist.evaluation._answers import BASE, Reader
 from lori_dist.evaluation._passes import attached, passes_of
@@ -120,7 +119,7 @@ def evaluate_all(
     """
     tokenizer = load_tokenizer(run.model)
     rows, more = _test_rows(run, tokenizer), _more(run)
-    loaded = {name: source.load(path) for name, path in adapters.items() if path is not None}
+    loaded = {name: formats.load(path) for name, path in adapters.items() if path is not None}
     for name, adapter in loaded.items():
         path = adapters[name]
         assert path is not None
@@ -297,7 +296,7 @@ def _labels(task: config.Task) -> tuple[str, ...] | None:
 
 def check_adapter(adapter: Path, model: config.Model) -> None:
     """Raises AdapterError if there is no adapter, or that of another base. Cheap: looks at no tensor of a file."""
-    check_base(adapter, source.base(adapter), model)
+    check_base(adapter, formats.base(adapter), model)
 
 
 def _test_rows(run: config.Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, Rows]:

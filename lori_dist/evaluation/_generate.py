@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lori_dist import config
-from lori_dist.adapter import source
+from lori_dist import config, formats
 from lori_dist.errors import ConfigError
 from lori_dist.evaluation._answers import GREEDY, Reader, Sampling
 from lori_dist.evaluation._passes import attached, passes_of
@@ -43,7 +42,7 @@ def writing(
     Raises ConfigError for messages without a chat template, and what `evaluation.evaluate_all` raises.
     """
     tokenizer = load_tokenizer(run.model)
-    loaded = {name: source.load(path) for name, path in adapters.items() if path is not None}
+    loaded = {name: formats.load(path) for name, path in adapters.items() if path is not None}
     for name, adapter in loaded.items():
         check_base(Path(str(adapters[name])), adapter.base, run.model)
     base = place(run, world, torch.device("cpu"))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 
-from lori_dist.adapter import source
+from lori_dist import formats
 from lori_dist.adapter.adapter import Adapter, in_memory
 from lori_dist.adapter.attach import trained_on
 from lori_dist.adapter.update import split
@@ -86,7 +86,7 @@ def compare(folder: Path, adapter: Adapter, settings: PreTrainedConfig | None) -
 
 def compare_as_read(folder: Path, adapter: Adapter) -> None:
     """Raises AdapterError unless a LoRA folder, with its mask if there is one, is this adapter to `lori`."""
-    again = source.opened(folder)
+    again = formats.open_lazy(folder)
     found = {}
     for module, shape in again.shapes.items():
         parts = split(again, module, shape).kept

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lori_dist.adapter import file
 from lori_dist.adapter.adapter import Adapter, Block
 from lori_dist.atomic import write_text
 from lori_dist.files import parse_json, read_regular
+from lori_dist.formats import native
 from lori_dist.jobs import sha256
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def write_beside(path: Path, base_model_name: str) -> None:
     base_model_name: for an adapter that does not name its base.
     """
     try:
-        adapter = file.opened(path)
+        adapter = native.open_lazy(path)
         base = str(adapter.base.get("name", base_model_name))
         write_text(path.with_name("README.md"), text(adapter, base, origin(path), library="lori_dist"))
     except Exception as error:

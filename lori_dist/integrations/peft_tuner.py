@@ -39,13 +39,14 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_t
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from lori_dist.adapter import lori_folder, patterns, source
+from lori_dist import formats
 from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec
-from lori_dist.adapter.checks import require
 from lori_dist.adapter.linear import Delta, features, is_conv1d
-from lori_dist.adapter.lori_folder import are_positions
 from lori_dist.adapter.projection import GENERATOR, checksum
 from lori_dist.errors import AdapterError
+from lori_dist.formats import patterns, tuner
+from lori_dist.formats.checks import require
+from lori_dist.formats.tuner import are_positions
 from lori_dist.integrations import model_card
 from lori_dist.integrations.deepspeed import release_locks
 
@@ -141,7 +142,7 @@ class LoriConfig(PeftConfig):
         if self.target_modules is None:
             self.target_modules = "all-linear"
         if self.is_from_file:
-            lori_folder.check_settings(vars(self), is_saved=False)
+            tuner.check_settings(vars(self), is_saved=False)
             _check_names(self)
             self.checksums, self.shapes, self.kept = self.checksums or {}, self.shapes or {}, self.kept or {}
         if isinstance(self.target_modules, list):
@@ -440,7 +441,7 @@ def dense(model: nn.Module | str | Path, adapter_name: str = "default") -> dict[
     Raises AdapterError for a model whose values DeepSpeed has parted.
     """
     if not isinstance(model, nn.Module):
-        saved = source.load(Path(model))
+        saved = formats.load(Path(model))
         entries, rank = saved.blocks[0].entries, saved.blocks[0].rank
         return {path: entries[path].dense(rows, rank) for path, (rows, _) in saved.shapes.items() if path in entries}
     return {
@@ -635,7 +636,7 @@ def _fill_card(folder: Path, base_model_name: str | None) -> None:
         found = card.read_text(encoding="utf-8") if card.is_file() else ""
         if found and "[More Information Needed]" not in found:
             return
-        made = model_card.text(source.opened(folder), base_model_name or "unknown", model_card.UNKNOWN)
+        made = model_card.text(formats.open_lazy(folder), base_model_name or "unknown", model_card.UNKNOWN)
         _, head, body = made.split("---\n", 2)
         if found.startswith("---\n"):
             head = found.split("---\n", 2)[1]

@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lori_dist import plugin
-from lori_dist.adapter import file, source
+from lori_dist import formats, plugin
 from lori_dist.adapter.adapter import Adapter
-from lori_dist.adapter.spool import Spool
 from lori_dist.adapter.update import Part, Update, blocks, split, told_apart
 from lori_dist.atomic import aside
+from lori_dist.formats import native
+from lori_dist.formats.spool import Spool
 from lori_dist.merges import _weights
 from lori_dist.merges._inputs import check
 from lori_dist.merges._weights import Weight
@@ -98,7 +98,7 @@ def merge_files(
     Raises as `merge`, and AdapterError for adapters that cannot be read.
     """
     _bound(method, options)  # before files are read
-    adapters = told_apart([source.opened(path) for path in paths])
+    adapters = told_apart([formats.open_lazy(path) for path in paths])
     given, shapes = _given(adapters, weights, _share(method, options, len(adapters))), _shapes(adapters)
     ranges, known = _ranges(list(shapes), num_ranges), _surveyed(adapters, shapes, method, options)
     with contextlib.ExitStack() as stack:
@@ -110,7 +110,7 @@ def merge_files(
         for found in spread(merge_range, zip(ranges, asides, strict=True)):
             parts.update(found)
         merged = _join(adapters, shapes, _evened(parts, given))
-        file.save(merged, out)
+        native.save(merged, out)
     return {
         "path": str(out),
         "kept": merged.kept,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lori_dist.adapter import source
+from lori_dist import formats
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.cluster import schedule
 from lori_dist.config import FLASH, Run, Train, held_out, trained_as
@@ -213,7 +213,7 @@ def adapter_at(run: Run, gang: Gang) -> Adapter | None:
     if gang.start is None:
         return None
     try:
-        found = source.load(Path(gang.start))
+        found = formats.load(Path(gang.start))
         if len(found.blocks) != 1:
             raise AdapterError(f"{gang.start}: is a merge of {len(found.blocks)} blocks, which cannot be trained")
     except AdapterError as error:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from lori_dist import folder
-from lori_dist.adapter import file
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.atomic import naming, write_text
 from lori_dist.errors import AdapterError
+from lori_dist.formats import native
 from lori_dist.interference import interference
 from lori_dist.scores import Evaluation, Intervals, drops
 
@@ -94,7 +94,7 @@ def write_of_run(summary: Mapping[str, Any], out: Path) -> dict[str, str] | None
 
         if len(paths) < 2 and not rows(jobs) and not conflicts:
             return None
-        adapters = [file.opened(path) for path in paths.values()]
+        adapters = [native.open_lazy(path) for path in paths.values()]
         if "transfer" in summary:
             adapters = adapters and _blocks(adapters[-1])
         write(

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lori_dist.adapter import file, source
+from lori_dist import formats
 from lori_dist.adapter.adapter import Adapter, Spec
 from lori_dist.atomic import append_json
 from lori_dist.config import Run, held_out, trained_as
 from lori_dist.errors import AdapterError, ConfigError, JobError, LoriError
+from lori_dist.formats import native
 from lori_dist.jobs import Job as Planned
 from lori_dist.jobs import task_seed
 from lori_dist.training import checkpoint, conflicts, data, masking, metrics, validation
@@ -152,14 +153,14 @@ def _validation(run: Run, tasks: Sequence[str], tokenizer: Any) -> list[list[Exa
 
 def _before(run: Run, tasks: Sequence[str]) -> Adapter | None:
     """What the last of the tasks left: the entries of all of them."""
-    return file.load(run.folder / f"train-{tasks[-1]}" / ADAPTER) if tasks else None
+    return native.load(run.folder / f"train-{tasks[-1]}" / ADAPTER) if tasks else None
 
 
 def _start(run: Run, task: str) -> Adapter:
     """The adapter whose training goes on."""
     path = Path(str(run.tasks[task].start))
     try:
-        adapter = source.load(path)
+        adapter = formats.load(path)
         check_base(path, adapter.base, run.model)
         if adapter.saved:
             raise AdapterError(

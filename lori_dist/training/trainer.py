@@ -20,11 +20,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lori_dist import config, plugin
-from lori_dist.adapter import file, packed
+from lori_dist.adapter import packed
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.adapter.attach import attach, extract, projection_checksums, refuse_other_projections
 from lori_dist.adapter.routing import Routing, adapter_of, module_of, name_of
 from lori_dist.errors import ConfigError, JobError, LoriError
+from lori_dist.formats import native
 from lori_dist.training import checkpoint, conflicts, data, flops, validation
 from lori_dist.training.compilation import compile_blocks
 from lori_dist.training.data import Batch
@@ -229,7 +230,7 @@ class Group:
         adapter = extract(self.model, name=task, values=values, base=base)
         if job.before is not None:
             adapter = dataclasses.replace(adapter, blocks=(*job.before.blocks, *adapter.blocks))
-        file.save(adapter, job.folder / ADAPTER)
+        native.save(adapter, job.folder / ADAPTER)
         return adapter
 
     # --- a step ------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from lori_dist import AdapterError, Spec, attach, detach, extract, fold, trainable, unfold
-from lori_dist.adapter import file
+from lori_dist.formats import native
 from lori_dist.integrations.folded import export_folded
 from lori_dist.integrations.peft import export
 from lori_dist.masks.magnitude import mask
@@ -56,8 +56,8 @@ def test_what_is_trained_is_the_same_from_a_file_folded_and_exported(tmp_path: P
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, frozen[name], rtol=0, atol=1e-5)
 
-    file.save(adapter, tmp_path / "adapter.safetensors")
-    again = file.load(tmp_path / "adapter.safetensors")
+    native.save(adapter, tmp_path / "adapter.safetensors")
+    again = native.load(tmp_path / "adapter.safetensors")
     assert torch.equal(adapted_logits(tiny(kind), again), after)
 
     export(dataclasses.replace(again, base={"model_type": kind}), tmp_path / "peft", base_model_name="tiny")
@@ -100,8 +100,8 @@ def test_an_encoder_s_head_is_trained_whole_and_stored_with_the_adapter(tmp_path
     assert torch.equal(logits(model), before)
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
-    file.save(adapter, tmp_path / "adapter.safetensors")
-    again = file.load(tmp_path / "adapter.safetensors")
+    native.save(adapter, tmp_path / "adapter.safetensors")
+    again = native.load(tmp_path / "adapter.safetensors")
     assert torch.equal(adapted_logits(classifier(kind), again), after)
     export(again, tmp_path / "peft", base_model_name="tiny")
     theirs = PeftModel.from_pretrained(classifier(kind), tmp_path / "peft")

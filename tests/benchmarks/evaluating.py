@@ -13,12 +13,13 @@ import torch
 
 from lori_dist import config
 from lori_dist.__main__ import main
-from lori_dist.adapter import attach, file
+from lori_dist.adapter import attach
 from lori_dist.adapter.adapter import Spec
 from lori_dist.benchmarks._gang import gang
 from lori_dist.benchmarks._methods import from_files
 from lori_dist.benchmarks._traffic import Traffic, process_bytes
 from lori_dist.evaluation import evaluate_all
+from lori_dist.formats import native
 from lori_dist.training.model import identity
 from lori_dist.training.world import World
 from tests.benchmarks.loading import make, most
@@ -64,7 +65,7 @@ def _adapters(base: Path) -> None:
         attach.attach(model, spec)
         model.to_empty(device="cpu")  # A is made again from its seed
         values = {path: torch.full(tuple(one.shape), 0.01) for path, one in attach.trainable(model).items()}
-        file.save(attach.extract(model, name=name, values=values, base=own), base / f"{name}.safetensors")
+        native.save(attach.extract(model, name=name, values=values, base=own), base / f"{name}.safetensors")
 
 
 def measure(world: World, folder: Path, engine: str) -> dict[str, int]:

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from lori_dist import config, plugin
 from lori_dist.__main__ import main
-from lori_dist.adapter import file
 from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec
 from lori_dist.adapter.attach import attach
 from lori_dist.adapter.linear import features
 from lori_dist.adapter.projection import checksum, projection
 from lori_dist.benchmarks._gang import gang
 from lori_dist.benchmarks._traffic import process_bytes
+from lori_dist.formats import native
 from lori_dist.masks.magnitude import mask
 from lori_dist.training import checkpoint, masking
 from lori_dist.training.data import Batch
@@ -90,8 +90,8 @@ def run(
     with tempfile.TemporaryDirectory() as place:
         adapter = _adapter(spec, shapes, b, masks)
         path = Path(place) / "adapter.safetensors"
-        timed("write", lambda: file.save(adapter, path), bytes=lambda *_: path.stat().st_size)
-        timed("read", lambda: file.load(path))
+        timed("write", lambda: native.save(adapter, path), bytes=lambda *_: path.stat().st_size)
+        timed("read", lambda: native.load(path))
         calibrated = Path(place) / "calibrated.safetensors"
         rows_of_table.append({"what": "calibrated", **gang(_written, ranks, calibrated, shapes, rank)})
         together = gang(_chosen, ranks, calibrated, rank, density)

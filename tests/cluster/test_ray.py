@@ -23,13 +23,13 @@ import pytest
 import torch
 
 from lori_dist import config, jobs
-from lori_dist.adapter import file
 from lori_dist.cluster import work
 from lori_dist.cluster.board import Progress
 from lori_dist.cluster.connection import TOKEN_FILE, connected
 from lori_dist.cluster.failures import CUT_OFF, DIED
 from lori_dist.cluster.run import execute
 from lori_dist.errors import AdapterError, ConfigError, JobError
+from lori_dist.formats import native
 from lori_dist.jobs import order
 from lori_dist.merges import merge_files
 from lori_dist.multitask.independent import plan
@@ -274,10 +274,10 @@ def test_the_summary_has_every_adapter_merge_and_evaluation(story: Story) -> Non
     assert list(summary) == ["run", "jobs", "needs", "adapters", "merges", "evaluation", "fingerprints", "report"]
     for task in ("copy", "reverse"):
         made = summary["adapters"][task]
-        adapter = file.load(Path(made["path"]))
+        adapter = native.load(Path(made["path"]))
         assert (adapter.kept, adapter.total) == (made["kept"], made["total"])
         assert Path(made["path"]).stat().st_size == made["bytes"]
-    assert file.load(Path(summary["merges"]["both"]["path"])).kept == sum(
+    assert native.load(Path(summary["merges"]["both"]["path"])).kept == sum(
         made["kept"] for made in summary["adapters"].values()
     )
     assert list(summary["evaluation"]) == ["base", "copy", "reverse", "both"]
@@ -301,10 +301,10 @@ def test_the_same_run_again_does_nothing(story: Story) -> None:
 
 def test_after_all_kills_the_adapter_is_that_of_an_undisturbed_training(story: Story, tmp_path: Path) -> None:
     run_distributed(train_undisturbed, story.run, str(tmp_path), world_size=2)
-    expected = file.load(tmp_path / "adapter.safetensors")
+    expected = native.load(tmp_path / "adapter.safetensors")
     path = Path(story.mended["adapters"]["copy"]["path"])
     assert "library_name: lori_dist" in path.with_name("README.md").read_text()
-    found = file.load(path)
+    found = native.load(path)
     assert found.blocks[0].seed == expected.blocks[0].seed == jobs.task_seed(story.run, "copy")
     for module, entries in expected.blocks[0].entries.items():
         other = found.blocks[0].entries[module]
@@ -319,7 +319,7 @@ def train_undisturbed(run: config.Run, folder: str) -> None:
 def test_a_merge_is_the_same_file_on_one_worker_and_on_several(run: config.Run, tmp_path: Path) -> None:
     paths = [tmp_path / f"{name}.safetensors" for name in ("nlu", "math")]
     for number, path in enumerate(paths):
-        file.save(adapter(block(path.stem, seed=number, draw=number)), path)
+        native.save(adapter(block(path.stem, seed=number, draw=number)), path)
     job = next(job for job in order(plan(run)) if job.kind == "merge")
     options: dict[str, Any] = {"weights": [0.5, -1.0]}
     with connected(run):

@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 
 from lori_dist import config, folder
-from lori_dist.adapter import file
 from lori_dist.cluster import trials
 from lori_dist.cluster.run import execute, with_absolute_paths
 from lori_dist.evaluation import evaluate
+from lori_dist.formats import native
 from lori_dist.merges import merge_files
 from lori_dist.multitask.independent import plan
 from tests.models import tiny_llama
@@ -108,7 +108,7 @@ def test_the_merge_is_the_one_with_these_weights(first: Searched, tmp_path: Path
     paths = [first.run.folder / f"train-{task}" / "adapter.safetensors" for task in ("copy", "reverse")]
     merge_files(paths, tmp_path / "out", method="concat", weights=list(made["weights"].values()))
     assert (tmp_path / "out").read_bytes() == Path(made["path"]).read_bytes()
-    assert [block.weight for block in file.load(Path(made["path"])).blocks] == list(made["weights"].values())
+    assert [block.weight for block in native.load(Path(made["path"])).blocks] == list(made["weights"].values())
 
 
 def test_the_scores_are_those_of_the_validation_rows_and_of_the_last_train_rows(
@@ -225,4 +225,4 @@ def test_weights_per_projection_by_cma(first: Searched, place: Path) -> None:
     made: Mapping[str, Any] = execute(run)["merges"]["found"]
     assert made["evaluations"] == 6
     assert set(made["weights"]["copy"]) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert [block.name for block in file.load(Path(made["path"])).blocks] == ["copy", "reverse"]
+    assert [block.name for block in native.load(Path(made["path"])).blocks] == ["copy", "reverse"]

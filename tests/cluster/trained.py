@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from lori_dist import config
-from lori_dist.adapter import file
 from lori_dist.cluster.work import Assignment, evaluate_rank
+from lori_dist.formats import native
 from lori_dist.training.train import train
 from lori_dist.training.world import from_environment
 from tests.distributed import run_distributed
@@ -131,7 +131,7 @@ def assert_undisturbed(run: config.Run, folder: Path, *, world_size: int, tolera
 def assert_close(path: Path, wanted: Path, tolerance: float = ROUNDING) -> None:
     """That two adapters keep the same entries, with values that differ by so much at most, relative: those of each
     module, or with `OTHER_WORLD` all of them together."""
-    found, expected = file.load(path).blocks[0].entries, file.load(wanted).blocks[0].entries
+    found, expected = native.load(path).blocks[0].entries, native.load(wanted).blocks[0].entries
     assert found.keys() == expected.keys()
     for module, entries in expected.items():
         assert entries.index is not None and found[module].index is not None

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from lori_dist import config
-from lori_dist.adapter import attach, file
+from lori_dist.adapter import attach
 from lori_dist.adapter.adapter import Spec
 from lori_dist.errors import AdapterError, ConfigError
 from lori_dist.evaluation import Subject, choice, evaluate, exact_match, loss
+from lori_dist.formats import native
 from lori_dist.training.data import encode, read
 from lori_dist.training.model import identity, load_model, load_tokenizer
 from tests.models import tiny_llama
@@ -57,14 +58,14 @@ def adapter_file(folder: Path, base: dict[str, str]) -> Path:
     generator = torch.Generator().manual_seed(0)
     for values in attach.trainable(model).values():
         values.data.normal_(generator=generator)
-    file.save(attach.extract(model, name="questions", base=base), folder / "adapter.safetensors")
+    native.save(attach.extract(model, name="questions", base=base), folder / "adapter.safetensors")
     return folder / "adapter.safetensors"
 
 
 def by_hand(run: config.Run, adapter: Path | None) -> dict[str, dict[str, float]]:
     model, tokenizer = load_model(run.model), load_tokenizer(run.model)
     if adapter is not None:
-        attach.attach(model, file.load(adapter))
+        attach.attach(model, native.load(adapter))
     found = {}
     for name, task in run.tasks.items():
         examples = encode(read(task.test, task.template), tokenizer, run.train.max_length)
@@ -127,7 +128,7 @@ def test_an_adapter_of_tied_embeddings_is_measured_too(tree: dict[str, Any], tmp
     for values in attach.trainable(model).values():
         values.data.fill_(0.1)
     adapter = tmp_path / "adapter.safetensors"
-    file.save(attach.extract(model, name="t", base=identity(run.model)), adapter)
+    native.save(attach.extract(model, name="t", base=identity(run.model)), adapter)
     assert_close(evaluate(run, adapter), by_hand(run, adapter))
 
 

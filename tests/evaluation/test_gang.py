@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from lori_dist import config
-from lori_dist.adapter import attach, file
+from lori_dist.adapter import attach
 from lori_dist.adapter.adapter import Spec
 from lori_dist.benchmarks._traffic import Traffic
 from lori_dist.evaluation import Found, Store, evaluate_all
+from lori_dist.formats import native
 from lori_dist.training.model import identity, load_model
 from lori_dist.training.world import from_environment
 from tests.distributed import run_distributed
@@ -68,7 +69,7 @@ def _adapter(path: Path, run: config.Run, spec: Spec) -> Path:
     for values in model.parameters():
         if values.requires_grad:
             values.data.add_(torch.randn(values.shape, generator=generator), alpha=0.5)
-    file.save(attach.extract(model, name="t", base=identity(run.model)), path)
+    native.save(attach.extract(model, name="t", base=identity(run.model)), path)
     return path
 
 

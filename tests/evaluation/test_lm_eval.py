@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from lori_dist import config
-from lori_dist.adapter import source
+from lori_dist import config, formats
 from lori_dist.errors import ConfigError
 from lori_dist.evaluation import evaluate, evaluate_all
 from lori_dist.integrations.folded import export_folded
@@ -58,7 +57,7 @@ def test_a_model_is_measured_as_lm_eval_measures_its_export(run: config.Run, tmp
         "choosing": {"lm_eval/acc"},
         "writing": {"lm_eval/exact_match/first"},
     }
-    export_folded(run.model.path, source.load(adapter), tmp_path / "folded")
+    export_folded(run.model.path, formats.load(adapter), tmp_path / "folded")
     there = lm_eval.simple_evaluate(
         "hf",
         f"pretrained={tmp_path / 'folded'}",

@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lori_dist import config
-from lori_dist.adapter import file
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.errors import AdapterError, ConfigError
+from lori_dist.formats import native
 from lori_dist.integrations import folded as integration
 from lori_dist.integrations.folded import export_folded
 from lori_dist.merges import merge
@@ -158,19 +158,19 @@ def test_shards_names_dtypes_and_other_files_stay(
 def test_a_failure_in_the_middle_leaves_no_folder(tmp_path: Path) -> None:
     base = save(tiny_llama(), tmp_path / "base")
     path = tmp_path / "adapter.safetensors"
-    file.save(trained(tiny_llama()), path)
+    native.save(trained(tiny_llama()), path)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(AdapterError, match=r"adapter\.safetensors: B of .* does not match its digest"):
-        export_folded(str(base), file.opened(path), tmp_path / "out")
+        export_folded(str(base), native.open_lazy(path), tmp_path / "out")
     assert sorted(item.name for item in tmp_path.iterdir()) == ["adapter.safetensors", "base"]
 
 
 MEASURE = """
 import sys
 from pathlib import Path
-from lori_dist.adapter import file
+from lori_dist.formats import native
 from lori_dist.integrations import folded as integration
 from lori_dist.integrations.folded import export_folded
 
@@ -179,10 +179,10 @@ def peak():
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 base, adapter, out = map(Path, sys.argv[1:])
-export_folded(str(base), file.opened(adapter), out / "first")
+export_folded(str(base), native.open_lazy(adapter), out / "first")
 before = peak()
 large = base.with_name("large")
-export_folded(str(large), file.opened(adapter.with_name("large.safetensors")), out / "second")
+export_folded(str(large), native.open_lazy(adapter.with_name("large.safetensors")), out / "second")
 print(peak() - before)
 """
 
@@ -200,7 +200,7 @@ def test_memory_holds_a_piece_not_the_model(tmp_path: Path) -> None:
         model = LlamaForCausalLM(settings)
         save(model, tmp_path / name)
         path = tmp_path / ("adapter.safetensors" if name == "base" else "large.safetensors")
-        file.save(trained(model, rank=2), path)
+        native.save(trained(model, rank=2), path)
     (tmp_path / "out").mkdir()
     arguments = [str(tmp_path / name) for name in ("base", "adapter.safetensors", "out")]
     done = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True)

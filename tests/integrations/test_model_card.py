@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lori_dist.adapter import file
+from lori_dist.formats import native
 from lori_dist.integrations.model_card import UNKNOWN, origin, text, write_of_run
 from tests.integrations.made import trained
 from tests.models import tiny_llama
@@ -18,7 +18,7 @@ def adapter(tmp_path: Path) -> Path:
     """A file in the folder of a finished training, beside an evaluation of it and one of another file."""
     path = tmp_path / "train-math" / "adapter.safetensors"
     path.parent.mkdir()
-    file.save(trained(tiny_llama(), "math", seed=7), path)
+    native.save(trained(tiny_llama(), "math", seed=7), path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     settings = {"data": {"rows": "rows-hash"}, "train": {"steps": 5}, "seed": 7}
     records = {
@@ -33,7 +33,7 @@ def adapter(tmp_path: Path) -> Path:
 
 
 def test_the_card_says_what_the_run_knows(adapter: Path) -> None:
-    card = text(file.load(adapter), "some/base", origin(adapter))
+    card = text(native.load(adapter), "some/base", origin(adapter))
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front)["base_model"] == "some/base"
     assert yaml.safe_load(front)["metrics"] == ["loss"]
@@ -52,14 +52,14 @@ def test_a_run_leaves_a_card_beside_every_adapter(adapter: Path, caplog: pytest.
 
 
 def test_the_record_of_another_file_is_not_used(adapter: Path) -> None:
-    file.save(trained(tiny_llama(), "math", seed=8), adapter)
+    native.save(trained(tiny_llama(), "math", seed=8), adapter)
     assert origin(adapter) == UNKNOWN
-    assert "rows-hash" not in text(file.load(adapter), "some/base", origin(adapter))
+    assert "rows-hash" not in text(native.load(adapter), "some/base", origin(adapter))
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{"])
 def test_a_file_outside_of_a_run_has_no_origin(tmp_path: Path, content: str) -> None:
     (tmp_path / "job.json").write_text(content)
-    file.save(trained(tiny_llama()), tmp_path / "a.safetensors")
+    native.save(trained(tiny_llama()), tmp_path / "a.safetensors")
     assert origin(tmp_path / "a.safetensors") == UNKNOWN
     assert origin(tmp_path) == UNKNOWN

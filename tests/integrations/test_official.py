@@ -7,11 +7,11 @@ import torch
 import yaml
 from peft import PeftModel
 
-from lori_dist.adapter import source
+from lori_dist import formats
 from lori_dist.errors import AdapterError
 from lori_dist.integrations.official import export
 from lori_dist.merges import merge
-from tests.adapter import official
+from tests.formats import official
 from tests.integrations.made import adapted_logits, logits, trained
 from tests.models import tiny_llama
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 def test_what_is_written_is_read_again(tmp_path: Path, density: float) -> None:
     adapter = trained(tiny_llama(), density=density)
     export(adapter, tmp_path / "out", base_model_name="tiny")
-    again = source.opened(tmp_path / "out")
+    again = formats.open_lazy(tmp_path / "out")
     assert again.kept == adapter.kept and again.shapes == adapter.shapes
     torch.testing.assert_close(adapted_logits(tiny_llama(), again), adapted_logits(tiny_llama(), adapter))
     torch.testing.assert_close(
@@ -35,7 +35,7 @@ def test_what_is_written_is_read_again(tmp_path: Path, density: float) -> None:
 
 def test_the_mask_is_as_the_official_code_writes_it(tmp_path: Path) -> None:
     model, mask = official.lori_s(tmp_path / "theirs")
-    export(source.opened(tmp_path / "theirs"), tmp_path / "ours", base_model_name="tiny")
+    export(formats.open_lazy(tmp_path / "theirs"), tmp_path / "ours", base_model_name="tiny")
     written = torch.load(tmp_path / "ours" / "0.9_mask.pt", weights_only=True)
     assert written.keys() == mask.keys()
     assert all(torch.equal(written[name], mask[name]) for name in mask)

@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lori_dist.__main__ import main
 from lori_dist.adapter.adapter import Adapter
-from lori_dist.adapter.file import save
 from lori_dist.config import Model
 from lori_dist.errors import AdapterError
+from lori_dist.formats.native import save
 from lori_dist.integrations import official, peft
 from lori_dist.integrations._readback import compare, compare_as_read
 from lori_dist.training.model import identity

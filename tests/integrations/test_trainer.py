@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lori_dist.adapter import source
+from lori_dist import formats
 from lori_dist.integrations.peft_tuner import LoriConfig, LoriLinear
 from tests.integrations.trainer_script import CONFIG, arguments, main
 from tests.launching import ROOT, free_port, run_all
@@ -81,7 +81,7 @@ def test_checkpoints_hold_the_adapter_and_resuming_is_exact(
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
     main({**how, "out": str(tmp_path / "resumed"), "resume": True})
     assert_equal(tmp_path / "resumed" / "final", tmp_path / "whole" / "final")
-    adapter = source.load(tmp_path / "whole" / "final")
+    adapter = formats.load(tmp_path / "whole" / "final")
     assert adapter.blocks[0].seed == CONFIG["seed"]
     assert (adapter.kept < adapter.total) == is_sparse
     for layer in trainer.model.modules():

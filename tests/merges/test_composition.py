@@ -10,10 +10,10 @@ import torch
 
 from lori_dist import merges
 from lori_dist.__main__ import main
-from lori_dist.adapter import file
 from lori_dist.adapter.adapter import Adapter
-from lori_dist.adapter.file import save
 from lori_dist.errors import ConfigError
+from lori_dist.formats import native
+from lori_dist.formats.native import save
 from tests.merges.made import SHAPES, adapter, block, delta
 
 concat = functools.partial(merges.merge, method="concat")
@@ -101,12 +101,12 @@ def test_a_file_is_taken_apart_by_the_command(four: list[Adapter], tmp_path: Pat
     assert main([*words, "drop=[math, code]", "reweight={nlu: 0.9}"]) == 0
     save(concat([four[0], four[3]], weights=[0.9, 0.25]), tmp_path / "wanted")
     assert (tmp_path / "less").read_bytes() == (tmp_path / "wanted").read_bytes()
-    assert [part.name for part in file.load(tmp_path / "less").blocks] == ["nlu", "safety"]
+    assert [part.name for part in native.load(tmp_path / "less").blocks] == ["nlu", "safety"]
 
 
 def test_four_tasks_take_at_most_four_files_and_a_little(tmp_path: Path) -> None:
     """Of a size at which tensors, not names, are what a file holds."""
-    from tests.adapter.test_file import sparse
+    from tests.formats.test_native import sparse
 
     shapes = {f"model.layers.{i}.self_attn.{name}_proj": (128, 128) for i in range(4) for name in "qkvo"}
     one = sparse(shapes, 16, 0.1)

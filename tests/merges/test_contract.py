@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lori_dist import merges, plugin
-from lori_dist.adapter import file
 from lori_dist.adapter.adapter import Adapter, Entries
 from lori_dist.adapter.projection import checksum
 from lori_dist.errors import AdapterError, ConfigError
+from lori_dist.formats import native
 from lori_dist.integrations import peft
 from tests.merges.made import SHAPES, WEIGHTS, adapter, adapters, block, delta
 
@@ -206,9 +206,9 @@ def test_tasks_that_keep_nothing_somewhere_or_anywhere(merge: Merge, tmp_path: P
     empty = merge([adapter(none), adapter(none)], weights=[1.0, -1.0])
     assert not any(delta(empty, module).any() for module in SHAPES)
     for number, made in enumerate((merged, empty)):
-        file.save(made, tmp_path / str(number))
+        native.save(made, tmp_path / str(number))
         assert all(
-            torch.allclose(delta(file.load(tmp_path / str(number)), module), delta(made, module), rtol=0, atol=1e-5)
+            torch.allclose(delta(native.load(tmp_path / str(number)), module), delta(made, module), rtol=0, atol=1e-5)
             for module in SHAPES
         )
 
@@ -230,11 +230,11 @@ def test_values_in_fp32_stay_in_fp32(merge: Merge) -> None:
 
 def test_the_file_of_a_merge_has_its_update(merge: Merge, three: list[Adapter], tmp_path: Path) -> None:
     merged = merge(three, weights=[0.5, -0.2, 1.0])
-    file.save(merged, tmp_path / "merged")
-    loaded = file.load(tmp_path / "merged")
+    native.save(merged, tmp_path / "merged")
+    loaded = native.load(tmp_path / "merged")
     assert all(torch.allclose(delta(loaded, module), delta(merged, module), rtol=0, atol=1e-5) for module in SHAPES)
     first, second = ((tmp_path / "merged").read_bytes(), tmp_path / "again")
-    file.save(merge(three, weights=[0.5, -0.2, 1.0]), second)
+    native.save(merge(three, weights=[0.5, -0.2, 1.0]), second)
     assert second.read_bytes() == first
 
 

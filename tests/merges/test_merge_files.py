@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lori_dist.adapter import file
 from lori_dist.errors import AdapterError, ConfigError
+from lori_dist.formats import native
 from lori_dist.merges import merge_files
 from tests.merges.made import SHAPES, adapter, block, delta
 
@@ -20,7 +20,7 @@ def paths(tmp_path: Path) -> list[Path]:
     paths = [tmp_path / f"{name}.safetensors" for name in ("nlu", "math", "code")]
     for number, path in enumerate(paths):
         part = block(path.stem, draw=number, values_dtype=torch.float32)
-        file.save(adapter(part, base={"weights": "abc"}), path)
+        native.save(adapter(part, base={"weights": "abc"}), path)
     return paths
 
 
@@ -28,7 +28,7 @@ def paths(tmp_path: Path) -> list[Path]:
 def test_the_merge_is_in_the_file_and_described(paths: list[Path], tmp_path: Path, method: str, rank: int) -> None:
     out = tmp_path / "merged.safetensors"
     made = merge_files(paths, out, method=method, weights=[0.5, -1, 2])
-    merged = file.load(out)
+    merged = native.load(out)
     assert made == {
         "path": str(out),
         "kept": merged.kept,
@@ -36,7 +36,7 @@ def test_the_merge_is_in_the_file_and_described(paths: list[Path], tmp_path: Pat
         "bytes": out.stat().st_size,
         "rank": rank,
     }
-    parts = [file.load(path) for path in paths]
+    parts = [native.load(path) for path in paths]
     for module in SHAPES:
         wanted = sum(weight * delta(part, module) for weight, part in zip([0.5, -1, 2], parts, strict=True))
         assert torch.allclose(delta(merged, module), wanted, rtol=0, atol=1e-5)
@@ -44,17 +44,17 @@ def test_the_merge_is_in_the_file_and_described(paths: list[Path], tmp_path: Pat
 
 def test_weights_are_equal_and_sum_to_one_by_default(paths: list[Path], tmp_path: Path) -> None:
     merge_files(paths, tmp_path / "merged.safetensors", method="concat")
-    assert [part.weight for part in file.load(tmp_path / "merged.safetensors").blocks] == [1 / 3] * 3
+    assert [part.weight for part in native.load(tmp_path / "merged.safetensors").blocks] == [1 / 3] * 3
 
 
 def test_adapters_of_other_modules_merge_into_a_file_that_loads(paths: list[Path], tmp_path: Path) -> None:
     few = ["layers.0.q_proj"]
     other = tmp_path / "other.safetensors"
-    file.save(adapter(block("other", seed=9, modules=few), modules=few, targets=("q_proj",)), other)
+    native.save(adapter(block("other", seed=9, modules=few), modules=few, targets=("q_proj",)), other)
     for method in ("concat", "linear"):
         out = tmp_path / f"{method}.safetensors"
         merge_files([other, paths[0]], out, method=method)
-        merged = file.load(out)
+        merged = native.load(out)
         assert set(merged.shapes) == set(SHAPES)
         assert "layers.1.q_proj" not in merged.blocks[0].entries
 
@@ -75,7 +75,7 @@ def test_mistakes_are_named_and_leave_no_file(paths: list[Path], tmp_path: Path)
     with pytest.raises(AdapterError, match=r"math\.safetensors: "):
         merge_files(paths, out, method="concat")
     odd = tmp_path / "odd.safetensors"
-    file.save(dataclasses.replace(adapter(block("odd")), base={"weights": "other"}), odd)
+    native.save(dataclasses.replace(adapter(block("odd")), base={"weights": "other"}), odd)
     with pytest.raises(
         AdapterError, match="merge: nlu was trained on a base model with weights abc, odd on one with other"
     ):
@@ -95,7 +95,7 @@ def test_a_merge_of_the_users_own_takes_its_options(
     )
     out = tmp_path / "merged.safetensors"
     merge_files(paths, out, method="mymerges.scaled", options={"factor": 3}, weights=[1, 1, 1])
-    assert [part.weight for part in file.load(out).blocks] == [3.0] * 3
+    assert [part.weight for part in native.load(out).blocks] == [3.0] * 3
 
 
 def test_merges_need_nothing_heavy() -> None:

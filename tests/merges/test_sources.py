@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lori_dist import plugin
+from lori_dist import formats, plugin
 from lori_dist.__main__ import main
-from lori_dist.adapter import file, source
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.errors import AdapterError
+from lori_dist.formats import native
 from lori_dist.merges import drop, merge_files, reweight
-from tests.adapter.official import lora, lori_d, lori_s
-from tests.adapter.test_peft_folder import MODULE, change
+from tests.formats.official import lora, lori_d, lori_s
+from tests.formats.test_peft import MODULE, change
 from tests.integrations.made import adapted_logits, trained
 from tests.models import tiny_llama
 
@@ -27,8 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Adapters of unequal rank, alpha, targets and dtype, and the update of each by PEFT or by us."""
     place = tmp_path_factory.mktemp("sources")
-    file.save(trained(tiny_llama(), "ours", seed=1, rank=3, alpha=5.0), place / "ours.safetensors")
-    file.save(
+    native.save(trained(tiny_llama(), "ours", seed=1, rank=3, alpha=5.0), place / "ours.safetensors")
+    native.save(
         trained(tiny_llama(), "narrow", seed=2, rank=2, targets=("q_proj",), dtype=torch.bfloat16),
         place / "narrow.safetensors",
         dtype=torch.bfloat16,
@@ -60,7 +60,7 @@ def delta(adapter: Adapter, module: str) -> Tensor:
 def test_mixed_sources_merge_to_the_dense_sum(place: Path, tmp_path: Path, method: str) -> None:
     out = tmp_path / "merged.safetensors"
     merge_files([place / name for name in NAMES], out, method=method, weights=WEIGHTS)
-    merged, parts = file.load(out), [source.load(place / name) for name in NAMES]
+    merged, parts = native.load(out), [formats.load(place / name) for name in NAMES]
     assert set(merged.shapes) == set().union(*(part.shapes for part in parts))
     for module in merged.shapes:
         shares = [(weight, part) for weight, part in zip(WEIGHTS, parts, strict=True) if module in part.shapes]
@@ -77,13 +77,13 @@ def test_mixed_sources_merge_to_the_dense_sum(place: Path, tmp_path: Path, metho
 def test_every_method_takes_them(place: Path, tmp_path: Path, name: str) -> None:
     chosen = ["d", "s"] if name == "peft_linear" else ["ours.safetensors", "rslora", "s"]  # it takes equal ranks only
     merge_files([place / one for one in chosen], tmp_path / "out", method=name)
-    assert set(file.load(tmp_path / "out").shapes) == set(source.load(place / "d").shapes)
+    assert set(native.load(tmp_path / "out").shapes) == set(formats.load(place / "d").shapes)
 
 
 @pytest.mark.parametrize("name", ["plain", "rslora", "half", "d", "s"])
 def test_one_at_weight_one_comes_back(place: Path, tmp_path: Path, name: str) -> None:
     merge_files([place / name], tmp_path / "out", method="linear", weights=[1.0])
-    before, after = source.load(place / name), file.load(tmp_path / "out")
+    before, after = formats.load(place / name), native.load(tmp_path / "out")
     assert all(
         torch.allclose(delta(after, module), delta(before, module), rtol=0, atol=1e-5) for module in before.shapes
     )
@@ -96,7 +96,7 @@ def test_the_command_takes_files_and_folders(
     out = str(tmp_path / "merged.safetensors")
     words = ["merge", out, "s", "ours.safetensors", "rslora", "--method", "concat", "--weights", "1,-1,0.5"]
     assert main(words) == 0
-    merged = file.load(out)
+    merged = native.load(out)
     assert [block.name for block in merged.blocks] == ["s", "ours", "rslora"]
     assert capsys.readouterr().out.startswith(f"{out}: keeps {merged.kept:,} of {merged.total:,} entries of B")
     assert adapted_logits(tiny_llama(), merged).isfinite().all()
@@ -105,14 +105,14 @@ def test_the_command_takes_files_and_folders(
 @pytest.mark.parametrize("name", ["s", "half", "plain"])
 def test_a_folder_is_shown(place: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", str(place / name)]) == 0
-    adapter, printed = source.load(place / name), capsys.readouterr().out
+    adapter, printed = formats.load(place / name), capsys.readouterr().out
     assert f"keeps {adapter.kept:,} of {adapter.total:,} entries" in printed
     assert re.search(rf"^{name} +- +{adapter.blocks[0].rank} ", printed, re.MULTILINE)
 
 
 def test_a_folder_is_exported(place: Path, tmp_path: Path) -> None:
     assert main(["export", str(place / "s"), str(tmp_path / "out"), "--format", "peft", "--base", "tiny"]) == 0
-    before, after = source.load(place / "s"), source.load(tmp_path / "out")
+    before, after = formats.load(place / "s"), formats.load(tmp_path / "out")
     assert all(torch.allclose(delta(after, name), delta(before, name), rtol=0, atol=1e-6) for name in before.shapes)
 
 
@@ -121,7 +121,7 @@ def test_they_have_a_report_together(place: Path, tmp_path: Path) -> None:
     assert main(["report", *(str(place / name) for name in names), "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "report.json").read_text())
     (norm,) = {one["norm"] for one in found["adapters"] if one["name"] == "rslora"}
-    rslora = source.load(place / "rslora")
+    rslora = formats.load(place / "rslora")
     wanted = sum(float(delta(rslora, module).square().sum()) for module in rslora.shapes) ** 0.5
     assert norm == pytest.approx(wanted, rel=1e-5)
 
@@ -131,7 +131,7 @@ def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
     lora(tmp_path / "code" / "last", seed=2, target_modules=["q_proj", "v_proj"])
     paths = [tmp_path / "math" / "last", tmp_path / "code" / "last"]
     merge_files(paths, tmp_path / "out", method="concat", weights=[1.0, 1.0])
-    merged, second = file.load(tmp_path / "out"), source.load(paths[1])
+    merged, second = native.load(tmp_path / "out"), formats.load(paths[1])
     assert [block.name for block in merged.blocks] == ["last", "last-2"]
     left = drop(merged, "last")
     assert all(torch.allclose(delta(left, name), delta(second, name), rtol=0, atol=1e-6) for name in second.shapes)
@@ -144,12 +144,12 @@ def test_a_task_of_peft_is_dropped_and_reweighted_as_one_of_ours(place: Path, tm
     """Its scale, alpha / rank or alpha / sqrt(rank), is no part of its weight."""
     paths = [place / "rslora", place / "ours.safetensors", place / "half", place / "s"]
     merge_files(paths, tmp_path / "all", method="concat", weights=[0.5, 1.0, -0.25, 2.0])
-    merged = file.load(tmp_path / "all")
+    merged = native.load(tmp_path / "all")
     assert [block.weight for block in merged.blocks] == [0.5, 1.0, -0.25, 2.0]
     again = reweight(merged, {"rslora": 0.5})
     assert all(torch.equal(delta(again, module), delta(merged, module)) for module in merged.shapes)
     less = drop(reweight(merged, {"rslora": 0.7, "half": 1.5}), "ours", "s")
-    parts = [(0.7, source.load(paths[0])), (1.5, source.load(paths[2]))]
+    parts = [(0.7, formats.load(paths[0])), (1.5, formats.load(paths[2]))]
     for module in less.shapes:
         wanted = sum((weight * delta(part, module) for weight, part in parts if module in part.shapes), torch.zeros(()))
         torch.testing.assert_close(delta(less, module), wanted, rtol=0, atol=1e-6)
@@ -181,9 +181,9 @@ def test_another_base_is_refused_by_its_name(tmp_path: Path) -> None:
     )
     with pytest.raises(AdapterError, match=wanted):
         merge_files([tmp_path / "0", tmp_path / "2"], tmp_path / "no", method="concat")
-    file.save(trained(tiny_llama(), base={"name": "Llama-3", "weights": "ab"}), tmp_path / "ours")
+    native.save(trained(tiny_llama(), base={"name": "Llama-3", "weights": "ab"}), tmp_path / "ours")
     merge_files([tmp_path / "0", tmp_path / "ours"], tmp_path / "both", method="concat")
-    assert file.load(tmp_path / "both").base == {"name": "Llama-3", "weights": "ab"}
+    assert native.load(tmp_path / "both").base == {"name": "Llama-3", "weights": "ab"}
     with pytest.raises(
         AdapterError, match=r"^merge: 2 was trained on the base model mistral/7B, task on Llama-3; merge"
     ):

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from lori_dist import plugin
-from lori_dist.adapter import file
 from lori_dist.adapter.adapter import Adapter, Block
 from lori_dist.errors import AdapterError
+from lori_dist.formats import native
 from lori_dist.merges import merge, merge_files
 from tests.merges.made import adapter, block, random_entries
 
@@ -24,7 +24,7 @@ def saved(folder: Path, seeds: tuple[int, ...], dtype: torch.dtype = torch.float
     paths = [folder / f"task{place}.safetensors" for place in range(len(seeds))]
     for place, path in enumerate(paths):
         part = block(path.stem, seed=seeds[place], rank=3, draw=place, density=0.4, values_dtype=torch.float32)
-        file.save(adapter(part, base={"weights": "abc"}), path, dtype=dtype)
+        native.save(adapter(part, base={"weights": "abc"}), path, dtype=dtype)
     return paths
 
 
@@ -35,8 +35,8 @@ def test_the_file_is_that_of_a_merge_in_memory(
     tmp_path: Path, method: str, seeds: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     paths = saved(tmp_path, seeds, dtype)
-    file.save(
-        merge([file.load(path) for path in paths], method=method, weights=WEIGHTS), tmp_path / "wanted.safetensors"
+    native.save(
+        merge([native.load(path) for path in paths], method=method, weights=WEIGHTS), tmp_path / "wanted.safetensors"
     )
     for num_ranges in (1, 3, 99):
         merge_files(paths, tmp_path / "found.safetensors", method=method, weights=WEIGHTS, num_ranges=num_ranges)
@@ -50,17 +50,17 @@ def test_merges_of_merges_that_store_a_are_the_same_as_well(tmp_path: Path, seco
     merge_files(paths[:2], tmp_path / "stored.safetensors", method="svd")
     inputs = [tmp_path / "stored.safetensors", paths[2]]
     merge_files(inputs, tmp_path / "found.safetensors", method=second, weights=[1, -1])
-    file.save(merge([file.load(path) for path in inputs], method=second, weights=[1, -1]), tmp_path / "wanted")
+    native.save(merge([native.load(path) for path in inputs], method=second, weights=[1, -1]), tmp_path / "wanted")
     assert (tmp_path / "found.safetensors").read_bytes() == (tmp_path / "wanted").read_bytes()
 
 
 def test_an_opened_adapter_is_the_loaded_one_and_saves_to_the_same_bytes(tmp_path: Path) -> None:
     [path] = saved(tmp_path, (0,))
-    opened, loaded = file.opened(path), file.load(path)
+    opened, loaded = native.open_lazy(path), native.load(path)
     for module, entries in loaded.blocks[0].entries.items():
         assert torch.equal(opened.blocks[0].entries[module].values, entries.values)
     assert (opened.kept, opened.total, opened.shapes) == (loaded.kept, loaded.total, loaded.shapes)
-    file.save(opened, tmp_path / "again")
+    native.save(opened, tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
 
 
@@ -140,7 +140,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[str]]:
     for number in (2, MODULES):
         found[number] = [str(folder / f"{number}-{place}.safetensors") for place in range(4)]
         for place, path in enumerate(found[number]):
-            file.save(large(number, place), path)
+            native.save(large(number, place), path)
     return found
 
 

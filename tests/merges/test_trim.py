@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lori_dist.adapter import file
 from lori_dist.adapter.adapter import Adapter, Entries
 from lori_dist.errors import AdapterError
+from lori_dist.formats import native
 from lori_dist.merges import _cuts, merge, merge_files
 from lori_dist.merges._cuts import common_cuts, largest
 from tests.merges.made import SHAPES, adapter, adapters, block, delta, random_entries
@@ -116,10 +116,10 @@ def test_files_give_the_same_bytes_in_any_number_of_ranges(tmp_path: Path, metho
             module: random_entries(2 * shape[0], 0.6, generator, torch.float32) for module, shape in SHAPES.items()
         }
         entries = {m: Entries(index=e.index, values=e.values.round()) for m, e in entries.items()}  # many are equal
-        file.save(adapter(block(path.stem, seed=4, entries=entries)), path)
+        native.save(adapter(block(path.stem, seed=4, entries=entries)), path)
     options: dict[str, Any] = {"density": 0.3, "space": space, **MODEL}
-    made = merge([file.load(path) for path in paths], method=method, options=options)
-    file.save(made, tmp_path / "wanted")
+    made = merge([native.load(path) for path in paths], method=method, options=options)
+    native.save(made, tmp_path / "wanted")
     for num_ranges in (1, 3):
         merge_files(paths, tmp_path / "found", method=method, options=options, num_ranges=num_ranges)
         assert (tmp_path / "found").read_bytes() == (tmp_path / "wanted").read_bytes()

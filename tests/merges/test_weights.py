@@ -8,9 +8,9 @@ import torch
 
 from lori_dist import merges, plugin
 from lori_dist.__main__ import main
-from lori_dist.adapter import file
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.errors import ConfigError
+from lori_dist.formats import native
 from lori_dist.merges import Weight, _weights, drop, merge, reweight
 from tests.merges.made import SHAPES, adapter, block, delta
 
@@ -67,9 +67,9 @@ def test_every_module_is_merged_with_its_own_weights(name: str, shared: bool) ->
 
 @pytest.mark.parametrize("name", plugin.names("merges"))
 def test_one_weight_for_all_modules_is_a_number(name: str, three: list[Adapter], tmp_path: Path) -> None:
-    file.save(merge(three, method=name, weights=[0.5, -0.2, 1.0]), tmp_path / "numbers")
+    native.save(merge(three, method=name, weights=[0.5, -0.2, 1.0]), tmp_path / "numbers")
     given: list[Weight] = [{"default": 0.5}, {"default": 3.0, "*": -0.2}, {"layers": 1.0}]
-    file.save(merge(three, method=name, weights=given), tmp_path / "patterns")
+    native.save(merge(three, method=name, weights=given), tmp_path / "patterns")
     assert (tmp_path / "patterns").read_bytes() == (tmp_path / "numbers").read_bytes()
 
 
@@ -89,8 +89,8 @@ def test_a_task_stays_one_block_of_a_concat(three: list[Adapter], tmp_path: Path
         torch.testing.assert_close(delta(drop(merged, "task0"), module), delta(three[1], module), rtol=0, atol=1e-12)
         halved = weight / 2 * delta(three[0], module) + delta(three[1], module)
         torch.testing.assert_close(delta(reweight(merged, {"task0": 0.25}), module), halved, rtol=0, atol=1e-12)
-    file.save(merged, tmp_path / "merged")
-    assert [part.name for part in file.load(tmp_path / "merged").blocks] == ["task0", "task1", "task2"]
+    native.save(merged, tmp_path / "merged")
+    assert [part.name for part in native.load(tmp_path / "merged").blocks] == ["task0", "task1", "task2"]
 
 
 def test_blocks_without_a_seed_have_weights_too(three: list[Adapter]) -> None:
@@ -136,11 +136,11 @@ def test_the_command_takes_patterns(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for place, part in enumerate(three[:2]):
-        file.save(part, tmp_path / str(place))
+        native.save(part, tmp_path / str(place))
     words = ["merge", "out", "0", "1", "--method", "linear", "--weights"]
     assert main([*words, '-0.5,{default: 0.4, "*.up_proj": 6e-1, layers.1.q_proj: 1}']) == 0
     wanted = merges.merge(three[:2], method="linear", weights=[-0.5, {"default": 0.4, "up_proj": 0.6, SHAPE: 1.0}])
-    found = file.load(tmp_path / "out")
+    found = native.load(tmp_path / "out")
     assert all(torch.allclose(delta(found, module), delta(wanted, module), rtol=0, atol=1e-5) for module in SHAPES)
     for text in ("{q_proj: x},1", "{q_proj: [1]},1", "[1],1", "{,1", "null,1"):
         capsys.readouterr()

@@ -230,7 +230,7 @@ def _adapter(folder: Path, model: str) -> str:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from lori_dist import Spec, attach, extract
-    from lori_dist.adapter import file
+    from lori_dist.formats import native
 
     made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
     attached = attach(made, Spec(rank=4, alpha=8.0, seed=1, targets=("q_proj",)))
@@ -238,7 +238,7 @@ def _adapter(folder: Path, model: str) -> str:
         for layer in attached.values():
             layer.deltas[0].values.fill_(0.1)
     path = folder / "adapter.safetensors"
-    file.save(extract(made, name="one"), path)
+    native.save(extract(made, name="one"), path)
     return str(path)
 
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from lori_dist import config
-from lori_dist.adapter import file
 from lori_dist.adapter.adapter import Spec
 from lori_dist.adapter.attach import attach, trainable
 from lori_dist.config import Choice, Run
 from lori_dist.errors import ConfigError
+from lori_dist.formats import native
 from lori_dist.jobs import task_seed, train_job
 from lori_dist.training import data
 from lori_dist.training.divergence import Divergence
@@ -80,7 +80,7 @@ def records(folder: Path) -> list[Record]:
 
 
 def values(folder: Path) -> Tensor:
-    [block] = file.load(folder / "adapter.safetensors").blocks
+    [block] = native.load(folder / "adapter.safetensors").blocks
     return torch.cat([entries.values for entries in block.entries.values()])
 
 
@@ -206,7 +206,7 @@ def test_the_validation_loss_is_that_of_all_its_rows(run: Run, tmp_path: Path) -
     run = changed(run, spike=None, steps=2, validate_every=2)
     run_distributed(fit, run, tmp_path / "job", world_size=2)
     model, tokenizer = load_model(run.model), load_tokenizer(run.model)
-    attach(model, file.load(tmp_path / "job" / "adapter.safetensors"))
+    attach(model, native.load(tmp_path / "job" / "adapter.safetensors"))
     task = run.tasks["odd"]
     batch = data.collate(data.encode(data.read(str(task.validation), task.template), tokenizer, 512), 0)
     wanted = float(loss_sum(model, batch)) / num_targets(batch)

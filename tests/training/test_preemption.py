@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lori_dist import config
-from lori_dist.adapter import file
 from lori_dist.cluster.launcher import train_task
 from lori_dist.config import Calibrate, Run
 from lori_dist.errors import ConfigError, Preempted
+from lori_dist.formats import native
 from lori_dist.jobs import train_job
 from lori_dist.training.metrics import Record
 from lori_dist.training.preemption import Notice, Told, of_process
@@ -80,7 +80,7 @@ def fit(run: Run, terminated: tuple[str, int] | None = None) -> str:
 
 
 def values(run: Run, task: str = "long") -> Tensor:
-    [block] = file.load(run.folder / f"train-{task}" / "adapter.safetensors").blocks
+    [block] = native.load(run.folder / f"train-{task}" / "adapter.safetensors").blocks
     return torch.cat([entries.values for entries in block.entries.values()])
 
 

@@ -7,10 +7,10 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lori_dist import config, plugin
-from lori_dist.adapter import file
 from lori_dist.adapter.adapter import Spec
 from lori_dist.adapter.attach import attach, extract
 from lori_dist.benchmarks._traffic import Traffic, process_bytes
+from lori_dist.formats import native
 from lori_dist.training.engine import Engine, gather
 from lori_dist.training.world import World, from_environment
 from tests.distributed import run_distributed
@@ -52,7 +52,7 @@ def save(name: str, options: dict[str, Any], path: Path) -> tuple[int, int]:
 def write(model: Any, engine: Engine, world: World, path: Path) -> None:
     values = gather(engine, "values", world)
     if world.rank == 0:
-        file.save(extract(model, name="task", values=values), path)
+        native.save(extract(model, name="task", values=values), path)
 
 
 @pytest.mark.parametrize(("name", "options"), ENGINES, ids=str)

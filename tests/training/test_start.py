@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lori_dist import config
-from lori_dist.adapter import file, source
+from lori_dist import config, formats
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.adapter.attach import attach, extract, trainable
 from lori_dist.config import Choice, Run
 from lori_dist.errors import ConfigError, JobError
+from lori_dist.formats import native
 from lori_dist.jobs import check_inputs, train_job
 from lori_dist.training import data
 from lori_dist.training.loss import loss_sum, num_targets
@@ -22,8 +22,8 @@ from lori_dist.training.metrics import Record
 from lori_dist.training.model import identity, load_model, load_tokenizer
 from lori_dist.training.train import train
 from lori_dist.training.world import from_environment
-from tests.adapter.official import lori_s
 from tests.distributed import run_distributed
+from tests.formats.official import lori_s
 from tests.integrations.made import trained
 from tests.models import tiny_llama
 from tests.tokenizers import save
@@ -41,7 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("start")
     settings = config.Model(path=str(save(tiny_llama(), folder / "tiny")))
     lori_s(folder / "LoRI-S_code", sparsity=0.5)
-    file.save(trained(tiny_llama(), density=0.3, base=identity(settings)), folder / "ours.safetensors")
+    native.save(trained(tiny_llama(), density=0.3, base=identity(settings)), folder / "ours.safetensors")
     return folder
 
 
@@ -92,10 +92,10 @@ def assert_equal(found: Adapter, wanted: Adapter) -> None:
 @pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: f"{engine.name}{engine.options.get('stage', '')}")
 def test_an_official_checkpoint_is_trained_further_on_every_engine(place: Path, engine: Choice, tmp_path: Path) -> None:
     run = described(place, tmp_path, "LoRI-S_code")
-    start = source.load(place / "LoRI-S_code")
+    start = formats.load(place / "LoRI-S_code")
     run = replace(run, train=replace(run.train, engine=engine))
     run_distributed(go_on, run, tmp_path / "job", world_size=2)
-    found = file.load(tmp_path / "job" / "adapter.safetensors")
+    found = native.load(tmp_path / "job" / "adapter.safetensors")
     assert_equal(found, by_hand(run, start))
     assert found.blocks[0].seed is None
     assert all(torch.equal(found.blocks[0].projections[m], a) for m, a in start.blocks[0].projections.items())  # type: ignore[arg-type]
@@ -111,8 +111,8 @@ def test_a_killed_one_goes_on_bit_for_bit(place: Path, tmp_path: Path) -> None:
     with pytest.raises(pytest.fail.Exception, match="SIGKILL"):
         run_distributed(go_on, run, tmp_path / "job", 5, world_size=1)
     run_distributed(go_on, run, tmp_path / "job", world_size=1)
-    whole, job = (file.load(tmp_path / name / "adapter.safetensors") for name in ("whole", "job"))
-    assert_equal(whole, by_hand(run, source.load(place / "ours.safetensors")))
+    whole, job = (native.load(tmp_path / name / "adapter.safetensors") for name in ("whole", "job"))
+    assert_equal(whole, by_hand(run, formats.load(place / "ours.safetensors")))
     assert all(
         torch.equal(job.blocks[0].entries[module].values, entries.values)
         for module, entries in whole.blocks[0].entries.items()
@@ -128,14 +128,14 @@ def test_another_start_is_another_job(place: Path, tmp_path: Path) -> None:
     copy.write_bytes((place / "ours.safetensors").read_bytes())
     moved = replace(run, tasks={"more": replace(run.tasks["more"], start=str(copy))})
     assert train_job(moved, "more").fingerprint == job.fingerprint
-    file.save(trained(tiny_llama(), seed=9), copy)
+    native.save(trained(tiny_llama(), seed=9), copy)
     with pytest.raises(JobError, match=r"tasks.more.start: has changed since the run began"):
         check_inputs(moved, job)
 
 
 def test_an_adapter_of_another_base_is_refused(place: Path, tmp_path: Path) -> None:
     other = {**identity(config.Model(path=str(place / "tiny"))), "weights": "0" * 16}
-    file.save(trained(tiny_llama(), base=other), tmp_path / "other.safetensors")
+    native.save(trained(tiny_llama(), base=other), tmp_path / "other.safetensors")
     run = described(place, tmp_path, str(tmp_path / "other.safetensors"))
     with pytest.raises(
         pytest.fail.Exception, match=r"ConfigError: tasks.more.start: .*other.safetensors: was trained on"

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from lori_dist import config
-from lori_dist.adapter import file
 from lori_dist.adapter.adapter import Adapter, Spec
 from lori_dist.adapter.attach import attach, trainable
 from lori_dist.config import Run
 from lori_dist.errors import JobError
+from lori_dist.formats import native
 from lori_dist.jobs import task_seed
 from lori_dist.masks.magnitude import mask
 from lori_dist.tensors import metadata
@@ -176,7 +176,7 @@ ENGINES = [engine("ddp"), engine("fsdp"), engine("deepspeed", stage=2), engine("
 @pytest.mark.parametrize("choice", ENGINES, ids=str)
 def test_it_is_the_plain_protocol(choice: config.Choice, run: Run, tmp_path: Path) -> None:
     run_distributed(train_rank, changed(run, engine=choice), tmp_path / "job", world_size=2)
-    adapter = file.load(tmp_path / "job" / "adapter.safetensors")
+    adapter = native.load(tmp_path / "job" / "adapter.safetensors")
     masks, kept = plain_protocol(run)
     [block] = adapter.blocks
     assert {path for path, found in masks.items() if found.any()} == set(block.entries)
@@ -198,7 +198,7 @@ def test_rows_that_a_search_measures_on_are_not_trained_on(run: Run, tmp_path: P
     for place, chosen in {"all": run, "fewer": fewer, "searched": searched}.items():
         run_distributed(train_rank, chosen, tmp_path / place, world_size=1)
     of_all, wanted, found = (
-        file.load(tmp_path / place / "adapter.safetensors") for place in ("all", "fewer", "searched")
+        native.load(tmp_path / place / "adapter.safetensors") for place in ("all", "fewer", "searched")
     )
     assert torch.equal(values(found), values(wanted))
     assert not torch.equal(values(found), values(of_all))
@@ -216,7 +216,7 @@ def test_what_it_writes_and_returns(run: Run, tmp_path: Path) -> None:
         "checkpoints",
         "metrics.jsonl",
     }
-    adapter = file.load(tmp_path / "job" / "adapter.safetensors")
+    adapter = native.load(tmp_path / "job" / "adapter.safetensors")
     assert (summary["kept"], summary["total"]) == (adapter.kept, adapter.total)
     assert summary["kept"] == round(0.13 * summary["total"])
     assert summary["bytes"] == (tmp_path / "job" / "adapter.safetensors").stat().st_size
@@ -265,7 +265,7 @@ def test_a_dense_adapter_is_done_after_one_phase(run: Run, tmp_path: Path) -> No
     assert {record["phase"] for record in records} == {"train"}
     assert not (tmp_path / "job" / "calibrated.safetensors").exists()
     wanted = plain_phase(run, None, STEPS, run.train.lr)
-    found = values(file.load(tmp_path / "job" / "adapter.safetensors"))
+    found = values(native.load(tmp_path / "job" / "adapter.safetensors"))
     assert float((found - torch.cat(list(wanted.values()))).norm() / found.norm()) < 5e-6
 
 
@@ -279,13 +279,13 @@ def test_a_task_has_a_length_and_a_rate_of_its_own(run: Run, tmp_path: Path) -> 
     assert records[0]["lr"] == pytest.approx(run.train.lr / 2 / 30)
     for_all = replace(run, train=replace(run.train, steps=3, lr=task.lr))
     run_distributed(train_rank, for_all, tmp_path / "all", world_size=1)
-    assert torch.equal(*(values(file.load(tmp_path / name / "adapter.safetensors")) for name in ("own", "all")))
+    assert torch.equal(*(values(native.load(tmp_path / name / "adapter.safetensors")) for name in ("own", "all")))
 
 
 def test_activation_checkpointing_changes_no_number(run: Run, tmp_path: Path) -> None:
     run_distributed(train_rank, run, tmp_path / "plain", world_size=1)
     run_distributed(train_rank, changed(run, activation_checkpointing=True), tmp_path / "again", world_size=1)
-    found, wanted = (file.load(tmp_path / name / "adapter.safetensors") for name in ("again", "plain"))
+    found, wanted = (native.load(tmp_path / name / "adapter.safetensors") for name in ("again", "plain"))
     assert torch.equal(values(found), values(wanted))
 
 
@@ -325,7 +325,7 @@ def test_a_mixture_and_a_module_trained_whole_are_the_same_on_more_ranks(run: Ru
     for size in (1, 2):
         folder = tmp_path / str(size)
         run_distributed(train_rank, changed(run, engine=engine("fsdp")), folder, world_size=size)
-        found.append(file.load(folder / "adapter.safetensors"))
+        found.append(native.load(folder / "adapter.safetensors"))
     assert list(found[0].saved) == ["model.norm.weight"]
     torch.testing.assert_close(values(found[1]), values(found[0]), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found[1].saved, found[0].saved, rtol=1e-5, atol=0)
@@ -337,7 +337,7 @@ def test_a_base_in_half_precision_trains(run: Run, tmp_path: Path) -> None:
     (summary, records), _ = run_distributed(train_rank, halved, tmp_path / "job", world_size=2)
     assert summary["kept"] == round(0.13 * summary["total"])
     assert records[-1]["loss"] < records[0]["loss"]
-    assert values(file.load(tmp_path / "job" / "adapter.safetensors")).dtype == torch.float32
+    assert values(native.load(tmp_path / "job" / "adapter.safetensors")).dtype == torch.float32
 
 
 # --- phases ----------------------------------------------------------------------------------------------------------
@@ -422,7 +422,7 @@ def test_another_engine_on_other_ranks_goes_on(
     finished = changed(run, engine=second)
     [(_, records), *_] = run_distributed(train_rank, finished, tmp_path / "killed", world_size=second_size)
     assert steps(records, "train") == [5, 6, 7]
-    found, wanted = (values(file.load(tmp_path / name / "adapter.safetensors")) for name in ("killed", "whole"))
+    found, wanted = (values(native.load(tmp_path / name / "adapter.safetensors")) for name in ("killed", "whole"))
     assert float((found - wanted).norm() / wanted.norm()) < 5e-6
 
 
@@ -445,7 +445,7 @@ def test_a_training_moves_over_engines_and_numbers_of_ranks(run: Run, tmp_path: 
             continue
         with pytest.raises(Failed, match="SIGKILL"):
             run_distributed(train_and_die, moved, tmp_path / "moved", "train", last, world_size=world_size)
-    found, wanted = (values(file.load(tmp_path / name / "adapter.safetensors")) for name in ("moved", "whole"))
+    found, wanted = (values(native.load(tmp_path / name / "adapter.safetensors")) for name in ("moved", "whole"))
     assert float((found - wanted).norm() / wanted.norm()) < 5e-6
 
 

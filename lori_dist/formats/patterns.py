@@ -3,8 +3,8 @@
 import re
 from collections.abc import Sequence
 
-from lori_dist.adapter.checks import named
 from lori_dist.errors import AdapterError
+from lori_dist.formats.checks import named
 
 MAX_STEPS = 2 * 10**9
 """Most steps of all patterns over all texts together: some seconds. PEFT's own folders take some millions."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lori_dist.adapter.adapter import Entries
-from lori_dist.adapter.stored import (
+from lori_dist.adapter.update import Part
+from lori_dist.formats.lazy import (
     Place,
     StoredEntries,
     StoredProjection,
@@ -19,7 +20,6 @@ from lori_dist.adapter.stored import (
     encode_projection,
     naming,
 )
-from lori_dist.adapter.update import Part
 from lori_dist.tensors import Stored
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lori_dist.adapter import peft_folder
 from lori_dist.adapter.adapter import Adapter
-from lori_dist.adapter.checks import named
 from lori_dist.errors import AdapterError
 from lori_dist.files import require_regular
+from lori_dist.formats import peft
+from lori_dist.formats.checks import named
 
 _FILE = re.compile(r"(?P<sparsity>0(?:\.\d+)?|1(?:\.0+)?)_mask\.pt\Z")
 _NAME = re.compile(r"(?:base_model\.model\.)?(?P<module>.+?)(?:\.lora_B(?:\.default)?(?:\.weight)?)?\Z")
@@ -30,19 +30,19 @@ def is_one(folder: Path) -> bool:
     return bool(_files(folder))
 
 
-def opened(folder: Path) -> Adapter:
+def open_lazy(folder: Path) -> Adapter:
     """The adapter of a checkpoint, sparse where its mask says so.
 
     Raises AdapterError as `peft_folder.opened`, for a mask that is not what its name says or that is of other modules,
     and for a B that is not zero outside of its mask.
     """
-    found = peft_folder.read(folder)
+    found = peft.read(folder)
     own: dict[str, Tensor] | None = None
     for file in _files(folder):
         mask = read_mask(file, {module: factors.b.shape for module, factors in found.items()})
         if _is_own(file, folder, mask, found) and (own is None or _num_kept(mask) < _num_kept(own)):
             own = mask
-    return peft_folder.adapter(folder, found, own or {})
+    return peft.adapter(folder, found, own or {})
 
 
 def read_mask(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -90,10 +90,10 @@ def _check_sparsity(file: Path, named: float, mask: Mapping[str, Tensor]) -> Non
         )
 
 
-def _is_own(file: Path, folder: Path, mask: Mapping[str, Tensor], found: Mapping[str, peft_folder.Factors]) -> bool:
+def _is_own(file: Path, folder: Path, mask: Mapping[str, Tensor], found: Mapping[str, peft.Factors]) -> bool:
     """Whether B is zero outside of the mask. It is not where the mask was taken from this B, which is the dense one."""
     outside = {
-        module: int(((peft_folder.finite(module, "B", found[module].b) != 0) & ~tensor).sum())
+        module: int(((peft.finite(module, "B", found[module].b) != 0) & ~tensor).sum())
         for module, tensor in mask.items()
     }
     num_outside = sum(outside.values())

@@ -14,9 +14,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lori_dist.adapter import patterns
 from lori_dist.adapter.adapter import Adapter, Block, Entries
-from lori_dist.adapter.checks import (
+from lori_dist.adapter.projection import checksum
+from lori_dist.errors import AdapterError
+from lori_dist.files import open_regular
+from lori_dist.formats import patterns
+from lori_dist.formats.checks import (
     MAX_ENTRIES,
     check_flag,
     check_integer,
@@ -26,10 +29,7 @@ from lori_dist.adapter.checks import (
     require,
     shown,
 )
-from lori_dist.adapter.projection import checksum
-from lori_dist.adapter.stored import StoredProjection, UnreadEntries, all_finite, as_bytes, digest
-from lori_dist.errors import AdapterError
-from lori_dist.files import open_regular
+from lori_dist.formats.lazy import StoredProjection, UnreadEntries, all_finite, as_bytes, digest
 from lori_dist.tensors import Stored, stored
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -106,7 +106,7 @@ def is_one(path: Path) -> bool:
     return (path / CONFIG).exists()
 
 
-def opened(folder: Path) -> Adapter:
+def open_lazy(folder: Path) -> Adapter:
     """The adapter of a LoRA folder, with the A that is stored there. Its tensors stay there until they are asked for.
 
     All of them are looked at once, module by module, as what is wrong must be known before a merge begins.

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lori_dist.adapter.adapter import Adapter, Block, Entries
-from lori_dist.adapter.file import block_bytes, header, load, save
 from lori_dist.adapter.projection import checksum
 from lori_dist.errors import AdapterError
+from lori_dist.formats.native import block_bytes, header, load, save
 
 GOLDEN = Path(__file__).parent / "golden" / "adapter.safetensors"
 GOLDEN_STORED = Path(__file__).parent / "golden" / "stored.safetensors"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from lori_dist.adapter import source
+from lori_dist import formats
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.errors import AdapterError
 from lori_dist.integrations import official, peft
@@ -83,7 +83,7 @@ def folder(request: pytest.FixtureRequest, folders: Path, tmp_path: Path) -> Ite
 def read(folder: Path) -> Adapter | str:
     """The adapter, or what is said of it: nothing but an AdapterError may come out, short and printable."""
     try:
-        return source.load(folder)
+        return formats.load(folder)
     except AdapterError as error:
         said = str(error)
         assert len(said) < 2000 and said.isprintable(), said
@@ -179,7 +179,7 @@ def test_patterns_that_never_end_are_refused_at_once(folders: Path, tmp_path: Pa
 
 def test_patterns_of_peft_are_read_as_peft_reads_them(folders: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(folders / "peft", tmp_path / "peft")
-    before, config = source.load(folder), json.loads((folder / CONFIG).read_text())
+    before, config = formats.load(folder), json.loads((folder / CONFIG).read_text())
     path = "model.layers.1.self_attn.q_proj"
     for pattern in (
         "layers.1.self_attn.q_proj",
@@ -188,7 +188,7 @@ def test_patterns_of_peft_are_read_as_peft_reads_them(folders: Path, tmp_path: P
         path,
     ):
         (folder / CONFIG).write_text(json.dumps({**config, "alpha_pattern": {pattern: 2 * config["lora_alpha"]}}))
-        after = source.load(folder)
+        after = formats.load(folder)
         for module in before.shapes:
             factor = 2 if module == path else 1
             torch.testing.assert_close(after.delta(module), factor * before.delta(module))

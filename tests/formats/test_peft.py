@@ -12,11 +12,12 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from lori_dist.adapter import file, source
+from lori_dist import formats
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.errors import AdapterError
+from lori_dist.formats import native
 from lori_dist.integrations.peft import export
-from tests.adapter.official import lora
+from tests.formats.official import lora
 from tests.integrations.made import adapted_logits, logits, trained
 from tests.models import tiny_gpt2, tiny_llama
 
@@ -59,18 +60,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=list(SETTINGS))
 def test_the_updates_are_those_of_peft(tmp_path: Path, settings: dict[str, Any]) -> None:
     model = lora(tmp_path / "lora", **settings)
-    adapter = source.load(tmp_path / "lora")
+    adapter = formats.load(tmp_path / "lora")
     compare(model, adapter)
     (block,) = adapter.blocks
     assert (block.name, block.seed, adapter.base) == ("lora", None, {})
-    file.save(adapter, tmp_path / "ours")
-    compare(model, file.load(tmp_path / "ours"))
+    native.save(adapter, tmp_path / "ours")
+    compare(model, native.load(tmp_path / "ours"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_tensors_are_kept_as_they_are(tmp_path: Path, dtype: torch.dtype) -> None:
     model = lora(tmp_path / "lora", dtype=dtype)
-    adapter = source.load(tmp_path / "lora")
+    adapter = formats.load(tmp_path / "lora")
     assert adapter.blocks[0].dtype == adapter.blocks[0].entries[MODULE].values.dtype == dtype
     layer = model.get_base_model().get_submodule(MODULE)
     b, a = (getattr(layer, name)["default"].weight.float() for name in ("lora_B", "lora_A"))
@@ -82,7 +83,7 @@ def test_the_logits_are_those_of_peft(tmp_path: Path, make: Callable[[], PreTrai
     is_gpt2 = make is tiny_gpt2
     settings = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True} if is_gpt2 else {}
     model = lora(tmp_path / "lora", make=make, **settings)
-    adapter = source.load(tmp_path / "lora")
+    adapter = formats.load(tmp_path / "lora")
     compare(model, adapter)
     torch.testing.assert_close(adapted_logits(make(), adapter), logits(model.eval()), rtol=0, atol=1e-5)
     export(adapter, tmp_path / "again", base_model_name="tiny")
@@ -92,7 +93,7 @@ def test_the_logits_are_those_of_peft(tmp_path: Path, make: Callable[[], PreTrai
 def test_our_own_export_comes_back(tmp_path: Path) -> None:
     adapter = trained(tiny_llama(), base={"name": "tiny"})
     export(adapter, tmp_path / "lora", base_model_name="org/tiny")
-    found = source.load(tmp_path / "lora")
+    found = formats.load(tmp_path / "lora")
     assert found.base == {"name": "org/tiny"}
     assert found.kept == adapter.kept  # zeros of B are no entries
     assert all(torch.equal(found.delta(module), adapter.delta(module)) for module in found.shapes)
@@ -100,13 +101,13 @@ def test_our_own_export_comes_back(tmp_path: Path) -> None:
 
 def test_names_without_the_prefix_or_with_the_adapters_are_read(tmp_path: Path) -> None:
     lora(tmp_path / "lora")
-    before = source.load(tmp_path / "lora")
+    before = formats.load(tmp_path / "lora")
     path = tmp_path / "lora" / "adapter_model.safetensors"
     tensors = load_file(path)
     for change in (("base_model.model.", ""), (".weight", ".default.weight")):
         save_file({name.replace(*change): tensor for name, tensor in tensors.items()}, path)
         assert all(
-            torch.equal(source.load(tmp_path / "lora").delta(name), before.delta(name)) for name in before.shapes
+            torch.equal(formats.load(tmp_path / "lora").delta(name), before.delta(name)) for name in before.shapes
         )
 
 
@@ -114,7 +115,7 @@ def test_a_local_base_is_known_by_the_name_of_its_folder(tmp_path: Path) -> None
     lora(tmp_path / "lora")
     for name, wanted in (("/models/llama", "llama"), ("meta/llama", "meta/llama"), ("./here/llama", "llama")):
         change(tmp_path / "lora", base_model_name_or_path=name)
-        assert source.load(tmp_path / "lora").base == {"name": wanted}
+        assert formats.load(tmp_path / "lora").base == {"name": wanted}
 
 
 def change(folder: Path, **fields: object) -> None:
@@ -148,7 +149,7 @@ def test_what_is_no_plain_lora_is_refused_with_the_field(tmp_path: Path, fields:
     lora(tmp_path / "lora")
     change(tmp_path / "lora", **fields)
     with pytest.raises(AdapterError, match=wanted) as caught:
-        source.load(tmp_path / "lora")
+        formats.load(tmp_path / "lora")
     assert str(caught.value).startswith(f"{tmp_path / 'lora'}: ")
 
 
@@ -176,7 +177,7 @@ def test_what_is_no_plain_lora_is_refused_with_the_module(
     changed = {**load_file(path), **tensors}
     save_file({name: tensor for name, tensor in changed.items() if tensor is not None}, path)
     with pytest.raises(AdapterError, match=wanted):
-        source.load(tmp_path / "lora")
+        formats.load(tmp_path / "lora")
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ def test_what_is_no_plain_lora_is_refused_with_the_module(
 def test_what_peft_saves_of_other_kinds_is_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
     lora(tmp_path / "lora", **settings)
     with pytest.raises(AdapterError, match=r"DoRA|biases|whole layers|embedding"):
-        source.load(tmp_path / "lora")
+        formats.load(tmp_path / "lora")
 
 
 def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
@@ -196,7 +197,7 @@ def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
     with pytest.raises(
         AdapterError, match=r"lora: has its tensors in adapter_model\.bin, a pickle, which is never opened"
     ):
-        source.load(tmp_path / "lora")
+        formats.load(tmp_path / "lora")
 
 
 def test_damage_is_refused(tmp_path: Path) -> None:
@@ -205,30 +206,30 @@ def test_damage_is_refused(tmp_path: Path) -> None:
     whole = tensors.read_bytes()
     tensors.write_bytes(whole[:-7])
     with pytest.raises(AdapterError, match=r"adapter_model\.safetensors is not a whole safetensors file"):
-        source.load(tmp_path / "lora")
+        formats.load(tmp_path / "lora")
     save_file({}, tensors)
     with pytest.raises(AdapterError, match="holds no tensor"):
-        source.load(tmp_path / "lora")
+        formats.load(tmp_path / "lora")
     tensors.unlink()
     with pytest.raises(AdapterError, match=r"has no adapter_model\.safetensors; give a folder that PEFT has saved"):
-        source.load(tmp_path / "lora")
+        formats.load(tmp_path / "lora")
     for text, wanted in (("{", "is not valid JSON"), ("[]", "it must be an object")):
         config.write_text(text)
         with pytest.raises(AdapterError, match=wanted):
-            source.load(tmp_path / "lora")
+            formats.load(tmp_path / "lora")
 
 
 def test_an_opened_folder_goes_to_other_processes_without_its_tensors(tmp_path: Path) -> None:
     lora(tmp_path / "lora", r=64)
-    sent = pickle.dumps(source.opened(tmp_path / "lora"))
+    sent = pickle.dumps(formats.open_lazy(tmp_path / "lora"))
     assert len(sent) < (tmp_path / "lora" / "adapter_model.safetensors").stat().st_size / 4
-    there, here = pickle.loads(sent), source.load(tmp_path / "lora")
+    there, here = pickle.loads(sent), formats.load(tmp_path / "lora")
     assert all(torch.equal(there.delta(name), here.delta(name)) for name in here.shapes)
 
 
 def test_tensors_that_change_after_they_were_opened_are_refused(tmp_path: Path) -> None:
     lora(tmp_path / "lora")
-    opened, path = source.opened(tmp_path / "lora"), tmp_path / "lora" / "adapter_model.safetensors"
+    opened, path = formats.open_lazy(tmp_path / "lora"), tmp_path / "lora" / "adapter_model.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
     with pytest.raises(
         AdapterError, match=rf"adapter_model\.safetensors: B of {MODULE} changed while it was being read"
@@ -242,13 +243,13 @@ def test_other_folders_say_what_to_give(tmp_path: Path) -> None:
     with pytest.raises(
         AdapterError, match=r"this is a folder without adapter_config\.json; give an adapter file, a LoRA"
     ):
-        source.load(tmp_path)
-    file.save(trained(tiny_llama()), tmp_path / "adapter.safetensors")
+        formats.load(tmp_path)
+    native.save(trained(tiny_llama()), tmp_path / "adapter.safetensors")
     with pytest.raises(AdapterError, match=r"give the adapter file itself, \S+adapter\.safetensors"):
-        source.load(tmp_path)
+        formats.load(tmp_path)
     lora(tmp_path / "lora")
     for path in ("adapter_model.safetensors", "adapter_config.json"):
         with pytest.raises(AdapterError, match=r"this is a file of a LoRA folder of PEFT; give the folder, \S+lora$"):
-            source.load(tmp_path / "lora" / path)
+            formats.load(tmp_path / "lora" / path)
     with pytest.raises(AdapterError, match=r"none: it cannot be read"):
-        source.load(tmp_path / "none")
+        formats.load(tmp_path / "none")

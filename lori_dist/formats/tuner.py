@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lori_dist.adapter.adapter import Adapter, Block, Entries
-from lori_dist.adapter.checks import (
+from lori_dist.adapter.projection import DTYPES, GENERATOR
+from lori_dist.errors import AdapterError
+from lori_dist.formats.checks import (
     MAX_ENTRIES,
     check_choice,
     check_hash,
@@ -22,9 +24,7 @@ from lori_dist.adapter.checks import (
     require,
     shown,
 )
-from lori_dist.adapter.peft_folder import CONFIG, TENSORS, base_of, check_header_length
-from lori_dist.adapter.projection import DTYPES, GENERATOR
-from lori_dist.errors import AdapterError
+from lori_dist.formats.peft import CONFIG, TENSORS, base_of, check_header_length
 
 PROJECTION_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
@@ -42,7 +42,7 @@ def is_one(folder: Path) -> bool:
     return str(config.get("peft_type")).startswith(TYPE)
 
 
-def opened(folder: Path) -> Adapter:
+def open_lazy(folder: Path) -> Adapter:
     """The adapter of such a folder. Its A is made from the seed, and checked where it is attached.
 
     Raises AdapterError for modules that were trained in full, for another generator of A, and for a file that does not

@@ -9,10 +9,10 @@ import torch
 
 from lori_dist.adapter.adapter import Entries
 from lori_dist.adapter.projection import checksum
-from lori_dist.adapter.spool import Spool
-from lori_dist.adapter.stored import StoredEntries, StoredProjection
 from lori_dist.adapter.update import Part
 from lori_dist.errors import AdapterError
+from lori_dist.formats.lazy import StoredEntries, StoredProjection
+from lori_dist.formats.spool import Spool
 
 A = torch.arange(10, dtype=torch.float32).view(2, 5)
 PART = Part(

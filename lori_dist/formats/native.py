@@ -16,7 +16,10 @@ from torch import Tensor
 
 from lori_dist import tensors
 from lori_dist.adapter.adapter import Adapter, Block, Elsewhere, Entries, in_memory, loaded
-from lori_dist.adapter.checks import (
+from lori_dist.adapter.projection import DTYPES, GENERATOR
+from lori_dist.errors import AdapterError
+from lori_dist.files import parse_json, require_regular
+from lori_dist.formats.checks import (
     MAX_ENTRIES,
     check_choice,
     check_hash,
@@ -26,8 +29,7 @@ from lori_dist.adapter.checks import (
     require,
     shown,
 )
-from lori_dist.adapter.projection import DTYPES, GENERATOR
-from lori_dist.adapter.stored import (
+from lori_dist.formats.lazy import (
     DAMAGED,
     Place,
     StoredEntries,
@@ -39,8 +41,6 @@ from lori_dist.adapter.stored import (
     encode_projection,
     naming,
 )
-from lori_dist.errors import AdapterError
-from lori_dist.files import parse_json, require_regular
 from lori_dist.tensors import Stored, stored
 
 FORMAT = "lori_dist.adapter"
@@ -86,10 +86,10 @@ def load(path: str | os.PathLike[str]) -> Adapter:
 
     Raises AdapterError that says what is wrong and where, if this is not an undamaged adapter file of a known version.
     """
-    return loaded(opened(path))
+    return loaded(open_lazy(path))
 
 
-def opened(path: str | os.PathLike[str]) -> Adapter:
+def open_lazy(path: str | os.PathLike[str]) -> Adapter:
     """The adapter of a file as of `load`, but its tensors stay there: they are read, and checked, when asked for.
 
     So it takes the memory of its header. Raises AdapterError as `header`, and whoever asks for a tensor gets it as of

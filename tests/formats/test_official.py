@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lori_dist.adapter import file, official, source
+from lori_dist import formats
 from lori_dist.adapter.attach import attach, detach, extract, trainable
 from lori_dist.errors import AdapterError
+from lori_dist.formats import native, official
 from lori_dist.merges import merge
-from tests.adapter.official import lora, lori_d, lori_s, mask_of
-from tests.adapter.test_peft_folder import MODULE, compare
+from tests.formats.official import lora, lori_d, lori_s, mask_of
+from tests.formats.test_peft import MODULE, compare
 from tests.integrations.made import trained
 from tests.models import tiny_llama
 
@@ -23,7 +24,7 @@ def test_lori_s_keeps_the_entries_of_its_mask(tmp_path: Path, place: str) -> Non
     model, mask = lori_s(tmp_path / "s")
     (tmp_path / "s" / "masks").mkdir()
     (tmp_path / "s" / "0.9_mask.pt").rename(tmp_path / "s" / place / "0.9_mask.pt")
-    adapter = source.load(tmp_path / "s")
+    adapter = formats.load(tmp_path / "s")
     compare(model, adapter)
     assert adapter.kept == sum(int(item.sum()) for item in mask.values())
     for name, item in mask.items():
@@ -31,21 +32,21 @@ def test_lori_s_keeps_the_entries_of_its_mask(tmp_path: Path, place: str) -> Non
         index = adapter.blocks[0].entries[module].index
         assert index is not None
         assert index.tolist() == item.flatten().nonzero().squeeze(1).tolist()
-    file.save(adapter, tmp_path / "ours")
-    compare(model, file.load(tmp_path / "ours"))
+    native.save(adapter, tmp_path / "ours")
+    compare(model, native.load(tmp_path / "ours"))
 
 
 def test_lori_s_without_its_mask_keeps_what_is_not_zero(tmp_path: Path) -> None:
     model, mask = lori_s(tmp_path / "s")
     (tmp_path / "s" / "0.9_mask.pt").unlink()
-    adapter = source.load(tmp_path / "s")
+    adapter = formats.load(tmp_path / "s")
     compare(model, adapter)
     assert adapter.kept == sum(int(item.sum()) for item in mask.values()) - 1
 
 
 def test_lori_d_is_dense_whatever_masks_were_taken_from_it(tmp_path: Path) -> None:
     model = lori_d(tmp_path / "d", sparsities=(0.1, 0.5, 0.9, 0.99))
-    adapter = source.load(tmp_path / "d")
+    adapter = formats.load(tmp_path / "d")
     compare(model, adapter)
     assert adapter.kept == adapter.total
 
@@ -54,7 +55,7 @@ def test_names_of_modules_alone_are_mapped(tmp_path: Path) -> None:
     model, mask = lori_s(tmp_path / "s")
     for cut in (("base_model.model.", ""), (".lora_B.default.weight", ""), (".default", "")):
         torch.save({name.replace(*cut): item for name, item in mask.items()}, tmp_path / "s" / "0.9_mask.pt")
-        compare(model, source.load(tmp_path / "s"))
+        compare(model, formats.load(tmp_path / "s"))
 
 
 def test_a_mask_takes_memory_only_as_it_is_read(tmp_path: Path) -> None:
@@ -80,7 +81,7 @@ def test_a_mask_of_torch_before_1_6_is_read(tmp_path: Path) -> None:
 
 def refused(folder: Path, wanted: str) -> None:
     with pytest.raises(AdapterError, match=wanted) as caught:
-        source.load(folder)
+        formats.load(folder)
     assert str(caught.value).startswith(f"{folder}: ")
 
 
@@ -153,7 +154,7 @@ def test_a_pickle_that_runs_a_program_is_not_read(tmp_path: Path) -> None:
 
 def test_a_checkpoint_is_trained_further_with_its_stored_a(tmp_path: Path) -> None:
     lori_s(tmp_path / "theirs")
-    before = source.opened(tmp_path / "theirs")
+    before = formats.open_lazy(tmp_path / "theirs")
     model = tiny_llama()
     attach(model, before, train=True)
     assert sum(values.numel() for values in trainable(model).values()) == before.kept
@@ -164,9 +165,9 @@ def test_a_checkpoint_is_trained_further_with_its_stored_a(tmp_path: Path) -> No
     optimizer.step()
     second = model(input_ids=tokens, labels=tokens)
     assert second.loss < first
-    file.save(extract(model, name="further"), tmp_path / "further.safetensors")
+    native.save(extract(model, name="further"), tmp_path / "further.safetensors")
     detach(model)
-    after = file.load(tmp_path / "further.safetensors")
+    after = native.load(tmp_path / "further.safetensors")
     attach(model, after)
     torch.testing.assert_close(model(input_ids=tokens).logits, second.logits)
     for module, entries in after.blocks[0].entries.items():

@@ -1,0 +1,47 @@
+"""Layouts of adapters on disk, one file each; `load` and `open_lazy` below read an adapter of any of them.
+
+native.py is the adapter file, peft.py a LoRA folder of PEFT, tuner.py a folder that PEFT saved with `LoriConfig`,
+official.py a checkpoint of LoRI's official code. lazy.py has entries that are read once they are used, spool.py results
+of a merge that wait on disk; checks.py and patterns.py validate what others have written. Files that exist must stay
+readable. A new layout is a file with `is_one(folder)` and `open_lazy(folder)`, which `open_lazy` below tries.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from lori_dist.adapter.adapter import Adapter, loaded
+from lori_dist.errors import AdapterError
+from lori_dist.formats import native, official, peft, tuner
+
+
+def load(path: Path) -> Adapter:
+    """The adapter at a path. Raises AdapterError that begins with the path and says what is wrong there."""
+    return loaded(open_lazy(path))
+
+
+def open_lazy(path: Path) -> Adapter:
+    """Does what `load` does, but leaves the tensors in the file until they are used."""
+    if not path.is_dir():
+        if path.name in peft.NAMES and peft.is_one(path.parent):
+            raise AdapterError(f"{path}: this is a file of a LoRA folder of PEFT; give the folder, {path.parent}")
+        return native.open_lazy(path)
+    if not peft.is_one(path):
+        raise AdapterError(f"{path}: this is a folder without {peft.CONFIG}; {_instead(path)}")
+    try:
+        if tuner.is_one(path):
+            return tuner.open_lazy(path)
+        return official.open_lazy(path) if official.is_one(path) else peft.open_lazy(path)
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}") from error
+
+
+def base(path: Path) -> dict[str, Any]:
+    """The description of the base model of the adapter at a path; no tensor of a file is read. Raises as `load`."""
+    return dict(open_lazy(path).base if path.is_dir() else native.header(path)["base"])
+
+
+def _instead(folder: Path) -> str:
+    ours = folder / "adapter.safetensors"  # as jobs leave it
+    if ours.exists():
+        return f"give the adapter file itself, {ours}"
+    return "give an adapter file, a LoRA folder of PEFT, or a checkpoint of LoRI's official code"
