@@ -163,7 +163,7 @@ class RoutedModule(nn.Module):
             )
         segments = self.routing.segments(self.path, x if x.is_floating_point() else x[..., None])
         num_tokens, made = segments[-1].tokens.stop, []
-        factor = num_tokens // x.shape[0]
+        factor = max(1, num_tokens // max(1, len(x)))
         apply = cast(Callable[..., Tensor], _ToSums.apply)
         for segment in segments:
             named = {
@@ -171,6 +171,8 @@ class RoutedModule(nn.Module):
                 for name, parameter in self.copies(segment.adapter).items()
             }
             rows = slice(segment.tokens.start // factor, segment.tokens.stop // factor)
+            if len(segments) == 1:
+                rows = slice(None)
             made.append(torch.func.functional_call(self.form[0], named, (x[rows],)))
         return torch.cat(made)
 
