@@ -27,10 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Exception, KeyboardInterrupt) as error:
-        said = message_of(error, chosen.verbose)
-        if said is None:
+        found = message_of(error, chosen.verbose)
+        if found is None:
             raise
-        message, code = said
+        message, code = found
         print(redacted(message if world_rank == "0" else f"rank {world_rank}: {message}"), file=sys.stderr)
     finally:
         if "torch" in sys.modules:

@@ -53,7 +53,7 @@ def adapter_file(path: Path) -> str:
     lines = [f"{path}: {size(adapter.kept, adapter.total)}, {num_bytes:,} bytes"]
     forms = [_form(adapter, number) for number in range(len(sizes))]
     lines += [f"  form: {', '.join(_counted(forms, sizes))}"]
-    lines += [f"  {key}: {_said(value)}" for key, value in header.items() if key not in ("blocks", "modules")]
+    lines += [f"  {key}: {_value_text(value)}" for key, value in header.items() if key not in ("blocks", "modules")]
     rows = [(*_block(adapter, number), f"{sizes[number]:,}", form) for number, form in enumerate(forms)]
     blocks = table(BLOCK_TITLES, rows)
     return "\n".join([*lines, "", blocks, "", "Density of B in percent:", table(*_densities(adapter))])
@@ -67,10 +67,11 @@ def _held(adapter: "Adapter") -> int:
 
 
 def size(kept: int, total: int) -> str:
+    """The share of B's entries that is kept, in words."""
     return f"keeps {kept:,} of {total:,} entries of B ({100 * kept / max(1, total):.2f}%)"
 
 
-def _said(value: Any) -> str:
+def _value_text(value: Any) -> str:
     if isinstance(value, dict):
         return _printable(", ".join(f"{key} {item}" for key, item in value.items())) or "unknown"
     return _printable(", ".join(value) if isinstance(value, list | tuple) else str(value))

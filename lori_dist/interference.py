@@ -1,4 +1,4 @@
-"""How much the updates of several adapters get in each other's way, from the adapters alone: no model is run."""
+"""The interference between the updates of several adapters, from the adapters alone: no model is run."""
 
 import itertools
 import math

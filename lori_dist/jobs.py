@@ -305,13 +305,14 @@ def _choice(*metrics: str) -> dict[str, Any]:
 
 
 def _lm_eval(settings: config.LmEval) -> dict[str, Any]:
-    """What is measured, with the user's own tasks by their content; not the rows that these name."""
+    """The lm-eval tasks that are measured, with the user's own tasks by their content; the rows that these name are not
+    included."""
     files = {} if settings.include is None else contents(Path(settings.include))
     return {**config.fingerprinted(settings), "files": files}
 
 
 def contents(path: Path) -> dict[str, str]:
-    """Of a file, or of all in a folder: path in it -> digest."""
+    """Path -> digest, for a file or for all files in a folder."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     return {str(file.relative_to(path)): sha256(file) for file in files if file.exists() and not file.is_dir()}
 

@@ -177,7 +177,8 @@ def _renderer(
 
 def _alpaca(row: Mapping[str, Any]) -> Text:
     with_input, without = ALPACA
-    given = "" if row.get("input") in (None, "", tables.Missing("")) else tables.text(row, "input")
+    is_missing = row.get("input") is None or isinstance(row["input"], tables.Missing)
+    given = "" if is_missing else tables.text(row, "input")
     instruction, output = tables.text(row, "instruction"), _not_empty(tables.text(row, "output"))
     form = with_input if given.strip() else without
     return form.format(instruction=instruction, input=given), output
@@ -214,7 +215,7 @@ def _chat(row: Mapping[str, Any], field: str, template: config.Template) -> Chat
 
 
 def _message(message: Any, where: str, *, is_sharegpt: bool) -> Message:
-    """With a role, and content that is text: "" where an assistant calls tools and says nothing."""
+    """A message with a role and with content that is text: "" where an assistant calls tools and says nothing."""
     if is_sharegpt:
         message = _of_sharegpt(message, where)
     has_calls = isinstance(message, dict) and bool(message.get("tool_calls"))

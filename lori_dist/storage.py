@@ -36,6 +36,7 @@ STALE_SECONDS = 60.0
 
 
 def is_url(output: str) -> bool:
+    """Whether `output` names storage by URL, not a folder."""
     return "://" in output
 
 

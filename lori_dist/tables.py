@@ -39,7 +39,7 @@ MISSING = ("", "NaN", "nan", "<NA>", "NULL", "null")
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """No value, as a CSV file writes it."""
+    """A missing value, as a CSV file writes it."""
 
     written: str
 
@@ -74,6 +74,7 @@ OTHERS: Mapping[bytes, str] = {
 
 
 def is_hub(path: str) -> bool:
+    """Whether a path names a data set of the hub."""
     return path.startswith(HUB)
 
 

@@ -55,10 +55,12 @@ class Stored:
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Bytes in the file."""
         return self.numel * self.dtype.itemsize
 
     def load(self) -> Tensor:

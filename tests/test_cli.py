@@ -233,7 +233,7 @@ def test_show_lists_all_methods_and_imports_no_torch(folder: Path) -> None:
     program = "import sys; from lori_dist.__main__ import main; main(['show']); assert 'torch' not in sys.modules"
     result = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
-    for kind in ("masks", "merges", "engines", "multitask", "evaluation", "benchmarks"):
+    for kind in ("masks", "merges", "engines", "multitask", "balances", "evaluation", "benchmarks"):
         section = re.search(rf"^{kind}:\n((?:  .*\n?)+)", result.stdout, re.MULTILINE)
         assert section is not None
         lines = section[1].splitlines()

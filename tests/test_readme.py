@@ -269,7 +269,7 @@ def test_every_merge_is_in_the_table() -> None:
             assert f"`{name}`" in section("README.md", "Several tasks"), name
 
 
-@pytest.mark.parametrize("folder", ["masks", "multitask", "engines"])
+@pytest.mark.parametrize("folder", ["masks", "multitask", "balances", "engines"])
 def test_every_method_of_a_folder_is_in_its_table(folder: str) -> None:
     table = (ROOT / "lori_dist" / folder / "README.md").read_text()
     for name in plugin.names(folder):
@@ -280,7 +280,10 @@ def test_the_options_of_joint_training_are_all_there_are_with_their_defaults() -
     (text,) = [found.text for found in blocks("yaml") if found.text.startswith("multitask:\n")]
     listed = yaml.safe_load(text)["multitask"]
     options = plugin.find("multitask", listed.pop("name"), "plan", "multitask").options
-    assert listed == {name: option.default for name, option in options.items()} | {"weights": {"math": 2.0}}
+    defaults = {name: option.default for name, option in options.items() if name != "projection"}  # an older name
+    found = {"balance": "ortho", "granularity": "matrix"}  # where none is given
+    examples = {"weights": {"math": 2.0}, "sampling": "proportional", "temperature": 2.0, "cap": 10000}
+    assert listed == defaults | found | examples
 
 
 # --- Python ----------------------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ LIBRARIES = {
     "report": set(),
     "describe.py": set(),
     "progress.py": {"tqdm"},
-    "commands": {"torch"},
+    "commands": {"torch", "numpy"},
     "__main__.py": set(),
 }
 # Parts of the package that a part of an inner ring may import all the same; each with its reason.

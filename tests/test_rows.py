@@ -124,3 +124,36 @@ def test_every_row_with_an_unknown_label_is_named_before_anything_is_trained(tmp
     assert lines[0].endswith(
         "its response is ' 2', which is not one of the labels; wanted one of ' 0', ' 1'. Did you mean ' 1'?"
     )
+
+
+def test_alpaca_rows_of_a_csv_file_may_have_no_input(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("instruction,input,output\nadd,,b\nadd,NaN,b\nadd,1,b\nadd,1,\n")
+    with pytest.raises(ConfigError, match=r"rows\.csv:5: field 'output' is"):
+        rows.read(str(path), config.Template(layout="alpaca"))
+    path.write_text("instruction,input,output\nadd,,b\nadd,NaN,b\nadd,1,b\n")
+    prompts = [prompt for prompt, _ in rows.read(str(path), config.Template(layout="alpaca"))]  # type: ignore[misc]
+    assert ["### Input:\n1" in prompt for prompt in prompts] == [False, False, True]
+    assert "### Input" not in prompts[0] + prompts[1]
+
+
+def test_what_parquet_adds_to_calls_and_tools_is_left_out(tmp_path: Path) -> None:
+    """It gives every object the keys of all others, with null for those that an object does not have."""
+    calls = [{"type": "function", "function": {"name": name, "arguments": {name: 1}}} for name in ("f", "g")]
+    chats = [
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+        for call in calls
+    ]
+    tools = [[{"name": "f"}], [{"name": "g", "strict": True}]]
+    pyarrow.parquet.write_table(pyarrow.table({"chat": chats, "tools": tools}), tmp_path / "rows.parquet")
+    found = rows.read(str(tmp_path / "rows.parquet"), config.Template(messages="chat", tools="tools"))
+    answers = [chat.messages[-1] for chat in found if isinstance(chat, rows.Chat)]
+    assert answers == [{"role": "assistant", "content": "", "tool_calls": [call]} for call in calls]
+    assert [chat.tools for chat in found if isinstance(chat, rows.Chat)] == tools
+
+
+def test_tools_that_no_row_has_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"chat": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}))
+    with pytest.raises(ConfigError, match=r"no row has the field 'tool', which template.tools names"):
+        rows.read(str(path), config.Template(messages="chat", tools="tool"))

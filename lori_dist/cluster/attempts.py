@@ -193,10 +193,12 @@ class History:
         self._write()
 
     def begin(self, *, workers: int) -> None:
+        """Records that the attempt has got its workers."""
         self.attempts[-1]["workers"] = workers
         self._write()
 
     def end(self, error: str | None) -> None:
+        """Records the end of the attempt. error: its message, or None if the attempt succeeded."""
         self._close(error)
         self._write()
 

@@ -113,12 +113,15 @@ class Board:
         return {need: self.made.get(need) for need in job.needs}
 
     def named(self, state: str) -> list[Job]:
+        """The jobs in a state, in the plan's order."""
         return [job for job in self.jobs if self.states[job.name]["state"] == state]
 
     def names(self, state: str) -> set[str]:
+        """The names of the jobs in a state."""
         return {job.name for job in self.named(state)}
 
     def unfinished(self) -> list[Job]:
+        """The jobs that are not finished, in the plan's order."""
         return [job for job in self.jobs if self.states[job.name]["state"] != "finished"]
 
     def ready(self) -> list[Job]:
@@ -129,7 +132,7 @@ class Board:
         return sorted(possible, key=lambda job: -lengths[job.name])
 
     def startable(self, nodes: Sequence[Resources]) -> list[tuple[Job, ...]]:
-        """What is to start now; jobs that one gang is to do together.
+        """The jobs to start now; those that one gang does together are in one tuple.
 
         Evaluations wait for each other: all models are evaluated in one pass over the base.
         """
@@ -143,6 +146,7 @@ class Board:
         return [packs[job.name] for job in admitted]
 
     def start(self, jobs: Sequence[Job]) -> None:
+        """Marks jobs that one gang does together as running."""
         together = {"packed_with": [job.name for job in jobs]} if len(jobs) > 1 else {}
         for job in jobs:
             self.leaders[job.name] = jobs[0].name
@@ -153,18 +157,21 @@ class Board:
         self.write()
 
     def finish(self, job: Job, record: Mapping[str, Any]) -> None:
+        """Marks a job as finished. record: the content of its job.json."""
         self.results[job.name] = record["result"]
         self.made[job.name] = record["sha256"].get(ADAPTER, "")
         self._change(job, "finished", **self._started(job), seconds=record["seconds"], attempts=record["attempts"])
         self.write()
 
     def interrupt(self) -> None:
+        """Marks the running jobs as interrupted, at the end of the run."""
         for job in self.named("running"):
             self._change(job, "interrupted", **_saved(self.run, job))
         with contextlib.suppress(OSError):  # a full disk must not hide what went wrong before
             self.write()
 
     def fail(self, job: Job, error: str) -> None:
+        """Marks a job as failed with a message, and the jobs that need it as blocked."""
         more = {**self._started(job), "seconds": self.seconds(job), "error": error, **self._attempts(job)}
         self._change(job, "failed", **more)
         for blocked in dependents(self.jobs, self.names("failed")):
@@ -181,6 +188,7 @@ class Board:
         return {key: value for key, value in self.states[job.name].items() if key in ("started", "packed_with")}
 
     def seconds(self, job: Job) -> float:
+        """Seconds since the job started here; 0 if it has not."""
         return round(time.monotonic() - self.started[job.name], 3) if job.name in self.started else 0.0
 
     def has_steps(self, job: Job) -> bool:
@@ -191,6 +199,7 @@ class Board:
         return bool(steps) and steps[-1].get("time", 0.0) >= self.states[job.name]["started"]
 
     def report_steps(self) -> None:
+        """Reports the last step of each running training."""
         steps = {job.name: _last_step(self.run.folder, job) for job in self.named("running") if job.kind == "train"}
         until_end = left(
             [
@@ -209,6 +218,7 @@ class Board:
                 self.progress(self._event(job, left=until_end, **steps[job.name]))
 
     def summary(self) -> dict[str, Any]:
+        """The tree of summary.json."""
         return {
             **summarize(self.run, self.jobs, self.states, self.results),
             "fingerprints": {job.name: job.fingerprint for job in self.named("finished")},
@@ -216,6 +226,7 @@ class Board:
         }
 
     def write(self) -> None:
+        """Writes summary.json."""
         folder.write_json(self.run.folder / SUMMARY, self.summary())
 
     def _change(self, job: Job, state: str, **more: Any) -> None:

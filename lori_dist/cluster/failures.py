@@ -248,6 +248,7 @@ class Member:
         self.peers = watch(world, self._leave)
 
     def done(self) -> NoReturn:
+        """Exits with code 0, after the others know that this rank is done."""
         if self.peers is not None:
             self.peers.close()
         sys.stdout.flush()
@@ -294,7 +295,7 @@ class Member:
         self._await_first(self._turn())
         first = self._first()
         if first is not None:
-            return first.said == _digest(message)
+            return first.notice == _digest(message)
         return self.is_stopped  # by the launcher, for a rank that had nobody to wait for
 
     def _turn(self) -> float:
@@ -304,12 +305,12 @@ class Member:
     def _say(self, text: str, message: str) -> None:
         _print(text)
         if self.peers is not None:
-            self.peers.tell(_digest(message))
+            self.peers.notify(_digest(message))
             time.sleep(PASS_ON_S)
 
     def _leave(self, first: "Ended") -> None:
         """Ends this rank, in a thread, as its main thread may be deep in a library that never comes back."""
-        if first.said is not None:
+        if first.notice is not None:
             time.sleep(PASS_ON_S)  # for an error of its own that this rank is about to meet as well
         if not self.is_ending:
             try:
@@ -321,7 +322,7 @@ class Member:
         """Prints for which rank this one ends, and waits until the launcher has seen that end and reports it."""
         if not self._leaving.acquire(blocking=False):  # the other thread is at it, and exits
             time.sleep(2 * HOLD_S)
-        elif first.said is None:  # at once, as the launcher may leave no time, and not name the rank
+        elif first.notice is None:  # at once, as the launcher may leave no time, and not name the rank
             _print(
                 f"rank {self.rank}: ends because rank {first.rank} ended without a message: it was killed (out of "
                 "memory, "

@@ -368,6 +368,7 @@ class Gangs:
 
     @property
     def is_ending(self) -> bool:
+        """Whether the run is to end, at once or after its trainings have saved."""
         return self.asked.is_set() or self.stopping.is_set()
 
     def take(self, job: Job, cluster: Cluster) -> Gang:
@@ -397,6 +398,7 @@ class Gangs:
         raise Stopped("the run ends")
 
     def give_back(self, gang: Gang) -> None:
+        """Keeps a gang for the next job of its shape."""
         with self._lock:
             self._idle.append(gang)
 

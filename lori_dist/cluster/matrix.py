@@ -49,13 +49,6 @@ def evaluate_models(
     return figures, intervals
 
 
-def intervals_beside(out: Path) -> Matrix | None:
-    """Those that were written with the figures in a file; None where there are none."""
-    path = _beside(out, "intervals.json")
-    found: Matrix | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return found
-
-
 def _beside(out: Path, name: str) -> Path:
     return out.with_name(f"{out.stem}.{name}")
 

@@ -32,8 +32,8 @@ class Ended:
     """A rank that ended before its time."""
 
     rank: int
-    said: str | None
-    """The notice that it gave to `Peers.tell`; None if it ended without one."""
+    notice: str | None
+    """The notice that it gave to `Peers.notify`; None if it ended without one."""
 
 
 def watch(world: World, ended: Callable[[Ended], None]) -> "Peers | None":
@@ -82,14 +82,14 @@ class Peers:
         self._lock = threading.Condition()
         self._connections: dict[int, socket.socket] = {}
 
-    def tell(self, said: str) -> None:
-        """Notifies the others that this rank ends now. said: a word without spaces, such as a digest of its message."""
-        self._learn(Ended(rank=self.rank, said=said))
+    def notify(self, notice: str) -> None:
+        """Notifies the others that this rank ends now. notice: a word without spaces, such as its message's digest."""
+        self._learn(Ended(rank=self.rank, notice=notice))
 
     def close(self) -> None:
         """Notifies the others that this rank is done. It ignores from now on how others end."""
         with self._lock:
-            self.first = self.first or Ended(rank=self.rank, said=None)
+            self.first = self.first or Ended(rank=self.rank, notice=None)
         self._send("done")
 
     def listen(self, host: str) -> tuple[str, int, str]:
@@ -144,16 +144,16 @@ class Peers:
             self._lock.notify_all()
 
     def _follow(self, rank: int, stream: Iterable[str]) -> None:
-        """Reads `ended RANK SAID` and `done` until either, or the end of the connection, which is that of the rank."""
+        """Reads `ended RANK NOTICE` or `done`. The end of the connection means that the rank has ended."""
         try:
             for line in stream:
                 word, *rest = line.split()
                 if word == "done":
                     return
-                self._learn(Ended(rank=int(rest[0]), said=rest[1] if len(rest) > 1 else None))
+                self._learn(Ended(rank=int(rest[0]), notice=rest[1] if len(rest) > 1 else None))
         except OSError:
             pass
-        self._learn(Ended(rank=rank, said=None))
+        self._learn(Ended(rank=rank, notice=None))
 
     def _learn(self, ended: Ended) -> None:
         with self._lock:
@@ -161,7 +161,7 @@ class Peers:
                 return
             self.first = ended
         if self.rank == 0 or ended.rank == self.rank:
-            self._send(f"ended {ended.rank} {ended.said or ''}")
+            self._send(f"ended {ended.rank} {ended.notice or ''}")
         if ended.rank != self.rank:
             self._ended(ended)
 

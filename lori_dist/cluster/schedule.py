@@ -50,7 +50,7 @@ class Shape:
 
 
 def wanted(job: Job, cluster: Cluster) -> Shape:
-    """What a job takes where nothing is missing."""
+    """The shape of a job if the cluster has all that it asks for."""
     if job.kind in GANGS:
         part = Resources(cpus=cluster.cpus_per_worker, gpus=cluster.gpus_per_worker)
         return Shape(count=cluster.workers, part=part, placement=cluster.placement)
@@ -132,6 +132,7 @@ def packs(ready: Iterable[Job], packing: str | int) -> list[tuple[Job, ...]]:
 
 
 def may_be_packed(job: Job) -> bool:
+    """Whether a job may share a gang with others: an evaluation, or a task's training that reads no other result."""
     if job.kind == "evaluate":
         return True
     return job.kind == "train" and not job.needs and not {"joint", "sequel"} & set(job.settings)

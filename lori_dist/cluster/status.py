@@ -33,13 +33,14 @@ def status(root: Path) -> dict[str, Any]:
     """Returns the state of the run in a folder as plain JSON.
 
     `run`, `folder`, `driver` (the process that works on it, or None), `stopping` (whether it has been asked to end),
-    `eta_seconds` until its end, `eta_is_least` (whether there are jobs of which nothing is known yet), `by_train`
-    (whether the folder has training jobs of `lori train` alone, and no run) and `jobs`. Each job, in the plan's order,
-    has `name`, `state` (waiting, running, finished, failed, blocked, or interrupted: it ran, and its driver has gone), `needs`, `seconds`, `attempts` (their number; 0 if another run
-    finished it) and `error` (the last one, while the job is not finished). A training has its last step, as `phase`,
-    `step` and `num_steps`; while it does not run, `saved_step`, the step of that phase from which it resumes; while it
-    runs, `steps_per_second`, `tokens_per_second` and `eta_seconds`. What is not known is None. Raises JobError if there
-    is no run in the folder.
+    `eta_seconds` until its end (None if it is not known), `eta_is_least` (whether there are jobs of which nothing is
+    known yet), `by_train` (whether the folder has training jobs of `lori train` alone, and no run) and `jobs`. Each
+    job, in the plan's order, has `name`, `state` (waiting, running, finished, failed, blocked, or interrupted: it ran,
+    and its driver has gone), `needs`, `seconds`, `attempts` (their number; 0 if another run finished it) and `error`
+    (the last one, while the job is not finished). A training has its last step, as `phase`, `step` and `num_steps`;
+    while it does not run, `saved_step`, the step of that phase from which it resumes; while it runs,
+    `steps_per_second`, `tokens_per_second` and `eta_seconds`. What is not known is None. Raises JobError if there is
+    no run in the folder.
     """
     driver = folder.owner(root)  # before the summary, which a driver writes before it goes
     summary = _summary(root)

@@ -86,7 +86,7 @@ def _client(address: str) -> Any:
     dashboard = "ray.dashboard.modules"
     for name in (f"{dashboard}.dashboard_sdk", f"{dashboard}.job.sdk", "ray._private.runtime_env.packaging"):
         logging.getLogger(name).setLevel(logging.WARNING)  # what they say of uploads and connections is not the job's
-    with _named(address):
+    with _explained(address):
         return JobSubmissionClient(address)
 
 
@@ -94,7 +94,7 @@ def _submitted(client: Any, address: str, **job: Any) -> None:
     """Submits a job, again while the cluster says that it cannot take one yet."""
     end = time.monotonic() + SUBMIT_SECONDS
     while True:
-        with _named(address):
+        with _explained(address):
             try:
                 client.submit_job(**job)
             except RuntimeError as error:
@@ -107,7 +107,7 @@ def _submitted(client: Any, address: str, **job: Any) -> None:
 
 
 @contextmanager
-def _named(address: str) -> Iterator[None]:
+def _explained(address: str) -> Iterator[None]:
     from ray.exceptions import RayError
 
     try:
@@ -132,12 +132,12 @@ def _found(error: Exception) -> str:
 
 def _followed(client: Any, job: str, address: str) -> int:
     """Follows a job and returns its exit code. A lost connection is made again."""
-    said = _Log()
+    output = _Log()
     lost = None
     while True:
         try:
             with _interruptions() as interrupted:
-                asyncio.run(said.follow(client, job, interrupted))
+                asyncio.run(output.follow(client, job, interrupted))
             state = client.get_job_info(job)
             lost = None
         except Exception as error:  # of requests, aiohttp and Ray: they have no class in common
@@ -149,7 +149,7 @@ def _followed(client: Any, job: str, address: str) -> int:
                 ) from error
         else:
             if state.status.is_terminal():
-                return _code(job, state, said.tail)
+                return _code(job, state, output.tail)
         time.sleep(RETRY_SECONDS)
 
 

@@ -72,7 +72,7 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def log_file(root: Path, job: Job, rank: int) -> Path:
-    """Where a rank of a job writes what it has to say."""
+    """The file with the log of a rank of a job."""
     return root / "logs" / (f"{job.name}.rank{rank}.log" if job.kind == "train" or rank else f"{job.name}.log")
 
 

@@ -186,6 +186,7 @@ def rehearse_rank(rehearsal: Rehearsal) -> dict[str, Any]:
 
 
 def merge_adapters(assignment: Assignment) -> dict[str, Any]:
+    """Does a merge, in a Ray task. Returns its result."""
     with working([assignment], 0) as run:
         settings = assignment.job.settings
         weights = [dict(weight) if isinstance(weight, list) else weight for weight in settings["weights"]]
@@ -200,6 +201,7 @@ def merge_adapters(assignment: Assignment) -> dict[str, Any]:
 
 
 def merged(run: Run, assignment: Assignment, weights: Sequence[Any], out: Path, **spread: Any) -> dict[str, Any]:
+    """Writes the merge of the job's adapters to `out`. Returns the result of `merge_files`, which gets `spread`."""
     from lori_dist.merges import merge_files
 
     method = dict(assignment.job.settings["method"])
@@ -238,7 +240,7 @@ def evaluate_rank(assignments: Sequence[Assignment]) -> dict[str, Any]:
 
     What the process writes goes to the log of the first.
     """
-    rank = int(os.environ["RANK"])
+    rank = int(os.environ.get("RANK", "0"))
     with working(assignments, rank) as run, contextlib.ExitStack() as stack:
         import torch
 

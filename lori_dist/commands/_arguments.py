@@ -19,11 +19,13 @@ overrides:
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
+    """Adds CONFIG and its overrides."""
     parser.add_argument("config", metavar="CONFIG", help="YAML file of the configuration")
     parser.add_argument("settings", metavar="KEY=VALUE", nargs="*", default=[], help="overrides; see below")
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
+    """Adds RUN, a configuration or a run's folder, and overrides."""
     parser.add_argument("run", metavar="RUN", help="YAML file of the run, or its folder")
     parser.add_argument("settings", metavar="KEY=VALUE", nargs="*", default=[], help="overrides; see below")
 

@@ -1,6 +1,7 @@
 """`lori data`: show rows as the model sees them."""
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -104,14 +105,13 @@ def _marked(text: str, *, is_learned: bool) -> str:
 
 
 def _summary(whole: Sequence["Example"], kept: Sequence["Example"], max_length: int) -> str:
-    import numpy as np
-
-    lengths = np.array([example.num_tokens for example in whole])
+    lengths = sorted(example.num_tokens for example in whole)
     tokens, targets = sum(example.num_tokens for example in kept), sum(example.num_targets for example in kept)
-    found = np.percentile(lengths, PERCENTILES, method="higher")
-    spread = ", ".join(f"{place}% up to {value:,}" for place, value in zip(PERCENTILES, found, strict=True))
-    num_cut = int((lengths > max_length).sum())
-    lost = int(lengths.sum()) - tokens
+    spread = ", ".join(
+        f"{share}% up to {lengths[math.ceil((len(lengths) - 1) * share / 100)]:,}" for share in PERCENTILES
+    )
+    num_cut = sum(length > max_length for length in lengths)
+    lost = sum(lengths) - tokens
     cut = (
         f"{num_cut:,} rows ({num_cut / len(whole):.1%}) lose {lost:,} tokens at train.max_length={max_length:,}"
         if num_cut
@@ -119,5 +119,5 @@ def _summary(whole: Sequence["Example"], kept: Sequence["Example"], max_length: 
     )
     return (
         f"{len(whole):,} rows, {tokens:,} tokens, {targets:,} of them learned ({targets / tokens:.0%}); "
-        f"tokens a row: {spread}, at most {int(lengths.max()):,}; {cut}"
+        f"tokens a row: {spread}, at most {lengths[-1]:,}; {cut}"
     )

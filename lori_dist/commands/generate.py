@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 SUMMARY = "write text with base, adapters and merges, side by side"
 HELP = f"""\
 Writes what models say to prompts: those of --prompt, of a file, or lines that are typed or piped in. A prompt is a
-user's message where the tokenizer has a chat template, else text that the model continues. An adapter is a file, a folder, or
-the name of a task or merge that a run of this configuration has finished; `base` is the model without one, and the
-default. Several models stand side by side, a column each. Under a launcher, the ranks hold the base as evaluate.engine
-says (default: train.engine).
+user's message where the tokenizer has a chat template, else text that the model continues. An adapter is a file, a
+folder, or the name of a task or merge that a run of this configuration has finished; `base` is the model without one,
+and the default. Several models stand side by side, a column each. Under a launcher, the ranks hold the base as
+evaluate.engine says (default: train.engine).
 
 examples:
   lori generate run.yaml --adapter math --prompt "What is 12 + 30?"
@@ -42,7 +42,7 @@ examples:
 NARROWEST, GAP = 16, 2
 """Characters of a column, and between two."""
 ALIVE_SECONDS = 60.0
-"""After which ranks that wait for a line are told that nobody has typed one: no collective waits for minutes."""
+"""Seconds after which ranks that wait for a line hear that nobody has typed one: no collective waits for minutes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     given.add_argument(
         "--file",
         metavar="FILE",
-        help="file of prompts: the lines of a .txt file; else rows (JSON lines, CSV, Parquet) with a field `prompt`, or "
-        "`messages` for the chat template",
+        help="file of prompts: the lines of a .txt file; else rows (JSON lines, CSV, Parquet) with a field `prompt` or "
+        "`messages`",
     )
     parser.add_argument(
         "--task", metavar="NAME", help="put prompts into the template of this task, which has one field"
@@ -137,18 +137,15 @@ def _adapters(described: config.Run, words: Sequence[str]) -> dict[str, Path | N
 
 
 def _filled(described: config.Run, task: str | None) -> Callable[[str], str]:
-    """What makes a prompt of a text, by the template of a task."""
+    """Returns a function that makes a prompt of a text, by the template of a task."""
     if task is None:
         return lambda text: text
     if task not in described.tasks:
         known = ", ".join(described.tasks)
         raise ConfigError(f"--task: unknown task {task!r}; there are {known}.{plugin.nearest(task, described.tasks)}")
     template = described.tasks[task].template
-    names = (
-        []
-        if template.messages is not None
-        else [name for _, name, _, _ in string.Formatter().parse(template.prompt) if name]
-    )
+    parts = [] if template.messages is not None else string.Formatter().parse(template.prompt)
+    names = [name for _, name, _, _ in parts if name]
     if len(set(names)) != 1:
         raise ConfigError(
             f"--task: the prompt of tasks.{task}.template has {len(set(names))} fields, and one is filled; "
@@ -169,9 +166,8 @@ def _given(arguments: argparse.Namespace, fill: Callable[[str], str]) -> "list[P
             lines = Path(arguments.file).read_text(encoding="utf-8").splitlines()
             found = [fill(line) for line in lines if line.strip()]
         else:
-            found = [
-                _of_row(row, f"{arguments.file}: row {number}", fill) for number, row in tables.read(arguments.file)
-            ]
+            rows = tables.read(arguments.file)
+            found = [_of_row(row, f"{arguments.file}: row {number}", fill) for number, row in rows]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--file: {arguments.file} cannot be read ({error}); give a file of prompts") from error
     if not found:

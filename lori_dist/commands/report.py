@@ -64,19 +64,37 @@ def run(arguments: argparse.Namespace) -> None:
     tree = {} if matrix is None else _tree(matrix, where)
     measured = None if matrix is None else _evaluation(tree.get("evaluation", tree), matrix, where)
     conflicts: Mapping[str, Any] = {}
+    intervals: Any = None
     from lori_dist.adapter import source
     from lori_dist.report import conflicts_of, write
 
     if described is not None:  # figures are those of the finished jobs, whose files are checked
         summary = _summary(described)
         measured, conflicts = summary["evaluation"], conflicts_of(summary)
+        intervals = summary.get("intervals")
+    elif matrix is not None:
+        intervals = tree.get("intervals") if "evaluation" in tree else _intervals_beside(matrix)
     names = None if adapters else list(named)
     jobs = tree.get("jobs") if described is not None else None
     opened = [source.opened(Path(path)) for path in paths]
-    written = write(opened, arguments.out, names=names, evaluation=measured, jobs=jobs, conflicts=conflicts)
+    written = write(
+        opened,
+        arguments.out,
+        names=names,
+        evaluation=measured,
+        intervals=intervals,
+        jobs=jobs,
+        conflicts=conflicts,
+    )
     if measured and not written["drops"] and not conflicts:
         log.warning("%s: it has no model named after a task and no merge, so no drops can be computed", matrix)
     print(arguments.out / "report.html")
+
+
+def _intervals_beside(matrix: Path) -> Any:
+    """Those that `lori evaluate --out` wrote with a matrix; None where there are none."""
+    path = matrix.with_name(f"{matrix.stem}.intervals.json")
+    return _tree(path, "--evaluation") if path.is_file() else None
 
 
 def _tree(path: Path, where: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ T = TypeVar("T")
 
 
 def found(value: Any) -> str:
+    """The words for a value that was found, cut to a readable length."""
     kinds = {dict: "a mapping", list: "a list", type(None): "nothing"}
     if type(value) in kinds:
         return kinds[type(value)]
@@ -19,10 +20,12 @@ def found(value: Any) -> str:
 
 
 def cut(text: str) -> str:
+    """A text, without its middle if it is longer than 200 characters."""
     return text if len(text) <= 200 else f"{text[:150]}...{text[-20:]}"
 
 
 def unless(problems: Sequence[str], found: T) -> T:
+    """Returns `found`. Raises ConfigError with the problems if there are any."""
     if problems:
         raise ConfigError("\n".join(problems))
     return found

@@ -79,6 +79,7 @@ def _attention_is_there(attention: str) -> Iterator[str]:
 
 
 def wrong_template(template: str) -> Iterator[str]:
+    """Yields the mistake of a template: a wrong brace, or a field that is not a plain name."""
     try:
         parsed = [item for item in string.Formatter().parse(template) if item[1] is not None]
     except ValueError as error:
@@ -106,7 +107,7 @@ RESERVED = (
     "max_length", "messages", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize",
     "tokenizer_kwargs", "tools", "truncation",
 )  # fmt: skip
-"""What a chat template is given, or transformers takes, from elsewhere."""
+"""Variables of chat templates, or arguments of transformers, that have another source."""
 
 
 def _reserved_arguments(arguments: Mapping[str, Any]) -> Iterator[str]:
@@ -255,14 +256,14 @@ class Adapter:
     dtype: Dtype = "float32"
     """Data type of A."""
     projection: Annotated[Literal["cached", "recomputed", "trained"], Fingerprint.DERIVED] = "cached"
-    """How A is held: cached in memory, recomputed in each product (slower, no memory), or trained, as in LoRA."""
+    """Storage of A: cached in memory, recomputed in each product (slower, no memory), or trained, as in LoRA."""
     modules_to_save: Annotated[tuple[Text, ...], Listed, Fingerprint.IF_SET] = ()
     """Names of modules that are trained in full and stored with the adapter; such runs have no merges."""
 
 
 @section
 class Template:
-    """How a row becomes text: `{field}` stands for a field of the row."""
+    """Text of a row: `{field}` stands for a field of the row."""
 
     prompt: Annotated[str, Check(wrong_template)] = "{prompt}"
     """Text of the prompt; {field} stands for a field of the row."""
@@ -276,9 +277,9 @@ class Template:
     tools: Annotated[Text | None, Fingerprint.IF_SET] = None
     """Field with the JSON schemas of the tools that a chat may call, as a list or as JSON text."""
     arguments: Annotated[dict[str, Any], Check(_reserved_arguments), Fingerprint.IF_SET] = field(default_factory=dict)
-    """What the chat template takes besides the messages, such as {enable_thinking: false}."""
+    """Variables of the chat template besides the messages, such as {enable_thinking: false}."""
     train_on: Annotated[Literal["last", "all"], Fingerprint.IF_SET] = "last"
-    """Which answers of a chat are learned; evaluation always asks for the last."""
+    """Answers of a chat that are learned; evaluation always asks for the last."""
     date: Annotated[Date | None, Fingerprint.IF_SET] = None
     """Date that a chat template writes as today's, as 2026-01-31; null: 2024-07-26, so that the text of a run is the
     same on every day."""
@@ -307,9 +308,9 @@ class Task:
     ] = field(default_factory=dict)
     """More files to train on, each with its share of the rows; `train` has the rest."""
     template: Template = field(default_factory=Template)
-    """How a row becomes a prompt and a response."""
+    """Prompt and response that a row becomes."""
     labels: Annotated[tuple[str, ...] | None, Check(wrong_labels)] = None
-    """For classification: all values of the one field in template.response."""
+    """All values of the one field in template.response, for classification."""
     seed: Annotated[Seed | None, Fingerprint.DERIVED] = None
     """Seed of this task's A; null: it follows from adapter.seed and the task's name."""
     start: Annotated[Text | None, Check(_adapter_is_there), Fingerprint.DERIVED] = None
@@ -324,7 +325,7 @@ class Task:
 
     @property
     def test_template(self) -> Template:
-        """How test rows read: of a chat, the last answer is asked for."""
+        """The template of test rows: in a chat, the last answer is asked for."""
         return replace(self.template, train_on="last")
 
 
@@ -342,7 +343,7 @@ class Calibrate:
 
 @section
 class Train:
-    """How each task is trained."""
+    """Training of each task."""
 
     engine: Annotated[Choice, Chosen, ENGINES, Fingerprint.DERIVED] = field(default_factory=lambda: Choice(name="ddp"))
     """Engine that distributes the training: ddp, fsdp or {name: deepspeed, stage: 3}."""
@@ -379,8 +380,8 @@ class Train:
     deterministic: Annotated[bool, Fingerprint.NEVER] = False
     """Use only kernels that give the same bits every time, even where others are faster."""
     on_divergence: Annotated[Literal["stop", "skip", "rollback"], Fingerprint.IF_SET] = "stop"
-    """What to do at a loss or gradient that is not finite, or a spike: stop with an error, skip the update, or rollback
-    to the last checkpoint and continue with the rows after it."""
+    """Reaction to a loss or gradient that is not finite, or to a spike: stop with an error, skip the update, or
+    rollback to the last checkpoint and continue with the rows after it."""
     spike: Annotated[
         Annotated[float, pydantic.Field(gt=1, allow_inf_nan=False), NotBool] | None, Fingerprint.IF_SET
     ] = None
@@ -427,7 +428,7 @@ class Search:
 
 
 Weight = Number | dict[Text, Number]
-"""Of one task: a number, or pattern over module paths -> number."""
+"""Weight of one task: a number, or pattern over module paths -> number."""
 
 
 @section
@@ -463,7 +464,7 @@ class LmEval:
 
 @section
 class Evaluate:
-    """How base, adapters and merges are measured on every task's test rows."""
+    """Measurements of base, adapters and merges on every task's test rows."""
 
     engine: Annotated[Choice | None, Chosen, PLACERS, Fingerprint.NEVER] = None
     """Engine that holds the base, sharded or on every rank, while the ranks divide the rows: ddp, fsdp or {name:
@@ -487,7 +488,7 @@ class Evaluate:
 
 @section
 class Cluster:
-    """Where the jobs run, and on how much of it."""
+    """Cluster that the jobs run on, and the room that they take there."""
 
     address: str = "local"
     """local starts Ray on this machine; auto or host:port joins a running cluster."""
@@ -506,7 +507,7 @@ class Cluster:
     max_concurrent: Positive | None = None
     """Jobs that run side by side; null: as many as there is room for."""
     retries: Count = 1
-    """How often a failed job is started again; a training resumes from its last checkpoint."""
+    """Number of times a failed job is started again; a training resumes from its last checkpoint."""
     patience: Rate = 600.0
     """Seconds that a job waits for nodes that were lost."""
     packing: Annotated[
@@ -530,11 +531,11 @@ class Run:
     adapter: Adapter = field(default_factory=Adapter)
     """Shape and sparsity of every task's adapter."""
     train: Train = field(default_factory=Train)
-    """How each task is trained."""
+    """Training of each task."""
     merges: dict[Name, Merge] = field(default_factory=dict)
     """Merged adapters by name."""
     evaluate: Evaluate = field(default_factory=Evaluate)
-    """How base, adapters and merges are measured on every task's test rows."""
+    """Measurements of base, adapters and merges on every task's test rows."""
     cluster: Annotated[Cluster, Fingerprint.NEVER] = field(default_factory=Cluster)
     """Cluster that the jobs run on, and the room that they take there."""
     trackers: Annotated[tuple[str, ...], Listed, Check(_trackers, is_of_this_machine=True), Fingerprint.NEVER] = (

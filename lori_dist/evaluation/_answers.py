@@ -90,7 +90,7 @@ class Reader:
         batches = list(by_length(lengths, self.batch_size, is_padded=is_padded))
         rank, size = (0, 1) if self.world is None else (self.world.rank, self.world.size)
         own: dict[tuple[int, int], Answer] = {}
-        with self._counting():
+        with self._hooked():
             for first in range(0, len(batches), size):
                 is_spare = first + rank >= len(batches)
                 if is_spare and not self.is_sharded:
@@ -196,22 +196,26 @@ class Reader:
         self.routing.begin([number for number in numbers for _ in range(num_rows)])
 
     @contextlib.contextmanager
-    def _counting(self) -> Iterator[None]:
-        """Tells the routing how many tokens each forward pass has: some layers see tokens, and no rows."""
-        routing = self.routing
-        if routing is None:
-            yield
-            return
+    def _hooked(self) -> Iterator[None]:
+        """Tells the routing how many tokens each forward pass has, as some layers see tokens and no rows. And gives the
+        output layer the last token's states in one piece: on a CPU torch would copy its weight for each row of a slice.
+        """
 
         def count(module: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
-            if (ids := kwargs.get("input_ids")) is not None:
-                routing.num_tokens = ids.numel()
+            if self.routing is not None and (ids := kwargs.get("input_ids")) is not None:
+                self.routing.num_tokens = ids.numel()
 
-        handle = self.model.register_forward_pre_hook(count, with_kwargs=True, prepend=True)
+        def in_one_piece(module: Any, args: Any) -> Any:
+            return (args[0].contiguous(), *args[1:]) if args else None
+
+        handles = [self.model.register_forward_pre_hook(count, with_kwargs=True, prepend=True)]
+        if (output := self.model.get_output_embeddings()) is not None:
+            handles.append(output.register_forward_pre_hook(in_one_piece))
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
 
 def _until(tokens: Sequence[int], ends: Sequence[int]) -> Ids:

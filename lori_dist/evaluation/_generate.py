@@ -37,9 +37,9 @@ def writing(
 ) -> Iterator[Write]:
     """Gives what writes after prompts, with several models on one copy of the base. Every rank calls this, and that.
 
-    adapters: by name; None is the base. max_new_tokens: of a text, which ends earlier where the model ends it. sampling:
-    texts that are drawn depend on their prompt, their model and the seed alone. is_raw: gives the model a prompt as it
-    is; else a text is the message of a user where the tokenizer has a chat template.
+    adapters: by name; None is the base. max_new_tokens: of a text, which ends earlier where the model ends it.
+    sampling: texts that are drawn depend on their prompt, their model and the seed alone. is_raw: gives the model a
+    prompt as it is; else a text is the message of a user where the tokenizer has a chat template.
     Raises ConfigError for messages without a chat template, and what `evaluation.evaluate_all` raises.
     """
     tokenizer = load_tokenizer(run.model)
@@ -60,7 +60,8 @@ def writing(
     positions = num_positions(base.model)
     if positions is not None and positions <= max_new_tokens:
         raise ConfigError(
-            f"--max-new-tokens: got {max_new_tokens}, the model has {positions} positions for prompt and text; give less"
+            f"--max-new-tokens: got {max_new_tokens}, the model has {positions} positions for prompt and text; "
+            "give less"
         )
 
     def tokens(prompt: Prompt) -> Ids:

@@ -17,7 +17,7 @@ from lori_dist.plan import alternatives, evaluation, notes
 from lori_dist.plan.cost import Hardware, placed_on, ranks_of, trained_of
 from lori_dist.plan.model import Counted
 from lori_dist.plan.placement import check_engine, placements
-from lori_dist.plan.rows import Counter, Lengths, said
+from lori_dist.plan.rows import Counter, Lengths, how_counted
 from lori_dist.plan.steps import Member, gangs, num_checkpoints, totals
 
 __all__ = ["DEVICES", "Hardware", "plan"]
@@ -69,7 +69,9 @@ def plan(run: Run, hardware: Hardware, *, row_tokens: int | None = None) -> dict
             "tokens_per_step": _tokens_per_step(run),
             "tokens": {name: round(number) for gang in found for name, number in totals(gang).items()},
             "row_tokens": _row_tokens(members),
-            "counted": said([one for member in members for s in member.streams for one in s.parts], run.model.path),
+            "counted": how_counted(
+                [one for member in members for s in member.streams for one in s.parts], run.model.path
+            ),
             "tasks": list(run.tasks),
             "ranks": ranks,
             "gangs": [[member.name for member in gang.members] for gang in found],

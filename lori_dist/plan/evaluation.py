@@ -1,4 +1,4 @@
-"""What the evaluation of a run's models takes, each of which computes on one device that holds the whole base."""
+"""The costs of evaluating a run's models, as if one device held the whole base."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -68,7 +68,7 @@ def _seconds(
 
 
 def _memory(run: Run, model: Counted, longest: int, models: int) -> int:
-    """The base, the adapters, the logits of a batch, and the keys and values of what is generated."""
+    """Bytes of the base, the adapters, the logits of a batch, and the keys and values of generated tokens."""
     rows, adapters = run.evaluate.batch_size, models if run.cluster.packing != "off" else 1
     of_adapters = adapters * (model.projections // model.adapters + 8 * model.kept)
     hidden = rows * longest * model.block_input // model.tokens

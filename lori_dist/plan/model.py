@@ -27,12 +27,15 @@ __all__ = ["Counted", "count", "skeleton", "spec"]
 
 
 def count(run: Run, *, ranks: int = 1, adapters: int = 1, start: Adapter | None = None) -> Counted:
-    """ranks: that a batch is divided among, the micro-batch smaller where there are more of them than it has rows.
-    adapters: that are trained over the base at once, each with rows of its own. start: whose training continues.
+    """Counts the parameters, bytes and operations of a run's model with its adapters.
 
-    Of a mixture, experts have equally many tokens each; what all of them keep together does not depend on that.
-    Raises ConfigError for a model whose configuration cannot be read, that has no blocks or fewer positions than a
-    row has tokens, and for a mixture of experts of which it is not known how many compute a token."""
+    ranks: number of ranks that a batch is divided among; with more ranks than rows, the micro-batch is smaller.
+    adapters: number of adapters that are trained over the base at once, each with rows of its own. start: an adapter
+    whose training continues. The experts of a mixture are counted with equally many tokens each; the sum of what they
+    keep does not depend on that. Raises ConfigError for a model whose configuration cannot be read, that has no blocks
+    or fewer positions than a row has tokens, and for a mixture of experts of which it is not known how many compute a
+    token.
+    """
     model = skeleton(run)
     if has_weights(run.model):  # else the plan is of a model that is not on this machine
         find_weights(skeleton(run, quantized=False), run.model)
@@ -171,6 +174,7 @@ def _attention_of(run: Run) -> dict[str, str]:
 
 
 def spec(run: Run) -> Spec:
+    """The Spec of a run's adapters."""
     adapter = run.adapter
     return Spec(
         rank=adapter.rank,
@@ -237,7 +241,8 @@ def _kind(block: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
 
 
 def _saved(run: Run, of_spec: Spec, num_blocks: int, rows: int) -> tuple[list[int], int]:
-    """What a forward pass of so many rows keeps, in each block of a model of so many, and outside of them."""
+    """Bytes that a forward pass of `rows` rows keeps in each block of a model of `num_blocks` blocks, and outside of
+    them."""
     # Products with quantised weights keep what others do.
     model = skeleton(run, num_blocks=num_blocks, quantized=False)
     attach(model, of_spec)

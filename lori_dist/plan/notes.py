@@ -18,6 +18,7 @@ def of(
     rows: Sequence[Lengths],
     evaluation: Mapping[str, Any],
 ) -> Iterator[str]:
+    """Yields the sentences."""
     yield from _of_gangs(run, ranks, trained)
     yield from _of_rows(run, trained, rows)
     yield from _of_training(run, hardware, placed)

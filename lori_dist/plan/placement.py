@@ -33,6 +33,7 @@ class Placement:
 
     @property
     def name(self) -> str:
+        """Name of the engine with its options, for tables."""
         shown = ", ".join(f"{key}={value}" for key, value in self.options.items())
         return f"{self.engine} ({shown})" if shown else self.engine
 
@@ -157,6 +158,7 @@ def memory(
 def load_of(
     model: Counted, placement: Placement, *, kept: int, micro_batches: int, nodes: int = 1, tasks: int = 0
 ) -> Load:
+    """The Load that an engine's `memory` and `traffic` take."""
     trained = (kept + model.whole) * model.adapters
     return Load(ranks=placement.ranks, nodes=nodes, trained=trained, micro_batches=micro_batches, tasks=tasks)
 
@@ -164,9 +166,9 @@ def load_of(
 OF_ROWS = (
     "block_activations", "blocks_activations", "block_gradients", "block_input", "other_activations", "tokens",
 )  # fmt: skip
-"""What is proportional to the rows of a micro-batch,"""
+"""Counts that are proportional to the rows of a micro-batch."""
 OF_ADAPTERS = ("projections", "widest_b", *OF_ROWS)
-"""and to the adapters over a base, each of which has rows of its own."""
+"""Counts that are proportional to the adapters over a base, each of which has rows of its own."""
 
 
 def with_adapters(model: Counted, number: int) -> Counted:

@@ -44,6 +44,7 @@ class Lengths:
 
     @property
     def mean(self) -> float:
+        """Mean tokens of a row."""
         return float(self.tokens.mean())
 
 
@@ -146,7 +147,7 @@ def _tokenizer(run: Run) -> PreTrainedTokenizerBase | None:
 
 
 def _estimated(text: rows.Text) -> int:
-    """Of (prompt, response), or of a chat, with bos and eos."""
+    """Estimated tokens of (prompt, response), or of a chat, with bos and eos."""
     if isinstance(text, rows.Chat):
         more = [json.dumps(calls) for message in text.messages if (calls := message.get("tool_calls"))]
         parts = [
@@ -164,7 +165,7 @@ def _is_compressed(path: str) -> bool:
     return path.lower().endswith((".gz", ".bz2", ".xz", ".zst", ".zip", ".parquet"))
 
 
-def said(found: Sequence[Lengths], model: str) -> str:
+def how_counted(found: Sequence[Lengths], model: str) -> str:
     """A sentence for people on how the rows were counted."""
     tokens = np.concatenate([one.tokens for one in found])
     number, counted = sum(one.number for one in found), len(tokens)

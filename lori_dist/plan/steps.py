@@ -48,6 +48,7 @@ class Stream:
 
     @property
     def number(self) -> int:
+        """Number of rows in all parts."""
         return sum(part.number for part in self.parts)
 
     @property
@@ -56,6 +57,7 @@ class Stream:
         return sum(share * part.mean for part, share in zip(self.parts, self.shares, strict=True))
 
     def draw(self, count: int, generator: np.random.Generator) -> Tokens:
+        """Tokens of `count` rows drawn at random, of shape (count,)."""
         which = generator.choice(len(self.parts), size=count, p=self.shares) if len(self.parts) > 1 else np.zeros(count)
         drawn = np.empty(count, dtype=np.int64)
         for number, part in enumerate(self.parts):
@@ -72,10 +74,10 @@ class Member:
     """A task, or `joint`."""
     train: Train
     streams: tuple[Stream, ...]
-    """One, or those of the tasks of a joint training."""
+    """One stream, or one for each task of a joint training."""
     phases: tuple[Phase, ...]
     sampling: Mapping[str, Any] = field(default_factory=dict)
-    """How many rows in a batch are of each task, as a joint job's settings say."""
+    """Numbers of rows of each task in a batch, as a joint job's settings give them."""
     validation: tuple[Lengths, ...] = ()
 
     @property
@@ -122,6 +124,7 @@ class Gang:
 
     @property
     def adapters(self) -> int:
+        """Number of adapters over the base."""
         return len(self.members)
 
 

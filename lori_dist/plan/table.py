@@ -37,6 +37,7 @@ def table(plan: Mapping[str, Any]) -> str:
 
 
 def plural(number: int, noun: str) -> str:
+    """A number with its noun, in the plural if it is not 1."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 

@@ -17,7 +17,7 @@ from lori_dist.adapter.adapter import Adapter
 from lori_dist.atomic import naming, write_text
 from lori_dist.errors import AdapterError
 from lori_dist.interference import interference
-from lori_dist.scores import Evaluation, drops
+from lori_dist.scores import Evaluation, Intervals, drops
 
 __all__ = ["write", "write_of_run"]
 
@@ -34,6 +34,7 @@ def write(
     *,
     names: Sequence[str] | None = None,
     evaluation: Evaluation | None = None,
+    intervals: Intervals | None = None,
     jobs: Mapping[str, Mapping[str, Any]] | None = None,
     conflicts: Mapping[str, Any] | None = None,
     transfer: Mapping[str, Any] | None = None,
@@ -41,10 +42,11 @@ def write(
 ) -> dict[str, Any]:
     """Writes report.json, report.html and report-NAME.png into a folder, in place of those of an earlier report.
 
-    names: as of `interference`. evaluation: with it the report has the drop of each task under each merge. jobs: of a
-    summary.json; with them the page has their timeline, and adapters may be missing. conflicts: of adapters that tasks
-    were trained together for, what the trainings' results say of them. transfer: between tasks that were trained one
-    after another, as `scores.transfer` has it. same_merges: groups of merges that are the same function, by name.
+    names: as of `interference`. evaluation: with it the report has the drop of each task under each merge. intervals:
+    of its accuracies, shown beside them. jobs: of a summary.json; with them the page has their timeline, and adapters
+    may be missing. conflicts: of adapters that tasks were trained together for, what the trainings' results say of
+    them. transfer: between tasks that were trained one after another, as `scores.transfer` has it. same_merges: groups
+    of merges that are the same function, by name.
     Returns what report.json holds: the tree of `interference`, under `drops` that of `drops`, `conflicts`, `transfer`,
     `same_merges`.
     """
@@ -55,6 +57,8 @@ def write(
     of_jobs = rows(jobs or {})
     found = NOTHING if of_jobs and not adapters else interference(adapters, names=names)
     report = {**found, "drops": drops(evaluation or {})}
+    if evaluation and intervals:
+        report["intervals"] = dict(intervals)
     if conflicts:
         report["conflicts"] = dict(conflicts)
     if transfer:
@@ -98,6 +102,7 @@ def write_of_run(summary: Mapping[str, Any], out: Path) -> dict[str, str] | None
             out,
             names=list(paths),
             evaluation=summary["evaluation"],
+            intervals=summary.get("intervals"),
             jobs=jobs,
             conflicts=conflicts,
             transfer=summary.get("transfer"),

@@ -6,6 +6,7 @@ from typing import Any
 from lori_dist.jobs import same_merges_said
 from lori_dist.report.plots import Plot, as_html, short_layers, style
 from lori_dist.report.timeline import MOST, STATES, Row, span
+from lori_dist.scores import Intervals
 
 Rows = Iterable[Sequence[Any]]
 
@@ -43,7 +44,7 @@ def page(
         *(_section("Plots", [f'<div class="plots">{"".join(map(_figure, plots))}</div>']) if plots else ()),
         *(_section("Jobs", [_figure(over_time), *_jobs(jobs)]) if over_time else ()),
         *(_section("Pairs of adapters", _pairs(report)) if report["pairs"] else ()),
-        *(_section("Drop of each task under each merge", _drops(report["drops"])) if report.get("drops") else ()),
+        *(_section("Drop of each task under each merge", _drops(report)) if report.get("drops") else ()),
         *(_section("One task after another", _transfers(report["transfer"])) if report.get("transfer") else ()),
         *(_section("Conflicts in training", _conflicts(report["conflicts"])) if report.get("conflicts") else ()),
         *(_section("Adapters and norms", _adapters(report)) if count else ()),
@@ -213,19 +214,34 @@ def _cosine(cosine: Mapping[str, float | None]) -> tuple[str, ...]:
     return tuple(_number(cosine[name]) for name in ("value", "expected", "std", "cap", "bound"))
 
 
-def _drops(drops: Mapping[str, Any]) -> Iterator[str]:
-    for metric, found in drops.items():
+def _drops(report: Mapping[str, Any]) -> Iterator[str]:
+    intervals: Intervals = report.get("intervals", {})
+    for metric, found in report["drops"].items():
         tasks = list(found["single"])
-        own = ("each task's own adapter", *(_number(found["single"][task]) for task in tasks), "", "")
-        rows = [own, *(_merge(name, merge, tasks) for name, merge in found["merges"].items())]
+        limits = {model: {task: _limits(intervals, model, task, metric) for task in tasks} for model in intervals}
+        single = (f"{_number(found['single'][task])}{limits.get(task, {}).get(task, '')}" for task in tasks)
+        rows = [
+            ("each task's own adapter", *single, "", ""),
+            *(_merge(name, merge, tasks, limits.get(name, {})) for name, merge in found["merges"].items()),
+        ]
         better = "lower is better" if found["lower_is_better"] else "higher is better"
-        yield _table(f"{metric}, {better}: score, and drop", ("merge", *tasks, "mean drop", "kept"), rows)
+        known = any(text for of_model in limits.values() for text in of_model.values())
+        title = f"{metric}, {better}: score{', 95% interval' if known else ''}, and drop"
+        yield _table(title, ("merge", *tasks, "mean drop", "kept"), rows)
 
 
-def _merge(name: str, merge: Mapping[str, Any], tasks: Sequence[str]) -> tuple[str, ...]:
+def _merge(name: str, merge: Mapping[str, Any], tasks: Sequence[str], limits: Mapping[str, str]) -> tuple[str, ...]:
     score, drop = merge["score"], merge["drop"]
-    cells = (f"{_number(score[task])} ({_number(drop[task], sign=True)})" if task in score else "-" for task in tasks)
+    cells = (
+        f"{_number(score[task])}{limits.get(task, '')} ({_number(drop[task], sign=True)})" if task in score else "-"
+        for task in tasks
+    )
     return (name, *cells, _number(sum(drop.values()) / len(drop), sign=True), _percent(merge["kept"]))
+
+
+def _limits(intervals: Intervals, model: str, task: str, metric: str) -> str:
+    found = intervals.get(model, {}).get(task, {}).get(metric)
+    return "" if found is None else f" [{_number(found[0])}, {_number(found[1])}]"
 
 
 def _conflicts(conflicts: Mapping[str, Any]) -> Iterator[str]:

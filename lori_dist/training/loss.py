@@ -83,7 +83,7 @@ def _losses(model: nn.Module, batch: Batch) -> Tensor:
     predicts = functional.pad(is_target, (0, 1))  # (rows, length): tokens before a target
     if (head := _frozen_head(model)) is not None:
         return _head_losses(model, inputs, head, predicts, targets)
-    if _known(model).keeps_logits:
+    if _known(model).keeps_logits and batch.tasks is None:  # else the head has to know whose tokens it sees
         logits = model(**inputs, logits_to_keep=predicts).logits
     else:
         logits = model(**inputs).logits[predicts]

@@ -19,10 +19,10 @@ from lori_dist.cluster.attempts import publish
 from lori_dist.cluster.board import Board
 from lori_dist.cluster.launcher import train_task
 from lori_dist.cluster.run import planned
-from lori_dist.cluster.work import Assignment, evaluate_model
+from lori_dist.cluster.work import Assignment
 from lori_dist.errors import LoriError
 from lori_dist.training.world import from_environment
-from tests.cluster.trained import described
+from tests.cluster.trained import described, evaluated
 
 REMEDY = re.compile(r"delete|remove|restore|make the real folder")
 
@@ -227,7 +227,7 @@ def finished(run: config.Run, killed: config.Run, tmp_path_factory: pytest.TempP
     assignment = Assignment(tree=config.dump(done), job=job, attempt=folder.attempt(partial))
     from lori_dist.cluster.attempts import History
 
-    publish(done, assignment, History(partial, 1), 0.0, {}, evaluate_model(assignment))
+    publish(done, assignment, History(partial, 1), 0.0, {}, evaluated(assignment))
     board(done).write()
     return done
 

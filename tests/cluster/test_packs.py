@@ -37,7 +37,7 @@ READY = [
 @pytest.mark.parametrize(
     ("packing", "wanted"),
     [
-        ("off", [[one.name] for one in READY]),
+        ("off", [["train-a"], ["evaluate-base", "evaluate-x"], ["train-b"], ["train-c"], ["train-joint"]]),
         ("auto", [["train-a", "train-b", "train-c"], ["evaluate-base", "evaluate-x"], ["train-joint"]]),
         (2, [["train-a", "train-b"], ["evaluate-base", "evaluate-x"], ["train-c"], ["train-joint"]]),
     ],

@@ -16,24 +16,24 @@ def live_on(num_hosts: int) -> None:
     os.environ["MASTER_ADDR"] = "localhost"
 
 
-def end(num_hosts: int, said: str | None) -> list[Ended]:
-    """What each of four ranks hears when rank 2 tells that it ends, or closes, and then rank 3 tells."""
+def end(num_hosts: int, notice: str | None) -> list[Ended]:
+    """The ends that each of four ranks hears of: rank 2 notifies the others or closes, then rank 3 notifies them."""
     heard: queue.Queue[Ended] = queue.Queue()
     world = from_environment()
     live_on(num_hosts)
     peers = watch(world, heard.put)
     assert peers is not None
     if world.rank == 2:
-        if said is None:
+        if notice is None:
             peers.close()
         else:
-            peers.tell(said)
-    if world.rank != 2 and said is not None:
+            peers.notify(notice)
+    if world.rank != 2 and notice is not None:
         heard.put(heard.get(timeout=60))
     dist.barrier()
     if world.rank == 3:
-        peers.tell("later")
-    if world.rank < 2 and said is None:
+        peers.notify("later")
+    if world.rank < 2 and notice is None:
         heard.put(heard.get(timeout=60))
     dist.barrier()
     peers.close()
@@ -41,12 +41,12 @@ def end(num_hosts: int, said: str | None) -> list[Ended]:
 
 
 def test_who_ends_first_is_told_to_all_others_once() -> None:
-    first = [Ended(rank=2, said="out-of-memory")]
+    first = [Ended(rank=2, notice="out-of-memory")]
     assert run_distributed(end, 1, "out-of-memory", world_size=4) == [first, first, [], first]
 
 
 def test_a_rank_that_is_done_is_not_told_of() -> None:
-    later = [Ended(rank=3, said="later")]
+    later = [Ended(rank=3, notice="later")]
     assert run_distributed(end, 2, None, world_size=4) == [later, later, [], []]
 
 
@@ -71,5 +71,5 @@ def test_a_stranger_is_turned_away_and_its_end_is_nothing() -> None:
             assert stranger.recv(1) == b""
     with socket.create_connection((host, port)) as rank:
         rank.sendall(f"{password} 1\n".encode())
-    assert heard.get(timeout=60) == Ended(rank=1, said=None)
+    assert heard.get(timeout=60) == Ended(rank=1, notice=None)
     assert heard.empty()

@@ -1,5 +1,7 @@
 """What starts, and whether there is room for it."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +24,8 @@ def job(name: str, kind: Kind = "train") -> Job:
 
 
 GANGS = [job(f"train-{number}") for number in range(4)]
-TASKS = [job(f"evaluate-{number}", "evaluate") for number in range(4)]
+TASKS = [dataclasses.replace(job(f"merge-{number}", "merge"), settings={"search": {}}) for number in range(4)]
+"""Jobs of one process, as searches for weights are."""
 KINDS = {item.name: item for item in [*GANGS, *TASKS]}
 
 
@@ -31,7 +34,7 @@ def test_what_jobs_take() -> None:
     assert wanted(job("t", "train"), cluster) == Shape(count=4, part=Resources(cpus=2.0, gpus=2), placement="spread")
     assert wanted(job("m", "merge"), cluster) == Shape(count=4, part=Resources(cpus=1.0))
     assert wanted(job("m", "merge"), Cluster(cpus_per_worker=0.5)) == Shape(count=1, part=Resources(cpus=0.5))
-    assert wanted(job("e", "evaluate"), cluster) == Shape(count=1, part=Resources(cpus=1.0, gpus=1))
+    assert wanted(job("e", "evaluate"), cluster) == wanted(job("t", "train"), cluster)
     searched = Job(name="m", kind="merge", fingerprint="m", settings={"search": {}})
     assert wanted(searched, cluster) == Shape(count=1, part=Resources(cpus=1.0, gpus=1))
     assert wanted(job("e", "evaluate"), Cluster()) == Shape(count=1, part=Resources(cpus=1.0))
@@ -71,12 +74,12 @@ def test_no_more_jobs_run_side_by_side_than_the_run_asks_for() -> None:
     ("cluster", "nodes", "admitted"),
     [
         (Cluster(workers=2), [Resources(cpus=2)], ["train-0"]),
-        (Cluster(workers=2), [Resources(cpus=3)], ["train-0", "evaluate-0"]),
+        (Cluster(workers=2), [Resources(cpus=3)], ["train-0", "merge-0"]),
         (Cluster(workers=2, cpus_per_worker=0.5), [Resources(cpus=2)], ["train-0", "train-1"]),
-        (Cluster(workers=2), [Resources(cpus=4), Resources(cpus=1)], ["train-0", "train-1", "evaluate-0"]),
+        (Cluster(workers=2), [Resources(cpus=4), Resources(cpus=1)], ["train-0", "train-1", "merge-0"]),
         (Cluster(workers=3, cpus_per_worker=0.1), [Resources(cpus=0.9)], ["train-0", "train-1", "train-2"]),
         (Cluster(workers=2, gpus_per_worker=1), [Resources(cpus=64, gpus=4)], ["train-0", "train-1"]),
-        (Cluster(workers=2, gpus_per_worker=1), [Resources(cpus=64, gpus=3)], ["train-0", "evaluate-0"]),
+        (Cluster(workers=2, gpus_per_worker=1), [Resources(cpus=64, gpus=3)], ["train-0", "merge-0"]),
     ],
 )
 def test_jobs_start_in_order_as_far_as_there_is_room(

@@ -37,7 +37,7 @@ def test_models_are_in_the_order_base_tasks_merges_whatever_the_order_of_the_job
     }
     summary = summarize(RUN, JOBS, states, results)
     assert json.loads(json.dumps(summary)) == summary
-    assert list(summary) == ["run", "jobs", "needs", "adapters", "merges", "evaluation"]
+    assert list(summary) == ["run", "jobs", "needs", "adapters", "merges", "evaluation", "intervals"]
     assert summary["run"] == "demo"
     assert summary["jobs"] == states
     assert summary["needs"] == {item.name: [] for item in JOBS}

@@ -8,10 +8,11 @@ import pytest
 from lori_dist import Spec, attach, config, extract, folder, save_adapter
 from lori_dist.cluster.attempts import History
 from lori_dist.cluster.summary import log_file
-from lori_dist.cluster.work import Assignment, evaluate_model, merge_adapters
+from lori_dist.cluster.work import Assignment, merge_adapters
 from lori_dist.jobs import Job, evaluate_job, merge_job, train_job
 from lori_dist.training import metrics
 from lori_dist.training.model import identity
+from tests.cluster.trained import evaluated
 from tests.models import tiny_llama
 from tests.tokenizers import save
 from tests.training.test_trackers import curves
@@ -69,7 +70,7 @@ def test_a_merge_says_what_it_made_and_how_long_it_took(run: config.Run) -> None
 
 def test_an_evaluation_says_every_score_and_how_long_it_took(run: config.Run) -> None:
     assignment = assigned(run, evaluate_job(run, "base", None))
-    evaluate_model(assignment)
+    evaluated(assignment)
     records = metrics.read(assignment.attempt.partial)
     found = json.loads((assignment.attempt.partial / "evaluation.json").read_text())
     scores = {(task, metric): value for task in found for metric, value in found[task].items()}
@@ -85,7 +86,7 @@ def test_an_evaluation_says_every_score_and_how_long_it_took(run: config.Run) ->
 def test_no_secret_gets_into_what_a_job_leaves(run: config.Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "hush-hush-hush")
     assignment = assigned(run, evaluate_job(run, "base", None))
-    evaluate_model(assignment)
+    evaluated(assignment)
     written = [path for path in run.folder.rglob("*") if path.is_file()]
     assert log_file(run.folder, assignment.job, 0) in written
     assert not [path for path in written if b"hush-hush-hush" in path.read_bytes()]
@@ -95,7 +96,7 @@ def test_the_metrics_of_a_merge_or_an_evaluation_are_no_steps(run: config.Run) -
     assignment = assigned(run, evaluate_job(run, "base", None))
     history = History(assignment.attempt.partial, assignment.attempt.number)
     history.begin(workers=1)
-    evaluate_model(assignment)
+    evaluated(assignment)
     history.end(None)
     assert history.attempts[-1]["seconds"] > 0
     assert history.attempts[-1]["resumed_at"] is None

@@ -10,14 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from lori_dist import config
 from lori_dist.adapter import file
+from lori_dist.cluster.work import Assignment, evaluate_rank
 from lori_dist.training.train import train
 from lori_dist.training.world import from_environment
 from tests.distributed import run_distributed
 from tests.models import tiny_llama
 from tests.tokenizers import save
+
+
+def evaluated(assignment: Assignment) -> dict[str, Any]:
+    """The result of a job's evaluation in this process, a world of one rank, which ends with it."""
+    try:
+        result: dict[str, Any] = evaluate_rank([assignment])[assignment.job.name]["result"]
+        return result
+    finally:
+        dist.destroy_process_group()
+
 
 DEADLINE = 300.0
 """Seconds until something that does not come has failed the test."""

@@ -11,7 +11,7 @@ from lori_dist import config
 from lori_dist.adapter import attach, file
 from lori_dist.adapter.adapter import Spec
 from lori_dist.benchmarks._traffic import Traffic
-from lori_dist.evaluation import Found, evaluate_all
+from lori_dist.evaluation import Found, Store, evaluate_all
 from lori_dist.training.model import identity, load_model
 from lori_dist.training.world import from_environment
 from tests.distributed import run_distributed
@@ -124,3 +124,59 @@ def test_one_process_gives_the_same_for_any_batch_and_alone(
     wide = config.validate({**tree, "evaluate": {**tree["evaluate"], "batch_size": 32}})
     assert_equal(evaluate_all(wide, models), expected)
     assert_equal(evaluate_all(wide, {"some": models["some"]}), {"some": expected["some"]})
+
+
+def test_a_model_of_several_gathers_as_much_as_one(made: tuple[dict[str, Any], dict[str, Path | None]]) -> None:
+    """Counted at the collectives: three models in one pass, and one after another."""
+    tree, models = made
+    routed: dict[str, Path | None] = {name: models[name] for name in ("base", "all", "some")}
+    engines = {name: ENGINES[name] for name in ("fsdp", "deepspeed-3")}
+    for rank in run_distributed(gathered, tree, routed, engines, world_size=2):
+        for engine, (together, in_turn) in rank.items():
+            assert together == pytest.approx(in_turn / 3, rel=0.1), engine
+
+
+def gathered(tree: dict[str, Any], models: dict[str, Path | None], engines: dict[str, Any]) -> dict[str, Any]:
+    """On a rank: engine -> bytes that the models gather together and in turn."""
+    together = measured(tree, models, engines)
+    in_turn = [measured(tree, {name: path}, engines) for name, path in models.items()]
+    return {name: (together[name]["gathered"], sum(one[name]["gathered"] for one in in_turn)) for name in engines}
+
+
+def test_what_was_measured_before_a_kill_is_not_measured_again(
+    made: tuple[dict[str, Any], dict[str, Path | None]], tmp_path: Path
+) -> None:
+    tree, models = made
+    run = config.validate(tree)
+    names = ("base", "all")
+    stores = {name: Store(measured=tmp_path / "m", predictions=tmp_path / "p", label={"model": name}) for name in names}
+    some: dict[str, Path | None] = {name: models[name] for name in names}
+    expected = evaluate_all(run, some)
+    seen: list[tuple[str, str, str]] = []
+
+    def record(name: str, line: dict[str, Any]) -> None:
+        seen.append((name, line["task"], line["metric"]))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_all(run, some, record=record, stores=stores)
+    with (tmp_path / "p").open("a") as file:
+        file.write('{"model": "base", "task": "films", "metric": "choice", "row": 1, "score": 9.0}\n{"model": "ba')
+    again: list[tuple[str, str, str]] = []
+    found = evaluate_all(
+        run, some, record=lambda name, line: again.append((name, line["task"], line["metric"])), stores=stores
+    )
+    assert found == expected
+    assert not set(again) & set(seen)
+    assert len(again) + len(seen) == sum(len(values) for one in expected.values() for values in one.values.values())
+    lines = [json.loads(line) for line in (tmp_path / "p").read_text().splitlines()]
+    assert len(lines) == 2 * (2 * len(ROWS["sums"]) + 3 * len(ROWS["films"]))
+    of_choice = [line for line in lines if (line["model"], line["metric"]) == ("all", "choice")]
+    assert [line["prompt"] for line in of_choice] == [prompt for prompt, _ in ROWS["films"]]
+    assert all(line["score"] == float(line["response"] == line["answer"]) for line in of_choice)
+    share = sum(line["score"] for line in of_choice) / len(of_choice)
+    assert share == found["all"].values["films"]["choice"]
+    low, high = found["all"].intervals["films"]["choice"]
+    assert low <= share <= high
+    assert "loss" not in found["all"].intervals["films"]
