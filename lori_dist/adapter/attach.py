@@ -34,7 +34,7 @@ from lori_dist.errors import AdapterError
 from lori_dist.plugin import nearest
 
 ATTACHED = "lori_attached"
-"""Where an adapted model keeps what was attached to it."""
+"""Attribute of an adapted model that holds what was attached to it."""
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,8 @@ def _deltas(layers: Mapping[str, AdaptedLinear]) -> list[tuple[str, Delta]]:
 
 
 def refuse_adapted(model: nn.Module) -> None:
-    """Also where the adapter is on a part of it, or on what it is a part of."""
+    """Raises AdapterError for a model that has an adapter, on itself, on a part of it, or on a model that it is part
+    of."""
     held = next((path for path, module in model.named_modules() if isinstance(module, (AdaptedLinear, Delta))), None)
     if held is not None or getattr(model, ATTACHED, None) is not None:
         raise AdapterError(
@@ -320,7 +321,7 @@ def sparsify(model: nn.Module, masks: Mapping[str, Tensor] | Mapping[str, Mappin
 
 
 def separate_tasks(model: nn.Module, num_tasks: int) -> PerTask:
-    """From here on backward passes give each task's gradient to what this returns, and none to the parameters."""
+    """Makes backward passes give each task's gradient to the returned object, and none to the parameters."""
     gradients = PerTask(num_tasks=num_tasks)
     for layer in _attached(model).values():
         for delta in layer.deltas:
@@ -651,7 +652,7 @@ def _excluded(model: nn.Module, exclude: Sequence[str]) -> set[str]:
 
 
 def _module_path(path: str, module: nn.Module) -> str:
-    """Of the module that is called: for an expert's matrix, of all experts together."""
+    """Path of the module that is called: for an expert's matrix, the one of all experts together."""
     return path.rsplit(".", 2)[0] if isinstance(module, Expert) else path
 
 
@@ -759,7 +760,7 @@ def _values(delta: Delta) -> Tensor | None:
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
-    """What a quantised model computes in: that of its weights, such as embeddings, which are not quantised."""
+    """Data type in which a quantised model computes: that of its other weights, such as embeddings."""
     own = (module for module in model.modules() if not isinstance(module, Delta) and not is_quantized(module))
     weights = (weight for module in own for weight in module.parameters(recurse=False))
     return next((weight.dtype for weight in weights if weight.is_floating_point()), torch.float32)

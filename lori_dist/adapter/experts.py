@@ -97,7 +97,7 @@ class AdaptedExperts(nn.Module):
         return counts
 
     def router(self) -> Routing | PerTask | None:
-        """What tells the tokens of several adapters, or of several tasks, apart."""
+        """The routing that distinguishes the tokens of several adapters, or of several tasks."""
         [first] = self.first
         if isinstance(first, RoutedLinear):
             return first.routing

@@ -154,7 +154,7 @@ def _grad_values(ctx: Any, grad: Tensor, reduced: Tensor, values: Tensor, index:
 
 
 def _grad_a(ctx: Any, grad_reduced: Tensor, x: Tensor, a: Tensor) -> Tensor | None:
-    """As `_grad_values`, of a trained A, flat. The scale is in grad_reduced."""
+    """Gradient of a trained A, flat, or None as `_grad_values`. The scale is in grad_reduced."""
     flat = _rows(x).to(grad_reduced.dtype)
     if ctx.per_task is not None:
         _add_products(ctx.per_task.sum_of(of_a(ctx.recipe.module), a), grad_reduced, flat, None, 1.0, ctx.segments)
@@ -281,7 +281,7 @@ class Delta(nn.Module):
         return apply(x, y, *self._operands)
 
     def adapted(self, x: Tensor, base: nn.Module) -> Tensor:
-        """What `forward` gives after a base that `is_plain`, in one."""
+        """The result of `forward` after a base that `is_plain`, in one operation."""
         apply = cast(Callable[..., Tensor], _Adapted.apply)
         return apply(x, base.weight, base.bias, is_conv1d(base), *self._operands)
 
@@ -304,7 +304,7 @@ class Delta(nn.Module):
         return self.projection if self.trained_a is None else self.trained_a
 
     def parts_of_b(self, values: Tensor | None) -> list[Kept]:
-        """What B is the sum of."""
+        """The matrices whose sum is B."""
         return [part for part in (self._before, None if values is None else (self.index, values)) if part is not None]
 
     def dense_b(self, values: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -312,7 +312,7 @@ class Delta(nn.Module):
         return _dense(values, self.index, self._before, self.out_features, self.rank, dtype)
 
     def _start(self, device: torch.device) -> Tensor:
-        """What a trained A begins as."""
+        """The initial value of a trained A."""
         return self.recipe.make(device=device).view(-1).to(torch.float32)
 
     def a(self) -> Tensor:
@@ -335,7 +335,7 @@ class Delta(nn.Module):
         return next(tensor.device for tensor in held if tensor is not None)
 
     def restrict(self, index: Tensor | None) -> None:
-        """From here on only these entries of B are kept, from zero, and a trained A is what it began as.
+        """Keeps only these entries of B from now on, from zero, and resets a trained A to its start.
 
         index: ascending flat positions, int32; None for all. The parameters are new ones.
         """
@@ -467,7 +467,7 @@ class Use:
     """An update that tokens of a batch meet."""
 
     number: int
-    """Of the update in its layer."""
+    """Number of the update in its layer."""
     tokens: slice
 
 

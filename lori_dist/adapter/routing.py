@@ -1,4 +1,4 @@
-"""Which adapter each row of a batch meets, where a model has several, and what comes of it in the backward pass."""
+"""The adapter of each row of a batch, for a model that has several, and the gradients of the backward pass."""
 
 import contextlib
 import itertools
@@ -25,7 +25,7 @@ class Segment:
 
 @dataclass(kw_only=True, slots=True)
 class Routing:
-    """Which adapter each row of the batch that runs belongs to, and the gradients that its rows gave."""
+    """The adapter of each row of the batch that is being computed, and the gradients that its rows gave."""
 
     names: tuple[str, ...]
     """Names of the adapters."""
@@ -36,7 +36,7 @@ class Routing:
     rows_of: tuple[tuple[int, int], ...] = ()
     """(adapter, rows that follow each other), in the batch's order."""
     num_tokens: int | None = None
-    """Of the batch, padding included, where all layers see as many."""
+    """Tokens of the batch, padding included, if all layers see as many."""
     only_one: int | None = None
     """The adapter that all rows meet, however many there are."""
     inside: tuple[tuple[int, int], ...] | None = None
@@ -78,11 +78,11 @@ class Routing:
             self.rows_of, self.num_tokens, self.only_one = before
 
     def only(self, adapter: str | None) -> None:
-        """From here on all rows meet one adapter, or the base alone, however many there are."""
+        """Routes all rows to one adapter from now on, or to the base alone, however many rows there are."""
         self.only_one = NOBODY if adapter is None else self.names.index(adapter)
 
     def segments(self, module: str, x: Tensor) -> tuple[Segment, ...]:
-        """Where each adapter's tokens are in the input of a layer, its dimensions but the last in one.
+        """The places of each adapter's tokens in the input of a layer, flattened to (tokens, features).
 
         Raises AdapterError for a layer that does not see the rows as they are.
         """

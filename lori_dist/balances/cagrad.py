@@ -11,7 +11,7 @@ from lori_dist.balances._simplex import minimum
 
 GRANULARITY = ("global", "matrix", "layer", "type")
 NOTHING = 1e-12
-"""Of the tasks' gradients, a mixture that is this short has no direction."""
+"""Length, relative to the tasks' gradients, below which a mixture of them has no direction."""
 
 
 def balance(

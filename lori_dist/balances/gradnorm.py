@@ -10,7 +10,7 @@ from lori_dist.balances import State, for_all
 GRANULARITY = ("global",)
 LOSSES = True
 SMALLEST = 1e-3
-"""Of a weight before all are brought to their sum."""
+"""Smallest weight, before all weights are scaled to their sum."""
 
 
 def balance(

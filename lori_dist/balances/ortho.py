@@ -1,4 +1,4 @@
-"""Where two gradients oppose each other, what opposes is taken out."""
+"""Ortho-LoRA's projection: the conflicting component is removed where two gradients oppose each other."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -12,7 +12,7 @@ from lori_dist.balances import State
 GRANULARITY = ("matrix", "layer", "type", "global")
 
 VANISHED = 1e-10
-"""Of what a gradient's squared norm was, what is left of it that counts as nothing: rounding of fp32 gradients."""
+"""Share of a gradient's squared norm that counts as nothing, if no more is left of it: rounding of fp32 gradients."""
 
 Against = Literal["original", "in_place"]
 
@@ -36,13 +36,13 @@ def balance(
 
 
 def order(num_tasks: int, seed: int, step: int) -> list[int]:
-    """In which order tasks give way, and to whom first: from seed and step alone."""
+    """The order in which tasks give way, and to whom first; it follows from seed and step alone."""
     words = np.random.Philox(key=np.array([seed, step], dtype=np.uint64)).random_raw(num_tasks)
     return [int(task) for task in np.argsort(words, kind="stable")]
 
 
 def coefficients(gram: Tensor, order: Sequence[int], against: Against) -> Tensor:
-    """What becomes of each gradient, (units, T, T): task i's is the sum over j of [i, j] times task j's own.
+    """Coefficients of the projected gradients, (units, T, T): task i's is the sum over j of [i, j] times task j's own.
 
     gram: (units, T, T), float64, inner products of the tasks' gradients. The identity where no two oppose each other.
     A gradient of which (nearly) nothing is left is nothing to give way to.

@@ -1,4 +1,4 @@
-"""Where two gradients of the whole model oppose each other, what opposes is taken out."""
+"""PCGrad: the conflicting component is removed where two gradients of the whole model oppose each other."""
 
 from torch import Tensor
 

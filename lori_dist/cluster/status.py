@@ -75,7 +75,7 @@ known that works on it."""
 
 
 def _of_trainings(root: Path) -> dict[str, Any]:
-    """As a summary, of what `lori train` has left in a run's folder. Raises JobError if there is nothing of it."""
+    """The summary of a folder in which only `lori train` has worked. Raises JobError if there is nothing of it."""
     states: dict[str, dict[str, Any]] = {}
     for place in sorted(root.iterdir()) if root.is_dir() else ():
         name = place.name.removeprefix(folder.PARTIAL)
@@ -110,7 +110,7 @@ def _of_training(partial: Path) -> dict[str, Any]:
 
 
 def _summary(root: Path) -> dict[str, Any] | None:
-    """What a run has written of itself; None where there was none."""
+    """The summary that a run has written; None if there is none."""
     try:
         tree = json.loads((root / SUMMARY).read_text(encoding="utf-8"))
     except FileNotFoundError:

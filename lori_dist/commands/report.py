@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _intervals_beside(matrix: Path) -> Any:
-    """Those that `lori evaluate --out` wrote with a matrix; None where there are none."""
+    """The intervals that `lori evaluate --out` wrote beside a matrix; None if there are none."""
     path = matrix.with_name(f"{matrix.stem}.intervals.json")
     return _tree(path, "--evaluation") if path.is_file() else None
 

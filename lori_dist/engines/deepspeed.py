@@ -76,7 +76,7 @@ BUCKET = 25_000_000
 PREFETCHED = 50_000_000
 """Entries that stage 3 gathers ahead (stage3_prefetch_bucket_size)."""
 SMALL = 24
-"""Of the base: what is kept gathered where nothing is trained."""
+"""Share of the base, as 1/SMALL, up to which parameters stay gathered where nothing is trained."""
 
 
 def build(
@@ -402,7 +402,7 @@ class Partitioned:
             self._copy(state)
 
     def _partitions(self) -> list[tuple[str, Tensor]]:
-        """What the optimizer updates on this rank, each with its adapter."""
+        """The tensors that the optimizer updates on this rank, each with its adapter."""
         zero, adapters = self.model.optimizer, adapters_of(self.parameters)
         partitions = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
         of_groups = zero.sub_group_to_group_id if self.stage == 3 else range(len(partitions))

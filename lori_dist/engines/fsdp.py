@@ -148,7 +148,7 @@ def place(
 
 
 SMALL = 24
-"""Of the base: blocks that are a larger part of it are gathered layer by layer."""
+"""Share of the base, as 1/SMALL, above which a block is gathered layer by layer."""
 
 
 def _layers_of_large_blocks(model: nn.Module) -> list[nn.Module]:

@@ -33,12 +33,12 @@ __all__ = ["Found", "Store", "Subject", "check_adapter", "evaluate", "evaluate_a
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Subject:
-    """What a metric measures: a model on the test rows of one task."""
+    """The subject of a metric: a model on the test rows of one task."""
 
     task: str
-    """Its name, for messages."""
+    """Name of the task, for messages."""
     model: PreTrainedModel
-    """In evaluation mode, with its adapter if it has one."""
+    """Model in evaluation mode, with its adapter if it has one."""
     tokenizer: PreTrainedTokenizerBase
     examples: tuple[Example, ...]
     labels: tuple[str, ...] | None
@@ -48,11 +48,11 @@ class Subject:
     max_length: int
     """Tokens of a row, as in training."""
     max_new_tokens: int
-    """Of a generated response."""
+    """Most tokens of a generated response."""
 
 
 def scored(subject: Subject, ask: Ask, judge: Judge) -> float | None:
-    """What a metric of requests says of one model, in this process alone."""
+    """The value of a metric of requests for one model, computed in this process alone."""
     requests = ask(subject)
     if requests is None:
         return None
@@ -75,7 +75,7 @@ LmEval = Callable[[PreTrainedModel, PreTrainedTokenizerBase], Mapping[str, Mappi
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """What an evaluation says of one model."""
+    """The results of one model's evaluation."""
 
     values: Values = field(default_factory=dict)
     """Without metrics that do not apply to a task."""
@@ -183,7 +183,7 @@ class _Metric:
 
 @dataclass(kw_only=True, slots=True)
 class _Matrix:
-    """What is known of each model."""
+    """The results of all models, as far as they are known."""
 
     run: config.Run
     tokenizer: PreTrainedTokenizerBase
@@ -263,7 +263,7 @@ class _Matrix:
 
 
 def _more(run: config.Run) -> LmEval | None:
-    """What measures the tasks of lm-eval, where the run has any."""
+    """The function that measures the tasks of lm-eval; None if the run has none."""
     settings = run.evaluate.lm_eval
     if settings is None:
         return None

@@ -45,21 +45,21 @@ class Reader:
     """A model that answers, on this process alone or on a gang whose ranks all call it alike."""
 
     model: PreTrainedModel
-    """In evaluation mode, with its adapters if it has some."""
+    """Model in evaluation mode, with its adapters if it has any."""
     tokenizer: PreTrainedTokenizerBase
     batch_size: int
     """Rows run at once, each with all models."""
     device: torch.device
-    """Where it computes."""
+    """Device of the model."""
     routing: Routing | None = None
-    """What is told which row meets which adapter."""
+    """The routing of rows to adapters; None without several adapters."""
     world: World | None = None
     """The gang; None: this process alone."""
     is_sharded: bool = False
     """Whether a forward pass is a collective."""
     sampling: Sampling = GREEDY
     _seen: dict[Side, tuple[int, bool]] = field(default_factory=dict)
-    """Of padding on a side: the longest row it was looked at with, and whether the model hides it."""
+    """Side of padding -> the longest row it was tested with, and whether the model hides it."""
 
     @torch.no_grad()
     def answers(self, names: Names, requests: Sequence[Request]) -> dict[str | None, list[Answer]]:
@@ -186,7 +186,7 @@ class Reader:
             yield
 
     def _meet(self, names: Names, num_rows: int = 1) -> None:
-        """Which adapter each row of the next batch meets: as many rows for each name, one name after the other."""
+        """Routes the rows of the next batch: as many rows for each name, one name after the other."""
         if self.routing is None:
             return
         if len(names) == 1:

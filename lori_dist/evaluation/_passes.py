@@ -1,4 +1,4 @@
-"""Which models share a pass over the base: each row of a batch meets its own adapter."""
+"""The models that share a pass over the base, in which each row of a batch has its own adapter."""
 
 import contextlib
 import gc
@@ -18,13 +18,14 @@ class Pass:
 
     names: tuple[str, ...]
     adapters: Mapping[str, Adapter]
-    """Of those that have one."""
+    """Adapters of the models that have one."""
     is_routed: bool
     """Whether each row meets its own adapter; else there is at most one."""
 
 
 def passes_of(model: PreTrainedModel, adapters: Mapping[str, Adapter], names: Sequence[str]) -> list[Pass]:
-    """As few as possible: adapters that rows cannot be routed to, one after another, then all others with the base.
+    """As few passes as possible: one for each adapter that rows cannot be routed to, then one for all others with the
+    base.
 
     names: of all models; those without an adapter are the base.
     """

@@ -56,7 +56,7 @@ def place(run: Run, world: World | None, device: torch.device) -> Base:
 
 
 def _engine(run: Run) -> tuple[str, plugin.Method, Mapping[str, Any]]:
-    """What evaluate.engine says, or else what train.engine says of where the base is."""
+    """The engine of evaluate.engine, or else the place of the base that train.engine gives."""
     own = run.evaluate.engine
     if own is not None:
         method = plugin.find("engines", own.name, "place", "evaluate.engine")

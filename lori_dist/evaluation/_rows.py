@@ -1,4 +1,4 @@
-"""What a metric asks of a model, and what it says of each row."""
+"""The requests of a metric to a model, and its values for the rows."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ import numpy as np
 from lori_dist.training.tokens import Ids
 
 SAMPLES = 1000
-"""Of a bootstrap."""
+"""Number of samples of a bootstrap."""
 LEVEL = 0.95
-"""Of its intervals."""
+"""Confidence of the intervals."""
 SEED = 0
-"""With which rows are drawn: the same rows always give the same interval."""
+"""Seed of the bootstrap: the same rows always give the same interval."""
 AT_ONCE = 2**22
 """Draws that are in memory at a time."""
 
@@ -47,7 +47,7 @@ Answer = float | Ids
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """What a metric says of a model on one row."""
+    """A metric's value for a model on one row."""
 
     prompt: str
     response: str | None
@@ -56,7 +56,7 @@ class Row:
     """The right one."""
     score: float
     weight: float = 1.0
-    """In the mean over the rows, which is the metric's value."""
+    """Weight in the mean over the rows, which is the metric's value."""
 
 
 Ask = Callable[..., Sequence[Request] | None]
@@ -71,7 +71,7 @@ def mean(rows: Sequence[Row]) -> float:
 
 
 def interval(rows: Sequence[Row]) -> tuple[float, float]:
-    """Where the value lies with a confidence of LEVEL, by a bootstrap over the rows (percentiles of SAMPLES means)."""
+    """Interval of the value with a confidence of LEVEL, by a bootstrap over the rows (percentiles of SAMPLES means)."""
     weights = np.array([row.weight for row in rows])
     scores = np.array([row.score for row in rows]) * weights
     random = np.random.default_rng(SEED)

@@ -1,4 +1,5 @@
-"""What an evaluation has measured of a model, on disk as it goes: it is not measured again after a kill."""
+"""Measured figures of a model on disk, written as they come, so that a killed evaluation does not measure them
+again."""
 
 import json
 import logging
@@ -26,27 +27,27 @@ class Measured:
     values: Mapping[str, Mapping[str, float]]
     """Task -> metric -> value; empty where the metric does not apply."""
     interval: tuple[float, float] | None = None
-    """Of an accuracy."""
+    """Confidence interval of an accuracy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Store:
-    """Of one model."""
+    """The figures and predictions of one model."""
 
     measured: Path
     predictions: Path
     label: Mapping[str, Any] = field(default_factory=dict)
-    """What each line begins with; lines of other labels are another model's."""
+    """Start of each line; lines of other labels are another model's."""
     origin: str = ""
-    """What the figures follow from: those of another origin do not count."""
+    """Digest of all that the figures depend on; figures of another origin do not count."""
 
     @classmethod
     def of_folder(cls, folder: Path) -> "Store":
-        """That of a model whose evaluation has a folder of its own."""
+        """The store of a model whose evaluation has a folder of its own."""
         return cls(measured=folder / MEASURED, predictions=folder / PREDICTIONS)
 
     def records(self) -> list[dict[str, Any]]:
-        """What was measured, as an evaluation's records have it; without seconds, which are gone."""
+        """The measured figures in the form of an evaluation's records; without seconds, which are not stored."""
         return [
             {"metric": metric, "task": task, "value": value, "seconds": 0.0}
             for measured in self.read().values()
@@ -55,7 +56,7 @@ class Store:
         ]
 
     def read(self) -> dict[Key, Measured]:
-        """What was measured and can be read. Predictions of anything else are removed."""
+        """The measured figures that can be read. Predictions of anything else are removed."""
         records, num_bad = read_lines(self.measured)
         whole = [record for record in records if is_sealed(record) and "measured" in record]
         num_bad += len(records) - len(whole)

@@ -29,7 +29,7 @@ def table(evaluation: Evaluation, intervals: Intervals | None = None) -> str:
 
 
 def compared(result: Mapping[str, Any]) -> str:
-    """What `cluster.comparison.compare` returns, as a table: mean +- standard deviation."""
+    """The result of `cluster.comparison.compare` as a table: mean +- standard deviation."""
     heading, shown = FORMATS.get(result["metric"], (result["metric"], "{:.4g}".format))
     columns = [*result["tasks"]]
     lines = [[f"{heading}, seeds {', '.join(map(str, result['seeds']))}", *columns]]

@@ -39,7 +39,7 @@ def score(subject: Subject) -> float | None:
 
 
 def complete(subject: Subject) -> list[str]:
-    """What the model writes after each prompt, up to eos or max_new_tokens.
+    """The model's text after each prompt, up to eos or max_new_tokens.
 
     A prompt that leaves less than max_new_tokens of the model's positions loses its beginning, apart from bos.
     """

@@ -33,7 +33,7 @@ __all__ = ["Part", "Update", "Weight", "drop", "merge", "merge_files", "reweight
 Spread = Callable[
     [Callable[[Any], Mapping[str, Sequence[Part]]], Iterable[Any]], Iterable[Mapping[str, Sequence[Part]]]
 ]
-"""As the built-in `map`: a function that can be pickled, of every item, in their order."""
+"""A function like the built-in `map`: it applies a function that can be pickled to every item, in their order."""
 
 log = logging.getLogger(__name__)
 

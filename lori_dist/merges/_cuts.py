@@ -1,4 +1,4 @@
-"""Which entries are the largest: of one matrix, or of many that are never in memory together."""
+"""The largest entries of one matrix, or of many that are never in memory together."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ _FEW = 1 << 22  # entries of one task that are sorted in memory
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cut:
-    """What stays of one matrix: the entries of at least this size, as far as they are among the first."""
+    """A cut of one matrix: the entries of at least this size are kept, as far as they are among the first."""
 
     threshold: float
     num_kept: int
 
     def keep(self, x: Tensor) -> Tensor:
-        """Which entries of x stay, bool, as x. Of those at the threshold the later ones go."""
+        """Mask of the entries of x that are kept, bool, as x. Of those at the threshold the later ones go."""
         sizes = x.abs().flatten()
         kept = sizes >= self.threshold
         if excess := int(torch.count_nonzero(kept)) - self.num_kept:
@@ -36,7 +36,7 @@ def num_largest(num_entries: int, density: float) -> int:
 
 
 def largest(x: Tensor, density: float) -> Tensor:
-    """Which entries of x are its largest, bool, as x: max(1, round(density * n)) of the n that are not zero.
+    """Mask of the largest entries of x, bool, as x: max(1, round(density * n)) of the n that are not zero.
 
     Counted over all entries, the density of a sparse x would trim nothing. Ties go to the earlier entry.
     """
@@ -44,7 +44,7 @@ def largest(x: Tensor, density: float) -> Tensor:
 
 
 def without_outliers(x: Tensor, density: float, outliers: float) -> Tensor:
-    """Which entries of x stay, bool, as x, if its very largest go as well as its smallest.
+    """Mask of the entries of x that are kept, bool, as x, if its very largest are removed as well as its smallest.
 
     max(1, round(density * n)) of the n that are not zero stay: the largest of those that are left without the
     round(outliers * n) very largest, or without fewer of these where else too few are left. Ties go to the earlier
@@ -57,7 +57,7 @@ def without_outliers(x: Tensor, density: float, outliers: float) -> Tensor:
 
 
 def _first(x: Tensor, num_kept: int) -> Tensor:
-    """Which entries of x are its `num_kept` largest, bool, as x; at most as many as are not zero."""
+    """Mask of the `num_kept` largest entries of x, bool, as x; at most as many as are not zero."""
     sizes = x.abs().flatten()
     if num_kept >= int(torch.count_nonzero(sizes)):
         return x != 0
@@ -69,7 +69,7 @@ def _first(x: Tensor, num_kept: int) -> Tensor:
 
 
 def common_cuts(pieces: Callable[[], Iterable[Tensor]], density: float) -> list[Cut]:
-    """For each piece of one long vector what stays of it, if of the whole its `largest` entries stay.
+    """The cut of each piece of one long vector of which the `largest` entries are kept.
 
     pieces: gives them, float64, whenever it is called: twice, or up to five times where very many are nearly equal.
     One piece at a time is in memory, and at most four million sizes. Ties go to the earlier piece.

@@ -29,7 +29,8 @@ _BELOW_ONE = 1 - 2.0**-53  # 2^64 is not a 64-bit word
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Draw:
-    """What a random mask follows from, besides the task: not from the order of tasks, modules or processes."""
+    """All that a random mask depends on, besides the task; the order of tasks, modules or processes is no part of
+    it."""
 
     seed: int
     module: str

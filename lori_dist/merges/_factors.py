@@ -58,7 +58,8 @@ def singular_of_product(left: Tensor, right: Tensor) -> Singular:
 
 
 def noise(sizes: Tensor) -> float:
-    """What a zero can become in a product with singular directions, beside entries of these sizes."""
+    """Largest value that rounding makes of a zero in a product with singular directions, beside entries of these
+    sizes."""
     return float(sizes.abs().max()) * 64 * torch.finfo(sizes.dtype).eps if sizes.numel() else 0.0
 
 

@@ -49,7 +49,7 @@ class Support:
         self._order[self.positions] = torch.arange(self.positions.numel(), dtype=torch.int32)
 
     def spread(self, entries: Entries) -> Tensor:
-        """Their values at `positions`, (size,), zero where they have none."""
+        """Values of the entries at `positions`, (size,), zero where they have none."""
         return self.sum([entries])
 
     def sum(self, kept: Iterable[Entries]) -> Tensor:
@@ -77,7 +77,7 @@ def scaled_entries(parts: Iterable[Part]) -> Entries:
 
 
 def only(entries: Entries, kept: Tensor) -> Entries:
-    """Those of the entries that are kept. kept: bool, one for each."""
+    """The entries that are kept. kept: bool, one for each."""
     if bool(kept.all()):
         return entries
     places = torch.from_numpy(np.flatnonzero(kept.numpy()))
@@ -170,7 +170,8 @@ def in_row_space(updates: Sequence[Update], left: Tensor, right: Tensor) -> Part
 
 
 def dense_on_projection(parts: Sequence[Part], b: Tensor, name: str) -> Part:
-    """As `on_projection`, for a b that a product made: its zeros are few, and are kept with the rest."""
+    """Makes a part as `on_projection` does, for a b that a product made: its zeros are few, and are kept with the
+    rest."""
     return on_projection(parts, b, name, support=torch.ones_like(b, dtype=torch.bool) if bool(b.any()) else None)
 
 
@@ -188,7 +189,7 @@ def joined_name(named: Sequence[Update] | Sequence[Part]) -> str:
 
 
 def values_dtype(parts: Iterable[Part]) -> torch.dtype:
-    """Of what is computed from the parts' values: fp32, or their own if that is wider."""
+    """Data type of what is computed from the parts' values: fp32, or their own if that is wider."""
     dtype = torch.float32
     for part in parts:
         if part.entries is not None:

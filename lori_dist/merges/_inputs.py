@@ -1,4 +1,4 @@
-"""What every merge asks of its inputs."""
+"""Requirements of every merge on its inputs."""
 
 import math
 from collections.abc import Mapping, Sequence

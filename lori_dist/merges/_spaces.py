@@ -1,4 +1,4 @@
-"""Where a method that works entry by entry finds its matrices: B on a shared A, or the updates themselves."""
+"""The matrices of a method that works entry by entry: B on a shared A, or the updates themselves."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 Space = Literal["auto", "b", "dense"]
 Trim = Literal["module", "model"]
 Keep = Callable[[Tensor], Tensor]
-"""Which entries of a matrix, or of those of one that are not zero, take part: bool, of its shape."""
+"""A mask of the entries of a matrix, or of those of one that are not zero, that take part: bool, of its shape."""
 Cuts = Sequence[Cut]
-"""Of one task in one module: for each A that its matrices stand on, or once for its update."""
+"""The cuts of one task in one module: for each A that its matrices stand on, or once for its update."""
 
 
 def merge_entries(
@@ -115,7 +115,7 @@ def rank_of_one(updates: Sequence[Update], rank: int | None) -> int:
 
 
 def _grounds(updates: Sequence[Update], space: Space, votes: bool) -> list[list[Part] | None]:
-    """What the tasks' matrices stand on: the parts on each A, or once None, for the updates themselves."""
+    """The grounds of the tasks' matrices: the parts on each A, or once None, for the updates themselves."""
     one = shared(updates)
     if space == "dense" or (space == "auto" and one is None):
         return [None]
@@ -142,7 +142,7 @@ def _refuse_both(modules: Sequence[Sequence[Update]], space: Space) -> None:
 
 
 def _keeps(updates: Sequence[Update], density: float | None, place: int) -> list[Keep] | None:
-    """What each task keeps on the ground of that place; None: all."""
+    """The masks of the tasks on the ground of that place; None keeps all."""
     if density is None:
         return None
     by_size = partial(largest, density=density)
@@ -170,7 +170,7 @@ def _merged(
 
 
 def _entries(update: Update, ground: Sequence[Part]) -> Entries:
-    """Of the update's s_t B_t on that A."""
+    """The entries of the update's s_t B_t on that A."""
     return scaled_entries(part for part in update.kept if part.key == ground[0].key)
 
 

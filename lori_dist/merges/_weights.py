@@ -39,7 +39,7 @@ def fits(pattern: str, module: str) -> bool:
 
 
 def unmatched(weight: Weight, modules: Sequence[str]) -> Iterator[str]:
-    """Of the patterns that fit no module: what was found, and what there is."""
+    """Yields the patterns that fit no module, each with the modules that there are."""
     if not isinstance(weight, Mapping):
         return
     short = sorted(set(map(targets.kind, modules)))

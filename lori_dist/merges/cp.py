@@ -52,7 +52,7 @@ def merge(
 
 
 def _decomposed(x: Tensor, rank: int, sweeps: int, tolerance: float) -> Terms:
-    """Of x, (T, p, q): the better of two fits, the first if they are equally good."""
+    """The better of two decompositions of x, (T, p, q); the first if they are equally good."""
     found = [_fitted(x, start, sweeps, tolerance) for start in (_together(x, rank), _apart(x, rank))]
     return min(found, key=lambda one: one[0])[1]
 

@@ -61,7 +61,7 @@ def _orthogonalized(factors: Sequence[Tensor], steps: int, gamma: float) -> list
 
 
 def _decoupled(lefts: Sequence[Tensor], rights: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """What the tasks' A, one above the other, have on their left: sizes of rows at their mean, directions weighted."""
+    """The left factor for the tasks' A, one above the other: sizes of rows at their mean, directions weighted."""
     if not lefts:
         return torch.zeros(0, dtype=torch.float64)
     sizes = torch.stack([_row_norms(b, a) for b, a in zip(lefts, rights, strict=True)])
@@ -73,6 +73,7 @@ def _decoupled(lefts: Sequence[Tensor], rights: Sequence[Tensor], weights: Seque
 
 
 def _row_norms(b: Tensor, a: Tensor) -> Tensor:
-    """Of b @ a, (rows,): without that product, as the triangular factor of a has the same rows in another basis."""
+    """Norms of the rows of b @ a, (rows,): without that product, as the triangular factor of a has the same rows in
+    another basis."""
     norms: Tensor = (b @ torch.linalg.qr(a.t()).R.t()).norm(dim=1)
     return norms

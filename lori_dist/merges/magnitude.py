@@ -49,5 +49,6 @@ def survey(
     space: Space = "auto",
     **others: object,
 ) -> dict[str, list[Cuts]] | None:
-    """What `merge` has to know of all modules. Raises AdapterError where they have no common measure."""
+    """The result of looking at all modules, which `merge` needs. Raises AdapterError where they have no common
+    measure."""
     return model_cuts(modules, trim=trim, density=density, space=space, votes=False)

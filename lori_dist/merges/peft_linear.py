@@ -1,4 +1,4 @@
-"""What PEFT's `linear` computes: A and B averaged apart."""
+"""The `linear` merge of PEFT: A and B averaged apart."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,8 @@ from lori_dist.merges._forms import computed, joined_name, on_projection, shared
 
 
 def merge(updates: Sequence[Update], *, weights: Sequence[float]) -> list[Part]:
-    """What PEFT's `linear` computes, to compare with the paper's tables; not the sum of updates, which `linear` is.
+    """Computes what PEFT's `linear` computes, to compare with the paper's tables; not the sum of updates, which
+    `linear` is.
 
     (sum_t sqrt|w_t s_t| B_t)(sum_t sign(w_t s_t) sqrt|w_t s_t| A_t): the sum of updates and T (T - 1) cross terms. With
     a shared A and equal weights it is T times the exact sum; with an A each, the error is some sqrt(T - 1) times as

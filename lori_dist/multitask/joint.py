@@ -68,7 +68,7 @@ def plan(
 def _balance(
     balance: str | dict[str, float | int | bool | str] | None, projection: str | None, granularity: str | None
 ) -> tuple[str, dict[str, Any], list[str]]:
-    """Its name and options, and what is wrong with them."""
+    """The name and options of the balance, and their mistakes."""
     if projection is not None:
         both = ["multitask.projection: is an older name for a balance, and balance is given; set only one"]
         options = {} if projection == "none" else {"against": projection}

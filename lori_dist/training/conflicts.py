@@ -9,7 +9,7 @@ from lori_dist.training.surgery import Conflicts
 
 FILE = "conflicts.jsonl"
 DIGITS = 4
-"""Of cosines in files."""
+"""Digits of cosines in files."""
 
 
 def figures(conflicts: Conflicts, tasks: Sequence[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What an engine says of its own cost: bytes that a rank holds, and what ranks send each other in a step.
+"""The cost that an engine states for itself: bytes that a rank holds, and what ranks send each other in a step.
 
 Beside `build`, an engine's file may define `memory(model, load) -> Held` and `traffic(model, load) ->
 list[Collective]`, which take the options of `build` as keywords; a plan adds up what they say, of engines outside the
@@ -36,16 +36,16 @@ class Counted:
     base: int
     """All frozen weights."""
     block: int
-    """Of the base, in its largest block."""
+    """Bytes of the base's largest block."""
     blocks: int
-    """Of the base, in all blocks."""
+    """Bytes of all blocks of the base."""
     num_blocks: int
     num_modules: int
-    """That are adapted."""
+    """Number of adapted modules."""
     entries: int
     """Entries of B over all modules, of one adapter."""
     kept: int
-    """Those that are trained in the sparse phase."""
+    """Entries that are trained in the sparse phase."""
     whole: int
     """Entries that are trained besides, in both phases: of A where it is trained, and of modules_to_save."""
     projections: int
@@ -58,50 +58,52 @@ class Counted:
     chunked: bool
     """Whether the loss makes logits in chunks."""
     dtype: int
-    """Of an entry of what is computed."""
+    """Bytes of an entry in the data type of computation."""
     block_activations: int
     """Kept for the backward pass by the block that keeps most, of one micro-batch,"""
     blocks_activations: int
-    """and by all blocks."""
+    """The same for all blocks."""
     block_gradients: int
-    """That a block has at once in its backward pass: of what it multiplies, and of the two factors."""
+    """Bytes of gradients that a block has at once in its backward pass: of what it multiplies, and of the two
+    factors."""
     block_input: int
     """All that activation checkpointing keeps of a block."""
     other_activations: int
     """Kept outside of the blocks, logits apart."""
     tokens: int
-    """Of one micro-batch."""
+    """Tokens of one micro-batch."""
     flops: float | None
-    """Of training on a token, in products with the base's matrices; None where that is not known."""
+    """FLOPs of training on a token, in products with the base's matrices; None if they are not known."""
     adapter_flops: float = 0.0
-    """Of training on a token, in products with A and B."""
+    """FLOPs of training on a token, in products with A and B."""
     attention: tuple[Attention, ...] = ()
-    """Of each layer that has it."""
+    """Attention of each layer that has it."""
     kernel: str = "sdpa"
-    """What computes attention, by transformers' name."""
+    """Implementation of attention, by transformers' name."""
     key_values: int = 0
     """Entries of keys and values of a token in a block."""
     adapters: int = 1
-    """That are trained over the base at once; entries, kept and whole are of each, all else is of all."""
+    """Adapters that are trained over the base at once; entries, kept and whole are those of each, all else is for
+    all."""
     before: int = 0
-    """Of entries of earlier tasks, which stay."""
+    """Entries of earlier tasks, which do not change."""
     classes: Mapping[str, Sizes] = field(default_factory=dict)
-    """Of the base's modules, by the names of their classes; modules inside one of the same class apart."""
+    """Sizes of the base's modules, by the names of their classes; modules inside one of the same class count apart."""
     dequantized: int = 0
-    """That go through a device's memory in each pass, to make all quantised weights matrices again."""
+    """Bytes that go through a device's memory in each pass to dequantise all weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Load:
-    """What a step asks of an engine."""
+    """The load of an engine in a step."""
 
     ranks: int
     nodes: int
-    """That the ranks are divided among evenly."""
+    """Nodes among which the ranks are divided evenly."""
     trained: int
     """Entries that are updated, over all adapters."""
     micro_batches: int
-    """Of a rank in a step."""
+    """Micro-batches of a rank in a step."""
     tasks: int = 0
     """Whose gradients are kept apart until all micro-batches are done, 0 where the engine sums and reduces them."""
 
@@ -113,16 +115,17 @@ class Held:
     base: int
     """Frozen weights, between steps."""
     values: int
-    """What is trained, with all copies of it."""
+    """Trained values, with all copies of them."""
     gradients: int
-    """With what sums them over micro-batches. Nothing where `Load.tasks` are kept apart and the engine gets a share."""
+    """Gradients, with the buffers that sum them over micro-batches. Nothing where `Load.tasks` are kept apart and the
+    engine gets a share."""
     moments: int
     buffers: int = 0
     """Through which something is sent."""
     gathered_at_loss: int = 0
-    """Of the base, whole, when a forward pass has ended,"""
+    """Bytes of the base that are gathered when a forward pass has ended."""
     gathered_in_block: int = 0
-    """and while the first block of a backward pass computes."""
+    """Bytes of the base that are gathered while the first block of a backward pass computes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

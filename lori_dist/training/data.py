@@ -31,7 +31,7 @@ CLOCK = """
 """Before a chat template that asks for today's date: gives it a date that does not change. transformers takes no other
 clock. The last expression keeps a line break that the template begins with."""
 FORMS = [f"%{form}" for form in ("-d", "-m", "-H", "-I", "-M", "-S", "-y", "-j", *"aAbBcdfGHIjmMpSuUVwWxXyYzZ%")]
-"""What Python's strftime writes parts of a date for."""
+"""Formats of Python's strftime."""
 
 Row = TypeVar("Row")
 Segments = tuple[str, ...]
@@ -50,7 +50,8 @@ class Example:
     prompt_ids: tuple[int, ...]
     """Starts with bos if the tokenizer adds it."""
     response_ids: tuple[int, ...]
-    """From the first token that has a character of the response. Ends with eos, unless the response was cut off."""
+    """Tokens from the first one that has a character of the response. Ends with eos, unless the response was cut
+    off."""
     read_only: tuple[tuple[int, int], ...] = ()
     """Ranges of response_ids that are not learned: what stands between the answers of a chat."""
 
@@ -79,7 +80,7 @@ class Batch:
     attention_mask: Tensor  # (rows, length), int64, 0 on padding
     labels: Tensor  # (rows, length), int64, IGNORED outside the response
     tasks: tuple[int, ...] | None = None
-    """Of several tasks trained together: each row's, ascending, from 0."""
+    """Number of each row's task, ascending, from 0, if several tasks are trained together."""
     weights: Tensor | None = None  # (tasks,): what a target of each counts in the loss
     position_ids: Tensor | None = None  # (rows, length), of packed rows: each row's own, from 0
 
@@ -165,7 +166,7 @@ class _Renderer:
         return self._text(rows.Chat(messages=messages), len(messages), opens=True).removeprefix(self.bos)
 
     def _answer(self, chat: rows.Chat, place: int, whole: str) -> tuple[int, int]:
-        """Where the answer of a message begins in the text of all, and where it ends."""
+        """The start and the end of a message's answer in the text of all messages."""
         before, opened = self._text(chat, place), self._text(chat, place, opens=True)
         if place == len(chat.messages) - 1:
             end = len(whole)
@@ -190,7 +191,7 @@ class _Renderer:
         return start, end
 
     def _text(self, chat: rows.Chat, count: int, *, opens: bool = False) -> str:
-        """Of the first messages. opens: whether it ends with what an answer begins with."""
+        """The text of the first messages. opens: whether it ends with what an answer begins with."""
         if count == 0 and not opens:
             return ""
         return str(
@@ -283,7 +284,7 @@ def encode(
 
 
 def _read_only(pieces: Sequence[Sequence[int]], length: int) -> Iterator[tuple[int, int]]:
-    """Where every second piece is, from the second one on, in what `length` leaves of all."""
+    """Yields the ranges of every second piece, from the second one on, in what `length` leaves of all."""
     start = 0
     for number, piece in enumerate(pieces):
         end = min(start + len(piece), length)
@@ -435,7 +436,8 @@ def mixed_rows_of_step(
     seed: int,
     epochs: float | None,
 ) -> list[int]:
-    """As `rows_of_step`, of rows that are of several files, one after the other, of which each has a share.
+    """The rows of a step as `rows_of_step` gives them, for rows of several files, one after the other, each with a
+    share.
 
     An epoch is as many rows as there are, of each file its share: the file's rows are taken in permutations that go on
     from one epoch to the next, so that a small share leaves out none and a large one takes them more often.
@@ -469,7 +471,7 @@ def _shares(total: int, shares: tuple[float, ...]) -> tuple[int, ...]:
 def _draws(
     total: int, counts: tuple[int, ...], seed: int, epoch: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Of each place in an epoch: its file, and how many of the epoch's rows before it are of the same file."""
+    """For each place in an epoch, its file, and how many of the epoch's rows before it are of the same file."""
     file = np.repeat(np.arange(len(counts)), counts)[_permutation(total, seed, epoch)]
     drawn = np.empty(total, dtype=np.int64)
     for which, count in enumerate(counts):

@@ -13,12 +13,13 @@ from lori_dist.errors import JobError
 
 
 def backend() -> str:
-    """What ranks talk by: nccl where this machine has CUDA devices, else gloo."""
+    """Backend of the process group: nccl where this machine has CUDA devices, else gloo."""
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
 def group_settings(local_rank: int) -> dict[str, Any]:
-    """What `init_process_group` gets to know of this machine's devices: the backend and, for nccl, the rank's device.
+    """Arguments of `init_process_group` that depend on this machine's devices: the backend and, for nccl, the rank's
+    device.
 
     With it nccl connects at once, so that a network that does not work is reported at the start, and groups of some of
     the ranks are split from that of all. Nothing else of nccl is set: since torch 2.2 a collective that fails or takes

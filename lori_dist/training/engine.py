@@ -1,4 +1,4 @@
-"""What trains a model: one small protocol, and what all of its implementations share.
+"""The protocol of engines, which train a model, and the code that all of them share.
 
 An engine is `build(model, weights, train, world, *, state, ...)` in a file of engines/. The keyword-only parameters
 that have a default are its options.
@@ -25,7 +25,7 @@ from lori_dist.training.world import World
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """What this rank holds of a tensor: entries that follow each other, row by row."""
+    """This rank's part of a tensor: entries that follow each other, row by row."""
 
     start: int
     """Flat position of the first."""
@@ -33,7 +33,7 @@ class Part:
 
 
 Quantity = Literal["values", "exp_avg", "exp_avg_sq"]
-"""What training changes: the kept entries, and Adam's first and second moment of each."""
+"""Quantities that training changes: the kept entries, and Adam's first and second moment of each."""
 QUANTITIES: tuple[Quantity, ...] = ("values", "exp_avg", "exp_avg_sq")
 
 PIECE = 2**19
@@ -61,9 +61,9 @@ class State:
     exp_avg_sq: Mapping[str, Tensor]
     """Adam's second moment, as values."""
     steps: Mapping[str, int] = field(default_factory=dict)
-    """Of several adapters: each one's steps. The tensors may then be those of some of them."""
+    """Steps of each adapter, if there are several. The tensors may then be those of some of them."""
     notes: Mapping[str, Any] = field(default_factory=dict)
-    """What the loop of steps knows of those before, as plain JSON."""
+    """The training loop's record of earlier steps, as plain JSON."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,9 +73,9 @@ class StepResult:
     loss: float
     """Mean negative log-likelihood of a target token, in nats, over the global batch."""
     grad_norm: float
-    """Of the whole gradient, before clipping."""
+    """Norm of the whole gradient, before clipping."""
     task_losses: tuple[float, ...] = ()
-    """Of tasks trained together: each one's part of the loss."""
+    """Each task's part of the loss, if tasks are trained together."""
 
 
 Accept = Callable[[StepResult], bool | Mapping[str, bool]]
@@ -92,7 +92,7 @@ class Engine(Protocol):
 
     @property
     def model(self) -> nn.Module:
-        """What computes: the library's own wrapper."""
+        """The model that computes: the library's own wrapper."""
         ...
 
     @property
@@ -122,7 +122,7 @@ class Engine(Protocol):
         ...
 
     def parts(self, quantity: Quantity) -> Mapping[str, Part]:
-        """What this rank holds of a quantity, by module path, in the model's order: the memory itself, fp32.
+        """This rank's parts of a quantity, by module path, in the model's order: the memory itself, fp32.
 
         Every rank has a key for every module that keeps entries, if only with an empty part. Several ranks may hold
         the same entries, which are then equal.
@@ -135,7 +135,7 @@ class Engine(Protocol):
 
 
 class TaskGradients(Protocol):
-    """What makes the gradient of a step that trains several tasks together; see `surgery`."""
+    """Makes the gradient of a step that trains several tasks together; see `surgery`."""
 
     def begin(self, batch: Batch) -> None:
         """A batch is to run, whose backward pass gives the parameters no gradient."""
@@ -184,7 +184,7 @@ def held_of_base(model: nn.Module) -> tuple[int, int]:
 
 
 ADAPTER = "adapter"
-"""Where a group of the optimizer's parameters has the name of its adapter."""
+"""Key of a group of the optimizer's parameters for the name of its adapter."""
 
 
 def adamw(parameters: Mapping[str, Tensor], train: Train) -> torch.optim.AdamW:
@@ -306,7 +306,8 @@ def gather(engine: Engine, quantity: Quantity, world: World) -> dict[str, Tensor
 
 
 def gather_in_turn(engine: Engine, quantity: Quantity, world: World) -> Iterator[dict[str, Tensor]]:
-    """What `gather` gives, some tensors after the others: at most WINDOW entries, or one tensor. All ranks take all."""
+    """Yields what `gather` gives, some tensors after the others: at most WINDOW entries, or one tensor. All ranks take
+    all."""
     parts = engine.parts(quantity)
     holdings = _holdings(parts, world)
     for paths in _windows(_sizes(parts, holdings)):
@@ -391,7 +392,7 @@ def _holdings(parts: Mapping[str, Part], world: World) -> list[_Holding]:
 
 
 def _runs(holdings: Sequence[_Holding]) -> Iterator[list[_Holding]]:
-    """What is sent at once: from one rank, at most PIECE entries."""
+    """Yields the holdings that are sent at once: from one rank, at most PIECE entries."""
     run: list[_Holding] = []
     for holding in holdings:
         if run and (holding.rank != run[0].rank or sum(one.numel for one in run) + holding.numel > PIECE):

@@ -17,19 +17,19 @@ class Joint:
 
     tasks: Sequence[str]
     weights: Sequence[float]
-    """What each task's mean loss is multiplied by."""
+    """Factor of each task's mean loss."""
     shares: Sequence[float] | None
-    """Of a batch's rows, by task; None: as many of each, to one."""
+    """Share of each task in a batch's rows; None means equally many, to one."""
     balance: str
     options: Mapping[str, Any]
-    """Of the balance."""
+    """Options of the balance."""
     granularity: Literal["matrix", "layer", "type", "global"]
     reduce: Literal["sum", "mean"]
     seed: int
 
 
 def joint(settings: Mapping[str, Any], num_rows: Sequence[int]) -> Joint:
-    """From a joint job's settings and how many rows each task has.
+    """The joint training that a job's settings and the tasks' numbers of rows describe.
 
     With a sampling, a task's weight is multiplied by T times its share of the rows: a row counts alike whatever task it
     is of, and in equal shares this changes nothing.

@@ -36,7 +36,7 @@ def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def task_loss_sums(model: nn.Module, batch: Batch) -> Tensor:
-    """As `loss_sum`, for each of the batch's tasks, times its weight: (tasks,), or (1,) where there is one."""
+    """The `loss_sum` of each of the batch's tasks, times its weight: (tasks,), or (1,) where there is one."""
     if batch.tasks is None or batch.weights is None:
         return loss_sum(model, batch).view(1)
     losses = _losses(model, batch)
@@ -67,7 +67,7 @@ def logits_bytes(num_targets: int, vocabulary: int, hidden_bytes: int, *, chunke
 
 
 def _rows(batch: Batch) -> Tensor:
-    """Of each target, in the order of `_losses`."""
+    """Row of each target, in the order of `_losses`."""
     return (batch.labels[:, 1:] != IGNORED).nonzero()[:, 0]
 
 
@@ -97,7 +97,7 @@ _probes: "weakref.WeakKeyDictionary[nn.Module, Probe]" = weakref.WeakKeyDictiona
 
 
 def _known(model: nn.Module) -> Probe:
-    """What is known of the model of transformers that an engine may have wrapped."""
+    """The probe of the model of transformers that an engine may have wrapped."""
     if model not in _probes:
         _probes[model] = probe(_unwrapped(model) or model)
     return _probes[model]

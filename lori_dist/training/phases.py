@@ -18,11 +18,11 @@ class Phase:
     epochs: float | None
     lr: float
     steps_after: int = 0
-    """Of the phase that follows."""
+    """Steps of the phase that follows."""
 
 
 def phases(train: config.Train, density: float, num_rows: int) -> list[Phase]:
-    """What is done, in order: calibrate and train, or only train for a dense adapter."""
+    """The phases of a training, in order: calibrate and train, or only train for a dense adapter."""
 
     def phase(name: str, steps: int | None, epochs: float | None, lr: float, steps_after: int = 0) -> Phase:
         num_steps = data.num_steps(num_rows, train.batch_size, steps, epochs)

@@ -44,9 +44,9 @@ class Conflicts:
     removed: float
     """|sum of the gradients - what was made of them| / |sum of the gradients|; of `mean`, as if it were `sum`."""
     weights: tuple[float, ...]
-    """What each task's gradient was multiplied by, the mean over units; of `mean`, as if it were `sum`."""
+    """Factor of each task's gradient, the mean over units; for `mean`, as if it were `sum`."""
     sent_bytes: int
-    """In the step's exchange: of each whole tensor that was reduced or gathered. 0 on one rank."""
+    """Bytes of the whole tensors that were reduced or gathered in the step's exchange. 0 on one rank."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -62,9 +62,9 @@ class Surgery:
     reduce: Reduce
     seed: int
     state: State = field(default_factory=dict)
-    """Of the balance, after the last step."""
+    """State of the balance after the last step."""
     conflicts: Conflicts | None = None
-    """Of the last step."""
+    """Conflicts of the last step."""
     _exchange: Exchange | None = field(default=None, init=False)
 
     def begin(self, batch: Batch) -> None:
@@ -95,7 +95,7 @@ class Surgery:
         return made
 
     def _losses(self, losses: Sequence[Tensor]) -> Tensor:
-        """Of the step, over all ranks, (tasks,), float64; zeros where the balance does not look at them."""
+        """Losses of the step over all ranks, (tasks,), float64; zeros if the balance does not look at them."""
         if not self.takes_losses:
             return torch.zeros(len(self.tasks), dtype=torch.float64)
         total = torch.stack(list(losses)).sum(0).double()
@@ -140,7 +140,8 @@ def surgery(
     reduce: Reduce = "sum",
     seed: int = 0,
 ) -> Surgery:
-    """For a model with an adapter to train. From here on its backward passes give parameters no gradient.
+    """Prepares a model with an adapter to train for gradients of several tasks. From here on its backward passes give
+    parameters no gradient.
 
     balance: a file of `lori_dist/balances`, or `package.module`. options: of it, by name. granularity: the unit in
     which gradients are compared: each A and B apart, all of a layer, all A and all B, or everything; by default that
@@ -169,7 +170,7 @@ def layers_of(model: nn.Module) -> tuple[str, ...]:
 
 
 def unit_of(name: str, granularity: Granularity) -> str:
-    """In which unit a trained tensor is compared."""
+    """The unit in which a trained tensor's gradients are compared."""
     match granularity:
         case "matrix":
             return name

@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What both phases share."""
+    """The settings and data that both phases share."""
 
     run: Run
     name: str
@@ -59,26 +59,26 @@ class Job:
     fingerprint: str
     still_mine: Callable[[], None]
     track: Callable[[Record], None]
-    """To the run's trackers."""
+    """Passes a record to the run's trackers."""
     progress: Callable[[Record], None]
     told: Told
-    """Of the time that is left."""
+    """Reports the time that is left."""
     examples: Sequence[Sequence[Example]]
-    """Of each task: one, or those of `joint`."""
+    """Examples of each task: one, or those of `joint`."""
     mixture: Sequence[int]
-    """Of one task whose rows are of several files: how many are of each, in their order."""
+    """Numbers of rows in the files of one task, in their order, if there are several."""
     pad_id: int
     origin: Mapping[str, Any]
-    """What the result follows from."""
+    """Settings that the result depends on."""
     joint: Joint | None
     before: Adapter | None
-    """To whose entries those of this one are added."""
+    """Adapter to whose entries this training adds its own."""
     is_disjoint: bool
-    """From the entries of `before`."""
+    """Whether the entries are disjoint from those of `before`."""
     start: Adapter | None
-    """That whose training goes on."""
+    """Adapter from which the training continues."""
     validation: Sequence[Sequence[Example]]
-    """Of each task, for the loss while it trains; none where that is not measured."""
+    """Validation examples of each task; none if the loss on them is not measured."""
 
 
 def make_job(
@@ -93,7 +93,7 @@ def make_job(
     progress: Callable[[Record], None] = lambda record: None,
     told: Told = nothing,
 ) -> Job:
-    """What is to be trained, with its rows read and encoded. Raises ConfigError for rows that cannot be used."""
+    """The job of a training, with its rows read and encoded. Raises ConfigError for rows that cannot be used."""
     check_device(run.model, world.device)
     task: str = planned.settings["task"]
     joint, sequel = planned.settings.get("joint"), planned.settings.get("sequel")
@@ -152,7 +152,7 @@ def _validation(run: Run, tasks: Sequence[str], tokenizer: Any) -> list[list[Exa
 
 
 def _before(run: Run, tasks: Sequence[str]) -> Adapter | None:
-    """What the last of the tasks left: the entries of all of them."""
+    """The adapter that the last of the tasks left, with the entries of all of them."""
     return native.load(run.folder / f"train-{tasks[-1]}" / ADAPTER) if tasks else None
 
 
@@ -172,7 +172,7 @@ def _start(run: Run, task: str) -> Adapter:
 
 
 def phases_of(job: Job) -> list[Phase]:
-    """What is done for a job, in order. Of an adapter whose training goes on, the entries are known."""
+    """The phases of a job, in order. Of an adapter whose training goes on, the entries are known."""
     density = job.run.adapter.density if job.start is None else 1.0
     return phases(job.run.train, density, num_rows(job))
 
@@ -234,7 +234,7 @@ def digest_of(masks: Mapping[str, Tensor] | None) -> str | None:
 
 
 def spec_of(run: Run, task: str) -> Spec:
-    """What a task's adapter is before its training."""
+    """A task's adapter before its training."""
     adapter = run.adapter
     return Spec(
         rank=adapter.rank,
@@ -276,13 +276,12 @@ def rows_of_step(job: Job, phase: Phase, step: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class End:
-    """Where the steps of a phase are, or have ended. Goes into checkpoints: metrics.jsonl is for people, and may be
-    damaged."""
+    """The progress of a phase, or its end. Goes into checkpoints: metrics.jsonl is for people, and may be damaged."""
 
     step: int = 0
     """The last that was done."""
     loss: float | None = None
-    """Of that step."""
+    """Loss of that step."""
     best: Best = field(default_factory=Best)
 
     @classmethod
@@ -296,12 +295,12 @@ class End:
 
 @dataclass(kw_only=True, slots=True)
 class Course:
-    """Where one task is in a phase."""
+    """The state of one task in a phase."""
 
     job: Job
     phase: Phase
     origin: Mapping[str, Any]
-    """What its checkpoints belong to."""
+    """The settings that its checkpoints belong to."""
     num_entries: int
     """Entries that are trained."""
     num_updates: int
@@ -311,7 +310,7 @@ class Course:
     notes: Mapping[str, Any]
     """Notes of the checkpoint from which it resumes."""
     error: LoriError | None = None
-    """What has ended it before its last step."""
+    """Error that ended the task before its last step."""
 
     @property
     def is_active(self) -> bool:
@@ -386,7 +385,7 @@ class Course:
 
 
 def state_of(adapter: Adapter) -> State:
-    """What a training begins with that goes on from an adapter: its values, and no moments."""
+    """The initial state of a training that continues from an adapter: its values, and no moments."""
     [block] = adapter.blocks
     values = {module: block.entries[module].values.float() for module in adapter.shapes if module in block.entries}
     zeros = {module: torch.zeros_like(of_module) for module, of_module in values.items()}

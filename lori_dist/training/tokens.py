@@ -185,7 +185,7 @@ def _described(part: Any) -> dict[str, Any] | None:
 
 
 def _tokens(parts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Ids]:
-    """Of texts, without special tokens around them. Equal texts are tokenised once."""
+    """Tokens of texts, without special tokens around them. Equal texts are tokenised once."""
     unique = list(dict.fromkeys(parts))
     shared: dict[int, int] = {}
     found = {

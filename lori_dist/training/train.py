@@ -34,7 +34,7 @@ from lori_dist.training.trainer import Group, Masks
 from lori_dist.training.world import World, from_first
 
 Outcome = dict[str, Any] | LoriError
-"""What became of a task: its result, or why it has none."""
+"""The outcome of a task: its result, or why it has none."""
 
 log = logging.getLogger(__name__)
 

@@ -83,7 +83,7 @@ class Gradients:
     world: World
     max_norm: float | None
     norms: dict[str, float] = field(default_factory=dict)
-    """Of the last step, before clipping."""
+    """Norms of the last step, before clipping."""
     _exchange: Exchange | None = field(default=None, init=False)
 
     def begin(self, batch: Batch) -> None:
@@ -134,13 +134,13 @@ class Group:
     """A phase of one or several tasks over one base."""
 
     courses: Mapping[str, Course]
-    """Of each task."""
+    """The course of each task."""
     model: PreTrainedModel
     engine: Engine
     routing: Routing | None
     """None where one task has the base for itself."""
     gradients: Surgery | Gradients | None
-    """What makes the gradient of a step, where that is not the sum over the rows."""
+    """Makes the gradient of a step, if it is not the sum over the rows."""
     mfu: flops.Utilisation
 
     @classmethod
@@ -321,7 +321,7 @@ class Group:
         return {task: StepResult(loss=losses[task], grad_norm=self.gradients.norms[task]) for task in active}
 
     def _of_tasks(self, job: Job, result: StepResult) -> Record:
-        """What the record of a joint job has besides."""
+        """Additional entries in the record of a joint job."""
         if job.joint is None:
             return {}
         weighted = zip(job.joint.tasks, result.task_losses, job.joint.weights, strict=True)
@@ -331,7 +331,7 @@ class Group:
         return found
 
     def _after(self, task: str, record: Record) -> None:
-        """What follows a step of a task. Raises JobError where the task ends with it."""
+        """Does what follows a step of a task. Raises JobError where the task ends with it."""
         course = self.courses[task]
         job, num_done = course.job, record["step"]
         if course.divergence.problem is None:
@@ -432,7 +432,7 @@ class Group:
         )
 
     def _balance(self) -> dict[str, Any]:
-        """What a resumed joint job has to know of its balance."""
+        """The state of the balance, which a resumed joint job needs."""
         if not isinstance(self.gradients, Surgery) or not self.gradients.state:
             return {}
         return {"balance": dict(self.gradients.state)}
@@ -446,7 +446,7 @@ class Group:
         self.engine.load(state if self.routing is None else _named(state, adapter))
 
     def _take_best(self, task: str) -> None:
-        """Where a task was to end early: its values with the lowest loss on validation rows."""
+        """Loads the values with the lowest loss on validation rows, for a task that may end early."""
         course = self.courses[task]
         job, best = course.job, course.end.best
         if job.run.train.early_stop is None or best.step == 0:
@@ -459,7 +459,8 @@ class Group:
             course.error = JobError(f"{error}; it has the best values, so delete {job.folder} to train again")
 
     def _announced(self, course: Course) -> str:
-        """For people, at the start of a phase: what is trained, by what, where, and what this rank holds of it."""
+        """The line for people at the start of a phase: what is trained, by what, where, and what this rank holds of
+        it."""
         job = course.job
         world, train, rows = job.world, job.run.train, num_rows(job)
         tokens = sum(example.num_tokens for examples in job.examples for example in examples)
@@ -518,7 +519,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def _surgery(job: Job, model: PreTrainedModel) -> Surgery | None:
-    """What makes one gradient of the tasks', where that is asked for."""
+    """The object that makes one gradient of the tasks', if the run asks for it."""
     joint = job.joint
     if joint is None or joint.balance == "none":
         return None

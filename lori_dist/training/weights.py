@@ -72,7 +72,7 @@ def skeleton(model: config.Model) -> tuple[PreTrainedModel, Weights]:
 
 
 def find_weights(made: PreTrainedModel, model: config.Model) -> "_Files":
-    """Where the model's files have its weights; only their headers are read.
+    """Finds the weights in the model's files; only their headers are read.
 
     Raises ConfigError if they cannot be read, lack a weight, or have one of another shape.
     """
@@ -220,7 +220,7 @@ class _Conversion:
         return self._convert(model, [read(where) for _, _, where in self.sources])
 
     def rows_of(self, model: PreTrainedModel) -> list[dict[Stored, int]]:
-        """Of each matrix of the 3-D tensor that these become: the tensors that are rows of it, and where they begin.
+        """For each matrix of the 3-D tensor that these become, the tensors that are rows of it, and where they begin.
 
         One column of numbers is converted instead of each tensor, which shows what becomes of its rows.
         """
