@@ -257,9 +257,11 @@ class Group:
         of_all = {task: rates.get(task, 0.0) for task in self.courses}
         lr = of_all[active[0]] if self.routing is None else of_all
         if self.gradients is None:
-            self.engine.step(batches, num_targets=num_targets, lr=lr, accept=accept)
+            result = self.engine.step(batches, num_targets=num_targets, lr=lr, accept=accept)
         else:
-            self.engine.step(batches, num_targets=1, lr=lr, tasks=self.gradients, accept=accept)
+            result = self.engine.step(batches, num_targets=1, lr=lr, tasks=self.gradients, accept=accept)
+        if not results:  # an engine of the user's own may do every step without asking
+            results.update(self._results(result, active))
         seconds = time.monotonic() - start
         lengths = {
             task: [course.job.examples[which][row].num_tokens for which, row in rows[task]]
