@@ -32,8 +32,8 @@ with progress.of_run() as show:
 """
 EVALUATION = """
 from lori_dist import progress
-with progress.of_evaluation(("base", "merged")) as show:
-    show("merged", "loss of math", 1, 3)
+with progress.of_evaluation() as show:
+    show("merged: loss of math", 4, 6)
 """
 
 

@@ -5,6 +5,7 @@ So A and B of an expert are those of a linear layer whose path is that of the we
 """
 
 import contextlib
+import itertools
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -64,7 +65,7 @@ class AdaptedExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.base, self.module = base, module
-        self.first = (next(iter(layers.values())),)  # in a tuple, so that it is no submodule of this one
+        self.first = tuple(itertools.islice(layers.values(), 1))  # in a tuple, so that it is no submodule of this one
         for projection in projections(base):
             chosen = {str(number): layer for (name, number), layer in layers.items() if name == projection}
             if chosen:  # as a child whose path is the weight's own
@@ -98,6 +99,8 @@ class AdaptedExperts(nn.Module):
 
     def router(self) -> Routing | PerTask | None:
         """The routing that distinguishes the tokens of several adapters, or of several tasks."""
+        if not self.first:
+            return None
         [first] = self.first
         if isinstance(first, RoutedLinear):
             return first.routing
