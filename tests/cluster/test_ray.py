@@ -271,7 +271,8 @@ def test_only_what_is_missing_is_done_again(story: Story) -> None:
 def test_the_summary_has_every_adapter_merge_and_evaluation(story: Story) -> None:
     summary = json.loads((story.run.folder / "summary.json").read_text())
     assert summary == story.again
-    assert list(summary) == ["run", "jobs", "needs", "adapters", "merges", "evaluation", "fingerprints", "report"]
+    results = ["adapters", "merges", "evaluation", "intervals"]
+    assert list(summary) == ["run", "jobs", "needs", *results, "fingerprints", "report"]
     for task in ("copy", "reverse"):
         made = summary["adapters"][task]
         adapter = native.load(Path(made["path"]))
