@@ -70,7 +70,10 @@ def plain(value: Any) -> Any:
 
 def fingerprinted(section: Any) -> dict[str, Any]:
     """The keys of a section that are part of fingerprints, with their values as plain values."""
-    default = {item.name: item.default for item in fields(section)}
+    default = {
+        item.name: item.default_factory() if callable(item.default_factory) else item.default
+        for item in fields(section)
+    }
     return {
         name: plain(getattr(section, name))
         for name, key in keys(section.__class__).items()

@@ -920,3 +920,7 @@ def test_any_override_ends_in_a_run_or_an_error_that_names_it(place: Path) -> No
             assert all(": " in line for line in str(error).split("\n"))
             assert len(str(error)) < 10 * len(override) + 10_000
         assert time.process_time() - start < 2, override[:100]
+
+
+def test_keys_that_are_not_set_are_in_no_fingerprint_if_they_came_later() -> None:
+    assert config.fingerprinted(config.Template()) == {"prompt": "{prompt}", "response": "{response}"}
