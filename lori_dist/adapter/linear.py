@@ -436,24 +436,24 @@ class RoutedLinear(AdaptedLinear):
         y: Tensor = self.base(x)
         if self.folded is not None:
             return y
+        # In the same order on all ranks, whatever rows each has: engines gather and reduce parameters in this order.
+        tensors = {number: (delta.values, delta.held_a) for number, delta in enumerate(self.deltas)}
         uses = tuple(
             Use(number=number, tokens=segment.tokens)
             for segment in self.routing.segments(self.module, x)
             for number, delta in enumerate(self.deltas)
             if self.owners[number] == segment.adapter and not delta.is_empty
         )
+        used = {use.number for use in uses}
         if not self.routing.collects:
-            used = {use.number for use in uses}
-            uses += tuple(
-                Use(number=number, tokens=slice(0, 0))
-                for number, delta in enumerate(self.deltas)
-                if number not in used and any(parameter.requires_grad for parameter in delta.parameters())
-            )
-        if not uses:
+            used |= {
+                number for number, pair in tensors.items() if any(one is not None and one.requires_grad for one in pair)
+            }
+        if not used:
             return y
-        held = [tensor for use in uses for tensor in (self.deltas[use.number].values, self.deltas[use.number].held_a)]
+        numbers = tuple(sorted(used))
         apply = cast(Callable[..., Tensor], _Routed.apply)
-        return apply(x, y, self, uses, *held)
+        return apply(x, y, self, uses, numbers, *(tensor for number in numbers for tensor in tensors[number]))
 
     def add_gradient(self, number: int, gradient: Tensor, *, of_projection: bool = False) -> None:
         """Adds to what an update's parameter has got in this step. gradient: flat."""
@@ -481,14 +481,16 @@ class _Routed(torch.autograd.Function):
         y: Tensor,  # (..., out_features); its dtype is the one computed in
         layer: RoutedLinear,
         uses: tuple[Use, ...],
-        *held: Tensor | None,  # of each use: values and A; None: there are none in memory
+        numbers: tuple[int, ...],  # of the updates whose tensors follow, those of all uses among them
+        *tensors: Tensor | None,  # of each of them: values and A; None: there are none in memory
     ) -> Tensor:
         deltas = [layer.deltas[use.number] for use in uses]
+        held = _of_uses(uses, numbers, tensors)
         flat, rows = _rows(x), _rows(y)
         made: Tensor
         reduced: list[Tensor]
-        trains_a = any(ctx.needs_input_grad[5::2])
-        ctx.layer, ctx.uses, ctx.x_dtype, ctx.x_shape = layer, uses, x.dtype, x.shape
+        trains_a = any(ctx.needs_input_grad[6::2])
+        ctx.layer, ctx.uses, ctx.numbers, ctx.x_dtype, ctx.x_shape = layer, uses, numbers, x.dtype, x.shape
         ctx.is_even = _is_even(uses, deltas, len(rows), held[1::2])
         if ctx.is_even:
             a, b = _stacked(deltas, held, y.dtype)
@@ -499,17 +501,17 @@ class _Routed(torch.autograd.Function):
             for use, delta, values, own_a in zip(uses, deltas, held[::2], held[1::2], strict=True):
                 reduced.append(_down(flat[use.tokens].to(y.dtype), own_a, delta.recipe))
                 made[use.tokens].addmm_(reduced[-1], delta.dense_b(values, y.dtype).t(), alpha=delta.scale)
-        ctx.save_for_backward(x if trains_a else None, *reduced, *held)
+        ctx.save_for_backward(x if trains_a else None, *reduced, *tensors)
         return shaped(made, y.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        layer, uses = ctx.layer, ctx.uses
+        layer, uses, numbers = ctx.layer, ctx.uses, ctx.numbers
         x, *saved = ctx.saved_tensors
         count = 1 if ctx.is_even else len(uses)
-        reduced, held = saved[:count], saved[count:]
-        (needs_x, needs_y), needs = ctx.needs_input_grad[:2], ctx.needs_input_grad[4:]
+        reduced, held = saved[:count], _of_uses(uses, numbers, saved[count:])
+        (needs_x, needs_y), needs = ctx.needs_input_grad[:2], ctx.needs_input_grad[5:]
         deltas, rows = [layer.deltas[use.number] for use in uses], _rows(grad)
         of_reduced: Sequence[Tensor]  # of each use, the gradient of A x, (tokens, rank)
         of_b: Sequence[Tensor] = ()  # and of B, flat
@@ -531,30 +533,46 @@ class _Routed(torch.autograd.Function):
                 of_b = [(o.t() @ r).view(-1) for o, r in zip(own, reduced, strict=True)]
             if needs_x:
                 grad_x = rows.new_zeros(len(rows), ctx.x_shape[-1])
-                for use, delta, of_one, a in zip(uses, deltas, of_reduced, held[1::2], strict=True):
-                    grad_x[use.tokens] += _up(of_one, a, delta.recipe)
-        grads: list[Tensor | None] = []
+                for use, delta, of_one, own_a in zip(uses, deltas, of_reduced, held[1::2], strict=True):
+                    grad_x[use.tokens] += _up(of_one, own_a, delta.recipe)
+        grads: list[Tensor | None] = [None] * len(needs)
+
+        def add(use: Use, place: int, gradient: Tensor) -> None:
+            if layer.routing.collects:
+                layer.add_gradient(use.number, gradient, of_projection=place % 2 == 1)
+            else:
+                before = grads[place]
+                grads[place] = gradient if before is None else before + gradient
+
         for n, (use, delta) in enumerate(zip(uses, deltas, strict=True)):
-            of_values = of_projection = None
-            if needs[2 * n]:
+            place = 2 * numbers.index(use.number)
+            if needs[place]:
                 picked = of_b[n] if delta.index is None else of_b[n].index_select(0, delta.index)
-                of_values = picked.float().mul_(delta.scale)
-            if needs[2 * n + 1]:
+                add(use, place, picked.float().mul_(delta.scale))
+            if needs[place + 1]:
                 made = of_reduced[n].t() @ _rows(x)[use.tokens].to(grad.dtype)
-                of_projection = made.float().view(-1)
-            grads += [of_values, of_projection]
-        if layer.routing.collects:
-            for n, gradient in enumerate(grads):
-                if gradient is not None:
-                    layer.add_gradient(uses[n // 2].number, gradient, of_projection=n % 2 == 1)
-            grads = [None] * len(held)
+                add(use, place + 1, made.float().view(-1))
+        for place, is_needed in enumerate(needs) if not layer.routing.collects else ():
+            if is_needed and grads[place] is None:  # no row of this rank meets it
+                delta = layer.deltas[numbers[place // 2]]
+                grads[place] = grad.new_zeros(
+                    delta.rank * delta.in_features if place % 2 else delta.kept, dtype=torch.float32
+                )
         if grad_x is not None:
             grad_x = grad_x.to(ctx.x_dtype).view(ctx.x_shape)
-        return grad_x, grad if needs_y else None, None, None, *grads
+        return grad_x, grad if needs_y else None, None, None, None, *grads
+
+
+def _of_uses(uses: Sequence[Use], numbers: Sequence[int], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Values and A of each use, one after the other."""
+    places = [2 * numbers.index(use.number) for use in uses]
+    return [tensor for place in places for tensor in tensors[place : place + 2]]
 
 
 def _is_even(uses: Sequence[Use], deltas: Sequence[Delta], num_rows: int, projections: Sequence[Tensor | None]) -> bool:
     """Whether a batched product does them all: equal parts of all tokens, with an A in memory and one rank."""
+    if not uses:
+        return False
     size = num_rows // len(uses)
     return (
         all(
