@@ -26,7 +26,8 @@ def requests(subject: Subject, *, with_end: bool = False) -> list[Likelihood] | 
 
 
 def rows(subject: Subject, answers: Sequence[Answer], length: Callable[[str], float] = lambda label: 1.0) -> list[Row]:
-    """For each row, whether its own label has the highest log-likelihood after the prompt, over the label's length.
+    """The score of each row: whether its own label has the highest log-likelihood after the prompt, over the label's
+    length.
 
     length: of a label's text, without the blanks it begins with. Of equally likely labels, the first counts.
     """

@@ -24,8 +24,8 @@ class Pass:
 
 
 def passes_of(model: PreTrainedModel, adapters: Mapping[str, Adapter], names: Sequence[str]) -> list[Pass]:
-    """As few passes as possible: one for each adapter that rows cannot be routed to, then one for all others with the
-    base.
+    """The passes over the base, as few as possible: one for each adapter that rows cannot be routed to, then one for
+    all others with the base.
 
     names: of all models; those without an adapter are the base.
     """

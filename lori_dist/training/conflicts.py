@@ -1,5 +1,5 @@
-"""What joint training says of conflicts between tasks: as a part of a step's record, as a line of a file of its own,
-and at the end, for people, over all steps."""
+"""Figures of conflicts between tasks in joint training: in a step's record, in a line of a file of its own, and at the
+end, for people, over all steps."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean

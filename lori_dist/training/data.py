@@ -471,7 +471,7 @@ def _shares(total: int, shares: tuple[float, ...]) -> tuple[int, ...]:
 def _draws(
     total: int, counts: tuple[int, ...], seed: int, epoch: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """For each place in an epoch, its file, and how many of the epoch's rows before it are of the same file."""
+    """The file of each place in an epoch, and how many of the epoch's rows before it are of the same file."""
     file = np.repeat(np.arange(len(counts)), counts)[_permutation(total, seed, epoch)]
     drawn = np.empty(total, dtype=np.int64)
     for which, count in enumerate(counts):

@@ -130,8 +130,8 @@ def _chunk_size(vocabulary: int) -> int:
 def _head_losses(
     model: nn.Module, inputs: dict[str, Any], head: nn.Linear, predicts: Tensor, targets: Tensor
 ) -> Tensor:
-    """As `_losses`. The head computes them when the model calls it, in the place of logits: engines gather its weight
-    for that call alone, and their hooks see what a forward pass returns."""
+    """The losses as `_losses` gives them. The head computes them instead of logits when the model calls it: engines
+    gather its weight for that call alone, and their hooks see what a forward pass returns."""
     exact: list[Tensor] = []
 
     def forward(hidden: Tensor) -> Tensor:

@@ -146,9 +146,9 @@ def _by_offsets(rows: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> Ite
 
 
 def _by_prefix(rows: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Ids, Ids]]:
-    """For tokenizers in Python, which know no offsets: what the prompt alone and the whole text have in common is the
-    prompt's. Where the tokens of prompt and response apart are the text exactly, these are taken, as for byte-level
-    tokenizers."""
+    """Yields the tokens of prompt and response for tokenizers in Python, which know no offsets. The common start of the
+    tokens of the prompt alone and of the whole text is the prompt's. Where the tokens of prompt and response apart are
+    the text exactly, these are taken, as for byte-level tokenizers."""
     wholes = _tokens([prompt + response for prompt, response in rows], tokenizer)
     prompts, responses = (_tokens([row[part] for row in rows], tokenizer) for part in (0, 1))
     for (prompt, response), whole, alone, after in zip(rows, wholes, prompts, responses, strict=True):
@@ -206,7 +206,7 @@ def _encoded(parts: Sequence[str], tokenizer: PreTrainedTokenizerBase, **options
 
 
 def _ints(ids: Sequence[int], shared: dict[int, int]) -> Ids:
-    """With one int object a token of the vocabulary, not one a token of the text."""
+    """The tokens with one int object for each token of the vocabulary, not one for each of the text."""
     return tuple(shared.setdefault(token, token) for token in ids)
 
 

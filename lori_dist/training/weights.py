@@ -220,7 +220,7 @@ class _Conversion:
         return self._convert(model, [read(where) for _, _, where in self.sources])
 
     def rows_of(self, model: PreTrainedModel) -> list[dict[Stored, int]]:
-        """For each matrix of the 3-D tensor that these become, the tensors that are rows of it, and where they begin.
+        """The tensors that are rows of each matrix of the 3-D tensor that these become, and where they begin.
 
         One column of numbers is converted instead of each tensor, which shows what becomes of its rows.
         """
