@@ -46,6 +46,8 @@ def merge(
     # In one order, whatever that of the adapters is: rounding would grow with the sweeps.
     order = sorted(range(len(updates)), key=lambda place: updates[place].name)
     u, v, cores = in_core_space([updates[place] for place in order])
+    if not cores[0].numel():  # no adapter keeps anything here
+        return [in_row_space(updates, u @ cores[0], v.t())]
     share = torch.tensor([weights[place] for place in order], dtype=torch.float64)
     left, right, numbers = _decomposed(torch.stack(cores), rank, sweeps, tolerance)
     return [in_row_space(updates, u @ (left * (share @ numbers)), (v @ right).t())]

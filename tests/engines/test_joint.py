@@ -30,7 +30,7 @@ WAYS = {
     "dense, by layer": Way(density=None, granularity="layer"),
     "A trained, by type, in place": Way(density=None, a="trained", granularity="type", projection="in_place"),
     "A trained, mean": Way(density=0.3, a="trained", reduce="mean"),
-    "global": Way(granularity="global"),
+    "global": Way(granularity="global", density=0.3, a="trained"),
     "plain": Way(balance="none", density=None, a="trained"),
     **{name: Way(balance=name, granularity="global", density=0.3, a="trained") for name in ("nash", "gradnorm")},
 }

@@ -67,7 +67,7 @@ def test_a_model_is_measured_as_lm_eval_measures_its_export(run: config.Run, tmp
     )["results"]
     assert found["choosing"]["lm_eval/acc"] == there["choosing"]["acc,none"]
     assert found["writing"]["lm_eval/exact_match/first"] == there["writing"]["exact_match,first"]
-    several = dict(evaluate_all(run, {"base": None, "adapter": adapter}))
+    several = {name: one.values for name, one in evaluate_all(run, {"base": None, "adapter": adapter}).items()}
     assert several["adapter"] == found
     assert several["base"] == evaluate(run, None)
     assert several["base"]["choosing"] != found["choosing"]

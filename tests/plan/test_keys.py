@@ -115,6 +115,7 @@ CANNOT_MATTER: dict[str, tuple[list[str], str]] = {
     "adapter.seed": (["adapter.seed=5"], "another A of the same size"),
     "adapter.share_projection": (["adapter.share_projection=true"], "each adapter over a base has its copy of A"),
     "train.lr": (["train.lr=0.1"], "a number in the optimizer"),
+    "evaluate.engine": (["evaluate.engine=ddp"], "evaluation is planned as if one device held the base"),
     "train.schedule": (["train.schedule=cosine"], "a number in the optimizer"),
     "train.warmup_steps": (["train.warmup_steps=1"], "a number in the optimizer"),
     "train.weight_decay": (["train.weight_decay=0.1"], "a number in the optimizer"),
@@ -349,14 +350,15 @@ def mark(key: str) -> config.Fingerprint | None:
             },
         ),
         ("deepspeed", "train.engine", {"stage": 1, "hpz": 2, "offload": True, "config": "{ds_config}"}),
-        ("joint", "multitask", {"projection": "none"}),
+        ("joint", "multitask", {"projection": "none", "balance": "none"}),
     ],
 )
 def test_options_of_methods_reach_the_plan(
     chosen: str, path: str, values: dict[str, Any], places: dict[str, str], usual: dict[Any, Any]
 ) -> None:
     neutral = {
-        "joint": {"granularity", "reduce", "seed", "weights"},  # sums, units and factors of the same gradients
+        # Sums, units and factors of the same gradients; shares of tasks whose rows are alike here.
+        "joint": {"granularity", "reduce", "seed", "weights", "sampling", "temperature", "cap"},
         "fsdp": {"output_dtype", "pin_memory"},  # a cast that the next block does anyway; how the host keeps its shards
     }.get(chosen, set())
     values = {key: places["ds_config"] if value == "{ds_config}" else value for key, value in values.items()}
