@@ -13,8 +13,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from lori_dist.adapter.linear import is_product, is_quantized
+from lori_dist.adapter.linear import AdaptedLinear, RoutedLinear, is_product, is_quantized
 from lori_dist.adapter.probe import Probe, probe
+from lori_dist.adapter.saved import RoutedModule
 from lori_dist.training.data import IGNORED, Batch
 
 CHUNK = 2**24
@@ -83,7 +84,7 @@ def _losses(model: nn.Module, batch: Batch) -> Tensor:
     predicts = functional.pad(is_target, (0, 1))  # (rows, length): tokens before a target
     if (head := _frozen_head(model)) is not None:
         return _head_losses(model, inputs, head, predicts, targets)
-    if _known(model).keeps_logits and batch.tasks is None:  # else the head has to know whose tokens it sees
+    if _known(model).keeps_logits and not (batch.tasks is not None and _head_has_tasks(model)):
         logits = model(**inputs, logits_to_keep=predicts).logits
     else:
         logits = model(**inputs).logits[predicts]
@@ -120,6 +121,15 @@ def _frozen_head(model: nn.Module) -> nn.Linear | None:
     if not is_plain or any(parameter.requires_grad for parameter in head.parameters()):
         return None
     return head
+
+
+def _head_has_tasks(model: nn.Module) -> bool:
+    """Whether the head computes each task's tokens in its own way, so that it has to see all tokens of all rows."""
+    inner = _unwrapped(model)
+    head = None if inner is None else inner.get_output_embeddings()
+    if isinstance(head, AdaptedLinear):
+        return isinstance(head, RoutedLinear) or any(delta.per_task is not None for delta in head.deltas)
+    return isinstance(head, RoutedModule)
 
 
 def _chunk_size(vocabulary: int) -> int:

@@ -95,7 +95,7 @@ def pickle_weights(folder: Path) -> None:
             lambda folder: edit(folder, vocab_size=65),
             "lack 2 tensors of the shape config.json asks for (lm_head.weight, ",
         ),
-        (shutil.rmtree, "cannot be loaded"),
+        (shutil.rmtree, "there is no config.json in "),
     ],
 )
 def test_a_base_that_cannot_be_loaded_whole_is_refused(
