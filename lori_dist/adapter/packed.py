@@ -22,7 +22,7 @@ def attach(
     """Puts an adapter to train for each name on a model, in place, whose base is frozen.
 
     what: by name; adapters continue from their values. masks: name -> module path -> (out_features, rank) bool;
-    without masks all entries of B exist. Returns what is to be told of each batch.
+    without masks all entries of B exist. Returns the routing, whose `begin` is called before each batch.
     Raises AdapterError as `attach.attach`, and where modules_to_save differ.
     """
     refuse_adapted(model)

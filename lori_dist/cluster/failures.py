@@ -73,7 +73,7 @@ ends all."""
 PASS_ON_S = 0.5
 """Seconds for which a rank that has notified the others stays, so that rank 0 can pass the notice on."""
 
-Told = Callable[[BaseException], tuple[str, int] | None]
+Explain = Callable[[BaseException], tuple[str, int] | None]
 
 
 # --- why a rank died --------------------------------------------------------------------------------------------------
@@ -209,11 +209,11 @@ def is_stop(failure: Failure) -> bool:
 
 
 @contextmanager
-def member(told: Told) -> Iterator[Callable[["World"], None]]:
+def member(explain: Explain) -> Iterator[Callable[["World"], None]]:
     """Surrounds all that a rank does. Yields the function that every rank calls once the process group exists.
 
-    told: the message and the exit code for an error raised on purpose, None for any other. Where a launcher has started
-    several ranks, nothing leaves this: the process ends here, well or not. A single process sees nothing of it.
+    explain: the message and the exit code for an error raised on purpose, None for any other. Where a launcher has
+    started several ranks, nothing leaves this: the process ends here, well or not. A single process sees nothing of it.
     """
     try:
         place = rendezvous(os.environ)
@@ -222,7 +222,7 @@ def member(told: Told) -> Iterator[Callable[["World"], None]]:
     if place is None or place["WORLD_SIZE"] == "1":
         yield lambda world: None
         return
-    own = Member(int(place["RANK"]), int(place["WORLD_SIZE"]), int(place["LOCAL_RANK"]), told)
+    own = Member(int(place["RANK"]), int(place["WORLD_SIZE"]), int(place["LOCAL_RANK"]), explain)
     try:
         yield own.watch
     except BaseException as error:
@@ -233,8 +233,8 @@ def member(told: Told) -> Iterator[Callable[["World"], None]]:
 class Member:
     """One rank of several that a launcher has started, and how it ends."""
 
-    def __init__(self, rank: int, size: int, local_rank: int, told: Told) -> None:
-        self.rank, self.size, self.local_rank, self.told = rank, size, local_rank, told
+    def __init__(self, rank: int, size: int, local_rank: int, explain: Explain) -> None:
+        self.rank, self.size, self.local_rank, self.explain = rank, size, local_rank, explain
         self.peers: Peers | None = None
         self.is_ending = False
         self.is_stopped = False
@@ -267,9 +267,9 @@ class Member:
 
     def _account_for(self, error: BaseException) -> int:
         """Prints what is to be printed. Returns the exit code."""
-        told = self.told(error)
-        if told is not None:
-            message, code = told
+        explained = self.explain(error)
+        if explained is not None:
+            message, code = explained
             if self._was_said(message):
                 self._await_stop(HOLD_S)
             else:

@@ -49,7 +49,7 @@ def _train(
         history = History(attempt.partial, attempt.number)
         history.begin(workers=world.size)
     try:
-        with preemption.of_process(run.train.time_limit) as told:
+        with preemption.of_process(run.train.time_limit) as stop_request:
             result = train(
                 run,
                 task,
@@ -58,7 +58,7 @@ def _train(
                 fingerprint=job.fingerprint,
                 still_mine=attempt.check,
                 progress=progress,
-                told=told,
+                stop_request=stop_request,
                 joint=job.settings.get("joint"),
                 sequel=job.settings.get("sequel"),
             )

@@ -24,7 +24,7 @@ from lori_dist.jobs import Job
 from lori_dist.training.metrics import recorded
 
 if TYPE_CHECKING:
-    from lori_dist.training.preemption import Told
+    from lori_dist.training.preemption import StopRequest
 
 PUSH_SECONDS = 1.0
 LOOK_SECONDS = 2.0
@@ -45,7 +45,7 @@ class Assignment:
 
 def train_rank(assignment: Assignment) -> dict[str, Any]:
     """Does one rank of a training, in a process of a gang. Returns the training's result."""
-    with working([assignment], int(os.environ["RANK"])) as run, _listening() as told:
+    with working([assignment], int(os.environ["RANK"])) as run, _listening() as stop_request:
         import torch
 
         from lori_dist.training.train import train
@@ -60,7 +60,7 @@ def train_rank(assignment: Assignment) -> dict[str, Any]:
             fingerprint=assignment.job.fingerprint,
             still_mine=assignment.attempt.check,
             progress=_pushing(run, [assignment]),
-            told=told,
+            stop_request=stop_request,
             joint=assignment.job.settings.get("joint"),
             sequel=assignment.job.settings.get("sequel"),
         )
@@ -72,7 +72,7 @@ def train_ranks(assignments: Sequence[Assignment]) -> dict[str, Any]:
     What the process writes goes to the log of the first.
     """
     rank = int(os.environ["RANK"])
-    with working(assignments, rank) as run, _listening() as told, contextlib.ExitStack() as stack:
+    with working(assignments, rank) as run, _listening() as stop_request, contextlib.ExitStack() as stack:
         import torch
 
         from lori_dist.training.task import make_job
@@ -93,7 +93,7 @@ def train_ranks(assignments: Sequence[Assignment]) -> dict[str, Any]:
                 still_mine=assignment.attempt.check,
                 track=stack.enter_context(tracked(run, assignment.job.name)),
                 progress=push if assignment is assignments[0] else lambda record: None,
-                told=told,
+                stop_request=stop_request,
             )
 
         outcomes = train_together({one.job.settings["task"]: make(one) for one in assignments}, world)
@@ -104,7 +104,7 @@ def train_ranks(assignments: Sequence[Assignment]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _listening() -> Iterator["Told"]:
+def _listening() -> Iterator["StopRequest"]:
     """Yields what a rank asks after each step: whether its driver wants it to save and end, or Ray to save as its node
     goes."""
     import ray
@@ -124,21 +124,21 @@ def _listening() -> Iterator["Told"]:
             except Exception as error:  # it may be restarting; what ends with the node is done again elsewhere
                 log.debug("it is unknown whether this node will be preempted", exc_info=error)
 
-    was_told = False
+    was_requested = False
 
-    def told() -> Notice:
-        nonlocal was_told
+    def stop_request() -> Notice:
+        nonlocal was_requested
         if context.is_canceled():
             return Notice.RUN
-        if was_told or not is_leaving.is_set():
+        if was_requested or not is_leaving.is_set():
             return Notice.NONE
-        was_told = True
+        was_requested = True
         return Notice.NODE
 
     if os.environ["LOCAL_RANK"] == "0":  # one for all of a node
         threading.Thread(target=look, name="leaving", daemon=True).start()
     try:
-        yield told
+        yield stop_request
     finally:
         ended.set()
 

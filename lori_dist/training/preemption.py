@@ -29,8 +29,8 @@ class Notice(enum.IntEnum):
     RUN = 4
 
 
-Told = Callable[[], Notice]
-"""Called after each step."""
+StopRequest = Callable[[], Notice]
+"""Gives the request to stop that has come, if any. It is called after each step."""
 
 WHY = {
     Notice.TIME_LIMIT: "train.time_limit has passed",
@@ -62,24 +62,24 @@ def preempted(notice: Notice, saved: Mapping[str, tuple[int, int, str]]) -> Pree
 
 
 @contextlib.contextmanager
-def of_process(limit: float | None) -> Iterator[Told]:
+def of_process(limit: float | None) -> Iterator[StopRequest]:
     """The stop requests to this process: SIGTERM, which batch systems and launchers send ahead of the end, or a limit.
 
     limit: seconds from the start of the process; None: none. SIGTERM does nothing else meanwhile.
     """
     came = threading.Event()
 
-    def told() -> Notice:
+    def stop_request() -> Notice:
         if came.is_set():
             return Notice.SIGNAL
         return Notice.TIME_LIMIT if limit is not None and age() > limit else Notice.NONE
 
     if threading.current_thread() is not threading.main_thread():  # where no handler can be set
-        yield told
+        yield stop_request
         return
     before = signal.signal(signal.SIGTERM, lambda number, frame: came.set())
     try:
-        yield told
+        yield stop_request
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: one set by C code
 

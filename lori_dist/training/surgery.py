@@ -51,7 +51,7 @@ class Conflicts:
 
 @dataclass(kw_only=True, slots=True)
 class Surgery:
-    """Told of each batch of a step, it gives the step's gradient, and leaves what it found in `conflicts`."""
+    """Gets each batch of a step, gives the step's gradient, and leaves its findings in `conflicts`."""
 
     tasks: tuple[str, ...]
     per_task: PerTask

@@ -33,7 +33,7 @@ from lori_dist.training.joint import rows_of_step as joint_rows
 from lori_dist.training.metrics import METRICS, Record
 from lori_dist.training.model import check_base, check_device, load_tokenizer
 from lori_dist.training.phases import CALIBRATE, TRAIN, Phase, phases
-from lori_dist.training.preemption import Told, nothing
+from lori_dist.training.preemption import StopRequest, nothing
 from lori_dist.training.schedule import learning_rate
 from lori_dist.training.surgery import layers_of
 from lori_dist.training.trackers import forget
@@ -61,8 +61,8 @@ class Job:
     track: Callable[[Record], None]
     """Passes a record to the run's trackers."""
     progress: Callable[[Record], None]
-    told: Told
-    """Reports the time that is left."""
+    stop_request: StopRequest
+    """Gives the request to stop that has come since, if any."""
     examples: Sequence[Sequence[Example]]
     """Examples of each task: one, or those of `joint`."""
     mixture: Sequence[int]
@@ -91,7 +91,7 @@ def make_job(
     still_mine: Callable[[], None] = lambda: None,
     track: Callable[[Record], None] = lambda record: None,
     progress: Callable[[Record], None] = lambda record: None,
-    told: Told = nothing,
+    stop_request: StopRequest = nothing,
 ) -> Job:
     """The job of a training, with its rows read and encoded. Raises ConfigError for rows that cannot be used."""
     check_device(run.model, world.device)
@@ -114,7 +114,7 @@ def make_job(
         still_mine=still_mine,
         track=track,
         progress=progress,
-        told=told,
+        stop_request=stop_request,
         examples=examples,
         mixture=[] if len(rows[tasks[0]]) == 1 else [len(part) for part in rows[tasks[0]]],
         pad_id=data.pad_id(tokenizer),

@@ -15,7 +15,7 @@ from lori_dist.jobs import joint_job, train_job
 from lori_dist.training import checkpoint
 from lori_dist.training.metrics import Record
 from lori_dist.training.phases import CALIBRATE, Phase
-from lori_dist.training.preemption import Told, nothing
+from lori_dist.training.preemption import StopRequest, nothing
 from lori_dist.training.task import (
     ADAPTER,
     CALIBRATED,
@@ -48,7 +48,7 @@ def train(
     fingerprint: str,
     still_mine: Callable[[], None] = lambda: None,
     progress: Callable[[Record], None] = lambda record: None,
-    told: Told = nothing,
+    stop_request: StopRequest = nothing,
     joint: Mapping[str, Any] | None = None,
     sequel: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -59,15 +59,15 @@ def train(
 
     folder: on storage that all ranks see; an earlier attempt's calibration and checkpoints in it are continued.
     fingerprint: of all that determines the result; files of another one are refused. still_mine: called before each
-    write, raises JobError where a newer attempt has taken over. progress: gets each step's record, on rank 0. told:
-    asked after each step whether to end; where any rank is told so, all save and end. joint: how tasks are trained
-    together, in the place of the one, which is then the adapter's name; as `Joint` takes it.
+    write, raises JobError where a newer attempt has taken over. progress: gets each step's record, on rank 0.
+    stop_request: asked after each step whether to end; if it says so on any rank, all save and end. joint: how tasks
+    are trained together instead of the one, which is then the adapter's name; as `Joint` takes it.
     sequel: `before`, the tasks that were trained one after another, to whose entries those of this one are added, and
     `masks`: whether these may be anywhere (independent) or where none of theirs are (disjoint).
     Returns kept, total, bytes, steps, loss (of the last step), seconds (of this attempt) and, where tasks' gradients
     were projected, conflicts; where a validation loss chose them, best, its step and loss.
     Raises ConfigError for rows or a model that cannot be used, JobError if ranks disagree or the loss diverges,
-    Preempted if it was told to end.
+    Preempted if it was asked to end.
     Source: LoRI (arXiv 2504.07448), section 3, but for A, which the authors' code draws again for the second phase.
     """
     start = time.monotonic()
@@ -82,7 +82,7 @@ def train(
             still_mine=still_mine,
             track=track,
             progress=progress,
-            told=told,
+            stop_request=stop_request,
         )
         outcome = _trained({job.task: job}, start)[job.task]
     if isinstance(outcome, LoriError):

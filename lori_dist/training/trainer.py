@@ -406,7 +406,7 @@ class Group:
         if not courses or all(course.phase.name == TRAIN and not course.is_active for course in courses):
             return
         job = courses[0].job
-        notice = of_any(job.told(), job.world)
+        notice = of_any(job.stop_request(), job.world)
         if notice:
             for course in courses:
                 if not course.is_saved():  # else it has just been

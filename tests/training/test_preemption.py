@@ -18,7 +18,7 @@ from lori_dist.errors import ConfigError, Preempted
 from lori_dist.formats import native
 from lori_dist.jobs import train_job
 from lori_dist.training.metrics import Record
-from lori_dist.training.preemption import Notice, Told, of_process
+from lori_dist.training.preemption import Notice, StopRequest, of_process
 from lori_dist.training.task import make_job
 from lori_dist.training.train import train_together
 from lori_dist.training.world import from_environment
@@ -121,7 +121,7 @@ def test_at_its_time_limit_a_training_has_done_a_step_and_goes_on_from_it(run: R
     assert torch.equal(values(short), values(whole))
 
 
-def pack(run: Run, told: Told) -> list[str] | str:
+def pack(run: Run, stop_request: StopRequest) -> list[str] | str:
     def make(task: str) -> Any:
         job = train_job(run, task)
         return lambda: make_job(
@@ -130,7 +130,7 @@ def pack(run: Run, told: Told) -> list[str] | str:
             from_environment(),
             run.folder / job.name,
             fingerprint=job.fingerprint,
-            told=told,
+            stop_request=stop_request,
         )
 
     try:
@@ -165,10 +165,10 @@ def test_packed_trainings_save_all_of_their_tasks(run: Run, tmp_path: Path) -> N
 
 def test_a_signal_is_for_the_training_alone() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with of_process(None) as told:
-        assert told() is Notice.NONE
+    with of_process(None) as stop_request:
+        assert stop_request() is Notice.NONE
         os.kill(os.getpid(), signal.SIGTERM)
-        assert told() is Notice.SIGNAL
+        assert stop_request() is Notice.SIGNAL
     assert signal.getsignal(signal.SIGTERM) == before
 
 
