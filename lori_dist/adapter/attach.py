@@ -547,13 +547,6 @@ def _trained(path: str, base: nn.Module, block: Block, goes_on: bool) -> Delta:
     return delta
 
 
-def checked_projection(block: Block, path: str, in_features: int, device: torch.device) -> Tensor:
-    """A of a module, (rank, in_features). Raises AdapterError if it is not the one that was trained with."""
-    a = block.projection(path, in_features, device=device)
-    refuse_other_projections(block, {path: checksum(a)})
-    return a
-
-
 def refuse_other_projections(block: Block, made: Mapping[str, str]) -> None:
     """Raises AdapterError where A is another than the block was trained with. made: module path -> checksum of A."""
     for path, found in made.items():

@@ -8,7 +8,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Annotated, Any
 
 import pydantic
@@ -68,12 +68,14 @@ def plain(value: Any) -> Any:
     return value
 
 
+def default_of(item: "Field[Any]") -> Any:
+    """The default of a key; MISSING if it has none."""
+    return item.default if item.default_factory is MISSING else item.default_factory()
+
+
 def fingerprinted(section: Any) -> dict[str, Any]:
     """The keys of a section that are part of fingerprints, with their values as plain values."""
-    default = {
-        item.name: item.default_factory() if callable(item.default_factory) else item.default
-        for item in fields(section)
-    }
+    default = {item.name: default_of(item) for item in fields(section)}
     return {
         name: plain(getattr(section, name))
         for name, key in keys(section.__class__).items()
@@ -105,10 +107,8 @@ def _made(section: type, value: Any, place: Place, problems: dict[Place, str]) -
             continue  # it is there, misspelt
         if item.name in value:
             content = _value_of(section, item.name, value[item.name], where, problems)
-        elif item.default is not MISSING:
-            content = item.default
-        elif item.default_factory is not MISSING:
-            content = item.default_factory()
+        elif (default := default_of(item)) is not MISSING:
+            content = default
         else:
             problems[where] = "is missing; give it a value"
             continue

@@ -13,7 +13,7 @@ import yaml
 from pydantic.json_schema import GenerateJsonSchema
 
 from lori_dist import plugin
-from lori_dist.config.check import keys
+from lori_dist.config.check import default_of, keys
 from lori_dist.config.kinds import Choice, Methods
 from lori_dist.config.run import Run
 
@@ -131,9 +131,8 @@ def _choices(hint: Any) -> Iterator[Any]:
 
 
 def _default(item: "Field[Any]") -> str:
-    if item.default is MISSING and item.default_factory is MISSING:
+    if (default := default_of(item)) is MISSING:
         return "..."
-    default = item.default_factory() if item.default_factory is not MISSING else item.default
     value = default.name if isinstance(default, Choice) else list(default) if isinstance(default, tuple) else default
     return yaml.safe_dump(value, default_flow_style=True, width=WIDTH).removesuffix("\n...\n").strip()
 
