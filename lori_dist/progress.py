@@ -134,6 +134,26 @@ def of_evaluation() -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
+def of_rows() -> Iterator[Callable[[str, int, float | None], None]]:
+    """Gives what `training.token_files` reports to. Shows which rows become tokens, and how many have.
+
+    On a terminal that is a bar. Else it is a line of the log every `SECONDS_BETWEEN_LINES`.
+    """
+    last = time.monotonic()
+
+    def show(what: str, num_rows: int, share: float | None) -> None:
+        nonlocal last
+        bar.total, bar.n = 100, round(100 * (share or 0.0))
+        bar.set_description_str(f"{what}: {num_rows:,} rows are tokens")
+        if bar.disable and time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            log.info("%s: %s rows are tokens%s", what, f"{num_rows:,}", "" if share is None else f" ({share:.0%})")
+
+    with _bar("{desc} {bar} {elapsed}") as bar:
+        yield show
+
+
+@contextmanager
 def _bar(layout: str) -> Iterator[Any]:
     """Log lines appear above it."""
     with logging_redirect_tqdm(), tqdm(disable=None, leave=False, bar_format=layout) as bar:

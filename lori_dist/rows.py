@@ -1,9 +1,10 @@
 """Rows of a task as text: the prompt that the model reads, and the response that it learns."""
 
+import itertools
 import json
 import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lori_dist import config, plugin, tables
@@ -13,7 +14,7 @@ from lori_dist.tables import kind
 DATE = "2024-07-26"
 """Date for chat templates that write today's date: the one that Llama 3's own templates use without a clock."""
 LISTED = 20
-"""Malformed rows whose mistake an error shows; of the others it gives the lines."""
+"""Malformed rows of a file whose mistake an error shows; of the others it gives the lines."""
 
 ALPACA = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -49,37 +50,129 @@ Text = tuple[str, str] | Chat
 """Prompt and response, or a chat."""
 
 
-def read(path: str, template: config.Template, *, where: str = "", labels: Sequence[str] | None = None) -> list[Text]:
-    """The text of every row of a file, in its order; blank lines are skipped.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """A file of rows, and how they read."""
 
-    where: the file's place in the configuration (`tasks.sst2.train`), for messages. labels: all values that the field
-    in the template's response may have.
-    Raises ConfigError that names every row that cannot be used by its line: not JSON, no object, without a field that
-    the template takes, with an empty response, or with another label.
-    """
-    prefix = f"{where}: " if where else ""
-    render = _renderer(template, prefix, labels, has_all_keys=tables.is_hub(path) or tables.ending(path) == ".parquet")
-    texts, problems, has_tools = list[Text](), list[tuple[int, ConfigError]](), template.tools is None
-    try:
-        for number, row in tables.read(path):
-            has_tools = has_tools or (isinstance(row, Mapping) and template.tools in row)
+    path: str
+    template: config.Template
+    where: str = ""
+    """The file's place in the configuration (`tasks.sst2.train`), for messages."""
+    labels: tuple[str, ...] | None = None
+    """All values that the field in the template's response may have."""
+
+    @property
+    def prefix(self) -> str:
+        """The beginning of messages."""
+        return f"{self.where}: " if self.where else ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Texts:
+    """The rows of a piece as text."""
+
+    texts: list[Text]
+    numbers: list[int]
+    """The line of each text, or the number of its row."""
+    problems: list[tuple[int, str]]
+    """What is wrong with the other rows."""
+    has_tools: bool
+    """Whether any row has the field that template.tools names, if that is set."""
+
+
+class Renderer:
+    """Makes text of the rows of a source. Raises ConfigError for a template that cannot be used."""
+
+    def __init__(self, source: Source) -> None:
+        has_all_keys = tables.is_hub(source.path) or tables.ending(source.path) == ".parquet"
+        self._render = _renderer(source.template, source.prefix, source.labels, has_all_keys=has_all_keys)
+        self._tools = source.template.tools
+
+    def __call__(self, piece: Iterable[tables.Item]) -> Texts:
+        found = Texts(texts=[], numbers=[], problems=[], has_tools=self._tools is None)
+        has_tools = found.has_tools
+        for number, row in tables.parsed(piece):
+            has_tools = has_tools or (isinstance(row, Mapping) and self._tools in row)
             try:
-                texts.append(render(_usable(row)))
+                found.texts.append(self._render(_usable(row)))
+                found.numbers.append(number)
             except ConfigError as error:
-                problems.append((number, error))
+                found.problems.append((number, str(error)))
+        return replace(found, has_tools=has_tools)
+
+
+class Tally:
+    """What is wrong with the rows of a source, as its pieces come."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.num_rows = source, 0
+        self._num_bad, self._has_tools = 0, False
+        self._listed: list[tuple[int, str]] = []
+        self._others: list[tuple[int, int]] = []
+
+    def add(self, num_good: int, problems: Sequence[tuple[int, str]], *, has_tools: bool) -> None:
+        """Takes up a piece."""
+        self.num_rows += num_good + len(problems)
+        self._num_bad += len(problems)
+        self._has_tools = self._has_tools or has_tools
+        room = LISTED - len(self._listed)
+        self._listed += problems[:room]
+        for number, _ in problems[room:]:
+            first, last = self._others[-1] if self._others else (0, -1)
+            if number in (last, last + 1):  # a line may hold several rows
+                self._others[-1] = first, number
+            else:
+                self._others.append((number, number))
+
+    def check(self) -> None:
+        """Raises ConfigError that names every row that cannot be used by its line, or what the file lacks."""
+        where = f"{self.source.prefix}{self.source.path}"
+        if self._num_bad:
+            lines = [f"{where}:{number}: {problem}" for number, problem in self._listed]
+            if self._others:
+                ranges = ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in self._others)
+                more = self._num_bad - len(self._listed)
+                lines.append(f"{where}: {more} more of {self.num_rows} rows cannot be used, in lines {ranges}")
+            raise ConfigError("\n".join(lines))
+        if not self.num_rows:
+            raise ConfigError(f"{where}: holds no rows; wanted one JSON object a line")
+        if not self._has_tools:
+            tools = self.source.template.tools
+            raise ConfigError(f"{where}: no row has the field {tools!r}, which template.tools names")
+
+
+def pieces(source: Source) -> Iterator[tables.Piece]:
+    """Yields the rows of a source in pieces. Raises ConfigError for a file that cannot be read."""
+    try:
+        yield from tables.pieces(source.path)
     except OSError as error:
         raise ConfigError(
-            f"{prefix}{path} cannot be read ({error.strerror}); give the path of a JSON lines, CSV, TSV or Parquet file"
+            f"{source.prefix}{source.path} cannot be read ({error.strerror}); give the path of a JSON lines, CSV, TSV "
+            "or Parquet file"
         ) from error
     except ConfigError as error:
-        raise ConfigError(f"{prefix}{error}") from error
-    if problems:
-        raise ConfigError("\n".join(_listed(f"{prefix}{path}", problems, len(texts) + len(problems))))
-    if not texts:
-        raise ConfigError(f"{prefix}{path}: holds no rows; wanted one JSON object a line")
-    if not has_tools:
-        raise ConfigError(f"{prefix}{path}: no row has the field {template.tools!r}, which template.tools names")
-    return texts
+        raise ConfigError(f"{source.prefix}{error}") from error
+
+
+def texts_of(source: Source) -> Iterator[list[Text]]:
+    """Yields the text of the rows of a source, piece by piece.
+
+    Raises ConfigError at its end, that names every row that cannot be used by its line: not JSON, no object, without a
+    field that the template takes, with an empty response, or with another label.
+    """
+    render, tally = Renderer(source), Tally(source)
+    for piece in pieces(source):
+        found = render(piece)
+        tally.add(len(found.texts), found.problems, has_tools=found.has_tools)
+        yield found.texts
+    tally.check()
+
+
+def read(path: str, template: config.Template, *, where: str = "", labels: Sequence[str] | None = None) -> list[Text]:
+    """The text of every row of a file, in its order; blank lines are skipped. Arguments as in `Source`, errors as in
+    `texts_of`."""
+    source = Source(path=path, template=template, where=where, labels=None if labels is None else tuple(labels))
+    return [*itertools.chain.from_iterable(texts_of(source))]
 
 
 def is_byte_level(normalizer: Mapping[str, Any] | None, pre_tokenizer: Mapping[str, Any] | None) -> bool:
@@ -105,37 +198,6 @@ def _flat(part: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
     if part.get("type") != "Sequence":
         return [part]
     return [piece for inner in part.get(key, []) for piece in _flat(inner, key)]
-
-
-def check(run: config.Run) -> None:
-    """Raises ConfigError with every row of every file of the run that cannot be used, before anything is trained."""
-    problems = []
-    for name, task in run.tasks.items():
-        for part, path in config.files(task):
-            try:
-                read(path, task.template, where=f"tasks.{name}.{part}", labels=task.labels)
-            except ConfigError as error:
-                problems.append(str(error))
-    if problems:
-        raise ConfigError("\n".join(problems))
-
-
-def _listed(where: str, problems: Sequence[tuple[int, ConfigError]], num_rows: int) -> Iterator[str]:
-    yield from (f"{where}:{number}: {problem}" for number, problem in problems[:LISTED])
-    if others := [number for number, _ in problems[LISTED:]]:
-        lines = ", ".join(_ranges([*dict.fromkeys(others)]))  # a line may hold several rows
-        yield f"{where}: {len(others)} more of {num_rows} rows cannot be used, in lines {lines}"
-
-
-def _ranges(numbers: Sequence[int]) -> Iterator[str]:
-    """Numbers that follow each other as first-last."""
-    first = last = numbers[0]
-    for number in numbers[1:]:
-        if number != last + 1:
-            yield f"{first}-{last}" if last > first else str(first)
-            first = number
-        last = number
-    yield f"{first}-{last}" if last > first else str(first)
 
 
 def _usable(row: Mapping[str, Any] | ConfigError) -> Mapping[str, Any]:

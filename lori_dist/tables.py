@@ -14,16 +14,27 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from lori_dist.errors import ConfigError
-from lori_dist.files import require_regular
+from lori_dist.files import MAX_TEXT_BYTES, require_regular
 
 HUB = "hub:"
 """Prefix of `hub:NAME:SPLIT`, a data set of the hub, or a folder of data files, as `datasets` loads it."""
 Row = dict[str, Any]
+Item = tuple[int, bytes | Row | ConfigError]
+"""Number of a row, and the row; a line of JSON as bytes that are not parsed yet; or what is wrong with it."""
+Piece = list[Item]
+"""Rows that follow each other, which another process may parse."""
+AT_ONCE = 1000
+"""Rows of a piece."""
+LONGEST = MAX_TEXT_BYTES
+"""Bytes of a line, or of a row of another file: what is longer is an error, so that no file is in memory whole."""
+CHUNK = 2**20
+"""Bytes that are read of a JSON text at a time."""
 BLANKS = re.compile(r"[ \t\n\r]*")
 UNDECODED = re.compile("[\udc80-\udcff]")
 """Matches bytes that are not UTF-8, as `surrogateescape` keeps them."""
@@ -100,17 +111,62 @@ def read(path: str) -> Iterator[tuple[int, Row | ConfigError]]:
 
     Blank lines are skipped. The ending, in small letters or capitals, tells the kind of file: .csv, .tsv, .parquet,
     .json with an array or with an object that holds one under a key; anything else is JSON lines. Files may be
-    compressed by gzip, bzip2, xz or zstd. Values of a CSV file are text, or `Missing`. Raises OSError for a file that
-    cannot be read, ConfigError for one of another kind or a damaged one, and for a data set that cannot be read.
+    compressed by gzip, bzip2, xz or zstd. Values of a CSV file are text, or `Missing`. A file is read as its rows are
+    asked for, and no more than a row of it is held. Raises OSError for a file that cannot be read, ConfigError for one
+    of another kind or a damaged one, and for a data set that cannot be read.
+    """
+    return parsed(_items(path))
+
+
+def pieces(path: str) -> Iterator[Piece]:
+    """Yields the rows of a file in pieces of `AT_ONCE`, for `parsed`. Lines of JSON are not parsed before. Raises what
+    `read` raises."""
+    items = _items(path)
+    while piece := list(itertools.islice(items, AT_ONCE)):
+        yield piece
+
+
+def parsed(piece: Iterable[Item]) -> Iterator[tuple[int, Row | ConfigError]]:
+    """Yields the rows of a piece as `read` does."""
+    decoder = _Decoder()
+    for number, item in piece:
+        yield number, _parsed(item, decoder) if isinstance(item, bytes) else item
+
+
+def count(path: str) -> int:
+    """The number of rows of a file, without a look at what they hold. Raises what `read` raises."""
+    if ending(path) == ".parquet" and problem_of(path) is None:
+        import pyarrow.parquet  # type: ignore[import-untyped]
+
+        return int(pyarrow.parquet.read_metadata(path).num_rows)
+    return sum(1 for _ in _items(path))
+
+
+def version(path: str) -> str:
+    """What changes whenever the content of a data set of the hub does: the commit, or the times of its files.
+
+    Raises ConfigError as `read`.
     """
     if problem := problem_of(path):
         raise ConfigError(problem)
-    if not is_hub(path):
-        require_regular(path)
+    import datasets
+
+    _, name, split = path.split(":")
+    with _naming_data_set(name, "check name and split"):
+        builder = datasets.load_dataset_builder(name)
+        files = (builder.config.data_files or {}).get(split)
+        state = [builder.hash] if files is None else [list(files), files.origin_metadata]
+        return json.dumps([path, state], default=str)
+
+
+def _items(path: str) -> Iterator[Item]:
+    if problem := problem_of(path):
+        raise ConfigError(problem)
     if is_hub(path):
         _, name, split = path.split(":")
         yield from _streamed(name, split=split)
         return
+    require_regular(path)
     kind_of_file = ending(path)
     if kind_of_file == ".parquet":
         with open(path, "rb") as file:  # or the error of a missing file would be of another class
@@ -123,9 +179,9 @@ def read(path: str) -> Iterator[tuple[int, Row | ConfigError]]:
     try:
         with _opened(path) as file:
             if kind_of_file in DELIMITERS:
-                yield from _csv(file.read(), DELIMITERS[kind_of_file])
+                yield from _csv(file, DELIMITERS[kind_of_file])
             elif kind_of_file == ".json":
-                yield from _json(file)
+                yield from _json(path, file)
             else:
                 yield from _lines(file)
     except (EOFError, zlib.error, lzma.LZMAError) as error:
@@ -180,12 +236,18 @@ def check_encodable(value: str, what: str) -> None:
         raise ConfigError(f"{what} has half of a surrogate pair; wanted Unicode text") from None
 
 
-def _lines(file: Iterable[bytes]) -> Iterator[tuple[int, Row | ConfigError]]:
-    decoder = _Decoder()
-    for number, raw in enumerate(file, start=1):  # as bytes: lines end at \n only, not at separators in a JSON string
+def _lines(file: IO[bytes]) -> Iterator[Item]:
+    number = 0
+    while raw := file.readline(LONGEST + 1):  # as bytes: lines end at \n only, not at separators in a JSON string
+        number += 1
+        if len(raw) > LONGEST:
+            while raw and not raw.endswith(b"\n"):
+                raw = file.readline(LONGEST)
+            yield number, ConfigError(f"has more than {LONGEST:,} bytes; wanted one JSON object on each line")
+            continue
         line = raw.removeprefix(codecs.BOM_UTF8).strip()
         if line:
-            yield number, _parsed(line, decoder)
+            yield number, line
 
 
 def _parsed(line: bytes, decoder: "_Decoder") -> Row | ConfigError:
@@ -238,120 +300,217 @@ def _object(row: Any) -> Row | ConfigError:
     return ConfigError(f"holds {kind(row)}; wanted a JSON object such as {{'prompt': ..., 'response': ...}}")
 
 
-def _json(file: IO[bytes]) -> Iterator[tuple[int, Row | ConfigError]]:
-    """An array of rows, an object that has one under a key, or rows as in a file of JSON lines, which are streamed."""
-    first = _through_text(file)
-    if _whole(b"".join(first).decode("utf-8-sig", errors="replace")) is not None:
-        second = _through_text(file)
-        if any(line.strip() for line in second):
-            yield from _lines(itertools.chain(first, second, file))
-            return
-    raw = b"".join(first) + file.read()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        if raw.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-            line = raw.count(b"\n", 0, error.start) + 1
-            yield line, ConfigError(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8")
-        else:
-            yield from _lines(io.BytesIO(raw))
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+class _Text:
+    """A text of JSON in UTF-8 of which only the part that is being parsed is in memory."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.problem: tuple[int, ConfigError] | None = None
+        """Why nothing can be read any more, and the line of it."""
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._text, self._place = "", 0
+        self._line, self._counted = 1, 0
+        self._num_bytes = 0
+        self._is_done = False
+
+    @property
+    def line(self) -> int:
+        """Number of the line that is read next."""
+        self._line += self._text.count("\n", self._counted, self._place)
+        self._counted = self._place
+        return self._line
+
+    def peek(self) -> str:
+        """The next sign that is not a blank; empty at the end of the text."""
+        while True:
+            match = BLANKS.match(self._text, self._place)
+            assert match is not None  # of no blanks too
+            self._place = match.end()
+            if self._place < len(self._text):
+                return self._text[self._place]
+            if self._is_done:
+                return ""
+            self._more()
+
+    def take(self, sign: str) -> bool:
+        """Whether a sign comes next, which is then passed."""
+        comes = self.peek() == sign
+        self._place += comes
+        return comes
+
+    def value(self, decoder: json.JSONDecoder) -> Any:
+        """The value that comes next. Raises ValueError where there is none, or one of more than LONGEST signs."""
+        self.peek()
+        while True:
+            try:
+                found, end = decoder.raw_decode(self._text, self._place)
+            except ValueError:
+                if self._is_done or len(self._text) - self._place > LONGEST:
+                    raise
+            else:
+                if end < len(self._text) or self._is_done:  # or a number may go on
+                    self._place = end
+                    return found
+            if isinstance(decoder, _Decoder):
+                decoder.problem()
+            self._more()
+
+    def _more(self) -> None:
+        _ = self.line
+        left = self._text[self._place :]
+        raw = self.file.read(max(CHUNK, len(left)))
+        if self._num_bytes == 0:
+            raw = raw.removeprefix(codecs.BOM_UTF8)
+        held = len(self._decoder.getstate()[0])
+        try:
+            new = self._decoder.decode(raw, final=not raw)
+            self._is_done = not raw
+        except UnicodeDecodeError as error:
+            new = error.object[: error.start].decode()
+            place, line = self._num_bytes - held + error.start + 1, self._line + (left + new).count("\n")
+            self.problem = line, ConfigError(f"byte {place} is not UTF-8; save the file as UTF-8")
+            self._is_done = True
+        self._num_bytes += len(raw)
+        self._text, self._place, self._counted = left + new, 0, 0
+
+
+def _json(path: str, file: IO[bytes]) -> Iterator[Item]:
+    """An array of rows, an object that has one under a key, or rows as in a file of JSON lines."""
+    text = _Text(file)
+    first = text.peek()
+    if first == "[":
+        yield from _array(text)
         return
-    start = _after_blanks(text, 0)
-    if text.startswith("[", start):
-        yield from _array(text, start)
-    elif (rows := _rows_within(text)) is not None:
-        yield from rows
-    elif (row := _only_row(text)) is not None:
-        yield 1 + text.count("\n", 0, start), row
-    else:
-        yield from _lines(io.BytesIO(raw))
+    layout = _layout(text) if first == "{" else None
+    with _opened(path) as again:
+        if layout is None:
+            yield from _lines(again)
+        elif layout.key is None:
+            yield from _only_row(_Text(again))
+        else:
+            yield from _rows_within(_Text(again), layout.key)
 
 
-def _through_text(file: IO[bytes]) -> list[bytes]:
-    """The next lines, up to one that is not blank."""
-    lines = []
-    for line in file:
-        lines.append(line)
-        if line.strip():
-            break
-    return lines
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What a text is that consists of one JSON object."""
+
+    key: str | None
+    """The key under which it has rows; None: it is a row."""
 
 
-def _rows_within(text: str) -> Iterator[tuple[int, Row | ConfigError]] | None:
-    """The rows of a text that is one JSON object with the list of rows under its only key, or under a usual one.
+def _layout(text: _Text) -> _Layout | None:
+    """The layout of a text that is one JSON object; None if it is anything else.
 
-    Messages are one row.
+    Rows are a list under the only key, or under a usual one. Messages are one row.
     """
-    whole = _whole(text) or {}
-    lists = [
-        key
-        for key, rows in whole.items()
-        if (key in HOLDERS or len(whole) == 1)
-        and isinstance(rows, list)
-        and all(isinstance(row, dict) and "role" not in row for row in rows)
-    ]
-    if len(lists) != 1:
-        return None
-    decoder, place = json.JSONDecoder(), _after_blanks(text, 0)
-    while True:
-        key, place = decoder.raw_decode(text, _after_blanks(text, place + 1))
-        place = _after_blanks(text, text.index(":", place) + 1)
-        if key == lists[0]:
-            return _array(text, place, is_whole=True)
-        _, place = decoder.raw_decode(text, place)
-        place = _after_blanks(text, place)
-
-
-def _only_row(text: str) -> Row | ConfigError | None:
-    """The row of a file that holds one JSON object on several lines."""
-    if _whole(text) is None or "\n" not in text.strip():
-        return None
-    decoder = _Decoder()
-    row: Row = decoder.decode(text)
-    return decoder.problem() or row
-
-
-def _whole(text: str) -> Row | None:
-    """The JSON object that a text consists of; None if it is anything else."""
+    decoder, keys, holders = json.JSONDecoder(), set[str](), list[str]()
     try:
-        found = json.loads(text)
+        more = text.take("{") and text.peek() != "}"
+        while more:
+            key = text.value(decoder)
+            if not isinstance(key, str) or not text.take(":"):
+                return None
+            keys.add(key)
+            if text.peek() != "[":
+                text.value(decoder)
+            elif _holds_rows(text, decoder):
+                holders.append(key)
+            more = text.take(",")
+        if not text.take("}") or text.peek():
+            return None
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    if text.problem is not None:
+        return None
+    found = [key for key in holders if key in HOLDERS or len(keys) == 1]
+    return _Layout(found[0] if len(found) == 1 else None)
 
 
-def _array(text: str, start: int, *, is_whole: bool = False) -> Iterator[tuple[int, Row | ConfigError]]:
+def _holds_rows(text: _Text, decoder: json.JSONDecoder) -> bool:
+    """Passes a list. Returns whether it holds rows alone. Raises ValueError for what is not a list."""
+    holds = True
+    more = text.take("[") and text.peek() != "]"
+    while more:
+        row = text.value(decoder)
+        holds = holds and isinstance(row, dict) and "role" not in row
+        more = text.take(",")
+    if not text.take("]"):
+        raise ValueError("a list without an end")
+    return holds
+
+
+def _rows_within(text: _Text, wanted: str) -> Iterator[Item]:
+    """The rows under a key of a text that is one JSON object."""
+    decoder = json.JSONDecoder()
+    text.take("{")
+    while True:
+        key = text.value(decoder)
+        text.take(":")
+        if key == wanted:
+            yield from _array(text, is_whole=True)
+            return
+        if text.peek() == "[":
+            _holds_rows(text, decoder)
+        else:
+            text.value(decoder)
+        text.take(",")
+
+
+def _only_row(text: _Text) -> Iterator[Item]:
+    decoder = _Decoder()
+    text.peek()
+    line = text.line
+    try:
+        row: Row = text.value(decoder)
+    except ValueError:
+        yield line, ConfigError(f"has more than {LONGEST:,} signs; wanted an array of objects, or one on each line")
+    else:
+        yield line, decoder.problem() or row
+
+
+def _array(text: _Text, *, is_whole: bool = False) -> Iterator[Item]:
     """Yields each row with the line it begins in. Nothing can be read after what is not JSON. is_whole: whether the
     text is known to be JSON; otherwise nothing may follow the array."""
-    decoder = _Decoder()
-    place, line, counted = _after_blanks(text, start + 1), 1, 0
-    more = not text.startswith("]", place)
+    decoder, line = _Decoder(), 1
+    text.take("[")
+    more = text.peek() != "]"
     while more:
-        line, counted = line + text.count("\n", counted, place), place
+        text.peek()
+        line = text.line
         try:
-            row, place = decoder.raw_decode(text, place)
+            row = text.value(decoder)
         except (ValueError, RecursionError) as error:
-            yield line, ConfigError(f"is not JSON ({error}); wanted an array of objects, or one object on each line")
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+            problem = ConfigError(f"is not JSON ({reason}); wanted an array of objects, or one on each line")
+            yield text.problem or (line, problem)
             return
         yield line, decoder.problem() or _object(row)
-        place = _after_blanks(text, place)
-        more = text.startswith(",", place)
-        place = _after_blanks(text, place + more)
-    if not is_whole and text[place:].rstrip() != "]":
-        yield line, ConfigError("is not followed by a comma, or text follows the array; wanted an array of objects")
+        more = text.take(",")
+    if not is_whole and (not text.take("]") or text.peek()):
+        problem = ConfigError("is not followed by a comma, or text follows the array; wanted an array of objects")
+        yield text.problem or (line, problem)
 
 
-def _after_blanks(text: str, place: int) -> int:
-    match = BLANKS.match(text, place)
-    assert match is not None  # of no blanks too
-    return match.end()
+# --- CSV and data sets -----------------------------------------------------------------------------------------------
 
 
-def _csv(raw: bytes, delimiter: str) -> Iterator[tuple[int, Row | ConfigError]]:
+def _csv(file: IO[bytes], delimiter: str) -> Iterator[Item]:
     # What is not UTF-8 is let through, to be reported with the line of its row.
-    text = raw.decode("utf-8-sig", errors="surrogateescape")
-    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    text = io.TextIOWrapper(cast(Any, file), encoding="utf-8-sig", errors="surrogateescape", newline="")
+    try:
+        yield from _cells(text, delimiter)
+    finally:
+        text.detach()  # or it would close the file
+
+
+def _cells(text: io.TextIOWrapper, delimiter: str) -> Iterator[Item]:
+    csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
+    lines = iter(lambda: text.readline(LONGEST), "")
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] | None = None
     number = 1
     while True:
@@ -368,10 +527,9 @@ def _csv(raw: bytes, delimiter: str) -> Iterator[tuple[int, Row | ConfigError]]:
             if any(UNDECODED.search(value) for value in values):
                 yield number, ConfigError("is not UTF-8; save the file as UTF-8")
             elif header is None:
-                if not text.strip():
-                    return
                 if not any(name.strip() for name in values):
-                    yield number, ConfigError("is empty; wanted the names of the columns in the first line")
+                    if len(values) > 1 or any(line.strip() for line in lines):
+                        yield number, ConfigError("is empty; wanted the names of the columns in the first line")
                     return
                 if repeated := _repeated([name for name in values if name]):
                     yield number, ConfigError(f"has the column {repeated[0]!r} more than once; keep one")
@@ -385,17 +543,22 @@ def _csv(raw: bytes, delimiter: str) -> Iterator[tuple[int, Row | ConfigError]]:
         number = reader.line_num + 1
 
 
-def _streamed(name: str, **options: Any) -> Iterator[tuple[int, Row | ConfigError]]:
+def _streamed(name: str, **options: Any) -> Iterator[Item]:
     """Yields one row after the other, without a copy of the data set on the disk."""
     import datasets
 
-    try:
+    remedy = "make the file again" if "data_files" in options else "check name and split"
+    with _naming_data_set(options.get("data_files", name), remedy):
         yield from enumerate(datasets.load_dataset(name, streaming=True, **options), start=1)
+
+
+@contextmanager
+def _naming_data_set(name: str, remedy: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # of nearly any class
         reason = str(error).strip().partition("\n")[0]
-        where = options.get("data_files", name)
-        remedy = "make the file again" if "data_files" in options else "check name and split"
-        raise ConfigError(f"{where} cannot be read ({type(error).__name__}: {reason}); {remedy}") from error
+        raise ConfigError(f"{name} cannot be read ({type(error).__name__}: {reason}); {remedy}") from error
 
 
 def kind(value: Any) -> str:

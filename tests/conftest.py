@@ -15,6 +15,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A killed build of DeepSpeed's leaves a lock in the user's cache, at which every later start waits for ever.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("LORI_CACHE", str(Path(sys.prefix) / "lori_cache"))
+os.environ.setdefault("LORI_CACHE_SIZE", "1GB")
 
 # Shared machines are slow at times, so no example has a deadline; the same examples come in every run.
 settings.register_profile("lori", deadline=None, derandomize=True, database=None)

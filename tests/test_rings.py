@@ -70,6 +70,7 @@ LIBRARIES = {
     "cluster/trials.py": {"torch", "ray"},
     "cluster/work.py": {"torch", "ray"},
     "cluster/search.py": {"numpy", "cma"},
+    "benchmarks/data.py": {"torch", "tokenizers", "transformers", "datasets"},
     "benchmarks/layer.py": {"torch", "numpy", "transformers", "peft"},
     "benchmarks/merge.py": {"torch", "peft"},
     "benchmarks/_methods.py": {"torch", "numpy", "transformers", "peft"},

@@ -11,6 +11,10 @@ import pytest
 
 from lori_dist import config, rows
 from lori_dist.errors import ConfigError
+from lori_dist.training.job_rows import prepare
+from tests.tokenizers import tiny_tokenizer
+
+PARTS = ("train", "test", "validation", "mixture")
 
 
 def test_every_bad_row_of_every_file_of_a_run_is_named_at_once(tmp_path: Path) -> None:
@@ -27,7 +31,7 @@ def test_every_bad_row_of_every_file_of_a_run_is_named_at_once(tmp_path: Path) -
         {"name": "r", "output": str(tmp_path), "model": {"path": str(tmp_path)}, "tasks": tasks, "train": {"steps": 1}}
     )
     with pytest.raises(ConfigError) as caught:
-        rows.check(run)
+        prepare(run, [], tiny_tokenizer(), PARTS, None)
     places = [line.split(": ")[:2] for line in str(caught.value).split("\n")]
     assert places == [
         ["tasks.one.train", f"{tmp_path}/one.jsonl:2"],
@@ -108,7 +112,7 @@ def test_labels_are_compared_with_values_as_they_read(
 ) -> None:
     tree = labelled(tmp_path, values, labels)
     if wrong is None:
-        rows.check(config.validate(tree))
+        prepare(config.validate(tree), [], tiny_tokenizer(), PARTS, None)
     else:
         with pytest.raises(ConfigError, match=f"^tasks.t.labels: {wrong}"):
             config.validate(tree)
@@ -118,7 +122,7 @@ def test_every_row_with_an_unknown_label_is_named_before_anything_is_trained(tmp
     """Also after the rows that are looked at when the configuration is read."""
     run = config.validate(labelled(tmp_path, [2, "no"], ["0", "1"], num_good=config.LOOKED_AT))
     with pytest.raises(ConfigError) as caught:
-        rows.check(run)
+        prepare(run, [], tiny_tokenizer(), PARTS, None)
     lines = str(caught.value).split("\n")
     assert [line.split(": ")[1] for line in lines] == [f"{tmp_path}/train.jsonl:{10_000 + place}" for place in (1, 2)]
     assert lines[0].endswith(

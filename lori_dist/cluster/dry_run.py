@@ -5,13 +5,13 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
-from lori_dist import config, folder, rows, storage
+from lori_dist import config, folder, storage
 from lori_dist.cluster import schedule, scratch
 from lori_dist.cluster.board import Board
 from lori_dist.cluster.connection import connected, runtime_env
 from lori_dist.cluster.failures import failure_of
 from lori_dist.cluster.gang import Gangs
-from lori_dist.cluster.run import planned, with_absolute_paths
+from lori_dist.cluster.run import planned, prepare, with_absolute_paths
 from lori_dist.cluster.work import Rehearsal, rehearse_rank
 from lori_dist.config import Run
 from lori_dist.errors import ConfigError, JobError
@@ -40,7 +40,7 @@ def dry_run(run: Run) -> tuple[list[tuple[str, ...]], list[str]]:
 def _rehearsed(board: Board) -> dict[str, dict[str, Any]]:
     """Training -> the result of `training.rehearse`."""
     run = board.run
-    rows.check(run)
+    prepare(run, board.unfinished())
     found, failed = {}, []
     with tempfile.TemporaryDirectory() as place, connected(dataclasses.replace(run, output=place)) as nodes:
         schedule.check_room(board.unfinished(), run.cluster, nodes())

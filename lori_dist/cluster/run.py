@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lori_dist import folder, rows, storage, tables
+from lori_dist import folder, storage, tables
 from lori_dist.cluster import attempts, schedule, scratch
 from lori_dist.cluster.board import Board, Progress
 from lori_dist.cluster.connection import TOKEN_FILE, connected, disconnect, runtime_env
@@ -65,7 +65,7 @@ def _execute(run: Run, progress: Callable[[Progress], None] | None) -> dict[str,
             log.warning("%s: the earlier results' summary and report are kept as %s", run.folder, ", ".join(names))
         board.write()
         if board.unfinished():
-            rows.check(run)
+            prepare(run, board.unfinished())
             with connected(run) as nodes:
                 schedule.check_room(board.unfinished(), run.cluster, nodes())
                 _work(board, nodes, owner)
@@ -84,6 +84,20 @@ def planned(run: Run) -> list[Job]:
     for line in same_merges_said(same_merges(run, jobs)):
         log.warning("%s", line)
     return jobs
+
+
+def prepare(run: Run, unfinished: Sequence[Job]) -> None:
+    """Makes the tokens that the jobs of a run read on this machine, if they are not there. Raises ConfigError with
+    every row that cannot be used."""
+    from lori_dist import progress  # which shows what this module reports
+    from lori_dist.training import job_rows
+    from lori_dist.training.model_files import load_tokenizer
+
+    trainings = [job for job in unfinished if job.kind == "train"]
+    if trainings or any(job.kind == "evaluate" for job in unfinished):
+        parts = ("validation", "test") if trainings else ("test",)
+        with progress.of_rows() as show:
+            job_rows.prepare(run, trainings, load_tokenizer(run.model), parts, show)
 
 
 def with_absolute_paths(run: Run) -> Run:

@@ -25,6 +25,7 @@ VERBS = (
     "report",
     "show",
     "schema",
+    "cache",
     "bench",
 )
 

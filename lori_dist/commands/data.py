@@ -3,7 +3,7 @@
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lori_dist import config, plugin
@@ -12,6 +12,7 @@ from lori_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from lori_dist.training.data import Example, Segments
+    from lori_dist.training.token_files import TokenFile
 
 SUMMARY = "show rows as the model sees them: their text, their tokens, and what is learned"
 HELP = f"""\
@@ -56,20 +57,18 @@ def _count(text: str) -> int:
 
 
 def _of_task(run: config.Run, name: str, tokenizer: Any, num_rows: int) -> Iterator[str]:
-    from lori_dist.training import data
+    from lori_dist.training import token_files
+    from lori_dist.training.examples import encode, first_rows
 
-    task = run.tasks[name]
     summary = []
-    for number, (part, path) in enumerate(config.files(task)):
-        where = f"tasks.{name}.{part}"
-        template = task.test_template if part == "test" else task.template
-        texts = data.read(path, template, where=where, tokenizer=tokenizer, labels=task.labels)
-        whole = data.encode(texts, tokenizer, UNCUT)
-        kept = data.encode(texts, tokenizer, run.train.max_length)
+    for number, (part, path) in enumerate(config.files(run.tasks[name])):
+        source = token_files.source_of(run, name, part, path)
+        kept = token_files.of_part(run, name, part, path, tokenizer)
         if number == 0:
-            for row in range(min(num_rows, len(texts))):
-                yield from _of_row(f"{name}, row {row + 1}", texts[row], whole[row], kept[row], tokenizer)
-        summary.append(f"{where}: {_summary(whole, kept, run.train.max_length)}")
+            texts = first_rows(source, tokenizer, num_rows)
+            for row, (text, whole) in enumerate(zip(texts, encode(texts, tokenizer, UNCUT), strict=True)):
+                yield from _of_row(f"{name}, row {row + 1}", text, whole, kept[row], tokenizer)
+        summary.append(f"{source.where}: {_summary(kept, run.train.max_length)}")
     yield from summary
 
 
@@ -104,20 +103,20 @@ def _marked(text: str, *, is_learned: bool) -> str:
     return f"{GREEN}{text}{PLAIN}" if sys.stdout.isatty() else f"[{text}]"
 
 
-def _summary(whole: Sequence["Example"], kept: Sequence["Example"], max_length: int) -> str:
-    lengths = sorted(example.num_tokens for example in whole)
-    tokens, targets = sum(example.num_tokens for example in kept), sum(example.num_targets for example in kept)
+def _summary(kept: "TokenFile", max_length: int) -> str:
+    lengths = sorted(kept.whole.tolist())
+    tokens, targets = kept.sums(len(kept))
     spread = ", ".join(
         f"{share}% up to {lengths[math.ceil((len(lengths) - 1) * share / 100)]:,}" for share in PERCENTILES
     )
     num_cut = sum(length > max_length for length in lengths)
     lost = sum(lengths) - tokens
     cut = (
-        f"{num_cut:,} rows ({num_cut / len(whole):.1%}) lose {lost:,} tokens at train.max_length={max_length:,}"
+        f"{num_cut:,} rows ({num_cut / len(kept):.1%}) lose {lost:,} tokens at train.max_length={max_length:,}"
         if num_cut
         else f"none is cut at train.max_length={max_length:,}"
     )
     return (
-        f"{len(whole):,} rows, {tokens:,} tokens, {targets:,} of them learned ({targets / tokens:.0%}); "
+        f"{len(kept):,} rows, {tokens:,} tokens, {targets:,} of them learned ({targets / tokens:.0%}); "
         f"tokens a row: {spread}, at most {lengths[-1]:,}; {cut}"
     )

@@ -23,7 +23,8 @@ from lori_dist.evaluation._rows import Answer, Ask, Judge, Row, interval, mean
 from lori_dist.evaluation._store import LM_EVAL, Key, Measured, Store
 from lori_dist.rows import responses
 from lori_dist.scores import LOWER_IS_BETTER
-from lori_dist.training.data import Example, Segments, encode, read
+from lori_dist.training import token_files
+from lori_dist.training.data import Example
 from lori_dist.training.metrics import Record
 from lori_dist.training.model import check, check_base, load_tokenizer
 from lori_dist.training.world import World, from_first
@@ -69,7 +70,7 @@ def answered(subject: Subject, requests: Sequence[Any]) -> list[Answer]:
 
 Values = dict[str, dict[str, float]]
 """Task -> metric -> value."""
-Rows = list[Segments]  # (prompt, response)
+Rows = tuple[Example, ...]
 LmEval = Callable[[PreTrainedModel, PreTrainedTokenizerBase], Mapping[str, Mapping[str, float]]]
 
 
@@ -276,13 +277,12 @@ def _more(run: config.Run) -> LmEval | None:
 def _subject(
     run: config.Run, name: str, rows: Rows, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Subject:
-    examples = tuple(encode(rows, tokenizer, run.train.max_length, where=f"tasks.{name}.test"))
-    check(examples, model)
+    check(rows, model)
     return Subject(
         task=name,
         model=model,
         tokenizer=tokenizer,
-        examples=examples,
+        examples=rows,
         labels=_labels(run.tasks[name]),
         batch_size=run.evaluate.batch_size,
         max_length=run.train.max_length,
@@ -305,10 +305,7 @@ def _test_rows(run: config.Run, tokenizer: PreTrainedTokenizerBase) -> dict[str,
     problems: list[str] = []
     for name, task in run.tasks.items():
         try:
-            found = read(
-                task.test, task.test_template, where=f"tasks.{name}.test", tokenizer=tokenizer, labels=task.labels
-            )
-            rows[name] = found[: run.evaluate.rows]
+            rows[name] = tuple(token_files.of_part(run, name, "test", task.test, tokenizer)[: run.evaluate.rows])
         except ConfigError as error:
             problems.append(str(error))
     if problems:

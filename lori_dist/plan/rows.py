@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lori_dist import config, rows, tables
 from lori_dist.config import Run
 from lori_dist.errors import ConfigError
-from lori_dist.training import data
+from lori_dist.training import data, token_files
 from lori_dist.training.model import load_tokenizer
 
 BYTES = 16_000_000
@@ -76,7 +76,7 @@ class Counter:
             length = min(self.row_tokens, self.run.train.max_length)
             return Lengths(number=number, tokens=np.array([length]), how="given", is_rough=is_rough)
         if not tables.is_hub(path) and os.path.getsize(path) <= self.bytes and not _is_compressed(path):
-            return Lengths(**self._lengths(path, template, where, "all"))
+            return self._all(task, part, path)
         sampled, number, is_rough = self._sampled(path, where)
         if is_rough and needs_number and number == 0:
             raise ConfigError(
@@ -84,7 +84,7 @@ class Counter:
                 "instead of train.epochs"
             )
         if not sampled:  # or the error would not say where
-            return Lengths(**self._lengths(path, template, where, "all"))
+            return self._all(task, part, path)
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / "rows.jsonl"
             copy.write_text("".join(json.dumps(row) + "\n" for row in sampled), encoding="utf-8")
@@ -93,6 +93,13 @@ class Counter:
             except ConfigError as error:
                 raise ConfigError(str(error).replace(str(copy), path)) from error
         return Lengths(**{**found, "number": number or len(sampled), "is_rough": is_rough})
+
+    def _all(self, task: str, part: str, path: str) -> Lengths:
+        template, where = self.run.tasks[task].template, f"tasks.{task}.{part}"
+        if self.tokenizer is None:
+            return Lengths(**self._lengths(path, template, where, "all"))
+        tokens = token_files.of_part(self.run, task, part, path, self.tokenizer).lengths
+        return Lengths(number=len(tokens), tokens=tokens, how="all")
 
     def _lengths(self, path: str, template: config.Template, where: str, how: str) -> dict[str, Any]:
         if self.tokenizer is not None:

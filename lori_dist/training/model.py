@@ -64,14 +64,19 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 def check(examples: Sequence[Example], model: PreTrainedModel) -> None:
     """Raises ConfigError if a row has more tokens than the model has positions, or one it has no embedding for."""
-    length = max((example.num_tokens for example in examples), default=0)
+    longest = max((example.num_tokens for example in examples), default=0)
+    largest = max((max(example.prompt_ids + example.response_ids) for example in examples), default=0)
+    check_fit(longest, largest, model)
+
+
+def check_fit(longest: int, largest: int, model: PreTrainedModel) -> None:
+    """Raises ConfigError as `check`. longest: tokens of the longest row. largest: the largest token."""
     positions = num_positions(model)
-    if positions is not None and length > positions:
+    if positions is not None and longest > positions:
         raise ConfigError(
-            f"train.max_length: a row has {length} tokens, the model has {positions} positions; "
+            f"train.max_length: a row has {longest} tokens, the model has {positions} positions; "
             f"set train.max_length to {positions} or less"
         )
-    largest = max((max(example.prompt_ids + example.response_ids) for example in examples), default=0)
     num_embeddings = sharded.shape(model.get_input_embeddings().weight)[0]
     if largest >= num_embeddings:
         raise ConfigError(

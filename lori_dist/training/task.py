@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,20 @@ from lori_dist.errors import AdapterError, ConfigError, JobError, LoriError
 from lori_dist.formats import native
 from lori_dist.jobs import Job as Planned
 from lori_dist.jobs import task_seed
-from lori_dist.training import checkpoint, conflicts, data, masking, metrics, validation
-from lori_dist.training.data import Batch, Example
+from lori_dist.training import checkpoint, conflicts, data, masking, metrics, token_files, validation
+from lori_dist.training.data import Batch
 from lori_dist.training.divergence import Divergence
 from lori_dist.training.engine import State
+from lori_dist.training.job_rows import Steps, rows_of
 from lori_dist.training.joint import Joint
 from lori_dist.training.joint import batches as joint_batches
-from lori_dist.training.joint import joint as joint_of
-from lori_dist.training.joint import rows_of_step as joint_rows
 from lori_dist.training.metrics import METRICS, Record
 from lori_dist.training.model import check_base, check_device, load_tokenizer
 from lori_dist.training.phases import CALIBRATE, TRAIN, Phase, phases
 from lori_dist.training.preemption import StopRequest, nothing
 from lori_dist.training.schedule import learning_rate
 from lori_dist.training.surgery import layers_of
+from lori_dist.training.token_files import Rows
 from lori_dist.training.trackers import forget
 from lori_dist.training.validation import Best
 from lori_dist.training.world import World, agree, from_first
@@ -63,10 +62,10 @@ class Job:
     progress: Callable[[Record], None]
     stop_request: StopRequest
     """Gives the request to stop that has come since, if any."""
-    examples: Sequence[Sequence[Example]]
+    examples: Sequence[Rows]
     """Examples of each task: one, or those of `joint`."""
-    mixture: Sequence[int]
-    """Numbers of rows in the files of one task, in their order, if there are several."""
+    steps: Steps
+    """Says which rows each step takes."""
     pad_id: int
     origin: Mapping[str, Any]
     """Settings that the result depends on."""
@@ -77,7 +76,7 @@ class Job:
     """Whether the entries are disjoint from those of `before`."""
     start: Adapter | None
     """Adapter from which the training continues."""
-    validation: Sequence[Sequence[Example]]
+    validation: Sequence[Rows]
     """Validation examples of each task; none if the loss on them is not measured."""
 
 
@@ -99,11 +98,12 @@ def make_job(
     joint, sequel = planned.settings.get("joint"), planned.settings.get("sequel")
     tokenizer = load_tokenizer(run.model)
     tasks = joint["tasks"] if joint is not None else (task,)
-    rows = {name: _rows(run, name, tokenizer) for name in tasks}
-    examples = [
-        data.encode([*chain(*parts)], tokenizer, run.train.max_length, where=f"tasks.{name}.train")
-        for name, parts in rows.items()
-    ]
+    examples = rows_of(run, planned, tokenizer)
+    steps = Steps.of(run, planned, [[count for _, count in of_task.parts] for of_task in examples])
+    for name, of_task in zip(tasks, examples, strict=True):
+        if count := held_out(run, name):
+            where, (file, _) = f"tasks.{name}.train", of_task.parts[0]
+            log.info("%s: the last %d of %d rows are held out for the search for weights", where, count, len(file))
     return Job(
         run=run if joint is not None else dataclasses.replace(run, train=trained_as(run, task)),
         name=planned.name,
@@ -116,10 +116,10 @@ def make_job(
         progress=progress,
         stop_request=stop_request,
         examples=examples,
-        mixture=[] if len(rows[tasks[0]]) == 1 else [len(part) for part in rows[tasks[0]]],
+        steps=steps,
         pad_id=data.pad_id(tokenizer),
         origin={"fingerprint": fingerprint, **planned.settings},
-        joint=None if joint is None else joint_of(joint, [len(of_task) for of_task in examples]),
+        joint=steps.joint,
         before=None if sequel is None else _before(run, sequel["before"]),
         is_disjoint=sequel is not None and sequel["masks"] == "disjoint",
         start=_start(run, task) if "start" in planned.settings else None,
@@ -127,28 +127,12 @@ def make_job(
     )
 
 
-def _rows(run: Run, task: str, tokenizer: PreTrainedTokenizerBase) -> list[list[data.Segments]]:
-    """Prompt and response of the rows to train on, file by file: all, but for those on which weights of merges are
-    searched."""
-    where, count, settings = f"tasks.{task}.train", held_out(run, task), run.tasks[task]
-    rows, *others = (
-        data.read(path, settings.template, where=place, tokenizer=tokenizer, labels=settings.labels)
-        for place, path in [(where, settings.train), *((f"tasks.{task}.mixture", path) for path in settings.mixture)]
-    )
-    if count:
-        log.info("%s: the last %d of %d rows are held out for the search for weights", where, count, len(rows))
-    return [rows[: len(rows) - count], *others]
-
-
-def _validation(run: Run, tasks: Sequence[str], tokenizer: Any) -> list[list[Example]]:
+def _validation(run: Run, tasks: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Rows]:
     if run.train.validate_every is None:
         return []
-    found = []
-    for name in tasks:
-        where, task = f"tasks.{name}.validation", run.tasks[name]
-        texts = data.read(str(task.validation), task.template, where=where, tokenizer=tokenizer, labels=task.labels)
-        found.append(data.encode(texts, tokenizer, run.train.max_length, where=where))
-    return found
+    paths = [(name, str(run.tasks[name].validation)) for name in tasks]
+    files = [token_files.of_part(run, name, "validation", path, tokenizer) for name, path in paths]
+    return [Rows((file, len(file))) for file in files]
 
 
 def _before(run: Run, tasks: Sequence[str]) -> Adapter | None:
@@ -248,29 +232,6 @@ def spec_of(run: Run, task: str) -> Spec:
     )
 
 
-def rows_of_step(job: Job, phase: Phase, step: int) -> list[tuple[int, int]]:
-    """(task, row)."""
-    train, num_rows = job.run.train, [len(examples) for examples in job.examples]
-    if job.joint is not None:
-        shares = job.joint.shares
-        return joint_rows(step, num_rows=num_rows, batch_size=train.batch_size, seed=train.seed, shares=shares)
-    if job.mixture:
-        shares = tuple(job.run.tasks[job.task].mixture.values())
-        rows = data.mixed_rows_of_step(
-            step,
-            num_rows=tuple(job.mixture),
-            shares=(1 - sum(shares), *shares),
-            batch_size=train.batch_size,
-            seed=train.seed,
-            epochs=phase.epochs,
-        )
-        return [(0, row) for row in rows]
-    rows = data.rows_of_step(
-        step, num_rows=num_rows[0], batch_size=train.batch_size, seed=train.seed, epochs=phase.epochs
-    )
-    return [(0, row) for row in rows]
-
-
 # --- where it is -----------------------------------------------------------------------------------------------------
 
 
@@ -360,7 +321,7 @@ class Course:
 
     def rows(self) -> list[tuple[int, int]]:
         """(task, row) of the next step, over all ranks."""
-        return rows_of_step(self.job, self.phase, self.end.step)
+        return self.job.steps.rows(self.phase, self.end.step)
 
     def batches(self, rows: Sequence[tuple[int, int]]) -> list[Batch]:
         """This rank's micro-batches of a step."""

@@ -8,6 +8,7 @@ Byte-level tokenizers (GPT-2, Llama 3, Qwen) put nothing before a text: they tok
 the prompt's tokens never depend on the response.
 """
 
+import itertools
 import json
 import logging
 import threading
@@ -130,7 +131,6 @@ def shorten(ids: Ids, length: int, tokenizer: PreTrainedTokenizerBase) -> Ids:
 
 def _by_offsets(rows: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Ids, Ids]]:
     trimming = {token for token, added in tokenizer.added_tokens_decoder.items() if added.rstrip}
-    shared: dict[int, int] = {}
     for first in range(0, len(rows), AT_ONCE):
         some = rows[first : first + AT_ONCE]
         found = _encoded([prompt + response for prompt, response in some], tokenizer, return_offsets_mapping=True)
@@ -142,7 +142,7 @@ def _by_offsets(rows: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> Ite
             if count < len(ids) and ids[count] in trimming:
                 start, end = offsets[count]
                 count += start + len((prompt + response)[start:end].rstrip()) <= border
-            yield _ints(ids[:count], shared), _ints(ids[count:], shared)
+            yield tuple(ids[:count]), tuple(ids[count:])
 
 
 def _by_prefix(rows: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Ids, Ids]]:
@@ -187,9 +187,8 @@ def _described(part: Any) -> dict[str, Any] | None:
 def _tokens(parts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Ids]:
     """Tokens of texts, without special tokens around them. Equal texts are tokenised once."""
     unique = list(dict.fromkeys(parts))
-    shared: dict[int, int] = {}
     found = {
-        text: _ints(ids, shared)
+        text: tuple(ids)
         for first in range(0, len(unique), AT_ONCE)
         for text, ids in zip(
             unique[first : first + AT_ONCE],
@@ -203,11 +202,6 @@ def _tokens(parts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Id
 def _encoded(parts: Sequence[str], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
     # verbose: a row longer than the tokenizer's limit is cut by `encode`, not warned about here.
     return tokenizer(list(parts), add_special_tokens=False, return_attention_mask=False, verbose=False, **options)
-
-
-def _ints(ids: Sequence[int], shared: dict[int, int]) -> Ids:
-    """The tokens with one int object for each token of the vocabulary, not one for each of the text."""
-    return tuple(shared.setdefault(token, token) for token in ids)
 
 
 def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[Ids, Ids]:
@@ -236,32 +230,37 @@ _warned: set[str] = set()
 _warning = threading.Lock()
 
 
-def warn_of_blanks(rows: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Logs a warning, once a task, where a prompt's last blank makes other tokens than the same text usually has.
+def blank_end(rows: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The end of a prompt whose last blank makes other tokens than the same text usually has; None if none of the first
+    that end with one is such.
 
     Most tokenizers join a blank to the word after it. A prompt that ends with one is read in training and in
     generation as the model has rarely seen it.
-    where: the rows' place in the configuration (`tasks.sst2.train`).
     """
-    ending = [row for row in rows if row[0][-1:].isspace()][:LOOKED_AT]
+    with_blank = (row for row in rows if row[0][-1:].isspace())
+    ending = [(row[0], "".join(row[1:])) for row in itertools.islice(with_blank, LOOKED_AT)]
     if not ending:
-        return
+        return None
     before, _ = _around(tokenizer)
     alone = prompt_ids([prompt for prompt, _ in ending], tokenizer)
     wholes = _tokens([prompt + response for prompt, response in ending], tokenizer)
-    odd = [
-        prompt
-        for (prompt, _), ids, whole in zip(ending, alone, wholes, strict=True)
-        if (*before, *whole)[: len(ids)] != ids
-    ]
+    for (prompt, _), ids, whole in zip(ending, alone, wholes, strict=True):
+        if (*before, *whole)[: len(ids)] != ids:
+            return prompt[-20:]
+    return None
+
+
+def warn_of_blank(end: str | None, where: str) -> None:
+    """Logs a warning of the end of a prompt, once a task. where: the rows' place in the configuration
+    (`tasks.sst2.train`)."""
     task = where.rpartition(".")[0] or where
     with _warning:
-        if not odd or task in _warned:
+        if end is None or task in _warned:
             return
         _warned.add(task)
     log.warning(
         "%sthe prompt ends with a blank (...%r), which the tokenizer joins to the word that follows in usual text; "
         "results are mostly better where template.prompt ends before the blank and template.response begins with it",
         f"{task}.template: " if task else "",
-        odd[0][-20:],
+        end,
     )

@@ -45,7 +45,7 @@ from lori_dist.training.engine import (
 )
 from lori_dist.training.exchange import Exchange
 from lori_dist.training.metrics import METRICS, Record
-from lori_dist.training.model import check, identity
+from lori_dist.training.model import check_fit, identity
 from lori_dist.training.phases import TRAIN, Phase
 from lori_dist.training.preemption import Notice, of_any, preempted
 from lori_dist.training.surgery import Surgery, surgery
@@ -264,7 +264,7 @@ class Group:
             results.update(self._results(result, active))
         seconds = time.monotonic() - start
         lengths = {
-            task: [course.job.examples[which][row].num_tokens for which, row in rows[task]]
+            task: [course.job.examples[which].num_tokens(row) for which, row in rows[task]]
             for task, course in courses.items()
         }
         together = [length for of_task in lengths.values() for length in of_task]
@@ -298,7 +298,7 @@ class Group:
         """This rank's micro-batches of a step, and the number of targets, which is 1 where batches have weights."""
         courses = {task: self.courses[task] for task in rows}
         counts = {
-            task: sum(course.job.examples[which][row].num_targets for which, row in rows[task])
+            task: sum(course.job.examples[which].num_targets(row) for which, row in rows[task])
             for task, course in courses.items()
         }
         batches = {task: course.batches(rows[task]) for task, course in courses.items()}
@@ -465,7 +465,7 @@ class Group:
         it."""
         job = course.job
         world, train, rows = job.world, job.run.train, num_rows(job)
-        tokens = sum(example.num_tokens for examples in job.examples for example in examples)
+        tokens = sum(len(examples) * examples.mean_tokens for examples in job.examples)
         per_step = tokens / rows * train.batch_size
         values = sum(part.data.numel() for part in self.view(job.task).parts("values").values())
         held, total = held_of_base(self.engine.model)
@@ -492,7 +492,7 @@ def _adapted_model(
         raise ConfigError("\n".join(problems))
     for job in jobs.values():
         for examples in job.examples:
-            check(examples, model)
+            check_fit(examples.longest, examples.largest, model)
     routing = None
     if len(jobs) > 1:
         specs = {task: spec_of(run, task) if job.start is None else job.start for task, job in jobs.items()}

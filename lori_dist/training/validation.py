@@ -1,7 +1,7 @@
 """The loss on rows that are not trained on, during training, and which of its steps had the lowest."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 
 from lori_dist.training import data
-from lori_dist.training.data import Example
 from lori_dist.training.engine import Engine
 from lori_dist.training.loss import loss_sum
 from lori_dist.training.metrics import Record
+from lori_dist.training.token_files import Rows
 from lori_dist.training.world import World
 
 LOSS = "validation_loss"
@@ -56,7 +56,7 @@ def best(records: Iterable[Record]) -> Best:
 
 
 @torch.no_grad()
-def measure(engine: Engine, examples: Sequence[Example], world: World, *, batch_size: int, pad_id: int) -> float:
+def measure(engine: Engine, examples: Rows, world: World, *, batch_size: int, pad_id: int) -> float:
     """Mean over the target tokens of all rows, in nats. A collective; batch_size: rows that a rank runs at once."""
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for piece in data.micro_batches(range(len(examples)), world.rank, world.size, batch_size):
@@ -64,4 +64,4 @@ def measure(engine: Engine, examples: Sequence[Example], world: World, *, batch_
         total += loss_sum(engine.model, batch)
     if world.size > 1:
         dist.all_reduce(total)
-    return float(total) / sum(example.num_targets for example in examples)
+    return float(total) / examples.sums()[1]

@@ -661,7 +661,9 @@ def test_all_answers_of_a_chat_are_learned(tmp_path: Path, max_length: int) -> N
 
 
 def test_answers_that_change_when_others_follow_cannot_all_be_learned(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"row 1: .* changes the text of message 2 .*; set template.train_on to last"):
+    with pytest.raises(
+        ConfigError, match=r"rows.jsonl:1: .* changes the text of message 2 .*; set template.train_on to last"
+    ):
         read_chat(tmp_path, {"chat": TURNS}, QWEN, messages="chat", train_on="all")
 
 
