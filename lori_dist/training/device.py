@@ -78,8 +78,8 @@ def dtype_of_base() -> str:
 
 
 def put(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A CPU tensor on a device. To CUDA it goes from pinned memory, for which the program does not wait."""
-    if torch.device(device).type == "cuda":
+    """A tensor on a device. From a CPU to CUDA it goes by pinned memory, for which the program does not wait."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 

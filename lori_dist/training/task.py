@@ -319,9 +319,9 @@ class Course:
         every = train.checkpoint_every
         return is_best or (every is not None and step % every == 0 and step < self.phase.num_steps)
 
-    def rows(self) -> list[tuple[int, int]]:
-        """(task, row) of the next step, over all ranks."""
-        return self.job.steps.rows(self.phase, self.end.step)
+    def rows(self, step: int) -> list[tuple[int, int]]:
+        """(task, row) of a step, over all ranks."""
+        return self.job.steps.rows(self.phase, step)
 
     def batches(self, rows: Sequence[tuple[int, int]]) -> list[Batch]:
         """This rank's micro-batches of a step."""

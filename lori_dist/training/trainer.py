@@ -27,6 +27,7 @@ from lori_dist.adapter.routing import Routing, adapter_of, module_of, name_of
 from lori_dist.errors import ConfigError, JobError, LoriError
 from lori_dist.formats import native
 from lori_dist.training import checkpoint, conflicts, data, flops, validation
+from lori_dist.training.ahead import Ahead
 from lori_dist.training.compilation import compile_blocks
 from lori_dist.training.data import Batch
 from lori_dist.training.determinism import set_deterministic
@@ -129,6 +130,22 @@ class View:
         return {module_of(name): part for name, part in parts.items() if adapter_of(name) == self.adapter}
 
 
+Steps = tuple[tuple[str, int], ...]
+"""Tasks, and the step that each is at."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Made:
+    """All that a step needs of its rows."""
+
+    batches: Sequence[Batch]
+    """The rank's micro-batches, on its device."""
+    num_targets: int
+    """Targets of the step over all ranks; 1 where batches have weights."""
+    lengths: Mapping[str, Sequence[int]]
+    """Tokens of each task's rows, over all ranks."""
+
+
 @dataclass(kw_only=True, slots=True)
 class Group:
     """A phase of one or several tasks over one base."""
@@ -142,6 +159,10 @@ class Group:
     gradients: Surgery | Gradients | None
     """Makes the gradient of a step, if it is not the sum over the rows."""
     mfu: flops.Utilisation
+    _ahead: Ahead[Steps, Made] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._ahead = Ahead(self._made)
 
     @classmethod
     def build(cls, jobs: Mapping[str, Job], phases: Mapping[str, Phase], masks: Mapping[str, Masks]) -> "Group":
@@ -205,9 +226,13 @@ class Group:
             course.recall()
             if course.end.step == 0 and course.job.run.train.on_divergence == "rollback":
                 self._save(course)
-        while active := [task for task, course in self.courses.items() if course.is_active]:
-            self._step(active)
-            self._end_if_asked()
+        self._begin(tuple((task, course.end.step) for task, course in self.courses.items() if course.is_active))
+        try:
+            while active := [task for task, course in self.courses.items() if course.is_active]:
+                self._step(active)
+                self._end_if_asked()
+        finally:
+            self._ahead.close()
         for task in self._whole():
             self._take_best(task)
         return {task: course.error for task, course in self.courses.items() if course.error is not None}
@@ -241,10 +266,11 @@ class Group:
         courses = {task: self.courses[task] for task in active}
         first = courses[active[0]]
         first.seed()
-        rows = {task: course.rows() for task, course in courses.items()}
         rates = {task: course.lr for task, course in courses.items()}
-        batches, num_targets = self._batches(rows)
+        now = tuple((task, course.end.step) for task, course in courses.items())
+        made = self._ahead.take(now)
         data_wait = time.monotonic() - start
+        self._begin(tuple((task, step + 1) for task, step in now))
         results: dict[str, StepResult] = {}
 
         def accept(result: StepResult) -> bool | dict[str, bool]:
@@ -257,16 +283,13 @@ class Group:
         of_all = {task: rates.get(task, 0.0) for task in self.courses}
         lr = of_all[active[0]] if self.routing is None else of_all
         if self.gradients is None:
-            result = self.engine.step(batches, num_targets=num_targets, lr=lr, accept=accept)
+            result = self.engine.step(made.batches, num_targets=made.num_targets, lr=lr, accept=accept)
         else:
-            result = self.engine.step(batches, num_targets=1, lr=lr, tasks=self.gradients, accept=accept)
+            result = self.engine.step(made.batches, num_targets=1, lr=lr, tasks=self.gradients, accept=accept)
         if not results:  # an engine of the user's own may do every step without asking
             results.update(self._results(result, active))
         seconds = time.monotonic() - start
-        lengths = {
-            task: [course.job.examples[which].num_tokens(row) for which, row in rows[task]]
-            for task, course in courses.items()
-        }
+        lengths = made.lengths
         together = [length for of_task in lengths.values() for length in of_task]
         mfu = self.mfu(sum(together), seconds, together)
         for task, course in courses.items():
@@ -293,6 +316,24 @@ class Group:
                 self._after(task, record)
             except JobError as error:
                 course.error = error
+
+    def _begin(self, steps: Steps) -> None:
+        """Begins to make the batches of steps, of those tasks that have so many."""
+        left = tuple((task, step) for task, step in steps if step < self.courses[task].phase.num_steps)
+        if left:
+            self._ahead.begin(left)
+
+    def _made(self, steps: Steps) -> Made:
+        """All that a step of some tasks needs of their rows. Another thread may call this."""
+        courses = {task: self.courses[task] for task, _ in steps}
+        rows = {task: courses[task].rows(step) for task, step in steps}
+        lengths = {
+            task: [course.job.examples[which].num_tokens(row) for which, row in rows[task]]
+            for task, course in courses.items()
+        }
+        batches, num_targets = self._batches(rows)
+        device = next(iter(courses.values())).job.world.device
+        return Made(batches=[batch.to(device) for batch in batches], num_targets=num_targets, lengths=lengths)
 
     def _batches(self, rows: Mapping[str, Sequence[tuple[int, int]]]) -> tuple[list[Batch], int]:
         """This rank's micro-batches of a step, and the number of targets, which is 1 where batches have weights."""
