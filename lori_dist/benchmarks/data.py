@@ -1,4 +1,4 @@
-"""Rows on their way to the first step: their tokens beside `datasets.map`, and the memory of a rank."""
+"""Rows on their way into steps: tokens beside `datasets.map`, memory of a rank, waiting for batches and other ranks."""
 
 import importlib.util
 import json
@@ -6,9 +6,10 @@ import multiprocessing
 import os
 import random
 import shutil
+import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +23,36 @@ from lori_dist.benchmarks._methods import make_llama
 from lori_dist.benchmarks._traffic import process_bytes
 from lori_dist.errors import ConfigError, Preempted
 from lori_dist.training import device
+from lori_dist.training.balance import divided
+from lori_dist.training.data import encode, micro_batches, read
 from lori_dist.training.preemption import Notice
 from lori_dist.training.train import train
 from lori_dist.training.world import World
 
 FEW = 1000
 """Rows of the runs that others are compared with."""
+STEPS, STEPS_DIVIDED = 8, 200
+"""Steps of a start, and those whose rows are divided."""
 WORDS, VOCABULARY = 3000, 4096
 PROMPT, RESPONSE = (20, 70), (25, 80)
 """Fewest and most words of a text: a row has about as many bytes as one of GSM8K."""
 
 
-def run(*, rows: int = 300_000, ranks: int = 2, length: int = 512) -> dict[str, Any]:
+def run(*, rows: int = 300_000, ranks: int = 2, length: int = 512, files: str = "") -> dict[str, Any]:
     """Rows for a table, one for each start of a training, and ratios.
 
     rows: of a JSON lines file that is made for this. ranks: processes of a start, and of `datasets.map`. length:
-    train.max_length. The base is a Llama of two small layers, the tokenizer a byte-level BPE.
+    train.max_length. files: JSON lines files with prompt and response, separated by commas, whose rows are mixed to
+    measure how a step is divided; by default those that are made. The base is a Llama of two small layers, the
+    tokenizer a byte-level BPE.
 
     first_step_seconds: from the start of the processes to the end of the first step. peak_memory_bytes: the largest
     size of rank 0's process. In the ratios, tokens_over_map: the additional time of the first start with all rows, over
     that with few, divided by the time of `datasets.map` with as many processes. second_start_seconds and
-    memory_bytes: what a start whose tokens are there takes more than one with few rows.
+    memory_bytes: what a start whose tokens are there takes more than one with few rows. data_wait: share of a step that
+    rank 0 waits for its batch, the median of those after the first. idle: share of a step in which a rank that
+    computes less waits, by the tokens that are computed, padding included, with rows divided by their number and by
+    their tokens; computed: tokens that the ranks compute, as a multiple of those of the rows.
     Raises ConfigError where `datasets` is not installed.
     """
     if importlib.util.find_spec("datasets") is None:
@@ -63,6 +73,7 @@ def run(*, rows: int = 300_000, ranks: int = 2, length: int = 512) -> dict[str, 
                 for which in ("first", "second")
             ]
             seconds = _mapped(folder, rows, num_ranks, length)
+            lengths = _lengths(folder, files.split(",") if files else [str(folder / f"{FEW}.jsonl")], length)
         finally:
             if kept is None:
                 del os.environ["LORI_CACHE"]
@@ -76,6 +87,8 @@ def run(*, rows: int = 300_000, ranks: int = 2, length: int = 512) -> dict[str, 
             "first_start_over_map": round(first["first_step_seconds"] / (few["first_step_seconds"] + seconds), 3),
             "second_start_seconds": round(second["first_step_seconds"] - few["first_step_seconds"], 2),
             "memory_bytes": second["peak_memory_bytes"] - few["peak_memory_bytes"],
+            "data_wait": second["data_wait"],
+            **_divisions(lengths, num_ranks),
         },
     }
 
@@ -118,8 +131,35 @@ def _lines(count: int) -> Iterator[str]:
 # --- what is measured ------------------------------------------------------------------------------------------------
 
 
+def _lengths(folder: Path, paths: Sequence[str], length: int) -> list[int]:
+    """Tokens of the rows of files."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "base")
+    found = list[int]()
+    for path in paths:
+        examples = encode(read(path, config.Template()), tokenizer, length)
+        found += [example.num_tokens for example in examples]
+    return found
+
+
+def _divisions(lengths: Sequence[int], num_ranks: int) -> dict[str, Any]:
+    """Idle share and computed tokens, of steps with rows drawn at random."""
+    draws, size, micro = random.Random(0), config.Train().batch_size, config.Train().micro_batch_size
+    sums = {name: [0.0, 0.0, 0.0] for name in ("by_rows", "by_tokens")}
+    for _ in range(STEPS_DIVIDED):
+        drawn = draws.choices(lengths, k=size)
+        by_rows = [micro_batches(range(size), rank, num_ranks, micro) for rank in range(num_ranks)]
+        for name, found in (("by_rows", by_rows), ("by_tokens", divided(drawn, num_ranks, micro))):
+            loads = [sum(len(piece) * max((drawn[row] for row in piece), default=0) for piece in one) for one in found]
+            for place, number in enumerate((max(loads), sum(loads) / num_ranks, sum(drawn) / num_ranks)):
+                sums[name][place] += number
+    return {
+        "idle": {name: round(1 - mean / most, 4) for name, (most, mean, _) in sums.items()},
+        "computed": {name: round(most / needed, 3) for name, (most, _, needed) in sums.items()},
+    }
+
+
 def _start(folder: Path, number: int, num_ranks: int, length: int) -> dict[str, Any]:
-    """A training that is stopped after its first step."""
+    """A training that is stopped after its first steps."""
     found = gang(_first_step, num_ranks, folder, number, length, time.time())
     shutil.rmtree(folder / "out")
     return found
@@ -136,7 +176,13 @@ def _first_step(world: World, folder: Path, number: int, length: int, started: f
             "train": {"epochs": 1, "batch_size": 4 * world.size, "max_length": length, "checkpoint_every": None},
         }
     )
-    ended: list[float] = []
+    ended, waits = list[float](), list[float]()
+
+    def progress(record: dict[str, Any]) -> None:
+        ended.append(time.time())
+        waits.append(record["data_wait"] / record["seconds"])
+
+    steps = iter(range(STEPS))
     try:
         train(
             described,
@@ -144,14 +190,15 @@ def _first_step(world: World, folder: Path, number: int, length: int, started: f
             world,
             folder / "out",
             fingerprint="",
-            progress=lambda record: ended.append(time.time()),
-            stop_request=lambda: Notice.RUN,
+            progress=progress,
+            stop_request=lambda: Notice.NONE if next(steps) < STEPS - 1 else Notice.RUN,
         )
     except Preempted:
         dist.barrier()
     return {
         "first_step_seconds": round(ended[0] - started, 2) if ended else 0.0,
         "peak_memory_bytes": process_bytes("VmHWM"),
+        "data_wait": round(statistics.median(waits[1:]), 5) if waits else 0.0,
     }
 
 

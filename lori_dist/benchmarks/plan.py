@@ -181,7 +181,7 @@ def _measured(described: config.Run, placement: Placement, folder: Path) -> dict
 def _of_rank(world: World, setting: Setting) -> dict[str, int]:
     _keep_no_freed_memory()
     described = setting.run
-    rows, length = described.train.micro_batch_size, described.train.max_length
+    rows, length = described.train.rows_at_once, described.train.max_length
     ids = torch.randint(256, (rows, length), generator=torch.Generator().manual_seed(world.rank))
     is_row = torch.ones_like(ids)
     is_row[0, -1] = 0  # as in most batches, where rows have different lengths

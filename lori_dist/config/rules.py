@@ -17,7 +17,17 @@ from typing import Any
 
 from lori_dist import plugin, storage, tables
 from lori_dist.config.kinds import ENGINES
-from lori_dist.config.run import FLASH, Run, Template, engine_files, files, names_of, wrong_labels, wrong_template
+from lori_dist.config.run import (
+    FLASH,
+    Run,
+    Template,
+    Train,
+    engine_files,
+    files,
+    names_of,
+    wrong_labels,
+    wrong_template,
+)
 from lori_dist.errors import ConfigError
 from lori_dist.files import read_regular
 
@@ -128,6 +138,14 @@ def _lengths(run: Run) -> Iterator[str]:
     for path, steps in (("train.steps", run.train.steps), ("train.calibrate.steps", run.train.calibrate.steps)):
         if steps is not None and run.train.warmup_steps >= steps:
             yield f"train.warmup_steps: got {run.train.warmup_steps}, {path} is {steps}; give fewer than those"
+    most, train = run.train.micro_batch_tokens, run.train
+    if most is not None and most < train.max_length:
+        yield (
+            f"train.micro_batch_tokens: got {most}, and a row may have train.max_length tokens, {train.max_length}; "
+            "give at least as many"
+        )
+    if most is not None and train.micro_batch_size != Train().micro_batch_size:
+        yield "train.micro_batch_size, train.micro_batch_tokens: both are given; set only one"
 
 
 def _lengths_of_tasks(run: Run) -> Iterator[str]:

@@ -354,7 +354,9 @@ class Train:
     batch_size: Positive = 32
     """Rows of one optimizer step, over all ranks."""
     micro_batch_size: Annotated[Positive, Fingerprint.NEVER] = 8
-    """Rows that a rank runs at once; a larger batch is accumulated."""
+    """Rows of the longest length that a rank runs at once, or more that are shorter; a larger batch is accumulated."""
+    micro_batch_tokens: Annotated[Positive | None, Fingerprint.NEVER] = None
+    """Tokens that a rank runs at once, with padding, instead of micro_batch_size; null: as many as those rows have."""
     max_length: Annotated[int, pydantic.Field(ge=2), NotBool] = 512
     """Tokens of a row; longer prompts lose their beginning, longer responses their end."""
     pack: Annotated[bool, Fingerprint.NEVER] = False
@@ -401,6 +403,13 @@ class Train:
     the same command resumes it."""
     seed: Seed = 0
     """Seed of the order of the rows."""
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of max_length tokens that a rank runs at once."""
+        if self.micro_batch_tokens is None:
+            return self.micro_batch_size
+        return max(1, self.micro_batch_tokens // self.max_length)
 
 
 @section

@@ -89,11 +89,11 @@ def _of_zero(zero: Mapping[str, Any]) -> dict[str, Any]:
 def of_ranks(path: str, train: Train, ranks: int) -> Iterator[str]:
     """Yields contradictions between the file and the YAML that depend on the number of ranks."""
     name = "gradient_accumulation_steps"
-    found, wanted = read(path).get(name, AUTO), num_micro_batches(train.batch_size, ranks, train.micro_batch_size)
+    found, wanted = read(path).get(name, AUTO), num_micro_batches(train.batch_size, ranks, train.rows_at_once)
     if found != AUTO and found != wanted:
         yield (
             f"{PLACE}: {path} has {name} {found!r}, and train.batch_size {train.batch_size} in pieces of "
-            f"train.micro_batch_size {train.micro_batch_size} on {ranks} ranks is {wanted}; "
+            f"train.micro_batch_size {train.rows_at_once} on {ranks} ranks is {wanted}; "
             f'write {wanted} or "{AUTO}" there, or change the YAML'
         )
 
@@ -114,7 +114,7 @@ def contradictions(run: Run) -> Iterator[str]:
 
     for key, place, wanted in (
         ("train_batch_size", "train.batch_size", train.batch_size),
-        ("train_micro_batch_size_per_gpu", "train.micro_batch_size", train.micro_batch_size),
+        ("train_micro_batch_size_per_gpu", "train.micro_batch_size", train.rows_at_once),
     ):
         if (found := tree.get(key, AUTO)) not in (AUTO, wanted):
             yield other(key, found, place, wanted)

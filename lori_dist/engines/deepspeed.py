@@ -474,7 +474,7 @@ def _config(
     if offload:
         zero["offload_param"] = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
     made = {
-        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "train_micro_batch_size_per_gpu": train.rows_at_once,
         "gradient_accumulation_steps": 1,  # losses are not divided; see set_gradient_accumulation_boundary
         "gradient_clipping": train.clip or 0.0,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW updates offloaded values and moments, too

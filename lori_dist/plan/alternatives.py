@@ -94,7 +94,7 @@ def _variants(
     ranks = ranks_of(run, hardware)
     own = Placement(engine=name, options=options, ranks=ranks)
     most = -(-run.train.batch_size // ranks)
-    size = min(run.train.micro_batch_size, most)
+    size = min(run.train.rows_at_once, most)
     for other in sorted({1, max(1, size // 2), min(most, 2 * size), min(most, 4 * size)} - {size}):
         words = f"train.micro_batch_size={other} with {own.name}"
         yield words, [with_micro_batches_of(one, other, ranks) for one in trained], own

@@ -104,7 +104,9 @@ def trained_of(run: Run, gangs: Sequence[Gang], ranks: int) -> list[Trained]:
 def with_micro_batches_of(one: Trained, rows: int, ranks: int) -> Trained:
     """The same gang with micro-batches of `rows` rows."""
     members = tuple(
-        dataclasses.replace(member, train=dataclasses.replace(member.train, micro_batch_size=rows))
+        dataclasses.replace(
+            member, train=dataclasses.replace(member.train, micro_batch_size=rows, micro_batch_tokens=None)
+        )
         for member in one.gang.members
     )
     model = with_rows(one.model, rows * one.model.adapters, one.model.tokens // members[0].train.max_length)
@@ -137,7 +139,7 @@ def _validation(model: Counted, member: Member, ranks: int) -> Work:
     """The work of one pass over the validation rows of all tasks."""
     number = sum(one.number for one in member.validation)
     mean = sum(one.number * one.mean for one in member.validation) / number
-    micro = sum(num_micro_batches(one.number, ranks, member.train.micro_batch_size) for one in member.validation)
+    micro = sum(num_micro_batches(one.number, ranks, member.train.rows_at_once) for one in member.validation)
     longest = max(int(one.tokens.max()) for one in member.validation)
     computed = number * (mean + longest) / 2 / ranks  # between no padding and all
     attention = sum(layer.per_pair * layer.pairs(round(mean)) for layer in model.attention) * number / ranks

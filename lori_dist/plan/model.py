@@ -59,7 +59,7 @@ def count(run: Run, *, ranks: int = 1, adapters: int = 1, start: Adapter | None 
     deltas = [layer.deltas[0] for layer in attached.values()]
     meets = {path: _share_of(path, layer.base, shares) for path, layer in attached.items()}
     entries = sum(delta.out_features * delta.rank for delta in deltas)
-    rows, length = min(run.train.micro_batch_size, -(-run.train.batch_size // ranks)) * adapters, run.train.max_length
+    rows, length = min(run.train.rows_at_once, -(-run.train.batch_size // ranks)) * adapters, run.train.max_length
     of_blocks, other = _activations(run, of_spec, found, rows)
     dtype = getattr(torch, run.model.dtype)
     settings = model.config.get_text_config()

@@ -18,6 +18,7 @@ from lori_dist.errors import AdapterError, ConfigError
 from lori_dist.jobs import Job, plan
 from lori_dist.plan.rows import Counter, Lengths
 from lori_dist.training import data
+from lori_dist.training.balance import divided
 from lori_dist.training.cost import Counted
 from lori_dist.training.data import Example
 from lori_dist.training.flops import BACKWARD, Attention, of_attention
@@ -241,10 +242,10 @@ def work(model: Counted, members: Sequence[Member], phase: str, ranks: int) -> W
     train = members[0].train
     generator = np.random.default_rng(0)
     batches = [_batch(member, phase) for member in members]
-    num_micro = max(data.num_micro_batches(batch, ranks, train.micro_batch_size) for batch in batches)
+    num_micro = max(data.num_micro_batches(batch, ranks, train.rows_at_once) for batch in batches)
     most = max(1, (DRAWN_PACKED if train.pack else DRAWN) // len(members))
     drawn_ranks = min(ranks, most)
-    rows = min(train.micro_batch_size, math.ceil(max(batches) / ranks))
+    rows = min(train.rows_at_once, math.ceil(max(batches) / ranks))
     drawn_rows = min(rows, max(1, most // drawn_ranks))
     drawn_micro = min(num_micro, max(1, most // (drawn_ranks * drawn_rows)))
     size = drawn_ranks * drawn_rows * drawn_micro
@@ -255,7 +256,7 @@ def work(model: Counted, members: Sequence[Member], phase: str, ranks: int) -> W
     computed = attention = needed = 0.0
     for _ in range(draws):
         pieces = [
-            _pieces(member.draw(batch if is_whole else size, generator), drawn_ranks, drawn_rows)
+            _pieces(train, len(members), member.draw(batch if is_whole else size, generator), drawn_ranks, drawn_rows)
             for member, batch in zip(members, batches, strict=True)
         ]
         found = _slowest(model, train, pieces)
@@ -294,8 +295,17 @@ def _batch(member: Member, phase: str) -> int:
     return min(member.train.batch_size, max(1, math.ceil(member.rows(one) / max(1, one.num_steps))))
 
 
-def _pieces(lengths: Tokens, ranks: int, rows: int) -> Tokens:
+def _pieces(train: Train, num_members: int, lengths: Tokens, ranks: int, rows: int) -> Tokens:
     """Tokens of each row, of shape (micro-batches, rows, ranks), 0 for a missing row."""
+    if num_members == 1:  # else training divides rows by their number
+        pack = train.max_length if train.pack else None
+        of_ranks = divided(lengths.tolist(), ranks, rows, most_tokens=train.micro_batch_tokens, pack=pack)
+        most = max(len(piece) for pieces in of_ranks for piece in pieces)
+        found = np.zeros((len(of_ranks[0]), most, ranks), dtype=np.int64)
+        for rank, pieces in enumerate(of_ranks):
+            for micro, piece in enumerate(pieces):
+                found[micro, : len(piece), rank] = lengths[piece]
+        return found
     per_rank = math.ceil(len(lengths) / ranks)
     num_micro = math.ceil(per_rank / rows)
     padded = np.zeros(num_micro * rows * ranks, dtype=np.int64)

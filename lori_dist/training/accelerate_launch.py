@@ -266,12 +266,12 @@ def _others(run: Run, environment: Mapping[str, str]) -> Iterator[str]:
         "1",
         "auto",
         "none",
-        str(num_micro_batches(run.train.batch_size, size, run.train.micro_batch_size)),
+        str(num_micro_batches(run.train.batch_size, size, run.train.rows_at_once)),
     ):
         yield (
             f"train.batch_size: accelerate's configuration asks for gradient_accumulation_steps {steps}, and here they "
             f"follow from train.batch_size {run.train.batch_size} over all ranks and train.micro_batch_size "
-            f"{run.train.micro_batch_size}; set `gradient_accumulation_steps: 1` there, and train.batch_size to what "
+            f"{run.train.rows_at_once}; set `gradient_accumulation_steps: 1` there, and train.batch_size to what "
             "is meant"
         )
 

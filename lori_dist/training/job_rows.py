@@ -66,8 +66,8 @@ def row_files(run: Run, planned: Planned, tokenizer: PreTrainedTokenizerBase) ->
         return found
     steps = Steps.of(run, planned, counts)
     taken = {pair for phase in ahead for step in range(phase.num_steps) for pair in steps.rows(phase, step)}
-    for task, (of_task, sizes) in enumerate(zip(found, counts, strict=True)):
-        rows = np.array(sorted(row for which, row in taken if which == task), dtype=np.int64)
+    for number, (of_task, sizes) in enumerate(zip(found, counts, strict=True)):
+        rows = np.array(sorted(row for which, row in taken if which == number), dtype=np.int64)
         ends = np.cumsum(sizes)
         for place, (file, end, size) in enumerate(zip(of_task, ends, sizes, strict=True)):
             of_file = rows[(rows >= end - size) & (rows < end)] - (end - size)

@@ -22,6 +22,7 @@ from lori_dist.formats import native
 from lori_dist.jobs import Job as Planned
 from lori_dist.jobs import task_seed
 from lori_dist.training import checkpoint, conflicts, data, masking, metrics, token_files, validation
+from lori_dist.training.balance import divided
 from lori_dist.training.data import Batch
 from lori_dist.training.divergence import Divergence
 from lori_dist.training.engine import State
@@ -323,11 +324,18 @@ class Course:
         """(task, row) of a step, over all ranks."""
         return self.job.steps.rows(self.phase, step)
 
-    def batches(self, rows: Sequence[tuple[int, int]]) -> list[Batch]:
-        """This rank's micro-batches of a step."""
+    def batches(self, rows: Sequence[tuple[int, int]], *, by_tokens: bool) -> list[Batch]:
+        """This rank's micro-batches of a step. by_tokens: whether rows are divided by tokens, not by their number."""
         job, train, world = self.job, self.job.run.train, self.job.world
-        pieces = data.micro_batches(rows, world.rank, world.size, train.micro_batch_size)
         length = train.max_length if train.pack else None
+        if by_tokens:
+            lengths = [job.examples[task].num_tokens(row) for task, row in rows]
+            shares = divided(
+                lengths, world.size, train.micro_batch_size, most_tokens=train.micro_batch_tokens, pack=length
+            )
+            pieces = [[rows[place] for place in piece] for piece in shares[world.rank]]
+        else:
+            pieces = data.micro_batches(rows, world.rank, world.size, train.rows_at_once)
         if job.joint is not None:
             return joint_batches(rows, job.examples, job.joint.weights, pieces, job.pad_id, length)
         return [data.collate([job.examples[0][row] for _, row in piece], job.pad_id, length) for piece in pieces]

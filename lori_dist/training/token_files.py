@@ -59,7 +59,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 """Errors of file systems without locks."""
 PATHS = ("_file", "name_or_path")
 """Ends of the names of a tokenizer's settings that say where it is from."""
-DTYPES = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8"), "U8": np.dtype("u1")}
+DTYPES: dict[str, np.dtype[Any]] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8"), "U8": np.dtype("u1")}
 
 Show = Callable[[str, int, float | None], None]
 """Gets what is being made, the number of rows that are done, and, if it is known, their share of all."""

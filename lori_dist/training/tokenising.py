@@ -159,11 +159,11 @@ def cores() -> int:
 def made_of(work: Work, pieces: Iterable[tables.Piece], num_processes: int) -> Iterator[tuple[tables.Piece, Made]]:
     """Yields each piece with what work makes of it, in their order: the first few here, of more as many at once as
     there may be processes. Raises what `work` raises."""
-    left = iter(pieces)
+    left: Iterator[tables.Piece] = iter(pieces)
     first = 0
-    for piece in itertools.islice(left, ALONE):
-        yield piece, work(first, piece)
-        first += len(piece)
+    for begun in itertools.islice(left, ALONE):
+        yield begun, work(first, begun)
+        first += len(begun)
     rest = next(left, None)
     if rest is None:
         return
@@ -196,11 +196,11 @@ def made_of(work: Work, pieces: Iterable[tables.Piece], num_processes: int) -> I
                 waiting.append((piece, executor.submit(do, first, piece)))
                 first += len(piece)
                 piece = next(left, None)
-            done, made = waiting.popleft()
-            yield done, made.result()
+            done, future = waiting.popleft()
+            yield done, future.result()
     finally:
-        for _, made in waiting:
-            made.cancel()
+        for _, future in waiting:
+            future.cancel()
         for helper in helpers:
             helper.close()
         executor.shutdown(wait=True, cancel_futures=True)

@@ -342,7 +342,9 @@ class Group:
             task: sum(course.job.examples[which].num_targets(row) for which, row in rows[task])
             for task, course in courses.items()
         }
-        batches = {task: course.batches(rows[task]) for task, course in courses.items()}
+        # Batches of several tasks are as wide, and have as many rows, as the largest.
+        by_tokens = self.routing is None
+        batches = {task: course.batches(rows[task], by_tokens=by_tokens) for task, course in courses.items()}
         if self.routing is None:
             [(task, course)] = courses.items()
             return batches[task], counts[task] if course.job.joint is None else 1  # of all ranks, and nothing is sent
@@ -423,7 +425,7 @@ class Group:
         job = self.courses[task].job
         if self.routing is not None:
             self.routing.only(task)
-        rows = job.run.train.micro_batch_size
+        rows = job.run.train.rows_at_once
         losses = [
             validation.measure(self.engine, examples, job.world, batch_size=rows, pad_id=job.pad_id)
             for examples in job.validation
