@@ -21,6 +21,7 @@ from lori_dist.training.loss import is_chunked
 from lori_dist.training.model import blocks
 from lori_dist.training.model_files import check_causal, has_weights, loading, made_from, settings_of
 from lori_dist.training.quantized import QuantizedLinear, quantize_layers
+from lori_dist.training.sequences import Share
 from lori_dist.training.weights import attention_of, find_weights
 
 __all__ = ["Counted", "count", "skeleton", "spec"]
@@ -96,6 +97,7 @@ def count(run: Run, *, ranks: int = 1, adapters: int = 1, start: Adapter | None 
         kernel=run.model.attention or str(model.config._attn_implementation),
         key_values=_key_values(settings),
         adapters=adapters,
+        share=Share.of(run.model, model.config.model_type),
     )
 
 

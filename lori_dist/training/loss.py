@@ -41,7 +41,9 @@ def task_loss_sums(model: nn.Module, batch: Batch) -> Tensor:
     if batch.tasks is None or batch.weights is None:
         return loss_sum(model, batch).view(1)
     losses = _losses(model, batch)
-    tasks = torch.tensor(batch.tasks, device=losses.device)[_rows(batch)]
+    numbers, counts = (torch.tensor(of_spans, device=losses.device) for of_spans in zip(*batch.tasks, strict=True))
+    of_tokens = numbers.repeat_interleave(counts).view(batch.labels.shape)
+    tasks = of_tokens[:, 1:][batch.labels[:, 1:] != IGNORED]
     return losses.new_zeros(len(batch.weights)).index_add_(0, tasks, losses) * batch.weights
 
 

@@ -48,6 +48,7 @@ from lori_dist.training.metrics import METRICS, Record
 from lori_dist.training.model import check, identity
 from lori_dist.training.phases import TRAIN, Phase
 from lori_dist.training.preemption import Notice, of_any, preempted
+from lori_dist.training.sequences import Share
 from lori_dist.training.surgery import Surgery, surgery
 from lori_dist.training.task import (
     ADAPTER,
@@ -88,7 +89,7 @@ class Gradients:
 
     def begin(self, batch: Batch) -> None:
         assert batch.tasks is not None
-        self.routing.begin(batch.tasks, batch.input_ids.shape[1])
+        self.routing.begin_tokens(batch.tasks)
 
     @torch.no_grad()
     def gradient(self, parts: Mapping[str, Part], step: int, losses: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -142,6 +143,8 @@ class Group:
     gradients: Surgery | Gradients | None
     """Makes the gradient of a step, if it is not the sum over the rows."""
     mfu: flops.Utilisation
+    share: Share
+    """Whether rows of several tasks share sequences."""
 
     @classmethod
     def build(cls, jobs: Mapping[str, Job], phases: Mapping[str, Phase], masks: Mapping[str, Masks]) -> "Group":
@@ -193,7 +196,15 @@ class Group:
                 adapter = ALONE if routing is None else task
                 own = {module_of(name): found for name, found in checksums.items() if adapter_of(name) == adapter}
                 refuse_other_projections(job.start.blocks[0], own)
-        return cls(courses=courses, model=model, engine=engine, routing=routing, gradients=gradients, mfu=mfu)
+        return cls(
+            courses=courses,
+            model=model,
+            engine=engine,
+            routing=routing,
+            gradients=gradients,
+            mfu=mfu,
+            share=Share.NO if routing is None and first.joint is None else _share(first, model),
+        )
 
     def run(self) -> dict[str, LoriError]:
         """Does the steps that are left, each task to its last one or until it ends early with its best values. Returns
@@ -301,18 +312,25 @@ class Group:
             task: sum(course.job.examples[which][row].num_targets for which, row in rows[task])
             for task, course in courses.items()
         }
-        batches = {task: course.batches(rows[task]) for task, course in courses.items()}
         if self.routing is None:
             [(task, course)] = courses.items()
-            return batches[task], counts[task] if course.job.joint is None else 1  # of all ranks, and nothing is sent
+            found = course.batches(rows[task], self.share)
+            return found, counts[task] if course.job.joint is None else 1  # of all ranks, and nothing is sent
         numbers = {task: number for number, task in enumerate(self.courses)}
         weights = torch.tensor([1.0 / counts[task] if task in counts else 0.0 for task in self.courses])
-        pad_id = next(iter(courses.values())).job.pad_id
-        most = max(map(len, batches.values()))
+        first, max_length = (
+            next(iter(courses.values())).job,
+            max(one.job.run.train.max_length for one in courses.values()),
+        )
+        pieces = {task: course.pieces(rows[task]) for task, course in courses.items()}
         together = []
-        for place in range(most):
-            now = {numbers[task]: of_task[place] if place < len(of_task) else None for task, of_task in batches.items()}
-            together.append(data.side_by_side(now, weights, pad_id))
+        for place in range(max(map(len, pieces.values()))):
+            now = {
+                numbers[task]: [courses[task].job.examples[which][row] for which, row in piece]
+                for task, of_task in pieces.items()
+                for piece in (of_task[place] if place < len(of_task) else [],)
+            }
+            together.append(data.together(now, weights, first.pad_id, self.share, max_length))
         return together, 1
 
     def _results(self, result: StepResult, active: Sequence[str]) -> dict[str, StepResult]:
@@ -518,6 +536,19 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
             for name, value in vars(module).items():
                 if "drop" in name and isinstance(value, float):
                     setattr(module, name, 0.0)
+
+
+def _share(job: Job, model: PreTrainedModel) -> Share:
+    """Whether rows of several tasks share sequences, which is said where they do not."""
+    share = Share.of(job.run.model, model.config.model_type)
+    if share is Share.NO and job.world.rank == 0:
+        log.info(
+            "%s: rows of several tasks are padded to the longest of a batch, as %s is not known to keep rows apart "
+            "that share a sequence",
+            job.name,
+            model.config.model_type,
+        )
+    return share
 
 
 def _surgery(job: Job, model: PreTrainedModel) -> Surgery | None:
