@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lori_dist.adapter import sharded
+from lori_dist.adapter.linear import shaped
 from lori_dist.adapter.routing import Routing, name_of
 from lori_dist.errors import AdapterError
 from lori_dist.plugin import nearest
@@ -177,7 +178,7 @@ class RoutedModule(nn.Module):
                 rows = slice(None)
             made.append(torch.func.functional_call(self.form[0], named, (x[rows],)))
         done = torch.cat(made)
-        return done if x.shape == shape else done.reshape(*shape[:2], *done.shape[2:])
+        return done if x.shape == shape else shaped(done, (*shape[:2], *done.shape[2:]))
 
     def _name(self, name: str, number: int) -> str:
         return name_of(key(f"{self.path}.{name}"), self.routing.names[number])
