@@ -240,10 +240,12 @@ def segments(gang: Gang, phase: str) -> Iterator[tuple[int, tuple[Member, ...]]]
 def work(model: Counted, members: Sequence[Member], phase: str, ranks: int) -> Work:
     """The work of a step in which these members train, from batches drawn at random as training draws them."""
     train = members[0].train
+    ranks //= train.sequence_parallel  # those of a group compute with the same rows
     generator = np.random.default_rng(0)
     batches = [_batch(member, phase) for member in members]
     num_micro = max(data.num_micro_batches(batch, ranks, train.micro_batch_size) for batch in batches)
-    share = model.share if len(members) > 1 or len(members[0].streams) > 1 else Share.NO
+    is_shared = (len(members) > 1 or len(members[0].streams) > 1) and train.sequence_parallel == 1
+    share = model.share if is_shared else Share.NO
     most = max(1, (DRAWN_PACKED if train.pack or share is not Share.NO else DRAWN) // len(members))
     drawn_ranks = min(ranks, most)
     rows = min(train.micro_batch_size, math.ceil(max(batches) / ranks))
@@ -268,8 +270,8 @@ def work(model: Counted, members: Sequence[Member], phase: str, ranks: int) -> W
     return Work(
         micro_batches=num_micro,
         tokens=tokens,
-        computed=computed / draws * per_rank,
-        attention=attention / draws * per_rank,
+        computed=computed / draws * per_rank / train.sequence_parallel,
+        attention=attention / draws * per_rank / train.sequence_parallel,
         model_attention=needed / draws * scale,
     )
 

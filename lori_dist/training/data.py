@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from lori_dist import config, rows
@@ -87,16 +88,27 @@ class Batch:
     """(task, tokens that follow each other), row by row, if several tasks are trained together. Tasks are numbered from
     0 and ascend."""
     weights: Tensor | None = None  # (tasks,): what a target of each counts in the loss
-    position_ids: Tensor | None = None  # (rows, length), where rows share sequences: each row's own, from 0
+    position_ids: Tensor | None = None  # (rows, length), where rows share sequences or are divided: each row's own
+    following: Tensor | None = None  # (rows, length), of rows that are divided: the label after each token
+
+    def next_labels(self) -> Tensor:
+        """The label of the token after each one, (rows, length): what the model predicts there."""
+        if self.following is not None:
+            return self.following
+        return functional.pad(self.labels[:, 1:], (0, 1), value=IGNORED)
 
     def to(self, device: torch.device | str) -> "Batch":
+        def there(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else put(tensor, device)
+
         return Batch(
             input_ids=put(self.input_ids, device),
             attention_mask=put(self.attention_mask, device),
             labels=put(self.labels, device),
             tasks=self.tasks,
-            weights=None if self.weights is None else put(self.weights, device),
-            position_ids=None if self.position_ids is None else put(self.position_ids, device),
+            weights=there(self.weights),
+            position_ids=there(self.position_ids),
+            following=there(self.following),
         )
 
 

@@ -26,7 +26,7 @@ from lori_dist.adapter.attach import attach, extract, projection_checksums, refu
 from lori_dist.adapter.routing import Routing, adapter_of, module_of, name_of
 from lori_dist.errors import ConfigError, JobError, LoriError
 from lori_dist.formats import native
-from lori_dist.training import checkpoint, conflicts, data, flops, validation
+from lori_dist.training import checkpoint, conflicts, data, flops, sequence_parallel, validation
 from lori_dist.training.compilation import compile_blocks
 from lori_dist.training.data import Batch
 from lori_dist.training.determinism import set_deterministic
@@ -145,6 +145,8 @@ class Group:
     mfu: flops.Utilisation
     share: Share
     """Whether rows of several tasks share sequences."""
+    ranks: sequence_parallel.Group
+    """The ranks that divide rows among them."""
 
     @classmethod
     def build(cls, jobs: Mapping[str, Job], phases: Mapping[str, Phase], masks: Mapping[str, Masks]) -> "Group":
@@ -185,6 +187,8 @@ class Group:
         else:
             gradients = Gradients(routing=routing, world=world, max_norm=run.train.clip)
             train, state = dataclasses.replace(run.train, clip=None), _joined(states)
+        ranks = sequence_parallel.join(run.train, world)
+        sequence_parallel.divide_attention(model, ranks, run.train.max_length)
         if run.train.compile:
             compile_blocks(model)
         engine: Engine = method.load()(model, weights, train, world, state=state, **options)
@@ -204,6 +208,7 @@ class Group:
             gradients=gradients,
             mfu=mfu,
             share=Share.NO if routing is None and first.joint is None else _share(first, model),
+            ranks=ranks,
         )
 
     def run(self) -> dict[str, LoriError]:
@@ -307,6 +312,12 @@ class Group:
 
     def _batches(self, rows: Mapping[str, Sequence[tuple[int, int]]]) -> tuple[list[Batch], int]:
         """This rank's micro-batches of a step, and the number of targets, which is 1 where batches have weights."""
+        found, num_targets = self._of_group(rows)
+        pad_id = next(iter(self.courses.values())).job.pad_id
+        return [self.ranks.part(batch, pad_id) for batch in found], num_targets
+
+    def _of_group(self, rows: Mapping[str, Sequence[tuple[int, int]]]) -> tuple[list[Batch], int]:
+        """As `_batches`, of all ranks that divide rows among them."""
         courses = {task: self.courses[task] for task in rows}
         counts = {
             task: sum(course.job.examples[which][row].num_targets for which, row in rows[task])
@@ -314,7 +325,7 @@ class Group:
         }
         if self.routing is None:
             [(task, course)] = courses.items()
-            found = course.batches(rows[task], self.share)
+            found = course.batches(rows[task], self.share, self.ranks)
             return found, counts[task] if course.job.joint is None else 1  # of all ranks, and nothing is sent
         numbers = {task: number for number, task in enumerate(self.courses)}
         weights = torch.tensor([1.0 / counts[task] if task in counts else 0.0 for task in self.courses])
@@ -322,7 +333,7 @@ class Group:
             next(iter(courses.values())).job,
             max(one.job.run.train.max_length for one in courses.values()),
         )
-        pieces = {task: course.pieces(rows[task]) for task, course in courses.items()}
+        pieces = {task: course.pieces(rows[task], self.ranks) for task, course in courses.items()}
         together = []
         for place in range(max(map(len, pieces.values()))):
             now = {
@@ -402,7 +413,7 @@ class Group:
             self.routing.only(task)
         rows = job.run.train.micro_batch_size
         losses = [
-            validation.measure(self.engine, examples, job.world, batch_size=rows, pad_id=job.pad_id)
+            validation.measure(self.engine, examples, job.world, batch_size=rows, pad_id=job.pad_id, ranks=self.ranks)
             for examples in job.validation
         ]
         return sum(losses) / len(losses)
@@ -540,6 +551,8 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 def _share(job: Job, model: PreTrainedModel) -> Share:
     """Whether rows of several tasks share sequences, which is said where they do not."""
+    if job.run.train.sequence_parallel > 1:  # which divides rows, and each is a sequence
+        return Share.NO
     share = Share.of(job.run.model, model.config.model_type)
     if share is Share.NO and job.world.rank == 0:
         log.info(
