@@ -34,6 +34,8 @@ from lori_dist.training.model import check_base, check_device, load_tokenizer
 from lori_dist.training.phases import CALIBRATE, TRAIN, Phase, phases
 from lori_dist.training.preemption import StopRequest, nothing
 from lori_dist.training.schedule import learning_rate
+from lori_dist.training.sequence_parallel import Group
+from lori_dist.training.sequences import Share
 from lori_dist.training.surgery import layers_of
 from lori_dist.training.token_files import Rows
 from lori_dist.training.trackers import forget
@@ -324,20 +326,34 @@ class Course:
         """(task, row) of a step, over all ranks."""
         return self.job.steps.rows(self.phase, step)
 
-    def batches(self, rows: Sequence[tuple[int, int]], *, by_tokens: bool) -> list[Batch]:
-        """This rank's micro-batches of a step. by_tokens: whether rows are divided by tokens, not by their number."""
-        job, train, world = self.job, self.job.run.train, self.job.world
-        length = train.max_length if train.pack else None
-        if by_tokens:
-            lengths = [job.examples[task].num_tokens(row) for task, row in rows]
-            shares = divided(
-                lengths, world.size, train.micro_batch_size, most_tokens=train.micro_batch_tokens, pack=length
-            )
-            pieces = [[rows[place] for place in piece] for piece in shares[world.rank]]
-        else:
-            pieces = data.micro_batches(rows, world.rank, world.size, train.rows_at_once)
+    def pieces(
+        self, rows: Sequence[tuple[int, int]], group: Group, share: Share, *, is_alone: bool
+    ) -> list[list[tuple[int, int]]]:
+        """The rows of the micro-batches of a step of this rank's group.
+
+        is_alone: whether a batch has no rows of other trainings, to whose length those of this one would be padded.
+        """
+        job, train = self.job, self.job.run.train
+        is_packed = train.pack or share is not Share.NO
+        if not is_alone and not is_packed:
+            return data.micro_batches(rows, group.world_rank, group.world_size, train.rows_at_once)
+        lengths = [job.examples[task].num_tokens(row) for task, row in rows]
+        found = divided(
+            lengths,
+            group.world_size,
+            train.micro_batch_size,
+            most_tokens=train.micro_batch_tokens,
+            pack=train.max_length if is_packed else None,
+        )
+        return [[rows[place] for place in piece] for piece in found[group.world_rank]]
+
+    def batches(self, rows: Sequence[tuple[int, int]], share: Share, group: Group) -> list[Batch]:
+        """The micro-batches of a step of this rank's group. share: whether rows of several tasks share sequences."""
+        job, train = self.job, self.job.run.train
+        pieces = self.pieces(rows, group, share, is_alone=True)
         if job.joint is not None:
-            return joint_batches(rows, job.examples, job.joint.weights, pieces, job.pad_id, length)
+            return joint_batches(rows, job.examples, job.joint.weights, pieces, job.pad_id, share, train.max_length)
+        length = train.max_length if train.pack else None
         return [data.collate([job.examples[0][row] for _, row in piece], job.pad_id, length) for piece in pieces]
 
     def seed(self) -> None:
