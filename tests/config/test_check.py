@@ -586,6 +586,7 @@ print(sorted({"torch", "transformers", "numpy", "ray", "deepspeed"} & set(sys.mo
         ("adapter.targets=['']", "adapter.targets.0: got ''; .*"),
         ("train.max_length=1", "train.max_length: got 1; it should be greater than or equal to 2"),
         ("train.warmup_steps=10", "train.warmup_steps: got 10, train.steps is 10; give fewer than those"),
+        ("train.micro_batch_tokens=4", "train.micro_batch_tokens: got 4, and a row may have .* give at least as many"),
         ("evaluate.metrics=[]", "evaluate.metrics: .*"),
         ("evaluate.max_new_tokens=128", "evaluate.max_new_tokens: got 128, the model has 128 positions; .*"),
         ("output=rows.jsonl/x", "output: .* cannot be made, as .*rows.jsonl' is not a folder .*"),

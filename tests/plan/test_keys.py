@@ -53,6 +53,7 @@ MATTERS: dict[str, list[str]] = {
     "train.epochs": ["train.epochs=2"],
     "train.batch_size": ["train.batch_size=16"],
     "train.micro_batch_size": ["train.micro_batch_size=1"],
+    "train.micro_batch_tokens": ["train.micro_batch_size=8", "train.micro_batch_tokens=48"],
     "train.max_length": ["train.max_length=64"],
     "train.pack": ["train.pack=true"],
     "train.sequence_parallel": ["train.sequence_parallel=2"],
