@@ -185,6 +185,28 @@ def rehearse_rank(rehearsal: Rehearsal) -> dict[str, Any]:
         )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationRehearsal:
+    """The work of a process in an evaluation that is built, and measures one batch."""
+
+    tree: dict[str, Any]
+    """The run as a plain tree."""
+    models: Mapping[str, Path | int]
+    """Models as `evaluation._rehearsal.rehearse` takes them."""
+
+
+def rehearse_evaluation_rank(rehearsal: EvaluationRehearsal) -> None:
+    """Does one rank of the evaluation's first batch. It logs nothing and leaves nothing."""
+    import torch
+
+    from lori_dist.evaluation._rehearsal import rehearse
+    from lori_dist.training.world import from_environment
+
+    run = config.validate(rehearsal.tree)
+    torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
+    rehearse(run, rehearsal.models, from_environment())
+
+
 def merge_adapters(assignment: Assignment) -> dict[str, Any]:
     """Does a merge, in a Ray task. Returns its result."""
     with working([assignment], 0) as run:
