@@ -74,13 +74,8 @@ def size(kept: int, total: int) -> str:
 
 def _value_text(value: Any) -> str:
     if isinstance(value, dict):
-        return _printable(", ".join(f"{key} {item}" for key, item in value.items())) or "unknown"
-    return _printable(", ".join(value) if isinstance(value, list | tuple) else str(value))
-
-
-def _printable(text: str) -> str:
-    """A file's own text must not be able to move the cursor."""
-    return text if text.isprintable() else ascii(text)
+        return printable(", ".join(f"{key} {item}" for key, item in value.items())) or "unknown"
+    return printable(", ".join(value) if isinstance(value, list | tuple) else str(value))
 
 
 BLOCK_TITLES = ("block", "seed", "rank", "alpha", "weight", "dtype of A", "kept", "of", "density", "bytes", "form")
@@ -108,7 +103,7 @@ def _block(adapter: "Adapter", number: int) -> tuple[str, ...]:
     seed = "-" if block.seed is None else str(block.seed)
     settings = (seed, str(block.rank), f"{block.alpha:g}", f"{block.weight:g}")
     dtype = str(block.dtype).removeprefix("torch.")
-    return (_printable(block.name), *settings, dtype, f"{kept:,}", f"{total:,}", f"{100 * kept / total:.2f}%")
+    return (printable(block.name), *settings, dtype, f"{kept:,}", f"{total:,}", f"{100 * kept / total:.2f}%")
 
 
 def _densities(adapter: "Adapter") -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -148,7 +143,44 @@ def _densities(adapter: "Adapter") -> tuple[tuple[str, ...], list[tuple[str, ...
 
 def _titles(layers: Sequence[str]) -> list[str]:
     stacks = {layer.rpartition(".")[0] for layer in layers if layer}
-    return [(layer.rpartition(".")[2] if len(stacks) == 1 else _printable(layer)) or "-" for layer in layers]
+    return [(layer.rpartition(".")[2] if len(stacks) == 1 else printable(layer)) or "-" for layer in layers]
+
+
+def comparisons(found: Sequence[Mapping[str, Any]]) -> str:
+    """Rows that one model gets right and another wrong, as `predictions.compared` gives them."""
+    if not found:
+        return "No metric of these tasks is a share of rows, so no model is right or wrong; name one with --metric."
+    return "\n\n".join("\n".join(_comparison(one)) for one in found)
+
+
+def _comparison(one: Mapping[str, Any]) -> Iterator[str]:
+    right, wrong = printable(one["right"]), printable(one["wrong"])
+    yield (
+        f"{printable(one['task'])}, {printable(one['metric'])}: {right} is right and {wrong} wrong on "
+        f"{one['only_right']:,} of {one['rows']:,} rows (both right {one['both']:,}, only {wrong} "
+        f"{one['only_wrong']:,}, neither {one['neither']:,})"
+    )
+    for example in one["examples"]:
+        texts = [
+            ("prompt", example["prompt"]),
+            ("answer", example["answer"]),
+            (one["right"], example["right"]),
+            (one["wrong"], example["wrong"]),
+        ]
+        width = max(len(printable(title)) for title, _ in texts)
+        for number, (title, text) in enumerate(texts):
+            shown = f"score {example['scores'][number - 2]:.4g}" if text is None else text
+            lines = [printable(line) for line in str(shown).splitlines()] or [""]
+            row = f"  row {example['row']}" if number == 0 else ""
+            if row:
+                yield row
+            yield f"    {printable(title):<{width}}  {lines[0]}"
+            yield from (f"    {'':<{width}}  {line}" for line in lines[1:])
+
+
+def printable(text: Any) -> str:
+    """A text out of a file, without what a terminal would take for a command."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))
 
 
 def records(rows: Sequence[Mapping[str, Any]]) -> str:

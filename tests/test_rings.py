@@ -19,7 +19,17 @@ PACKAGE = Path(lori_dist.__file__).parent
 RINGS = (
     {"__init__.py", "adapter", "formats", "masks", "merges", "balances", "interference.py"}
     | {"tensors.py", "files.py", "atomic.py", "plugin.py", "errors.py"},
-    {"config", "tables.py", "rows.py", "jobs.py", "folder.py", "storage.py", "multitask", "scores.py"},
+    {
+        "config",
+        "tables.py",
+        "rows.py",
+        "jobs.py",
+        "folder.py",
+        "storage.py",
+        "multitask",
+        "scores.py",
+        "predictions.py",
+    },
     {"training", "engines", "evaluation"},
     {
         "cluster",
@@ -56,6 +66,7 @@ LIBRARIES = {
     "multitask": {"pydantic", "yaml"},
     "balances": {"torch", "numpy"},
     "scores.py": set(),
+    "predictions.py": {"pydantic", "yaml"},
     "engines/deepspeed.py": {"torch", "numpy", "transformers", "deepspeed"},
     "engines/_ds_keys.py": {"pydantic", "deepspeed"},
     "training/quantized.py": {"torch", "transformers", "bitsandbytes"},
