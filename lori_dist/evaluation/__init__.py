@@ -71,7 +71,7 @@ def answered(subject: Subject, requests: Sequence[Any]) -> list[Answer]:
 Values = dict[str, dict[str, float]]
 """Task -> metric -> value."""
 Rows = list[Segments]  # (prompt, response)
-LmEval = Callable[[PreTrainedModel, PreTrainedTokenizerBase], Mapping[str, Mapping[str, float]]]
+LmEval = Callable[[Reader], Mapping[str, Mapping[str, float]]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -247,7 +247,7 @@ class _Matrix:
             if LM_EVAL not in self.known[name]:
                 start = time.monotonic()
                 with reader.only(routed):
-                    values = {task: dict(of_task) for task, of_task in more(reader.model, self.tokenizer).items()}
+                    values = {task: dict(of_task) for task, of_task in more(reader).items()}
                 self._keep(name, LM_EVAL, Measured(values=values), [], time.monotonic() - start)
 
     def _keep(self, name: str, key: Key, measured: Measured, rows: Sequence[Row], seconds: float) -> None:
@@ -271,8 +271,8 @@ def _more(run: config.Run) -> LmEval | None:
         return None
     from lori_dist.evaluation import _lm_eval  # an extra
 
-    tasks, batch_size = _lm_eval.find(settings), run.evaluate.batch_size
-    return lambda model, tokenizer: _lm_eval.measure(model, tokenizer, tasks, settings, batch_size=batch_size)
+    tasks = _lm_eval.find(settings)
+    return lambda reader: _lm_eval.measure(reader, tasks, settings)
 
 
 def _subject(
