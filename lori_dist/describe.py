@@ -1,6 +1,6 @@
 """Methods, adapters and figures as text for a terminal."""
 
-import math
+import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,15 +39,16 @@ def _methods(folder: str, role: str) -> Iterator[str]:
 def adapter_file(path: Path) -> str:
     """An adapter file or folder: its size and header, its blocks, and the density of B by layer and projection.
 
-    Raises AdapterError if it is damaged or no adapter.
+    A tensor at a time is in memory. Raises AdapterError if it is damaged or not an adapter.
     """
     from lori_dist import formats
     from lori_dist.formats import native
 
-    adapter = formats.load(path)
+    adapter = formats.open_lazy(path)
+    held = _held(adapter)
     if path.is_dir():
         header: Mapping[str, Any] = {"targets": adapter.targets, "base": adapter.base}
-        sizes: tuple[int, ...] = (_held(adapter),)
+        sizes: tuple[int, ...] = (held,)
         num_bytes = sum(item.stat().st_size for item in path.glob("*.safetensors"))
     else:
         header, sizes, num_bytes = native.header(path), native.block_bytes(path), path.stat().st_size
@@ -61,10 +62,16 @@ def adapter_file(path: Path) -> str:
 
 
 def _held(adapter: "Adapter") -> int:
-    """Bytes of A and of the kept values of B in memory."""
-    values = sum(entries.values.nbytes for block in adapter.blocks for entries in block.entries.values())
-    stored = [(block.dtype, math.prod(a.shape)) for block in adapter.blocks for a in block.projections.values()]
-    return values + sum(dtype.itemsize * numel for dtype, numel in stored)
+    """Bytes of A and of the kept values of B in memory. Each tensor is read, which says whether it is damaged."""
+    from lori_dist.adapter.adapter import in_memory
+
+    found = 0
+    for block in adapter.blocks:
+        found += sum(copy.copy(entries).values.nbytes for entries in block.entries.values())  # a copy keeps nothing
+        found += sum(in_memory(a).nbytes for a in block.projections.values())
+    for tensor in adapter.saved.values():
+        in_memory(tensor)
+    return found
 
 
 def size(kept: int, total: int) -> str:
@@ -86,7 +93,8 @@ def _form(adapter: "Adapter", number: int) -> str:
     block = adapter.blocks[number]
     if block.seed is None:
         return "A and B stored"
-    is_dense = bool(block.entries) and all(entries.index is None for entries in block.entries.values())
+    full = {module: out_features * block.rank for module, (out_features, _) in adapter.shapes.items()}
+    is_dense = bool(block.entries) and all(one.kept == full[module] for module, one in block.entries.items())
     return "dense B on a seed" if is_dense else "sparse B on a seed"
 
 
@@ -98,7 +106,7 @@ def _counted(forms: Sequence[str], sizes: Sequence[int]) -> Iterator[str]:
 
 def _block(adapter: "Adapter", number: int) -> tuple[str, ...]:
     block = adapter.blocks[number]
-    kept = sum(entries.values.numel() for entries in block.entries.values())
+    kept = sum(entries.kept for entries in block.entries.values())
     total = max(1, sum(out * block.rank_of(module) for module, (out, _) in adapter.shapes.items()))
     seed = "-" if block.seed is None else str(block.seed)
     settings = (seed, str(block.rank), f"{block.alpha:g}", f"{block.weight:g}")
@@ -118,7 +126,7 @@ def _densities(adapter: "Adapter") -> tuple[tuple[str, ...], list[tuple[str, ...
     for module, (out_features, _) in adapter.shapes.items():
         place = targets.place(module)
         entries = [block.entries[module] for block in adapter.blocks if module in block.entries]
-        kept[place] = kept.get(place, 0) + sum(item.values.numel() for item in entries)
+        kept[place] = kept.get(place, 0) + sum(item.kept for item in entries)
         total[place] = total.get(place, 0) + sum(out_features * block.rank_of(module) for block in adapter.blocks)
     layers, projections = (
         list(dict.fromkeys(layer for layer, _ in total)),
