@@ -301,7 +301,7 @@ def check_adapter(adapter: Path, model: config.Model) -> None:
     check_base(adapter, formats.base(adapter), model)
 
 
-def _test_rows(run: config.Run, tokenizer: PreTrainedTokenizerBase, longest: int | None) -> dict[str, Rows]:
+def _test_rows(run: config.Run, tokenizer: PreTrainedTokenizerBase, longest: int | None = None) -> dict[str, Rows]:
     """Read before anything slow happens, with the mistakes of all tasks at once."""
     rows: dict[str, Rows] = {}
     problems: list[str] = []

@@ -271,9 +271,25 @@ def traffic(model, load, *, width=1):
 """
 
 
+PLACE = """
+def place(model, weights, world, *, width: int = 1):
+    raise NotImplementedError
+"""
+OF_PLACE = """
+def place_memory(model, load, *, width=1):
+    base = model.base // width // 2
+    return Held(base=base, values=0, gradients=0, moments=0, gathered_at_loss=7, gathered_in_block=7)
+"""
+
+
 def test_an_engine_of_one_s_own_is_planned_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_engines").mkdir()
-    for name, text in (("split", OWN + COSTS), ("silent", OWN)):
+    for name, text in (
+        ("split", OWN + COSTS),
+        ("silent", OWN),
+        ("placing", OWN + COSTS + PLACE),
+        ("lean", OWN + COSTS + PLACE + OF_PLACE),
+    ):
         (tmp_path / "own_engines" / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     run = load("llama-3-8b", "train.engine={name: own_engines.split, width: 2}")
@@ -282,6 +298,16 @@ def test_an_engine_of_one_s_own_is_planned_or_refused(tmp_path: Path, monkeypatc
     assert own["engine"] == {"name": "own_engines.split", "width": 2}
     assert own["memory"]["base"] == ddp["memory"]["base"] // 2
     assert own["traffic"]["adapter"] == ddp["traffic"]["adapter"]
+    assert found["evaluation"]["placement"] == "ddp"  # as it has no `place`
+    run = load("llama-3-8b", "train.engine={name: own_engines.placing, width: 2}")
+    found = plan(run, hardware(gpus=4, nodes=1))["evaluation"]
+    assert (found["placement"], found["memory"]["base"]) == (
+        "own_engines.placing (width=2)",
+        ddp["memory"]["base"] // 2,
+    )
+    run = load("llama-3-8b", "evaluate.engine={name: own_engines.lean, width: 2}")
+    found = plan(run, hardware(gpus=4, nodes=1))["evaluation"]
+    assert (found["memory"]["base"], found["memory"]["gathered"]) == (ddp["memory"]["base"] // 4, 7)
     with pytest.raises(ConfigError, match=r"own_engines\.silent cannot be planned, as its file defines no function"):
         plan(load("llama-3-8b", "train.engine=own_engines.silent"), hardware(gpus=4, nodes=1))
 
