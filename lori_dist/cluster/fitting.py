@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 
 SMALL = 16
 """A base whose files are less than 1/SMALL of a device is not planned, which takes seconds."""
+LEAST = 8 * GIB
+"""Memory of a small GPU: to ask a larger one takes seconds."""
 LOOK_SECONDS = 120.0
 """Seconds that a GPU's memory is waited for."""
 
@@ -29,9 +31,11 @@ def check_evaluation(run: Run, unfinished: Sequence[Job], nodes: Sequence[Resour
     first = next((job for job in unfinished if job.kind == "evaluate"), None)
     if first is None:
         return
-    ranks = schedule.wanted(first, run.cluster)
-    room = _of_gpu(run) if run.cluster.gpus_per_worker else _of_host(ranks, nodes)
+    ranks, on_gpus = schedule.wanted(first, run.cluster), run.cluster.gpus_per_worker > 0
     files = sum(path.stat().st_size for path in weight_files(run.model))
+    if on_gpus and SMALL * files < LEAST:
+        return
+    room = _of_gpu(run) if on_gpus else _of_host(ranks)
     if room is None or SMALL * files < room:
         return
     reason = shortfall(run, ranks.count, room, num_nodes=max(1, sum(node.fits(ranks.part) > 0 for node in nodes)))
@@ -95,7 +99,7 @@ def _gpu_bytes() -> int:
     return int(torch.cuda.get_device_properties(0).total_memory)
 
 
-def _of_host(ranks: schedule.Shape, nodes: Sequence[Resources]) -> float | None:
+def _of_host(ranks: schedule.Shape) -> float | None:
     """Bytes of host memory for each rank, on the node with the least; None if Ray does not say."""
     import ray
 

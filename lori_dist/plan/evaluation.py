@@ -20,9 +20,13 @@ from lori_dist.training.loss import logits_bytes
 MEMORY = (
     "base", "gathered", "adapters", "activations", "logits", "cache", "buffers", "fragmentation",
 )  # fmt: skip
-"""Kinds of memory. `cache`: keys and values of the tokens that a text is written after."""
+"""Kinds of memory. `cache`: keys and values of the tokens that a text, or a label, follows."""
 
 CHOICES = ("choice", "choice_norm", "choice_bytes", "choice_end")
+AT_ONCE = 16
+"""Candidates of a search for weights that share a pass at most."""
+COPIES = 2
+"""Times that keys and values exist: rows join a batch, grow and leave it by copies."""
 FORWARD = 0.4
 """Share of the operations of training an adapter that its forward pass has: 2 products of 5, A without a gradient."""
 ACTIVE = 3
@@ -71,8 +75,9 @@ def planned(run: Run, model: Counted, hardware: Hardware, counter: Counter) -> d
     )
     for merge in run.merges.values():
         if (search := merge.search) is not None:
-            seconds += search.budget * sum(
-                clock.seconds(name, search.metric, rows[name], search.rows, 1) for name in merge.tasks or run.tasks
+            number = min(search.budget, AT_ONCE) if model.is_routable else 1
+            seconds += -(-search.budget // number) * sum(
+                clock.seconds(name, search.metric, rows[name], search.rows, number) for name in merge.tasks or run.tasks
             )
     hours = seconds * hardware.gpus / 3600
     return {
@@ -125,25 +130,48 @@ def most_memory(
 
     longest: tokens of the longest row. rows: of the largest batch, each of which meets every model of a pass.
     """
-    metrics = run.evaluate.metrics
-    lengths = [0] * any(metric != "exact_match" for metric in metrics) or [0]
-    if "exact_match" in metrics:
-        lengths.append(run.evaluate.max_new_tokens)
-    components = list(components_of(run).values())
-    by_pass = [components] if model.is_routable else [[0], *([one] for one in components if one)]
-    found = []
-    for of_pass in by_pass:
-        number = sum(of_pass)
-        for written in lengths:
-            batch = Batch(
-                rows=rows * len(of_pass),
+    found = [
+        memory(
+            model,
+            placement,
+            Batch(
+                rows=rows * len(components),
                 longest=longest,
                 written=written,
-                adapters=number * adapter_bytes(model),
-                components=number,
-            )
-            found.append(memory(model, placement, batch, nodes=hardware.nodes, fragmentation=hardware.fragmentation))
+                adapters=sum(components) * adapter_bytes(model),
+                components=sum(components),
+            ),
+            nodes=hardware.nodes,
+            fragmentation=hardware.fragmentation,
+        )
+        for components, metrics in _gatherings(run, model)
+        for written in {_written(run, metric) for metric in metrics}
+    ]
     return max(found, key=lambda kinds: sum(kinds.values()))
+
+
+def _gatherings(run: Run, model: Counted) -> Iterator[tuple[list[int], tuple[str, ...]]]:
+    """Yields the components of the models that share a pass, and what is measured of them: in the evaluation, and in
+    the searches for weights."""
+    of_models = list(components_of(run).values())
+    yield from ((one, run.evaluate.metrics) for one in ([of_models] if model.is_routable else [[n] for n in of_models]))
+    for merge in run.merges.values():
+        if merge.search is not None:
+            of_merge = len(merge.tasks or run.tasks)
+            number = min(merge.search.budget, AT_ONCE) if model.is_routable else 1
+            yield [of_merge] * number, (merge.search.metric,)
+
+
+def _written(run: Run, metric: str) -> int:
+    """Most tokens that follow what is kept of a row, 0 where nothing is."""
+    if metric == "exact_match":
+        return run.evaluate.max_new_tokens
+    labels = [label for task in run.tasks.values() for label in task.labels or ()]
+    return max(map(_tokens, labels), default=0) if metric in CHOICES else 0
+
+
+def _tokens(label: str) -> int:
+    return max(1, len(label.encode()) // BYTES_PER_TOKEN)
 
 
 def memory(
@@ -158,7 +186,7 @@ def memory(
     fixed = {
         "base": held.base,
         "adapters": batch.adapters,
-        "cache": cache * model.num_blocks,
+        "cache": COPIES * cache * model.num_blocks,
         "buffers": batch.components * model.widest_b * (model.dtype + FP32) // model.adapters
         + model.quantized * (model.dtype + FP32),
     }
@@ -170,7 +198,7 @@ def memory(
     else:
         logits = logits_bytes(tokens, model.vocabulary, hidden, chunked=model.chunked)
     moments = [
-        {"gathered": held.gathered_in_block, "activations": in_block + cache, "logits": 0},
+        {"gathered": held.gathered_in_block, "activations": in_block, "logits": 0},
         {"gathered": held.gathered_at_loss, "activations": hidden, "logits": logits},
     ]
     found = max((fixed | moment for moment in moments), key=lambda one: sum(one.values()))
@@ -272,7 +300,7 @@ class _Clock:
         if metric in CHOICES:
             if labels is None:
                 return 0.0
-            of_labels = sum(self._row(max(1, len(label.encode()) // BYTES_PER_TOKEN)) for label in labels)
+            of_labels = sum(self._row(_tokens(label)) for label in labels)
             return turns * (self._forward(batch * models * of_row) + self._forward(batch * models * of_labels))
         if metric == "exact_match":  # each token that is written is a forward pass
             written = self.run.evaluate.max_new_tokens * self._forward(batch * models * self._row(1))
