@@ -20,7 +20,6 @@ from lori_dist.cluster.work import EvaluationRehearsal, Rehearsal, rehearse_eval
 from lori_dist.config import Run
 from lori_dist.errors import ConfigError, JobError
 from lori_dist.jobs import Job
-from lori_dist.plan.evaluation import components_of
 
 TITLES = ("job", "state", "needs", "rows", "steps", "trained entries")
 
@@ -89,6 +88,8 @@ def _training(board: Board, job: Job) -> Rehearsal:
 
 def _evaluation(board: Board, evaluations: Sequence[Job]) -> EvaluationRehearsal:
     """The evaluation of all models, with the adapters that are finished."""
+    from lori_dist.plan.evaluation import components_of  # takes seconds
+
     sizes, finished = components_of(board.run), board.names("finished")
     models: dict[str, Path | int] = {}
     for job in evaluations:

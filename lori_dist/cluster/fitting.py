@@ -10,7 +10,6 @@ from lori_dist.config import Run
 from lori_dist.errors import ConfigError
 from lori_dist.gpus import GIB, RESERVED
 from lori_dist.jobs import Job
-from lori_dist.training.model_files import weight_files
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +30,8 @@ def check_evaluation(run: Run, unfinished: Sequence[Job], nodes: Sequence[Resour
     first = next((job for job in unfinished if job.kind == "evaluate"), None)
     if first is None:
         return
+    from lori_dist.training.model_files import weight_files  # takes seconds, as do those below
+
     ranks, on_gpus = schedule.wanted(first, run.cluster), run.cluster.gpus_per_worker > 0
     files = sum(path.stat().st_size for path in weight_files(run.model))
     if on_gpus and SMALL * files < LEAST:
