@@ -23,21 +23,19 @@ def is_of_run(folder: Path) -> bool:
     return (folder / "summary.json").is_file() or any(folder.glob(f"{JOBS}*"))
 
 
+def files(folder: Path) -> list[Path]:
+    """The predictions of each model in a run's folder, without those of other settings, which are kept."""
+    return [path for path in sorted(folder.glob(f"{JOBS}*/{PREDICTIONS}")) if "." not in path.parent.name]
+
+
 def read(place: Path) -> Predictions:
     """The predictions in a run's folder, or in a file that `lori evaluate --out` wrote.
 
     Raises JobError if there are none, or for files that cannot be read.
     """
-    if place.is_dir():
-        files = [
-            (path.parent.name.removeprefix(JOBS), path)
-            for path in sorted(place.glob(f"{JOBS}*/{PREDICTIONS}"))
-            if "." not in path.parent.name  # results of other settings, which are kept
-        ]
-    else:
-        files = [(None, place)]
     found: Predictions = {}
-    for model, path in files:
+    for path in files(place) if place.is_dir() else [place]:
+        model = path.parent.name.removeprefix(JOBS) if place.is_dir() else None
         lines, _ = read_lines(path)
         for line in lines:
             try:

@@ -94,6 +94,11 @@ class _Divided(HFLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         return self._of_all(super().generate_until, requests)
 
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
+        # By itself, transformers keeps ranks in step where a base is sharded, if each has as many batches: see _in_step.
+        generated: torch.Tensor = super()._model_generate(context, max_length, stop, synced_gpus=False, **options)
+        return generated
+
     def _of_all(self, answer: Callable[..., list[Any]], requests: list[Instance]) -> list[Any]:
         """The answers to all requests, on every rank, each of which answers its own."""
         world = self._world

@@ -28,6 +28,9 @@ NOTHING: dict[str, Any] = {"adapters": [], "layers": [], "projections": [], "nor
 NUM_EXAMPLES, NUM_COMPARED = 2, 20
 """Rows of a task and two models that a report shows, and how many such pairs."""
 
+MOST_BYTES = 2**26
+"""Bytes of predictions that a report reads at most."""
+
 log = logging.getLogger(__name__)
 
 
@@ -124,7 +127,10 @@ def write_of_run(summary: Mapping[str, Any], out: Path) -> dict[str, str] | None
 
 
 def _examples(folder: Path) -> list[dict[str, Any]]:
-    """A few rows on which each task's own adapter and the merges differ; none without predictions."""
+    """A few rows on which each task's own adapter and the merges differ; none without predictions, or with so many that
+    to read them would take long."""
+    if sum(path.stat().st_size for path in predictions.files(folder)) > MOST_BYTES:
+        return []
     try:
         found = predictions.compared(predictions.read(folder), number=NUM_EXAMPLES)
     except JobError as error:
