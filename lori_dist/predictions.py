@@ -45,7 +45,7 @@ def read(place: Path) -> Predictions:
             except (LookupError, TypeError, ValueError):
                 raise JobError(f"{path}: a line is not a prediction: {str(line)[:80]!r}") from None
     if not found:
-        where = "no evaluation in it has finished" if place.is_dir() else "it is empty"
+        where = "no evaluation in it has finished" if place.is_dir() else "it has no line"
         raise JobError(
             f"{place}: there are no predictions, as {where}; `lori run` and `lori evaluate --out` write them"
         )

@@ -95,7 +95,7 @@ class _Divided(HFLM):
         return self._of_all(super().generate_until, requests)
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
-        # By itself, transformers keeps ranks in step where a base is sharded, if each has as many batches: see _in_step.
+        # Where a base is sharded, transformers keeps ranks in step that have as many batches each; see _in_step.
         generated: torch.Tensor = super()._model_generate(context, max_length, stop, synced_gpus=False, **options)
         return generated
 
