@@ -204,7 +204,8 @@ def _planned_evaluation(described: config.Run, counted: Counted, placement: Plac
         gpus=placement.ranks, nodes=1, gpu_memory=0.0, tflops=1.0, link=1.0, network=1.0, fragmentation=0.0
     )
     rows, length = described.evaluate.batch_size, described.train.max_length
-    return sum(evaluation.most_memory(described, counted, placed, machine, longest=length, rows=rows).values())
+    sizes = {"longest": length, "answer": WRITTEN + 1, "rows": rows}
+    return sum(evaluation.most_memory(described, counted, placed, machine, **sizes).values())
 
 
 # --- ranks -----------------------------------------------------------------------------------------------------------

@@ -60,11 +60,15 @@ def shortfall(run: Run, num_ranks: int, device_bytes: float, *, num_nodes: int =
     )  # fmt: skip
     model, placement = count(run, ranks=num_ranks), placement_of(run, num_ranks, nodes)
     rows, longest = run.evaluate.batch_size, run.train.max_length
-    kinds = most_memory(run, model, placement, hardware, longest=longest, rows=rows)
+    kinds = most_memory(run, model, placement, hardware, longest=longest, answer=longest, rows=rows)
     total, of_base = sum(kinds.values()), kinds["base"] + kinds["gathered"]
     if total <= device_bytes:
         return None
-    ways = [one for one in others(run, model, placement, hardware, longest=longest, rows=rows) if one["fits"]]
+    ways = [
+        one
+        for one in others(run, model, placement, hardware, longest=longest, answer=longest, rows=rows)
+        if one["fits"]
+    ]
     remedy = "use more or larger devices, or a quantised base (model.quantize)"
     if ways:
         best = min(ways, key=lambda one: one["total"])

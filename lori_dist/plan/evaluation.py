@@ -42,6 +42,8 @@ class Batch:
     """Rows of the data, times the models that each of them meets."""
     longest: int
     """Tokens of the longest row."""
+    answer: int
+    """Tokens of the longest response, which are those whose logits are made where rows are only read."""
     written: int = 0
     """Most tokens that are written after a row; 0 where rows are only read."""
     adapters: int = 0
@@ -63,7 +65,7 @@ def planned(run: Run, model: Counted, hardware: Hardware, counter: Counter) -> d
     rows = {name: counter.of(name, "test", task.test) for name, task in run.tasks.items()}
     placement = placement_of(run, ranks, hardware.nodes)
     groups = _passes(run, model)
-    sizes = {"longest": _longest(run, rows), "rows": _most_rows(run, rows)}
+    sizes = {"longest": _longest(run, rows), "answer": _longest_answer(run, rows), "rows": _most_rows(run, rows)}
     memory = most_memory(run, model, placement, hardware, **sizes)
     total = sum(memory.values())
     clock = _Clock(run=run, model=model, hardware=hardware, placement=placement)
@@ -124,11 +126,12 @@ def refusal(run: Run, evaluated: Mapping[str, Any]) -> str | None:
 
 
 def most_memory(
-    run: Run, model: Counted, placement: Placement, hardware: Hardware, *, longest: int, rows: int
+    run: Run, model: Counted, placement: Placement, hardware: Hardware, *, longest: int, answer: int, rows: int
 ) -> dict[str, int]:
     """Bytes of a rank by kind, in the pass and the metric that take the most.
 
-    longest: tokens of the longest row. rows: of the largest batch, each of which meets every model of a pass.
+    longest, answer: tokens of the longest row and response. rows: of the largest batch, each of which meets every model
+    of a pass.
     """
     found = [
         memory(
@@ -137,6 +140,7 @@ def most_memory(
             Batch(
                 rows=rows * len(components),
                 longest=longest,
+                answer=answer,
                 written=written,
                 adapters=sum(components) * adapter_bytes(model),
                 components=sum(components),
@@ -196,7 +200,9 @@ def memory(
     if batch.written:  # logits of the last tokens, in fp32 as well, beside those with which they are compared
         logits = batch.rows * model.vocabulary * (model.dtype + 2 * FP32)
     else:
-        logits = logits_bytes(tokens, model.vocabulary, hidden, chunked=model.chunked)
+        targets = batch.rows * min(batch.answer, batch.longest)
+        of_targets = targets * model.block_input // model.tokens
+        logits = logits_bytes(targets, model.vocabulary, of_targets, chunked=model.chunked)
     moments = [
         {"gathered": held.gathered_in_block, "activations": in_block, "logits": 0},
         {"gathered": held.gathered_at_loss, "activations": hidden, "logits": logits},
@@ -251,13 +257,19 @@ def _longest(run: Run, rows: Mapping[str, Lengths]) -> int:
     return max(found)
 
 
+def _longest_answer(run: Run, rows: Mapping[str, Lengths]) -> int:
+    """Tokens of the longest response, or label, as far as all have been counted."""
+    found = [one.answer if one.how != "some" else run.train.max_length for one in rows.values()]
+    return max(found)
+
+
 def _most_rows(run: Run, rows: Mapping[str, Lengths]) -> int:
     """Rows of the largest batch."""
     return min(run.evaluate.batch_size, max(_limited(run, one.number) for one in rows.values()))
 
 
 def others(
-    run: Run, model: Counted, own: Placement, hardware: Hardware, *, longest: int, rows: int
+    run: Run, model: Counted, own: Placement, hardware: Hardware, *, longest: int, answer: int, rows: int
 ) -> list[dict[str, Any]]:
     """The name, total and fits of the evaluation with every other engine that can place a base."""
     found: dict[str, dict[str, Any]] = {}
@@ -269,7 +281,7 @@ def others(
         options = {key: value for key, value in one.options.items() if key in method.options}
         other = named(one.engine, method, options, own.ranks, hardware.nodes)
         if other.name != own.name:
-            total = sum(most_memory(run, model, other, hardware, longest=longest, rows=rows).values())
+            total = sum(most_memory(run, model, other, hardware, longest=longest, answer=answer, rows=rows).values())
             found[other.name] = {"name": other.name, "total": total, "fits": total <= hardware.room}
     return list(found.values())
 

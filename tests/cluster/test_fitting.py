@@ -24,7 +24,7 @@ def large(folder: Path, gib: int) -> config.Run:
     hidden = 4096
     settings = LlamaConfig(
         vocab_size=gib * GIB // (2 * 4 * hidden), hidden_size=hidden, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=32, num_key_value_heads=2, max_position_embeddings=128, eos_token_id=1,
+        num_attention_heads=32, num_key_value_heads=2, max_position_embeddings=1024, eos_token_id=1,
     )  # fmt: skip
     place = folder / "large"
     settings.save_pretrained(place)

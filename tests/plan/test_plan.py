@@ -209,7 +209,8 @@ def test_tasks_over_one_base_are_one_gang() -> None:
         for kind in ("projections", "values", "moments", "activations"):
             assert both["memory"][kind] == pytest.approx(2 * one["memory"][kind], rel=0.02)
         assert both["memory"]["base"] == one["memory"]["base"]
-        assert both["step"]["compute"] > 1.9 * one["step"]["compute"]
+        # The rows of one task alone are padded to the longest, those of both share sequences.
+        assert 1.5 * one["step"]["compute"] < both["step"]["compute"] < 2.0 * one["step"]["compute"]
         base, again = one["traffic"]["base"]["inside"], both["traffic"]["base"]["inside"]
         assert again == base  # gathered once for both
         assert both["gpu_hours"] < 1.1 * one["gpu_hours"]
@@ -610,7 +611,7 @@ def test_a_written_token_takes_a_pass_over_the_base() -> None:
     few, many = (evaluated(*one, f"evaluate.max_new_tokens={number}")["seconds"] for number in (10, 110))
     gathered = 140e9 * 15 / 16 / 1e9
     turns = -(-512 // 32 // 16)
-    assert (many - few) / 100 / turns == pytest.approx(gathered * 8 / 400, rel=0.1)  # eight rings leave a node at once
+    assert (many - few) / 100 / turns == pytest.approx(gathered / 400, rel=0.1)  # a ring leaves each node once
     whole = evaluated(*one, "evaluate.engine=ddp", "evaluate.max_new_tokens=10")["seconds"]
     assert whole < few
     assert evaluated(*one)["gpu_hours"] == pytest.approx(evaluated(*one)["seconds"] * 16 / 3600)
