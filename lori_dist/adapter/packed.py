@@ -1,11 +1,12 @@
 """Several adapters on one model, each met by its own rows of a batch."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from lori_dist.adapter import saved, sharded
-from lori_dist.adapter.adapter import Adapter, Spec
+from lori_dist.adapter.adapter import Adapter, Block, Spec
 from lori_dist.adapter.attach import ATTACHED, adapted, layers_for, put, refuse_adapted, trained_on
 from lori_dist.adapter.linear import AdaptedLinear, Delta, RoutedLinear
 from lori_dist.adapter.per_task import of_a
@@ -123,6 +124,44 @@ def _attach_trained(
     return routing
 
 
+@torch.no_grad()
+def update(model: nn.Module, adapters: Mapping[str, Adapter]) -> bool:
+    """Gives some of the adapters of `attach_several` other weights and kept values, in place, where A and the places of
+    the entries are those they have. Returns whether this is so; if not, nothing has changed."""
+    model = sharded.unwrapped(model)
+    held = getattr(model, ATTACHED, None)
+    if not isinstance(held, Mapping) or not all(_is_alike(held.get(name), one) for name, one in adapters.items()):
+        return False
+    for path, layer in routed(model).items():
+        for name, adapter in adapters.items():
+            blocks = [block for block in adapter.blocks if path in block.entries]
+            for delta, block in zip(layer.of(layer.routing.names.index(name)), blocks, strict=True):
+                assert delta.values is not None
+                delta.scale = block.scale
+                delta.values.copy_(block.entries[path].values)
+    setattr(model, ATTACHED, {**held, **adapters})
+    return True
+
+
+def _is_alike(one: object, other: Adapter) -> bool:
+    """Whether two adapters differ in weights and kept values alone."""
+    if not isinstance(one, Adapter) or one.saved or other.saved or one.shapes.keys() != other.shapes.keys():
+        return False
+    return len(one.blocks) == len(other.blocks) and all(map(_has_the_same_places, one.blocks, other.blocks))
+
+
+def _has_the_same_places(one: Block, other: Block) -> bool:
+    if (one.seed, one.rank, one.dtype, one.checksums) != (other.seed, other.rank, other.dtype, other.checksums):
+        return False
+    if one.entries.keys() != other.entries.keys():
+        return False
+    pairs = [(entries.index, other.entries[path].index) for path, entries in one.entries.items()]
+    return all(
+        mine is theirs or (mine is not None and theirs is not None and torch.equal(mine, theirs))
+        for mine, theirs in pairs
+    )
+
+
 def is_routable(model: nn.Module, adapters: Mapping[str, Adapter]) -> bool:
     """Whether `attach_several` takes them: what was trained in full, and layers that mix rows, do not know the rows."""
     return _unroutable(model, adapters) is None
@@ -153,12 +192,22 @@ def _layers(
     for number, (name, one) in enumerate(what.items()):
         for path, layer in layers_for(model, one, masks=masks.get(name), train=train).items():
             base, deltas = found.setdefault(path, (layer.base, []))
+            if not train:
+                _share_projections([known for _, known in deltas], layer.deltas)
             deltas += [(number, delta) for delta in layer.deltas]
     made: dict[str, AdaptedLinear] = {}
     for path, (base, owned) in found.items():
         owners = [number for number, _ in owned]
         made[path] = RoutedLinear(base, [delta for _, delta in owned], module=path, routing=routing, owners=owners)
     return made
+
+
+def _share_projections(known: Sequence[Delta], new: Sequence[Delta]) -> None:
+    """Lets updates that are made from one seed hold one A: those of a task in several merges."""
+    made = {delta.recipe: delta.projection for delta in known if not delta.is_stored}
+    for delta in new:
+        if not delta.is_stored and delta.recipe in made:
+            delta.projection = made[delta.recipe]
 
 
 def routed(model: nn.Module) -> dict[str, RoutedLinear]:

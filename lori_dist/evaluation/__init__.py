@@ -5,6 +5,7 @@ the task. The metrics here have two more: `ask(subject)` gives what to ask of th
 what that says of each row. So the requests of all models share the batches, and these are divided among the ranks.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lori_dist import config, formats, plugin
+from lori_dist.adapter import packed
+from lori_dist.adapter.adapter import Adapter
 from lori_dist.errors import ConfigError
 from lori_dist.evaluation._answers import BASE, Reader
 from lori_dist.evaluation._passes import attached, passes_of
@@ -28,7 +31,7 @@ from lori_dist.training.metrics import Record
 from lori_dist.training.model import check, check_base, load_tokenizer
 from lori_dist.training.world import World, from_first
 
-__all__ = ["Found", "Store", "Subject", "check_adapter", "evaluate", "evaluate_all", "scored"]
+__all__ = ["Found", "Store", "Subject", "check_adapter", "evaluate", "evaluate_all", "measuring", "scored"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,23 +130,12 @@ def evaluate_all(
     matrix = _Matrix(
         run=run, tokenizer=tokenizer, world=world, names=tuple(adapters), stores=stores or {}, record=record
     )
-    metrics = [_Metric.found(name) for name in run.evaluate.metrics]
-    measurements = [(task, metric) for task in run.tasks for metric in metrics]
+    measurements = _measurements(run)
     total = len(measurements) + (more is not None)
     keys = [(task, metric.name) for task, metric in measurements] + ([LM_EVAL] if more is not None else [])
     if matrix.lack(keys):
-        base = place(run, world, torch.device(device))
-        try:
-            subjects = {task: _subject(run, task, rows[task], base.model, tokenizer) for task in run.tasks}
-            reader = Reader(
-                model=base.model,
-                tokenizer=tokenizer,
-                batch_size=run.evaluate.batch_size,
-                device=torch.device(device) if world is None else world.device,
-                world=world,
-                is_sharded=base.is_sharded,
-            )
-            passes = passes_of(base.model, loaded, matrix.names)
+        with _reading(run, world, torch.device(device), rows, tokenizer) as (reader, subjects):
+            passes = passes_of(reader.model, loaded, matrix.names)
             for turn, one in enumerate(passes):
                 with attached(reader, one) as names:
                     for number, (task, metric) in enumerate(measurements):
@@ -154,9 +146,75 @@ def evaluate_all(
                         if progress is not None:
                             progress("lm-eval", (turn + 1) * total - 1, total * len(passes))
                         matrix.measure_more(reader, names, more)
-        finally:
-            base.close()
     return {name: matrix.of(name, keys) for name in adapters}
+
+
+@contextlib.contextmanager
+def measuring(
+    run: config.Run, *, world: World | None = None, device: torch.device | str = "cpu"
+) -> Iterator[Callable[[Mapping[str, Adapter]], dict[str, Values]]]:
+    """Gives what measures adapters in memory, name -> adapter, as `evaluate_all` does those in files: again and again
+    on one copy of the base, which is placed once. Every rank of the world calls this, and that, alike.
+
+    Adapters that differ from those before in values and weights alone take their place on the model, where nothing else
+    changes. Tasks of lm-eval are not measured. Raises as `evaluate_all`.
+    """
+    tokenizer = load_tokenizer(run.model)
+    rows, measurements = _test_rows(run, tokenizer), _measurements(run)
+    keys = [(task, metric.name) for task, metric in measurements]
+    with (
+        _reading(run, world, torch.device(device), rows, tokenizer) as (reader, subjects),
+        contextlib.ExitStack() as held,
+    ):
+
+        def measure(adapters: Mapping[str, Adapter]) -> dict[str, Values]:
+            matrix = _Matrix(
+                run=run,
+                tokenizer=tokenizer,
+                world=world,
+                names=tuple(adapters),
+                stores={},
+                record=lambda name, record: None,
+            )
+
+            def fill(names: Mapping[str, str | None]) -> None:
+                for task, metric in measurements:
+                    matrix.measure(reader, names, subjects[task], metric)
+
+            if packed.update(reader.model, adapters):
+                fill({name: name for name in adapters})
+            else:
+                held.close()
+                for one in passes_of(reader.model, adapters, matrix.names):
+                    held.close()
+                    fill(held.enter_context(attached(reader, one)))
+            return {name: matrix.of(name, keys).values for name in adapters}
+
+        yield measure
+
+
+@contextlib.contextmanager
+def _reading(
+    run: config.Run,
+    world: World | None,
+    device: torch.device,
+    rows: Mapping[str, Rows],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Iterator[tuple[Reader, dict[str, Subject]]]:
+    """Gives the base where it computes, as a reader, and task -> subject; afterwards the base's memory is free."""
+    base = place(run, world, device)
+    try:
+        reader = Reader(
+            model=base.model,
+            tokenizer=tokenizer,
+            batch_size=run.evaluate.batch_size,
+            device=device if world is None else world.device,
+            world=world,
+            is_sharded=base.is_sharded,
+        )
+        yield reader, {task: _subject(run, task, rows[task], base.model, tokenizer) for task in run.tasks}
+    finally:
+        base.close()
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------
@@ -179,6 +237,11 @@ class _Metric:
     @property
     def is_accuracy(self) -> bool:
         return self.name.rpartition(".")[2] not in LOWER_IS_BETTER
+
+
+def _measurements(run: config.Run) -> list[tuple[str, _Metric]]:
+    metrics = [_Metric.found(name) for name in run.evaluate.metrics]
+    return [(task, metric) for task in run.tasks for metric in metrics]
 
 
 @dataclass(kw_only=True, slots=True)

@@ -9,8 +9,9 @@ from lori_dist import config
 from lori_dist.adapter import attach
 from lori_dist.adapter.adapter import Spec
 from lori_dist.errors import AdapterError, ConfigError
-from lori_dist.evaluation import Subject, choice, evaluate, exact_match, loss
+from lori_dist.evaluation import Subject, choice, evaluate, exact_match, loss, measuring
 from lori_dist.formats import native
+from lori_dist.merges import merge, merge_files
 from lori_dist.training.data import encode, read
 from lori_dist.training.model import identity, load_model, load_tokenizer
 from tests.models import tiny_llama
@@ -51,15 +52,15 @@ def tree(base: Path, tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def adapter_file(folder: Path, base: dict[str, str]) -> Path:
+def adapter_file(folder: Path, base: dict[str, str], name: str = "questions") -> Path:
     """An adapter whose update is large enough to be seen in every metric."""
     model = tiny_llama()
-    attach.attach(model, Spec(rank=4, alpha=8.0, seed=3))
+    attach.attach(model, Spec(rank=4, alpha=8.0, seed=len(name)))
     generator = torch.Generator().manual_seed(0)
     for values in attach.trainable(model).values():
         values.data.normal_(generator=generator)
-    native.save(attach.extract(model, name="questions", base=base), folder / "adapter.safetensors")
-    return folder / "adapter.safetensors"
+    native.save(attach.extract(model, name=name, base=base), folder / f"{name}.safetensors")
+    return folder / f"{name}.safetensors"
 
 
 def by_hand(run: config.Run, adapter: Path | None) -> dict[str, dict[str, float]]:
@@ -93,6 +94,22 @@ def assert_close(found: dict[str, dict[str, float]], expected: dict[str, dict[st
     }
     for task, values in found.items():
         assert values == pytest.approx(expected[task], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["concat", "linear", "ties"])
+def test_adapters_in_memory_are_measured_one_after_another_as_those_in_files_are(
+    tree: dict[str, Any], tmp_path: Path, method: str
+) -> None:
+    run = config.validate(tree)
+    files = [adapter_file(tmp_path, identity(run.model), name) for name in ("one", "other")]
+    adapters = [native.load(file) for file in files]
+    given = [[(0.5, 0.5)], [(1.0, 0.0), (0.2, 0.9)], [(0.3, 0.3), (0.1, 0.7)], [(0.6, -0.2)]]
+    with measuring(run) as values_of:
+        for weights in given:
+            found = values_of({str(pair): merge(adapters, method=method, weights=list(pair)) for pair in weights})
+            for pair in weights:
+                merge_files(files, tmp_path / "merged", method=method, weights=list(pair))
+                assert_close(found[str(pair)], evaluate(run, tmp_path / "merged"))
 
 
 def test_every_metric_that_applies_is_measured_on_every_task(tree: dict[str, Any]) -> None:
