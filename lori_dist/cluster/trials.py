@@ -131,7 +131,9 @@ def _on_validation_rows(run: Run, job: Job, place: Path) -> Run:
         copy = place / f"{name}.jsonl"
         copy.write_bytes(_rows(Path(getattr(run.tasks[name], data["part"])), settings["rows"], data["part"]))
         tasks[name] = dataclasses.replace(run.tasks[name], test=str(copy), validation=None)
-    evaluate = dataclasses.replace(run.evaluate, metrics=(settings["metric"],), rows=None, lm_eval=None)
+    evaluate = dataclasses.replace(
+        run.evaluate, metrics=(settings["metric"],), rows=None, lm_eval=None, temperature=0.0, top_p=1.0
+    )
     return dataclasses.replace(run, tasks=tasks, evaluate=evaluate, merges={})
 
 
