@@ -69,7 +69,7 @@ class Reader:
         likelihoods = list(dict.fromkeys(request for request in requests if isinstance(request, Likelihood)))
         shared = self._shared(likelihoods)
         alone = [request for request in likelihoods if request.prompt_ids not in shared]
-        for (which, number), value in self._answered(names, alone, self._read, "right").items():
+        for (which, number), value in self.apart(names, alone).items():
             known[which][alone[number]] = value
         for (which, prompt, response), value in self._compared(names, shared).items():
             known[which][Likelihood(prompt, response)] = value
@@ -78,6 +78,11 @@ class Reader:
             for (which, number), text in zip(texts, texts.values(), strict=True):
                 known[which][continuations[number]] = text
         return {name: [known[which][request] for request in requests] for which, name in enumerate(names)}
+
+    @torch.no_grad()
+    def apart(self, names: Names, requests: Sequence[Likelihood]) -> dict[tuple[int, int], float]:
+        """(place of the name, place of the request) -> log-likelihood, each with a prompt of its own."""
+        return self._answered(names, requests, self._read, "right")
 
     @torch.no_grad()
     def written(self, groups: Sequence[Group]) -> Iterator[dict[tuple[int, int], Ids]]:

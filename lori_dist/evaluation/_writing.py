@@ -70,7 +70,7 @@ class _Row:
     request: Continuation
     written: list[int] = field(default_factory=list)
 
-    def adds(self, token: int, ends: Sequence[int]) -> bool:
+    def adds(self, token: int, ends: frozenset[int]) -> bool:
         """Whether the row continues after a token."""
         if token in ends:
             return False
@@ -82,7 +82,7 @@ class Writer:
     """The rows of this rank: those that wait, in their order, and those that are in the batch."""
 
     def __init__(self, reader: "Reader", groups: Sequence[Group]) -> None:
-        self.reader, self.groups = reader, groups
+        self.reader, self.groups, self.ends = reader, groups, frozenset(reader.ends)
         rank, size = (0, 1) if reader.world is None else (reader.world.rank, reader.world.size)
         self.waiting = [row for number, group in enumerate(groups) for row in self._rows(number, group, rank, size)]
         self.waiting.reverse()  # the next is at the end
@@ -132,9 +132,9 @@ class Writer:
     def _add(self, rows: list[_Row], logits: Tensor, kept: Kept, others: list[_Row], of_others: Kept | None) -> None:
         """Gives rows their next token; those that continue join the others in the batch."""
         tokens = self.reader.sampling.choose(logits, [(row.request.prompt_ids, len(row.written)) for row in rows])
-        ends, staying = self.reader.ends, []
+        staying = []
         for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-            if row.adds(token, ends):
+            if row.adds(token, self.ends):
                 staying.append(place)
             else:
                 self.texts[row.group][row.place] = tuple(row.written)
