@@ -9,7 +9,7 @@ from lori_dist import config
 from lori_dist.adapter import attach
 from lori_dist.adapter.adapter import Spec
 from lori_dist.errors import AdapterError, ConfigError
-from lori_dist.evaluation import Subject, choice, evaluate, exact_match, loss, measuring
+from lori_dist.evaluation import Store, Subject, choice, evaluate, evaluate_all, exact_match, loss, measuring
 from lori_dist.formats import native
 from lori_dist.merges import merge, merge_files
 from lori_dist.training.data import encode, read
@@ -183,6 +183,23 @@ def test_metrics_are_chosen_by_name_and_may_be_the_users_own(tree: dict[str, Any
     found = evaluate(config.validate(tree), None)["questions"]
     assert list(found) == ["lori_dist.evaluation.loss", "loss"]
     assert len(set(found.values())) == 1
+
+
+def test_texts_are_drawn_where_a_temperature_is_set(tree: dict[str, Any], tmp_path: Path) -> None:
+    def texts(name: str, **settings: Any) -> list[str]:
+        evaluate = {**tree["evaluate"], "metrics": ["exact_match"], **settings}
+        (tmp_path / name).mkdir()
+        store = Store.of_folder(tmp_path / name)
+        evaluate_all(config.validate({**tree, "evaluate": evaluate}), {"base": None}, stores={"base": store})
+        return [json.loads(line)["response"] for line in store.predictions.read_text().splitlines()]
+
+    greedy, drawn = texts("greedy"), texts("drawn", temperature=5.0)
+    assert drawn != greedy
+    assert texts("again", temperature=5.0, batch_size=32) == drawn
+    assert texts("other", temperature=5.0, seed=1) != drawn
+    assert texts("likeliest", temperature=5.0, top_p=1e-6) == greedy
+    with pytest.raises(ConfigError, match=r"^evaluate.top_p: is for tokens that are drawn; set evaluate.temperature"):
+        texts("mistake", top_p=0.5)
 
 
 def test_progress_is_told(tree: dict[str, Any]) -> None:
