@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lori_dist import config, storage
 from lori_dist.cluster import search
 from lori_dist.cluster.summary import ADAPTER
-from lori_dist.cluster.work import Assignment, merged, pushing, working
+from lori_dist.cluster.work import Assignment, merged, merged_from, pushing, working
 from lori_dist.config import Run
 from lori_dist.jobs import Job
 
@@ -78,7 +78,7 @@ def _best(
     job, file = assignment.job, assignment.attempt.partial / SEARCH
     settings, options = job.settings["search"], dict(job.settings["method"])
     chosen, is_loss = options.pop("name"), settings["metric"] == "loss"
-    adapters = [formats.load(run.folder / need / ADAPTER) for need in job.needs]
+    adapters = [formats.load(path) for path in merged_from(run, job)]
     known = from_first(world, lambda: search.read(file))
     num_before, start, push = len(known), time.monotonic(), pushing(run, [assignment])
     with measuring(run, world=world) as values_of:

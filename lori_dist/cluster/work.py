@@ -198,7 +198,7 @@ def merged(run: Run, assignment: Assignment, weights: Sequence[Any], **spread: A
     from lori_dist.merges import merge_files
 
     method, partial = dict(assignment.job.settings["method"]), assignment.attempt.partial
-    adapters = [run.folder / need / ADAPTER for need in assignment.job.needs]
+    adapters = merged_from(run, assignment.job)
     with recorded(run, assignment.job.name, partial) as record:
         start = time.monotonic()
         result = merge_files(
@@ -208,6 +208,11 @@ def merged(run: Run, assignment: Assignment, weights: Sequence[Any], **spread: A
         density = result["kept"] / result["total"]
         record({**result, "density": density, "seconds": time.monotonic() - start})
     return result
+
+
+def merged_from(run: Run, job: Job) -> list[Path]:
+    """The adapters of a merge."""
+    return [run.folder / need / ADAPTER for need in job.needs]
 
 
 def _spread(run: Run, job: Job) -> dict[str, Any]:

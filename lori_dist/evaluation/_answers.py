@@ -59,8 +59,10 @@ class Reader:
     is_sharded: bool = False
     """Whether a forward pass is a collective."""
     sampling: Sampling = GREEDY
-    _seen: dict[str, tuple[int, bool]] = field(default_factory=dict)
-    """What was asked about the model -> the longest row it was tried with, and whether it holds."""
+    _seen: dict[Side, tuple[int, bool]] = field(default_factory=dict)
+    """Side of padding -> the longest row it was tested with, and whether the model hides it."""
+    _keeps: bool | None = None
+    """Whether rows can share what the model keeps of them; None: it was not tried."""
 
     @torch.no_grad()
     def answers(self, names: Names, requests: Sequence[Request]) -> dict[str | None, list[Answer]]:
@@ -164,39 +166,32 @@ class Reader:
         ]
         if self.batch_size == 1 or len({len(row) for row in rows}) == 1:
             return True
+        longest = max(map(len, rows))
+        checked, hides = self._seen.get(side, (0, True))
+        if not hides or longest <= checked:
+            return hides
         steps = max((request.max_new_tokens for request in requests if isinstance(request, Continuation)), default=0)
-        return self._holds(side, rows, lambda: hides_padding(self.model, rows, self.pad, side, steps=steps))
+        hides = self._of_first(hides_padding(self.model, rows, self.pad, side, steps=steps))
+        self._seen[side] = (longest, hides)
+        return hides
 
     def _keeps_rows(self, rows: Sequence[Ids]) -> bool:
         """Whether rows can share what the model keeps of them."""
-        self._meet((self._any_name,))
-        is_first = "cache" not in self._seen
-        with self._hooked():
-            keeps = self._holds("cache", rows, lambda: keeps_rows(self.model, rows, self.pad, self.device))
-        if is_first and not keeps and (self.world is None or self.world.rank == 0):
-            log.info(
-                "%s keeps no keys and values that rows could share: each label reads its prompt again, and the rows of "
-                "a batch are written until all have ended",
-                type(self.model).__name__,
-            )
-        return keeps
+        if self._keeps is None:
+            self._meet((None if self.routing is None else self.routing.names[0],))
+            with self._hooked():
+                self._keeps = self._of_first(keeps_rows(self.model, rows, self.pad, self.device))
+            if not self._keeps and (self.world is None or self.world.rank == 0):
+                log.info(
+                    "%s keeps no keys and values that rows could share: each label reads its prompt again, and the "
+                    "rows of a batch are written until all have ended",
+                    type(self.model).__name__,
+                )
+        return self._keeps
 
-    def _holds(self, what: str, rows: Sequence[Ids], find: Callable[[], bool]) -> bool:
-        """The answer of rank 0, which is asked again only for longer rows."""
-        longest = max(map(len, rows))
-        checked, holds = self._seen.get(what, (0, True))
-        if not holds or longest <= checked:
-            return holds
-        holds = find()
-        if self.world is not None and self.world.size > 1:
-            own = holds
-            holds = from_first(self.world, lambda: own)
-        self._seen[what] = (longest, holds)
-        return holds
-
-    @property
-    def _any_name(self) -> str | None:
-        return None if self.routing is None else self.routing.names[0]
+    def _of_first(self, own: bool) -> bool:
+        """What rank 0 has found."""
+        return own if self.world is None or self.world.size == 1 else from_first(self.world, lambda: own)
 
     @property
     def pad(self) -> int:

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from lori_dist.evaluation._batches import Ids, left_padded
 from lori_dist.training.device import put
+from lori_dist.training.model import num_positions
 
-CUT = 3
-"""Tokens that rows lose at their end in `keeps_rows`, which adds as many."""
+MORE, LEAST = 3, 8
+"""Tokens that `keeps_rows` reads on in its rows, and those that the longer one has at least before that."""
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +95,8 @@ def _forward(model: PreTrainedModel, input_ids: Tensor, mask: Tensor, kept: Kept
 
 @torch.no_grad()
 def keeps_rows(model: PreTrainedModel, rows: Sequence[Ids], pad: int, device: torch.device) -> bool:
-    """Whether the shortest row gives the same logits, to rounding, read alone at once and read beside the longest, with
-    which it shares a cache until that leaves.
+    """Whether a short row gives the same logits, to rounding, read alone at once and read beside one as long as the
+    longest of the rows, with which it shares a cache until that leaves.
 
     Recurrent models do not: they keep a state, not keys and values.
     """
@@ -102,8 +104,10 @@ def keeps_rows(model: PreTrainedModel, rows: Sequence[Ids], pad: int, device: to
         return False
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         return False
-    short, long = (list(row[: max(1, len(row) - CUT)]) for row in (min(rows, key=len), max(rows, key=len)))
-    more = [long[place % len(long)] for place in range(CUT)]
+    tokens = max(rows, key=len)
+    length = min(max(LEAST, len(tokens)), (num_positions(model) or sys.maxsize) - MORE)
+    long = [tokens[place % len(tokens)] for place in range(max(1, length))]
+    short, more = long[length // 2 :][: max(1, length // 3)], (long * MORE)[:MORE]
     whole = put(torch.tensor([short + more]), device)
     expected = model(input_ids=whole, attention_mask=torch.ones_like(whole), use_cache=False).logits[0]
     try:
@@ -118,7 +122,7 @@ def keeps_rows(model: PreTrainedModel, rows: Sequence[Ids], pad: int, device: to
     except Exception as error:  # of whatever kind, from code that is not made for such a cache
         log.debug("rows cannot share a cache", exc_info=error)
         return False
-    places = [len(short) - 1, len(short) - 1, *range(len(short), len(short) + CUT)]
+    places = [len(short) - 1, len(short) - 1, *range(len(short), len(short) + MORE)]
     tolerance = max(1e-4, 4 * torch.finfo(model.dtype).eps)
     pairs = [(one.float(), expected[place].float()) for one, place in zip(found, places, strict=True)]
     # NaN is a difference.

@@ -89,7 +89,6 @@ def test_a_prompt_that_labels_share_is_read_once() -> None:
     reading = reader(tiny_llama(), 4)
     reading.answers([None], [Continuation(PROMPTS[1], 1)])  # the model is tried out
     prompts = [prompt * 4 for prompt in PROMPTS[:1]] + [tuple(range(3, 39)), tuple(range(4, 40))]
-    reading._seen["cache"] = (36, True)
     labels = [(place, place + 1, place + 2) for place in range(3, 9)]
     requests = [Likelihood(prompt, label) for prompt in prompts for label in labels]
     with forwards(reading.model) as seen:
