@@ -206,8 +206,8 @@ def _generate(
 ) -> None:
     import torch.distributed as dist
 
-    from lori_dist.evaluation._answers import Sampling
     from lori_dist.evaluation._generate import writing
+    from lori_dist.evaluation._writing import Sampling
     from lori_dist.training.accelerate_launch import followed
     from lori_dist.training.world import from_environment, from_first
 

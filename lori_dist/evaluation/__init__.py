@@ -19,11 +19,12 @@ from lori_dist import config, formats, plugin
 from lori_dist.adapter import packed
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.errors import ConfigError
-from lori_dist.evaluation._answers import BASE, GREEDY, Reader, Sampling
+from lori_dist.evaluation._answers import BASE, Reader
 from lori_dist.evaluation._passes import attached, passes_of
 from lori_dist.evaluation._place import place
 from lori_dist.evaluation._rows import Answer, Ask, Continuation, Judge, Request, Row, interval, mean
 from lori_dist.evaluation._store import LM_EVAL, Key, Measured, Store
+from lori_dist.evaluation._writing import GREEDY, Sampling
 from lori_dist.rows import responses
 from lori_dist.scores import LOWER_IS_BETTER
 from lori_dist.training.data import Example, Segments, encode, read
@@ -277,6 +278,11 @@ class _Left:
         return self.subject.task, self.metric.name
 
     @property
+    def continuations(self) -> list[Continuation]:
+        """What models are asked to write, each once."""
+        return list(dict.fromkeys(request for request in self.requests or () if isinstance(request, Continuation)))
+
+    @property
     def is_written(self) -> bool:
         """Whether models write all that the metric asks for."""
         return bool(self.requests) and all(isinstance(request, Continuation) for request in self.requests or ())
@@ -353,13 +359,15 @@ class _Matrix:
             for name, value, rows in one.scores(reader) if one.names else ():
                 self._keep(name, one, value, rows, start)
             done += 1
-        groups = [(list(one.names.values()), list(dict.fromkeys(one.requests or ()))) for one in written]
+        groups = [(list(one.names.values()), one.continuations) for one in written]
         texts = reader.written(groups)
         for one, (_, requests) in zip(written, groups, strict=True):
             say(f"{one.metric.name} of {one.subject.task}", done)
             start, found = time.monotonic(), next(texts)
             for which, name in enumerate(one.names):
-                answers = {request: found[which, place] for place, request in enumerate(requests)}
+                answers: dict[Request, Answer] = {
+                    request: found[which, place] for place, request in enumerate(requests)
+                }
                 rows = one.judged([answers[request] for request in one.requests or ()])
                 self._keep(name, one, mean(rows), rows, start)
             done += 1

@@ -8,10 +8,11 @@ import torch
 
 from lori_dist import config, formats
 from lori_dist.errors import ConfigError
-from lori_dist.evaluation._answers import GREEDY, Reader, Sampling
+from lori_dist.evaluation._answers import Reader
 from lori_dist.evaluation._passes import attached, passes_of
 from lori_dist.evaluation._place import place
 from lori_dist.evaluation._rows import Answer, Continuation
+from lori_dist.evaluation._writing import GREEDY, Sampling
 from lori_dist.rows import Message
 from lori_dist.training.data import chat_prompt
 from lori_dist.training.model import check_base, load_tokenizer, num_positions
