@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lori_dist import config
 from lori_dist.adapter.adapter import Adapter, Block, Entries
@@ -173,9 +171,12 @@ def _make(folder: Path, layers: int, hidden: int, vocabulary: int) -> None:
     )
     torch.manual_seed(0)
     LlamaForCausalLM(settings).save_pretrained(folder)
-    words = Tokenizer(WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4}, unk_token="<pad>"))
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    words = {word: number for number, word in enumerate([*special.values(), "a", "b"])}
+    tokenizer = {"model": {"type": "WordLevel", "vocab": words, "unk_token": "<pad>"}, "added_tokens": []}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**kind, **special}))
 
 
 def _random(length: int, vocabulary: int, generator: torch.Generator) -> Ids:
