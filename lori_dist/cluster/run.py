@@ -26,7 +26,7 @@ from lori_dist.cluster.trials import TRIED
 from lori_dist.config import Run
 from lori_dist.errors import JobError, Preempted, Stopped
 from lori_dist.integrations import model_card
-from lori_dist.jobs import GANGS, Job, plan, same_merges, same_merges_said
+from lori_dist.jobs import Job, plan, same_merges, same_merges_said
 from lori_dist.report import write_of_run
 from lori_dist.training import preemption
 
@@ -159,8 +159,8 @@ def _work(board: Board, nodes: Callable[[], Sequence[Resources]], owner: str) ->
                 for job in board.ready():
                     board.fail(job, schedule.no_room(job, board.run.cluster, nodes()))
             if starting:
-                gangs.keep(sum(jobs[0].kind in GANGS for jobs in starting))
-            elif not any(job.kind in GANGS for job in board.named("waiting") + board.named("running")):
+                gangs.keep(sum(jobs[0].is_gang for jobs in starting))
+            elif not any(job.is_gang for job in board.named("waiting") + board.named("running")):
                 gangs.keep(0)  # a job that began while a node was being lost may wait for their room
             for jobs in starting:
                 board.start(jobs)

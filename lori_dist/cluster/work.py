@@ -61,7 +61,7 @@ def train_rank(assignment: Assignment) -> dict[str, Any]:
             assignment.attempt.partial,
             fingerprint=assignment.job.fingerprint,
             still_mine=assignment.attempt.check,
-            progress=_pushing(run, [assignment]),
+            progress=pushing(run, [assignment]),
             stop_request=stop_request,
             fetch=_fetching(run, assignment, world),
             joint=assignment.job.settings.get("joint"),
@@ -84,7 +84,7 @@ def train_ranks(assignments: Sequence[Assignment]) -> dict[str, Any]:
         from lori_dist.training.world import from_environment
 
         torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
-        world, push = from_environment(), _pushing(run, assignments)
+        world, push = from_environment(), pushing(run, assignments)
 
         def make(assignment: Assignment) -> Callable[[], Any]:
             return lambda: make_job(
@@ -214,25 +214,31 @@ def rehearse_evaluation_rank(rehearsal: EvaluationRehearsal) -> None:
 def merge_adapters(assignment: Assignment) -> dict[str, Any]:
     """Does a merge, in a Ray task. Returns its result."""
     with working([assignment], 0) as run:
-        settings = assignment.job.settings
-        weights = [dict(weight) if isinstance(weight, list) else weight for weight in settings["weights"]]
-        spread = _spread(run, assignment.job)
-        with recorded(run, assignment.job.name, assignment.attempt.partial) as record:
-            start = time.monotonic()
-            result = merged(run, assignment, weights, assignment.attempt.partial / ADAPTER, **spread)
-            del result["path"]  # the folder is about to get another name
-            density = result["kept"] / result["total"]
-            record({**result, "density": density, "seconds": time.monotonic() - start})
-        return {**result, **settings.get("found", {})}
+        given = assignment.job.settings["weights"]
+        weights = [dict(weight) if isinstance(weight, list) else weight for weight in given]
+        return merged(run, assignment, weights, **_spread(run, assignment.job))
 
 
-def merged(run: Run, assignment: Assignment, weights: Sequence[Any], out: Path, **spread: Any) -> dict[str, Any]:
-    """Writes the merge of the job's adapters to `out`. Returns the result of `merge_files`, which gets `spread`."""
+def merged(run: Run, assignment: Assignment, weights: Sequence[Any], **spread: Any) -> dict[str, Any]:
+    """Writes and records the merge of the job's adapters. Returns its result. spread: arguments of `merge_files`."""
     from lori_dist.merges import merge_files
 
-    method = dict(assignment.job.settings["method"])
-    adapters = [run.folder / need / ADAPTER for need in assignment.job.needs]
-    return merge_files(adapters, out, method=method.pop("name"), options=method, weights=weights, **spread)
+    method, partial = dict(assignment.job.settings["method"]), assignment.attempt.partial
+    adapters = merged_from(run, assignment.job)
+    with recorded(run, assignment.job.name, partial) as record:
+        start = time.monotonic()
+        result = merge_files(
+            adapters, partial / ADAPTER, method=method.pop("name"), options=method, weights=weights, **spread
+        )
+        del result["path"]  # the folder is about to get another name
+        density = result["kept"] / result["total"]
+        record({**result, "density": density, "seconds": time.monotonic() - start})
+    return result
+
+
+def merged_from(run: Run, job: Job) -> list[Path]:
+    """The adapters of a merge."""
+    return [run.folder / need / ADAPTER for need in job.needs]
 
 
 def _spread(run: Run, job: Job) -> dict[str, Any]:
@@ -287,9 +293,9 @@ def evaluate_rank(assignments: Sequence[Assignment]) -> dict[str, Any]:
 
         def record(name: str, line: dict[str, Any]) -> None:
             records[name](line)
-            pushing(line)
+            push(line)
 
-        pushing = _pushing(run, assignments)
+        push = pushing(run, assignments)
         paths = {name: None if need is None else run.folder / need / ADAPTER for name, need in needs.items()}
         found = evaluate_all(run, paths, world=world, progress=_logged_progress(), record=record, stores=stores)
         results: dict[str, Any] = {}
@@ -361,7 +367,7 @@ def _push(mirror: storage.Mirror, assignment: Assignment) -> None:
     mirror.prune(f"{assignment.attempt.partial.name}/checkpoints")
 
 
-def _pushing(run: Run, assignments: Sequence[Assignment]) -> Callable[[dict[str, Any]], None]:
+def pushing(run: Run, assignments: Sequence[Assignment]) -> Callable[[dict[str, Any]], None]:
     """Puts what jobs have measured and saved on storage every few seconds."""
     if not storage.is_url(run.output):
         return lambda record: None
