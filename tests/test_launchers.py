@@ -1,6 +1,7 @@
 """`lori train` under every launcher, by the commands of launch/README.md: two ranks train together, and when one dies
 nobody hangs and the cause is reported."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -119,7 +120,8 @@ def test_launched_ranks_write_what_one_process_does(
     launcher: Launcher, alone: Adapter, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over a sharded base, several models side by side, with prompts of a file that no rank has half of."""
-    save_adapter(alone, tmp_path / "math.safetensors")
+    strong = dataclasses.replace(alone, blocks=(dataclasses.replace(alone.blocks[0], alpha=2000.0),))
+    save_adapter(strong, tmp_path / "math.safetensors")
     (tmp_path / "prompts.txt").write_text(
         "".join(f"go {word} {n}\n" for n in range(5) for word in ("left", "on and on"))
     )
@@ -133,7 +135,10 @@ def test_launched_ranks_write_what_one_process_does(
         assert together.codes == [0], together.output
         monkeypatch.chdir(folder)
         assert main([*verb, *more, "--out", str(tmp_path / "alone.jsonl")]) == 0
-        found, wanted = ([json.loads(line) for line in (tmp_path / name).open()] for name in (out.name, "alone.jsonl"))
+        found, wanted = (
+            [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+            for name in (out.name, "alone.jsonl")
+        )
         assert found == wanted
         assert len(found) == 10
         assert any(len(set(texts["texts"].values())) == 2 for texts in found)

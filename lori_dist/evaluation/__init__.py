@@ -132,10 +132,12 @@ def evaluate_all(
     """
     tokenizer = load_tokenizer(run.model)
     rows, more = _test_rows(run, tokenizer, longest), _more(run)
-    loaded = {name: one if isinstance(one, Adapter) else formats.load(one) for name, one in adapters.items() if one}
-    for name, one in adapters.items():
-        if isinstance(one, Path):
-            check_base(one, loaded[name].base, run.model)
+    loaded = {
+        name: what if isinstance(what, Adapter) else formats.load(what) for name, what in adapters.items() if what
+    }
+    for name, what in adapters.items():
+        if isinstance(what, Path):
+            check_base(what, loaded[name].base, run.model)
     matrix = _Matrix(
         run=run, tokenizer=tokenizer, world=world, names=tuple(adapters), stores=stores or {}, record=record
     )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lori_dist import jobs, plugin
+from lori_dist.cluster.trials import AT_ONCE
 from lori_dist.config import Run
 from lori_dist.errors import ConfigError
 from lori_dist.evaluation._place import engine_of
@@ -23,9 +24,7 @@ MEMORY = (
 """Kinds of memory. `cache`: keys and values of the tokens that a text, or a label, follows."""
 
 CHOICES = ("choice", "choice_norm", "choice_bytes", "choice_end")
-AT_ONCE = 16
-"""Candidates of a search for weights that share a pass at most."""
-COPIES = 2
+COPIES = 3
 """Times that keys and values exist: rows join a batch, grow and leave it by copies."""
 FORWARD = 0.4
 """Share of the operations of training an adapter that its forward pass has: 2 products of 5, A without a gradient."""

@@ -40,8 +40,8 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
     "reading": """
 output_type: loglikelihood_rolling
 metric_list:
-- {metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
 - {metric: byte_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
+- {metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}
 """,
 }
 
@@ -87,8 +87,8 @@ def by_command(run: config.Run, adapter: Path, folder: Path) -> dict[str, dict[s
 PRINTED = {
     ("choosing", "lm_eval/acc"): "acc,none",
     ("writing", "lm_eval/exact_match/first"): "exact_match,first",
-    ("reading", "lm_eval/word_perplexity"): "word_perplexity,none",
     ("reading", "lm_eval/byte_perplexity"): "byte_perplexity,none",
+    ("reading", "lm_eval/bits_per_byte"): "bits_per_byte,none",
 }
 
 
@@ -154,7 +154,7 @@ def test_a_model_is_measured_as_lm_eval_measures_its_export(run: config.Run, tmp
         "reviews": {"choice"},
         "choosing": {"lm_eval/acc"},
         "writing": {"lm_eval/exact_match/first"},
-        "reading": {"lm_eval/word_perplexity", "lm_eval/byte_perplexity"},
+        "reading": {"lm_eval/byte_perplexity", "lm_eval/bits_per_byte"},
     }
     assert_printed_alike(found, in_process(run, adapter, tmp_path / "folded"))
     several = {name: one.values for name, one in evaluate_all(run, {"base": None, "adapter": adapter}).items()}

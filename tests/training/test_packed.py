@@ -22,7 +22,7 @@ from lori_dist.training.task import make_job
 from lori_dist.training.train import train, train_together
 from lori_dist.training.trainer import Group
 from lori_dist.training.world import from_environment
-from tests.distributed import run_distributed
+from tests.distributed import TIMEOUT, run_distributed
 from tests.models import tiny
 from tests.multitask.combinations import OPTIONS, changed
 from tests.tokenizers import save
@@ -35,6 +35,8 @@ ENGINES = [
     *(Choice(name="deepspeed", options={"stage": stage}) for stage in (1, 2, 3)),
 ]
 TOLERANCE = 5e-6
+COMPILE_S = 1800.0
+"""Seconds for trainings whose blocks are compiled, on a machine that others use as well."""
 Failed = pytest.fail.Exception
 
 
@@ -182,7 +184,7 @@ def test_whatever_one_task_can_have(run: Run, option: str, tmp_path: Path, monke
     if "model" in OPTIONS[option]:
         tree["model"]["path"] = str(save(tiny(OPTIONS[option]["model"]), tmp_path / "mixture"))
     run = config.validate(tree)
-    run_distributed(both, run, world_size=1)
+    run_distributed(both, run, world_size=1, timeout=COMPILE_S if "compile" in option else TIMEOUT)
     updates, left = [], []
     for name in run.tasks:
         separate = replace(run, name="alone")
@@ -215,7 +217,7 @@ def test_compiled_on_engines(
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     run = replace(run, train=replace(run.train, engine=engine, compile=True))
-    run_distributed(pack, run, list(TASKS), world_size=2)
+    run_distributed(pack, run, list(TASKS), world_size=2, timeout=COMPILE_S)
     for task in TASKS:
         assert_equal(adapter(run, task), wanted[task])
 
@@ -241,7 +243,7 @@ def test_compiled_together_and_in_sequence(run: Run, way: str, tmp_path: Path, m
     plain = config.validate({**tree, "name": "plain"})
     compiled = config.validate({**tree, "train": {**tree["train"], "compile": True}})
     for one in (plain, compiled):
-        run_distributed(trained_in_order, one, world_size=2)
+        run_distributed(trained_in_order, one, world_size=2, timeout=COMPILE_S)
     names = ["joint"] if way == "joint" else list(TASKS)
     for name in names:
         assert_equal(adapter(compiled, name), adapter(plain, name))
