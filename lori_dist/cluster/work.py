@@ -25,6 +25,7 @@ from lori_dist.training.metrics import recorded
 
 if TYPE_CHECKING:
     from lori_dist.training.preemption import StopRequest
+    from lori_dist.training.world import World
 
 PUSH_SECONDS = 1.0
 LOOK_SECONDS = 2.0
@@ -52,15 +53,17 @@ def train_rank(assignment: Assignment) -> dict[str, Any]:
         from lori_dist.training.world import from_environment
 
         torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
+        world = from_environment()
         return train(
             run,
             assignment.job.settings["task"],
-            from_environment(),
+            world,
             assignment.attempt.partial,
             fingerprint=assignment.job.fingerprint,
             still_mine=assignment.attempt.check,
             progress=pushing(run, [assignment]),
             stop_request=stop_request,
+            fetch=_fetching(run, assignment, world),
             joint=assignment.job.settings.get("joint"),
             sequel=assignment.job.settings.get("sequel"),
         )
@@ -94,6 +97,7 @@ def train_ranks(assignments: Sequence[Assignment]) -> dict[str, Any]:
                 track=stack.enter_context(tracked(run, assignment.job.name)),
                 progress=push if assignment is assignments[0] else lambda record: None,
                 stop_request=stop_request,
+                fetch=_fetching(run, assignment, world),
             )
 
         outcomes = train_together({one.job.settings["task"]: make(one) for one in assignments}, world)
@@ -183,6 +187,28 @@ def rehearse_rank(rehearsal: Rehearsal) -> dict[str, Any]:
             joint=rehearsal.job.settings.get("joint"),
             sequel=rehearsal.sequel,
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationRehearsal:
+    """The work of a process in an evaluation that is built, and measures one batch."""
+
+    tree: dict[str, Any]
+    """The run as a plain tree."""
+    models: Mapping[str, Path | int]
+    """Models as `evaluation._rehearsal.rehearse` takes them."""
+
+
+def rehearse_evaluation_rank(rehearsal: EvaluationRehearsal) -> None:
+    """Does one rank of the evaluation's first batch. It logs nothing and leaves nothing."""
+    import torch
+
+    from lori_dist.evaluation._rehearsal import rehearse
+    from lori_dist.training.world import from_environment
+
+    run = config.validate(rehearsal.tree)
+    torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
+    rehearse(run, rehearsal.models, from_environment())
 
 
 def merge_adapters(assignment: Assignment) -> dict[str, Any]:
@@ -356,6 +382,26 @@ def pushing(run: Run, assignments: Sequence[Assignment]) -> Callable[[dict[str, 
             last = time.monotonic()
 
     return push
+
+
+def _fetching(run: Run, assignment: Assignment, world: "World") -> Callable[[], None]:
+    """What brings the checkpoints that rank 0 has written to the machines of all ranks: by the storage that the run's
+    output is on, or nothing, where it is a folder that all see."""
+    if not storage.is_url(run.output):
+        return lambda: None
+    mirror = storage.open(run.output, run.name)
+
+    def fetch() -> None:
+        import torch.distributed as dist
+
+        from lori_dist.training.world import from_first
+
+        from_first(world, lambda: _push(mirror, assignment))
+        if world.rank > 0:
+            mirror.pull(f"{assignment.attempt.partial.name}/checkpoints")
+        dist.barrier()  # as rank 0 deletes older ones
+
+    return fetch
 
 
 @contextlib.contextmanager

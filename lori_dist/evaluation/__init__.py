@@ -80,7 +80,7 @@ def answered(subject: Subject, requests: Sequence[Any]) -> list[Answer]:
 Values = dict[str, dict[str, float]]
 """Task -> metric -> value."""
 Rows = list[Segments]  # (prompt, response)
-LmEval = Callable[[PreTrainedModel, PreTrainedTokenizerBase], Mapping[str, Mapping[str, float]]]
+LmEval = Callable[[Reader], Mapping[str, Mapping[str, float]]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,31 +109,32 @@ def evaluate(
 
 def evaluate_all(
     run: config.Run,
-    adapters: Mapping[str, Path | None],
+    adapters: Mapping[str, Path | Adapter | None],
     *,
     world: World | None = None,
     device: torch.device | str = "cpu",
     progress: Callable[[str, int, int], None] | None = None,
     record: Callable[[str, Record], None] = lambda name, record: None,
     stores: Mapping[str, Store] | None = None,
+    longest: int | None = None,
 ) -> dict[str, Found]:
     """Every metric of the run on every task's test rows, of several models on one copy of the base: name -> figures.
 
-    adapters: by name; None measures the base. world: the gang whose ranks all call this; it shards the base as the
-    run's engine says, and divides the rows. None: this process holds the base on the device. progress: called with what
-    is measured next, how many measurements are done, and how many there are. record: gets a model's name, and metric,
-    task, value and seconds of each measurement. stores: of models, where what is measured is kept; what is there is not
-    measured again.
+    adapters: by name; a file or folder, or an adapter in memory; None measures the base. world: the gang whose ranks
+    all call this; it shards the base as the run's engine says, and divides the rows. None: this process holds the base
+    on the device. progress: called with what is measured next, how many measurements are done, and how many there are.
+    record: gets a model's name, and metric, task, value and seconds of each measurement. stores: of models, where what
+    is measured is kept; what is there is not measured again. longest: measure only so many rows of each task, those
+    with the longest text; None: all.
     progress, record and stores are for rank 0, and figures equal on all ranks.
     Raises ConfigError for test rows that cannot be used, and AdapterError if an adapter was trained on another base.
     """
     tokenizer = load_tokenizer(run.model)
-    rows, more = _test_rows(run, tokenizer), _more(run)
-    loaded = {name: formats.load(path) for name, path in adapters.items() if path is not None}
-    for name, adapter in loaded.items():
-        path = adapters[name]
-        assert path is not None
-        check_base(path, adapter.base, run.model)
+    rows, more = _test_rows(run, tokenizer, longest), _more(run)
+    loaded = {name: one if isinstance(one, Adapter) else formats.load(one) for name, one in adapters.items() if one}
+    for name, one in adapters.items():
+        if isinstance(one, Path):
+            check_base(one, loaded[name].base, run.model)
     matrix = _Matrix(
         run=run, tokenizer=tokenizer, world=world, names=tuple(adapters), stores=stores or {}, record=record
     )
@@ -377,7 +378,7 @@ class _Matrix:
             if LM_EVAL not in self.known[name]:
                 start = time.monotonic()
                 with reader.only(routed):
-                    values = {task: dict(of_task) for task, of_task in more(reader.model, self.tokenizer).items()}
+                    values = {task: dict(of_task) for task, of_task in more(reader).items()}
                 self._store(name, LM_EVAL, Measured(values=values), [], time.monotonic() - start)
 
     def _keep(self, name: str, one: "_Left", value: float | None, rows: Sequence[Row], start: float) -> None:
@@ -406,8 +407,8 @@ def _more(run: config.Run) -> LmEval | None:
         return None
     from lori_dist.evaluation import _lm_eval  # an extra
 
-    tasks, batch_size = _lm_eval.find(settings), run.evaluate.batch_size
-    return lambda model, tokenizer: _lm_eval.measure(model, tokenizer, tasks, settings, batch_size=batch_size)
+    tasks = _lm_eval.find(settings)
+    return lambda reader: _lm_eval.measure(reader, tasks, settings)
 
 
 def _sampling(run: config.Run) -> Sampling:
@@ -442,7 +443,7 @@ def check_adapter(adapter: Path, model: config.Model) -> None:
     check_base(adapter, formats.base(adapter), model)
 
 
-def _test_rows(run: config.Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, Rows]:
+def _test_rows(run: config.Run, tokenizer: PreTrainedTokenizerBase, longest: int | None = None) -> dict[str, Rows]:
     """Read before anything slow happens, with the mistakes of all tasks at once."""
     rows: dict[str, Rows] = {}
     problems: list[str] = []
@@ -452,6 +453,8 @@ def _test_rows(run: config.Run, tokenizer: PreTrainedTokenizerBase) -> dict[str,
                 task.test, task.test_template, where=f"tasks.{name}.test", tokenizer=tokenizer, labels=task.labels
             )
             rows[name] = found[: run.evaluate.rows]
+            if longest is not None:
+                rows[name] = sorted(rows[name], key=lambda row: -sum(map(len, row)))[:longest]
         except ConfigError as error:
             problems.append(str(error))
     if problems:
