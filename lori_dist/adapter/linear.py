@@ -21,6 +21,10 @@ from lori_dist.adapter.routing import Routing, name_of
 Kept = tuple[Tensor | None, Tensor]
 """Entries of B: their ascending flat positions, or None for all of them, and their values."""
 
+NARROW, SEVERAL = 0.5, 16
+"""The products with A and B over that with the weight, and the tokens of an adapter over the rank, from which updates
+that adapters share are added to the weight: the sum must cost less than what it saves."""
+
 QUANTIZED = ("Linear4bit", "Linear8bitLt", "QuantizedLinear")
 """Classes of quantised linear layers."""
 
@@ -438,6 +442,8 @@ class RoutedLinear(AdaptedLinear):
         return [delta for delta, scales in zip(self.deltas, self.scales, strict=True) if adapter in scales]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.folded is None and not torch.is_grad_enabled() and (made := self._multiplied(x)) is not None:
+            return made
         y: Tensor = self.base(x)
         if self.folded is not None:
             return y
@@ -462,6 +468,34 @@ class RoutedLinear(AdaptedLinear):
         apply = cast(Callable[..., Tensor], _Routed.apply)
         return apply(x, y, self, uses, numbers, *(tensor for number in numbers for tensor in tensors[number]))
 
+    def _multiplied(self, x: Tensor) -> Tensor | None:
+        """The output without a graph, each adapter's tokens times the sum of the weight and its updates, where that is
+        less work than the products with A and B: in narrow layers, for updates of many adapters that share them. None
+        where it is not, or where the weight cannot be read or would be rounded."""
+        if max(map(len, self.scales), default=0) < 2 or not is_plain(self.base):
+            return None
+        weight, bias = self.weight, self.bias
+        if type(weight.data) is not Tensor or weight.dtype != torch.float32 or x.dtype != torch.float32:
+            return None
+        segments, flat = self.routing.segments(self.module, x), _rows(x)
+        size, deltas = len(flat) // max(1, len(segments)), [delta for delta in self.deltas if not delta.is_empty]
+        rank, (out, width) = sum(delta.rank for delta in deltas), features(self.base)
+        if weight.numel() != out * width or rank * (out + width) < NARROW * out * width or size < SEVERAL * rank:
+            return None
+        if any(segment.tokens != slice(n * size, (n + 1) * size) for n, segment in enumerate(segments)):
+            return None
+        a = torch.cat([delta.a().float() for delta in deltas])
+        b = torch.cat([delta.dense_b(delta.values, torch.float32) for delta in deltas], dim=1)
+        places = [number for number, delta in enumerate(self.deltas) if not delta.is_empty]
+        of_segments = [[self.scales[number].get(segment.adapter, 0.0) for number in places] for segment in segments]
+        ranks = torch.tensor([delta.rank for delta in deltas], device=x.device)
+        scales = torch.tensor(of_segments, device=x.device).repeat_interleave(ranks, dim=1)  # (segments, rank)
+        whole = torch.matmul(b * scales[:, None], a) + (weight.t() if is_conv1d(self.base) else weight)
+        made = torch.bmm(flat.view(len(segments), size, width), whole.mT)
+        if bias is not None:
+            made += bias
+        return shaped(made, (*x.shape[:-1], out))
+
     def _summed(self, x: Tensor, y: Tensor, uses: Sequence["Use"]) -> Tensor:
         """The output without a graph, where adapters share updates: each update once for all tokens that meet it, and
         those that the same tokens meet together. Every token has scales of its own."""
@@ -481,8 +515,8 @@ class RoutedLinear(AdaptedLinear):
             ranks = torch.tensor([delta.rank for delta in deltas], device=y.device)
             scales = torch.tensor(of_uses, dtype=exact, device=y.device).t().repeat_interleave(ranks, dim=1)
             for first, last in _runs(edges):
-                counts = torch.tensor([stop - start for start, stop in edges[first:last]], device=y.device)
                 tokens = slice(edges[first][0], edges[last - 1][1])
+                counts = torch.tensor([stop - start for start, stop in edges[first:last]], device=y.device)
                 reduced = (flat[tokens] @ a.t()).to(exact).mul_(scales[first:last].repeat_interleave(counts, dim=0))
                 made[tokens].addmm_(reduced.to(y.dtype), b.t())
         return shaped(made, y.shape)

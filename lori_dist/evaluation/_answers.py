@@ -139,8 +139,10 @@ class Reader:
     ) -> Iterator[tuple[list[int], bool, list[list[int]]]]:
         """Yields, batch after batch of this rank, the numbers of its rows, whether it is run for the other ranks' sake
         alone, and the batches that all ranks have at that time."""
-        batches = list(by_length(lengths, batch_size, is_padded=is_padded))
         rank, size = (0, 1) if self.world is None else (self.world.rank, self.world.size)
+        # As many rows for each rank, rather than full batches for some.
+        num_turns = max(1, -(-len(lengths) // (batch_size * size)))
+        batches = list(by_length(lengths, max(1, -(-len(lengths) // (num_turns * size))), is_padded=is_padded))
         for first in range(0, len(batches), size):
             of_ranks = batches[first : first + size]
             if rank < len(of_ranks):

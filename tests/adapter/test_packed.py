@@ -143,8 +143,10 @@ def test_the_model_is_given_back() -> None:
     assert torch.equal(logits(model), before)
 
 
-def test_weights_and_values_of_merges_change_in_place() -> None:
-    parts = [made(tiny_llama, 1, 2), made(tiny_llama, 2, 3)]
+@pytest.mark.parametrize(("ranks", "times"), [((2, 3), 1), ((8, 9), 20)])
+def test_weights_and_values_of_merges_change_in_place(ranks: tuple[int, int], times: int) -> None:
+    """Also where many tokens make it less work to add what merges share to the weight."""
+    parts = [made(tiny_llama, 1, ranks[0]), made(tiny_llama, 2, ranks[1])]
     weights = {"old": [0.5, 0.5], "other": [1.0, 0.2], "new": [-0.3, 0.9]}
     merges = {name: merge(parts, method="concat", weights=pair) for name, pair in weights.items()}
     model = tiny_llama()
@@ -154,11 +156,14 @@ def test_weights_and_values_of_merges_change_in_place() -> None:
     assert len(first.deltas) == 2  # of two tasks in two merges
     assert packed.update(model, {"x": merges["new"]})
     assert packed.routed(model) == layers
-    with routing.rows(["x", "y"] * 3):
-        found = logits(model)
-    for row, name in enumerate(["new", "other"] * 3):
-        wanted = alone(tiny_llama, merges[name], IDS[row : row + 1])
-        torch.testing.assert_close(found[row : row + 1], wanted, rtol=1e-4, atol=1e-4)
+    ids = IDS.repeat(times, 1)
+    with routing.rows(["x"] * len(ids) + ["y"] * len(ids)):
+        found = logits(model, torch.cat([ids, ids]))
+        wide = torch.zeros(2 * len(ids), ids.shape[1], first.deltas[0].in_features)
+        with torch.no_grad():
+            assert (first._multiplied(wide) is not None) == (times > 1)
+    wanted = torch.cat([alone(tiny_llama, merges[name], ids) for name in ("new", "other")])
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     for different in ({"x": parts[0]}, {"z": merges["new"]}, {"x": merge(parts, method="ties", weights=[1.0, 0.2])}):
         assert not packed.update(model, different)
 
