@@ -11,11 +11,12 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lori_dist.adapter import per_task, saved, sharded
+from lori_dist.adapter import formed, per_task, saved, sharded
 from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec, in_memory
 from lori_dist.adapter.experts import AdaptedExperts, Expert, is_experts, matrices
 from lori_dist.adapter.linear import (
     AdaptedLinear,
+    BaseDelta,
     Delta,
     Kept,
     RoutedLinear,
@@ -97,6 +98,9 @@ def attach(
     if sharded.is_fully_sharded(model):
         sharded.join(model, _deltas(layers))
     setattr(model, ATTACHED, what)
+    routing = next((one.routing for one in formed.formed(layers).values()), None)
+    if routing is not None:
+        setattr(model, formed.ROUTING, routing)
     return layers
 
 
@@ -119,14 +123,16 @@ def layers_for(
     return _from_adapter(model, what, train)
 
 
-def _deltas(layers: Mapping[str, AdaptedLinear]) -> list[tuple[str, Delta]]:
+def _deltas(layers: Mapping[str, AdaptedLinear]) -> list[tuple[str, BaseDelta]]:
     return [(path, delta) for path, layer in layers.items() for delta in layer.deltas]
 
 
 def refuse_adapted(model: nn.Module) -> None:
     """Raises AdapterError for a model that has an adapter, on itself, on a part of it, or on a model that it is part
     of."""
-    held = next((path for path, module in model.named_modules() if isinstance(module, (AdaptedLinear, Delta))), None)
+    held = next(
+        (path for path, module in model.named_modules() if isinstance(module, (AdaptedLinear, BaseDelta))), None
+    )
     if held is not None or getattr(model, ATTACHED, None) is not None:
         raise AdapterError(
             f"{held or 'model'}: an adapter is attached already; detach it from the model it was attached to first, "
@@ -153,6 +159,7 @@ def detach(model: nn.Module) -> None:
         ):
             _set(model, path, module.base)
     setattr(model, ATTACHED, None)
+    setattr(model, formed.ROUTING, None)
 
 
 def put(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> None:
@@ -181,6 +188,7 @@ def fold(model: nn.Module, *, dequantize: bool = False) -> None:
     `detach`; without it, AdapterError is raised for these. Quantising the sum again would round most of an update away.
     """
     layers = _attached(model)
+    _refuse_forms(layers, "fold")
     if dequantize:
         for layer in layers.values():
             if is_quantized(layer.base):
@@ -200,6 +208,15 @@ def foldable(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
     bases = trained_on(model, adapter)
     _refuse_unfoldable(model, bases)
     return bases
+
+
+def _refuse_forms(layers: Mapping[str, AdaptedLinear], function: str) -> None:
+    if found := formed.formed(layers):
+        name = next(iter(found.values())).choice.name
+        raise AdapterError(
+            f"{function}: the model trains the form {name}, of which each task may have an update of its own; extract "
+            "it, split that, and attach the adapter of one task"
+        )
 
 
 @torch.no_grad()
@@ -229,7 +246,10 @@ def trainable(model: nn.Module, adapter: str | None = None) -> dict[str, nn.Para
         name_of(path, name): delta.values
         for path, layer in adapted(model).items()
         for name, delta in _owned(layer)
-        if adapter in (None, name) and delta.values is not None and delta.values.requires_grad
+        if isinstance(delta, Delta)
+        and adapter in (None, name)
+        and delta.values is not None
+        and delta.values.requires_grad
     }
 
 
@@ -251,7 +271,7 @@ def trainable_projections(model: nn.Module) -> dict[str, nn.Parameter]:
         path: delta.trained_a
         for path, layer in adapted(model).items()
         for delta in layer.deltas
-        if delta.trained_a is not None and delta.trained_a.requires_grad
+        if isinstance(delta, Delta) and delta.trained_a is not None and delta.trained_a.requires_grad
     }
 
 
@@ -263,13 +283,17 @@ def dense(model: nn.Module, adapter: str | None = None) -> dict[str, Tensor]:
     """
     if adapter is None and (names := _several(model)):
         raise AdapterError(f"adapter: the model has {', '.join(names)}; name one of them")
+    _refuse_forms(adapted(model), "dense")
     _check_named(model, adapter)
     sharded.reshard(model)
     return {
         path: Entries(index=_index(delta), values=sharded.full(delta.values)).dense(delta.out_features, delta.rank)
         for path, layer in adapted(model).items()
         for name, delta in _owned(layer)
-        if name == (adapter or "") and delta.values is not None and delta.values.requires_grad
+        if isinstance(delta, Delta)
+        and name == (adapter or "")
+        and delta.values is not None
+        and delta.values.requires_grad
     }
 
 
@@ -290,7 +314,13 @@ def sparsify(model: nn.Module, masks: Mapping[str, Tensor] | Mapping[str, Mappin
     model = sharded.unwrapped(model)
     layers, spec = _attached(model), getattr(model, ATTACHED)
     specs = [*spec.values()] if isinstance(spec, Mapping) else [spec]
-    updates = [(path, name, delta) for path, layer in layers.items() for name, delta in _owned(layer)]
+    _refuse_forms(layers, "sparsify")
+    updates = [
+        (path, name, delta)
+        for path, layer in layers.items()
+        for name, delta in _owned(layer)
+        if isinstance(delta, Delta)
+    ]
     if not all(isinstance(one, Spec) for one in specs) or any(delta.index is not None for *_, delta in updates):
         raise AdapterError("model: has no dense adapter that is trained; attach(model, spec) without masks first")
     if sharded.has_engine(model):
@@ -336,19 +366,15 @@ def projection_checksums(model: nn.Module) -> dict[str, str]:
     Where A is recomputed, it is made for this, a module at a time. A trained A counts as it was at the start.
     """
     return {
-        name_of(path, name): _checksum(delta) for path, layer in adapted(model).items() for name, delta in _owned(layer)
+        name_of(path, name): delta.checksum() for path, layer in adapted(model).items() for name, delta in _owned(layer)
     }
 
 
-def _owned(layer: AdaptedLinear) -> list[tuple[str, Delta]]:
+def _owned(layer: AdaptedLinear) -> list[tuple[str, BaseDelta]]:
     """The name of each adapter, which one alone does not have, and its update."""
     if isinstance(layer, RoutedLinear):
         return [(layer.routing.names[owner], d) for owner, d in zip(layer.owners, layer.deltas, strict=True)]
     return [("", delta) for delta in layer.deltas[:1]]
-
-
-def _checksum(delta: Delta) -> str:
-    return checksum(delta.a() if delta.trained_a is None else delta.recipe.make(device="cpu"))
 
 
 def extract(
@@ -369,6 +395,7 @@ def extract(
     """
     model = sharded.unwrapped(model)
     layers, spec = _attached(model), getattr(model, ATTACHED)
+    _refuse_forms(layers, "extract")
     if isinstance(spec, Mapping):
         _check_named(model, name)
     one, adapter = (spec[name], name) if isinstance(spec, Mapping) else (spec, None)
@@ -376,7 +403,12 @@ def extract(
         raise AdapterError("model: holds an adapter that was trained before; save that one itself, or attach a Spec")
     of_several: dict[str, Spec | Adapter] = spec if isinstance(spec, dict) else {}
     own, spec = (name, of_several[name]) if of_several else ("", spec)
-    deltas = {path: delta for path, layer in layers.items() for owner, delta in _owned(layer) if owner == own}
+    deltas = {
+        path: delta
+        for path, layer in layers.items()
+        for owner, delta in _owned(layer)
+        if owner == own and isinstance(delta, Delta)
+    }
     if values is None:
         sharded.reshard(model)
         heads = dict(saved.copies(model, [*of_several].index(name))) if own else saved.parameters(model)
@@ -401,7 +433,7 @@ def extract(
         entries=entries,
         checksums={path: checksum(a) for path, a in projections.items()}
         if is_trained
-        else {path: _checksum(delta) for path, delta in deltas.items()},
+        else {path: delta.checksum() for path, delta in deltas.items()},
         projections=projections,
     )
     shapes = {path: features(layers[path].base) for path in deltas}
@@ -423,10 +455,28 @@ def _from_spec(
     model: nn.Module, spec: Spec, masks: Mapping[str, Tensor] | None, before: Adapter | None
 ) -> dict[str, AdaptedLinear]:
     bases = match(model, spec.targets, spec.modules_to_save, spec.exclude)
+    if spec.form is not None:
+        return _of_form(bases, spec, masks, before)
     if before is not None:
         _refuse_other_projection(before, spec, {path: features(base) for path, base in bases.items()})
     _refuse_other_modules(masks or {}, bases)
     return {path: AdaptedLinear(base, [_delta(path, base, spec, masks, before)]) for path, base in bases.items()}
+
+
+def _of_form(
+    bases: Mapping[str, nn.Module], spec: Spec, masks: Mapping[str, Tensor] | None, before: Adapter | None
+) -> dict[str, AdaptedLinear]:
+    assert spec.form is not None
+    expert = next((path for path, base in bases.items() if isinstance(base, Expert)), None)
+    if expert is not None:
+        raise AdapterError(
+            f"{expert}: is a matrix of fused experts, which take the form lori alone; exclude the experts, or remove "
+            f"the form {spec.form.name}"
+        )
+    if before is not None:
+        raise AdapterError(f"before: earlier entries are of the form lori, and this is {spec.form.name}; remove it")
+    found = formed.deltas_for(bases, spec, masks, _device)
+    return {path: AdaptedLinear(bases[path], [delta]) for path, delta in found}
 
 
 def _refuse_other_modules(masks: Mapping[str, Tensor], targets: Mapping[str, nn.Module], where: str = "") -> None:
@@ -742,19 +792,21 @@ def _add(layer: AdaptedLinear, sign: float) -> None:
     total = weight.to(torch.promote_types(weight.dtype, torch.float32))
     assert layer.folded is not None
     for delta, values in zip(layer.deltas, layer.folded, strict=True):
+        assert isinstance(delta, Delta)
         update = delta.weight(values).mul_(sign)
         total = total + (update.t() if is_conv1d(layer.base) else update)
     weight.copy_(total)
 
 
-def _values(delta: Delta) -> Tensor | None:
+def _values(delta: BaseDelta) -> Tensor | None:
     """A copy: what is trained or loaded later was not folded."""
-    return None if delta.values is None else delta.values.detach().clone()
+    values = delta.trained().get("")
+    return None if values is None else values.detach().clone()
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
     """Data type in which a quantised model computes: that of its other weights, such as embeddings."""
-    own = (module for module in model.modules() if not isinstance(module, Delta) and not is_quantized(module))
+    own = (module for module in model.modules() if not isinstance(module, BaseDelta) and not is_quantized(module))
     weights = (weight for module in own for weight in module.parameters(recurse=False))
     return next((weight.dtype for weight in weights if weight.is_floating_point()), torch.float32)
 

@@ -26,6 +26,11 @@ def attach(
     Raises AdapterError as `attach.attach`, and where modules_to_save differ.
     """
     refuse_adapted(model)
+    form = next((one.form for one in what.values() if isinstance(one, Spec) and one.form is not None), None)
+    if form is not None:
+        raise AdapterError(
+            f"form: {form.name} trains tasks together, as one Spec; attach that with attach, or remove the form"
+        )
     whole = {one.modules_to_save if isinstance(one, Spec) else tuple(one.saved) for one in what.values()}
     if len(whole) > 1 or any(isinstance(one, Adapter) and one.saved for one in what.values()):
         raise AdapterError(
@@ -153,7 +158,7 @@ def _layers(
     for number, (name, one) in enumerate(what.items()):
         for path, layer in layers_for(model, one, masks=masks.get(name), train=train).items():
             base, deltas = found.setdefault(path, (layer.base, []))
-            deltas += [(number, delta) for delta in layer.deltas]
+            deltas += [(number, delta) for delta in layer.deltas if isinstance(delta, Delta)]
     made: dict[str, AdaptedLinear] = {}
     for path, (base, owned) in found.items():
         owners = [number for number, _ in owned]

@@ -205,7 +205,10 @@ def merged(run: Run, assignment: Assignment, weights: Sequence[Any], out: Path, 
     from lori_dist.merges import merge_files
 
     method = dict(assignment.job.settings["method"])
-    adapters = [run.folder / need / ADAPTER for need in assignment.job.needs]
+    settings, needs = assignment.job.settings, assignment.job.needs
+    adapters = [run.folder / need / ADAPTER for need in needs]
+    if settings.get("split"):
+        adapters = [run.folder / needs[0] / f"{ADAPTER}@{task}" for task in settings["tasks"]]
     return merge_files(adapters, out, method=method.pop("name"), options=method, weights=weights, **spread)
 
 

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lori_dist import config, formats, plugin
+from lori_dist.adapter.adapter import Adapter
 from lori_dist.errors import ConfigError
 from lori_dist.evaluation._answers import BASE, Reader
 from lori_dist.evaluation._passes import attached, passes_of
@@ -92,7 +93,8 @@ def evaluate(
 ) -> Values:
     """Every metric of the run on every task's test rows, of one model in one process; else as `evaluate_all`.
 
-    adapter: an adapter file, trained or merged, or a LoRA folder of PEFT; None measures the base.
+    adapter: an adapter file, trained or merged, or a LoRA folder of PEFT; None measures the base. Where a file has an
+    update for each task, rows of a task meet that task's.
     """
     return evaluate_all(run, {"": adapter}, device=device, progress=progress)[""].values
 
@@ -119,11 +121,7 @@ def evaluate_all(
     """
     tokenizer = load_tokenizer(run.model)
     rows, more = _test_rows(run, tokenizer), _more(run)
-    loaded = {name: formats.load(path) for name, path in adapters.items() if path is not None}
-    for name, adapter in loaded.items():
-        path = adapters[name]
-        assert path is not None
-        check_base(path, adapter.base, run.model)
+    loaded, owners = _loaded(run, adapters)
     matrix = _Matrix(
         run=run, tokenizer=tokenizer, world=world, names=tuple(adapters), stores=stores or {}, record=record
     )
@@ -143,13 +141,16 @@ def evaluate_all(
                 world=world,
                 is_sharded=base.is_sharded,
             )
-            passes = passes_of(base.model, loaded, matrix.names)
+            passes = passes_of(base.model, loaded, list(owners))
             for turn, one in enumerate(passes):
                 with attached(reader, one) as names:
                     for number, (task, metric) in enumerate(measurements):
                         if progress is not None:
                             progress(f"{metric.name} of {task}", turn * total + number, total * len(passes))
-                        matrix.measure(reader, names, subjects[task], metric)
+                        of_task = {
+                            owners[label][0]: name for label, name in names.items() if owners[label][1] in (None, task)
+                        }
+                        matrix.measure(reader, of_task, subjects[task], metric)
                     if more is not None:
                         if progress is not None:
                             progress("lm-eval", (turn + 1) * total - 1, total * len(passes))
@@ -157,6 +158,38 @@ def evaluate_all(
         finally:
             base.close()
     return {name: matrix.of(name, keys) for name in adapters}
+
+
+Owner = tuple[str, str | None]
+"""A model, and the task whose rows meet an adapter of it; None: rows of all tasks do."""
+
+
+def _loaded(run: config.Run, adapters: Mapping[str, Path | None]) -> tuple[dict[str, Adapter], dict[str, Owner]]:
+    """Label -> adapter, and label -> owner, which models without an adapter have too.
+
+    Where a model has an update for each task, these are adapters of their own, of which those of the run's tasks count.
+    Raises ConfigError for a task of the run, or of lm-eval, for which a model has none.
+    """
+    loaded, owners = dict[str, Adapter](), dict[str, Owner]()
+    for name, path in adapters.items():
+        if path is None:
+            owners[name] = name, None
+            continue
+        by_task = formats.by_task(path)
+        lacks = [f"tasks.{task}" for task in run.tasks if task not in by_task]
+        if run.evaluate.lm_eval is not None:
+            lacks.append("evaluate.lm_eval")
+        if None not in by_task and lacks:
+            raise ConfigError(
+                f"{lacks[0]}: {path} has updates for the tasks {', '.join(map(str, by_task))} alone; add @TASK to its "
+                f"path to measure one of them on everything, or remove {lacks[0]}"
+            )
+        for task, adapter in by_task.items():
+            check_base(path, adapter.base, run.model)
+            if task is None or task in run.tasks:
+                label = name if task is None else f"{name}@{task}"
+                loaded[label], owners[label] = adapter, (name, task)
+    return loaded, owners
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------

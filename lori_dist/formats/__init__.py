@@ -1,9 +1,10 @@
 """Layouts of adapters on disk, one file each; `load` and `open_lazy` below read an adapter of any of them.
 
-native.py is the adapter file, peft.py a LoRA folder of PEFT, tuner.py a folder that PEFT saved with `LoriConfig`,
-official.py a checkpoint of LoRI's official code. lazy.py has entries that are read once they are used, spool.py results
-of a merge that wait on disk; checks.py and patterns.py validate what others have written. Files that exist must stay
-readable. A new layout is a file with `is_one(folder)` and `open_lazy(folder)`, which `open_lazy` below tries.
+native.py is the adapter file, forms.py that of a form in which tasks have updates of their own, peft.py a LoRA folder
+of PEFT, tuner.py a folder that PEFT saved with `LoriConfig`, official.py a checkpoint of LoRI's official code. lazy.py
+has entries that are read once they are used, spool.py results of a merge that wait on disk; checks.py and patterns.py
+validate what others have written. Files that exist must stay readable. A new layout is a file with `is_one(folder)`
+and `open_lazy(folder)`, which `open_lazy` below tries.
 """
 
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 
 from lori_dist.adapter.adapter import Adapter, loaded
 from lori_dist.errors import AdapterError
-from lori_dist.formats import native, official, peft, tuner
+from lori_dist.formats import forms, native, official, peft, tuner
+from lori_dist.formats.lazy import naming
 
 
 def load(path: Path) -> Adapter:
@@ -21,6 +23,8 @@ def load(path: Path) -> Adapter:
 
 def open_lazy(path: Path) -> Adapter:
     """Does what `load` does, but leaves the tensors in the file until they are used."""
+    if (of_task := _of_task(path)) is not None:
+        return forms.load_task(*of_task)
     if not path.is_dir():
         if path.name in peft.NAMES and peft.is_one(path.parent):
             raise AdapterError(f"{path}: this is a file of a LoRA folder of PEFT; give the folder, {path.parent}")
@@ -35,9 +39,36 @@ def open_lazy(path: Path) -> Adapter:
         raise AdapterError(f"{path}: {error}") from error
 
 
+def by_task(path: Path) -> dict[str | None, Adapter]:
+    """Task -> its adapter, of a file in which each has an update of its own; of all others None -> the adapter.
+
+    Raises as `load`.
+    """
+    if path.is_file():
+        with naming(path, "read"), native.opened(path) as file:
+            is_form = forms.is_one(native.parsed(file))
+        if is_form:
+            return {**forms.load_tasks(path)}
+    return {None: load(path)}
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file or folder, or a file with an update for each task of which `PATH@TASK` names one."""
+    return path.exists() or _of_task(path) is not None
+
+
+def _of_task(path: Path) -> tuple[Path, str] | None:
+    """The file and the task that `PATH@TASK` names."""
+    file, _, task = path.name.rpartition("@")
+    found = path.with_name(file) if file and task else None
+    return (found, task) if found is not None and not path.exists() and found.is_file() else None
+
+
 def base(path: Path) -> dict[str, Any]:
     """The description of the base model of the adapter at a path; no tensor of a file is read. Raises as `load`."""
-    return dict(open_lazy(path).base if path.is_dir() else native.header(path)["base"])
+    if path.is_dir() or _of_task(path) is not None:
+        return dict(open_lazy(path).base)
+    return dict(native.header(path)["base"])
 
 
 def _instead(folder: Path) -> str:
