@@ -98,9 +98,9 @@ def attach(
     if sharded.is_fully_sharded(model):
         sharded.join(model, _deltas(layers))
     setattr(model, ATTACHED, what)
-    routing = next((one.routing for one in formed.formed(layers).values()), None)
-    if routing is not None:
-        setattr(model, formed.ROUTING, routing)
+    for one in list(formed.formed(layers).values())[:1]:
+        setattr(model, formed.ROUTING, one.routing)
+        setattr(model, formed.PENALTIES, one.penalties)
     return layers
 
 
@@ -160,6 +160,7 @@ def detach(model: nn.Module) -> None:
             _set(model, path, module.base)
     setattr(model, ATTACHED, None)
     setattr(model, formed.ROUTING, None)
+    setattr(model, formed.PENALTIES, None)
 
 
 def put(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> None:
@@ -352,6 +353,12 @@ def sparsify(model: nn.Module, masks: Mapping[str, Tensor] | Mapping[str, Mappin
 
 def separate_tasks(model: nn.Module, num_tasks: int) -> PerTask:
     """Makes backward passes give each task's gradient to the returned object, and none to the parameters."""
+    penalised = next((one for one in formed.formed(_attached(model)).values() if one.has_penalty), None)
+    if penalised is not None:
+        raise AdapterError(
+            f"form: {penalised.choice.name} has a penalty, which is no task's gradient; set its weight to 0, or train "
+            "without a balance"
+        )
     gradients = PerTask(num_tasks=num_tasks)
     for layer in _attached(model).values():
         for delta in layer.deltas:

@@ -21,10 +21,29 @@ from lori_dist.adapter.per_task import PerTask, of_tensor
 from lori_dist.adapter.projection import GENERATOR, Recipe, checksum, projection
 from lori_dist.adapter.routing import NOBODY, Routing, Segment
 from lori_dist.errors import AdapterError
-from lori_dist.forms import Entry, Form, FormChoice, Site, of_one_layer
+from lori_dist.forms import Entry, Form, FormChoice, Penalised, Site, of_one_layer
 
 ROUTING = "lori_routing"
 """Attribute of a model in which tasks have updates of their own, for what routes rows to them."""
+
+
+PENALTIES = "lori_penalties"
+"""Attribute of a model whose form has a penalty, for what all of its layers know of a step."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Penalties:
+    """A step, as far as its penalty takes one: the gradient is injected in each layer's backward pass, where engines
+    have its tensors whole, and is the same on every rank, of which engines take the mean."""
+
+    num_layers: int
+    num_micro_batches: int = 1
+    """Backward passes of the step on this rank."""
+
+
+def penalties_of(model: nn.Module) -> Penalties | None:
+    """What the layers of a form with a penalty know of a step; None for a model without one."""
+    return getattr(sharded.unwrapped(model), PENALTIES, None)
 
 
 def routing_of(model: nn.Module) -> Routing | None:
@@ -114,6 +133,7 @@ class FormedDelta(BaseDelta):
         spec: Spec,
         masks: Mapping[str, Tensor] | None,
         routing: Routing | None,
+        penalties: Penalties,
         device: torch.device,
     ) -> None:
         """masks: name of each sparse tensor -> its mask, (out_features, rank), with the tasks first where each has its
@@ -124,6 +144,7 @@ class FormedDelta(BaseDelta):
         self.choice, self.seed, self.dtype, self.rank = spec.form, spec.seed, spec.dtype, spec.rank
         self.routing, self.per_task = routing, None
         self.form = form_of(spec)
+        self.penalties = penalties if isinstance(self.form, Penalised) else None
         site = Site(module=module, in_features=in_features, out_features=out_features, tasks=tuple(self.choice.tasks))
         self.sizes = Sizes.of(self.form, site)
         self.kept = {name: self.sizes.numel(name) for name in self.entries}
@@ -150,6 +171,13 @@ class FormedDelta(BaseDelta):
     def is_empty(self) -> bool:
         sparse = [name for name, entry in self.entries.items() if entry.sparse]
         return bool(sparse) and not any(self.kept[name] for name in sparse)
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether it adds anything to what is minimised."""
+        if self.penalties is None or self.is_empty:
+            return False
+        return cast(Penalised, self.form).penalty(self._of_tasks()(0), self.sizes.site) is not None
 
     def trained(self) -> dict[str, nn.Parameter]:
         there = {name: self._parameters.get(_tensor(name)) for name in self.entries}
@@ -192,8 +220,12 @@ class FormedDelta(BaseDelta):
             return y
         of_task = self._of_tasks()
 
+        first = next((one.adapter for one in segments if one.adapter != NOBODY), NOBODY)
+
         def updated(task: int, x: Tensor, y: Tensor) -> Tensor:
-            return y if task == NOBODY else with_factors(x, y, *self.form.factors(of_task(task)), self.module)
+            if task == NOBODY:
+                return y
+            return with_factors(x, y, *self._factors(of_task(task), is_first=task == first), self.module)
 
         if len(segments) == 1:
             return updated(segments[0].adapter, x, y)
@@ -205,7 +237,17 @@ class FormedDelta(BaseDelta):
         segments = self._segments(x)
         if len(segments) != 1 or segments[0].adapter == NOBODY:
             return cast(Tensor, self(x, base(x)))
-        return base_with_factors(x, base, *self.form.factors(self._of_tasks()(segments[0].adapter)), self.module)
+        return base_with_factors(x, base, *self._factors(self._of_tasks()(segments[0].adapter)), self.module)
+
+    def _factors(self, tensors: Mapping[str, Tensor], *, is_first: bool = True) -> tuple[Tensor, Tensor]:
+        """B and A, whose backward pass adds the penalty's gradient, once for a batch."""
+        b, a = self.form.factors(tensors)
+        if self.penalties is not None and is_first and torch.is_grad_enabled():
+            penalty = cast(Penalised, self.form).penalty(tensors, self.sizes.site)
+            if penalty is not None:
+                share = 1 / (self.penalties.num_layers * self.penalties.num_micro_batches)
+                b = cast(Callable[..., Tensor], _Injected.apply)(b, penalty * share)
+        return b, a
 
     def _segments(self, x: Tensor) -> Sequence[Segment]:
         """The places of each task's tokens; all of them are the first task's where the update is one for all."""
@@ -313,6 +355,19 @@ class _FanOut(torch.autograd.Function):
         return None, None, None, None
 
 
+class _Injected(torch.autograd.Function):
+    """A tensor whose backward pass also adds the gradient of a penalty, whatever the loss is scaled by."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, penalty: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad.new_ones(())
+
+
 def form_of(spec: Spec) -> Form:
     """Raises AdapterError for a form or options that do not exist or fit, and where A is to be recomputed."""
     assert spec.form is not None
@@ -342,6 +397,7 @@ def deltas_for(
     routing = Routing(names=spec.form.tasks) if spec.form.is_per_task else None
     if routing is not None:
         routing.only(routing.names[0])
+    penalties = Penalties(num_layers=len(bases))
     for path, base in bases.items():
         out_features, in_features = features(base)
         yield (
@@ -353,6 +409,7 @@ def deltas_for(
                 spec=spec,
                 masks=None if masks is None else own[path],
                 routing=routing,
+                penalties=penalties,
                 device=device(base),
             ),
         )
@@ -463,31 +520,31 @@ def extract_formed(
     )
 
 
-@torch.no_grad()
 def split(adapter: TaskAdapter) -> dict[str, Adapter]:
     """Task -> an ordinary adapter with what the form gives that task, which everything that takes adapters takes.
 
     Where the factors' A is the seeded one, it stays a seed, and B is as sparse as the form leaves it; else both are
     stored. Raises AdapterError where A is another than it was in training.
     """
-    form = adapter.made
+    return {task: of_task(adapter, task) for task in adapter.form.tasks}
+
+
+@torch.no_grad()
+def of_task(adapter: TaskAdapter, task: str) -> Adapter:
+    """What `split` gives for one of the tasks."""
+    form, number = adapter.made, adapter.form.tasks.index(task)
     modules = {module: adapter.sizes(module, form) for module in adapter.shapes}
-    found: dict[str, Adapter] = {}
-    for number, task in enumerate(adapter.form.tasks):
-        parts = {
-            module: part
-            for module, sizes in modules.items()
-            if (part := _part(adapter, form, sizes, number)) is not None
-        }
-        found[task] = Adapter(
-            shapes=dict(adapter.shapes),
-            blocks=(_block(adapter, modules, task, number, parts),),
-            targets=adapter.targets,
-            base=dict(adapter.base),
-            generator=adapter.generator,
-            saved=dict(adapter.saved),
-        )
-    return found
+    parts = {
+        module: part for module, sizes in modules.items() if (part := _part(adapter, form, sizes, number)) is not None
+    }
+    return Adapter(
+        shapes=dict(adapter.shapes),
+        blocks=(_block(adapter, modules, task, number, parts),),
+        targets=adapter.targets,
+        base=dict(adapter.base),
+        generator=adapter.generator,
+        saved=dict(adapter.saved),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

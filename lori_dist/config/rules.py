@@ -97,6 +97,11 @@ def _forms(run: Run) -> Iterator[str]:
         )
     if run.adapter.projection == "recomputed":
         yield f"adapter.projection: recomputed is for the form lori, and adapter.form is {form.name}; use cached"
+    if of_form(run, "RANK_FOR_EACH") and run.adapter.rank < len(run.tasks):
+        yield (
+            f"adapter.rank: got {run.adapter.rank} for {len(run.tasks)} tasks, of which {form.name} gives each a part; "
+            "give at least as many"
+        )
     if is_per_task(run) and run.evaluate.lm_eval is not None:
         yield (
             f"evaluate.lm_eval: cannot be combined with adapter.form {form.name}, which has an update for each task of "

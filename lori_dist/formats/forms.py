@@ -12,7 +12,7 @@ import torch
 
 from lori_dist import plugin, tensors
 from lori_dist.adapter.adapter import Adapter, Elsewhere, Entries
-from lori_dist.adapter.formed import Sizes, TaskAdapter, loaded_formed, split
+from lori_dist.adapter.formed import Sizes, TaskAdapter, loaded_formed, of_task, split
 from lori_dist.adapter.projection import GENERATOR
 from lori_dist.errors import AdapterError, ConfigError
 from lori_dist.formats import native
@@ -138,10 +138,10 @@ def load_tasks(path: str | os.PathLike[str]) -> dict[str, Adapter]:
 
 def load_task(path: str | os.PathLike[str], task: str) -> Adapter:
     """The adapter of one task. Raises AdapterError as `load`, and for a task that it does not have."""
-    found = load_tasks(path)
-    if task not in found:
-        raise AdapterError(f"{path}: has no task {task!r}; there are {', '.join(found)}.{nearest(task, found)}")
-    return found[task]
+    found = load(path)
+    if task not in (tasks := found.form.tasks):
+        raise AdapterError(f"{path}: has no task {task!r}; there are {', '.join(tasks)}.{nearest(task, tasks)}")
+    return of_task(found, task)
 
 
 # --- what a file says ------------------------------------------------------------------------------------------------

@@ -238,7 +238,7 @@ def _check_header(header: Any) -> None:
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise AdapterError(f"header: format is not {FORMAT!r}; give an adapter file of lori_dist")
     version = header.get("version")
-    if version == FORMS:
+    if version == FORMS and "form" in header:
         tasks = header.get("tasks")
         names = ", ".join(map(named, tasks[:8])) if isinstance(tasks, list) and tasks else "several"
         raise AdapterError(

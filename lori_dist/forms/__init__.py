@@ -4,13 +4,14 @@ A file has `form(*, rank, alpha, trains_a, **options) -> Form`. A form says whic
 from these, the factors of each task's update (`factors`). Forward pass, `split`, export, fold and merges all come from
 that one function, so they cannot disagree; sharding, masks, files and resumption are the same for every form. How
 tasks are told apart is a constant of the file, option -> the values that ask for it: `PER_TASK` where each task has an
-update of its own, `OWN_A` where each has its own A.
+update of its own, `OWN_A` where each has its own A, `RANK_FOR_EACH` where each needs a part of the rank. `PENALTY`
+names the option that is the weight of a penalty.
 """
 
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -63,6 +64,15 @@ class Form(Protocol):
     def factors(self, t: Tensors) -> tuple[Tensor, Tensor]:
         """B, (out_features, k), with the scale in it, and A, (k, in_features), differentiable. An A that is given back
         as it is, `t["a"]`, stays one that a seed makes."""
+        ...
+
+
+@runtime_checkable
+class Penalised(Protocol):
+    """A form that adds something to what is minimised."""
+
+    def penalty(self, t: Tensors, site: Site) -> Tensor | None:
+        """What one layer adds, 0-dim, with its weight in it; None: nothing. Of all layers the mean is taken."""
         ...
 
 

@@ -42,7 +42,7 @@ def plan(
     given = weights or {}
     problems = list(_problems(run, given))
     name, options, found = _balance(balance, projection, granularity)
-    problems += [*found, *_of_sampling(run, sampling, temperature, cap)]
+    problems += [*found, *_of_penalty(run, name), *_of_sampling(run, sampling, temperature, cap)]
     if problems:
         raise ConfigError("\n".join(problems))
     joint: dict[str, Any] = {
@@ -89,6 +89,19 @@ def _balance(
         problem = f"multitask.granularity: got {granularity!r}, and {name} takes {', '.join(known)}"
         return name, options, [f"{problem}; {'remove it' if len(known) == 1 else 'set one of these'}"]
     return name, options, []
+
+
+def _of_penalty(run: Run, balance: str) -> Iterator[str]:
+    form = run.adapter.form
+    method = plugin.find("forms", form.name, "form", "adapter.form")
+    option = method.constants.get("PENALTY")
+    if option is None or balance == "none":
+        return
+    if form.options.get(option, method.options[option].default):
+        yield (
+            f"multitask.balance: got {balance}, and the penalty of adapter.form {form.name} is no task's gradient; set "
+            f"it to none, or adapter.form.{option} to 0"
+        )
 
 
 def _granularities(balance: str) -> Sequence[str]:

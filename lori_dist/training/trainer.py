@@ -23,7 +23,7 @@ from lori_dist import config, plugin
 from lori_dist.adapter import packed
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.adapter.attach import attach, extract, projection_checksums, refuse_other_projections
-from lori_dist.adapter.formed import TaskAdapter, extract_formed, routing_of, split
+from lori_dist.adapter.formed import TaskAdapter, extract_formed, of_task, penalties_of, routing_of
 from lori_dist.adapter.routing import Routing, adapter_of, module_of, name_of
 from lori_dist.errors import ConfigError, JobError, LoriError
 from lori_dist.formats import forms, native
@@ -235,7 +235,7 @@ class Group:
             forms.save(of_tasks, job.folder / ADAPTER)
             return of_tasks
         if form is not None:  # one update for all tasks, which is an ordinary adapter
-            [adapter, *_] = split(extract_formed(self.model, values=values, base=base)).values()
+            adapter = of_task(extract_formed(self.model, values=values, base=base), form.tasks[0])
             [block] = adapter.blocks
             adapter = dataclasses.replace(adapter, blocks=(dataclasses.replace(block, name=task),))
         else:
@@ -266,6 +266,8 @@ class Group:
                 return answers[active[0]]
             return {task: answers.get(task, False) for task in self.courses}
 
+        if (penalties := penalties_of(self.model)) is not None:
+            penalties.num_micro_batches = len(batches)
         of_all = {task: rates.get(task, 0.0) for task in self.courses}
         lr = of_all[active[0]] if self.routing is None else of_all
         if self.gradients is None:

@@ -76,8 +76,10 @@ CASES = {
     "mtl_lora": Case(name="mtl_lora", density=None),
     "mtl_lora, diagonal": Case(name="mtl_lora", options={"transform": "diagonal", "heads": 2, "temperature": 0.7}),
     "mtl_lora, A trained": Case(name="mtl_lora", options={"start": "equal"}, a="trained"),
+    "thanora": Case(name="thanora", options={"weight": 300.0}),
+    "thanora, A trained": Case(name="thanora", options={"weight": 2.0}, a="trained", density=None),
 }
-PER_TASK = [title for title, case in CASES.items() if case.name != "lori"]
+PER_TASK = [title for title, case in CASES.items() if case.choice().is_per_task]
 
 
 def fill(model: Any, seed: int = 5) -> Any:
