@@ -100,6 +100,8 @@ def attach(
     setattr(model, ATTACHED, what)
     for one in list(formed.formed(layers).values())[:1]:
         setattr(model, formed.ROUTING, one.routing)
+        if one.routing is not None:
+            formed.route_by_column(model, one.routing)
         setattr(model, formed.PENALTIES, one.penalties)
     return layers
 
@@ -160,6 +162,8 @@ def detach(model: nn.Module) -> None:
             _set(model, path, module.base)
     setattr(model, ATTACHED, None)
     setattr(model, formed.ROUTING, None)
+    if (hook := vars(model).pop(formed.HOOK, None)) is not None:
+        hook.remove()
     setattr(model, formed.PENALTIES, None)
 
 

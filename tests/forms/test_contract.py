@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
 
-from lori_dist import attach, attach_several, formats, load_adapter, load_tasks, plugin
+from lori_dist import attach, attach_several, detach, formats, load_adapter, load_tasks, plugin
 from lori_dist.adapter.attach import adapted, separate_tasks
 from lori_dist.adapter.formed import TaskAdapter, extract_formed, formed, penalties_of, routing_of, split
 from lori_dist.config import Train
@@ -95,6 +96,41 @@ def test_rows_of_several_tasks_meet_their_own_updates_and_none_meets_the_base(pe
         torch.testing.assert_close(mixed[row], wanted[row], rtol=1e-5, atol=1e-5)
     with pytest.raises(AdapterError, match="unknown adapter 'four'"), routing.rows(["four"]):
         pass
+
+
+def test_a_column_of_the_batch_names_the_tasks(per_task: Case) -> None:
+    model = fill(per_task.model())
+    routing, ids = routing_of(model), torch.tensor([[5, 6, 7], [8, 9, 3], [4, 4, 6]])
+    assert routing is not None
+    with routing.rows(["three", "one", "two"]):
+        wanted = model(ids).logits
+    assert torch.equal(model(ids, task=torch.tensor([2, 0, 1])).logits, wanted)
+    assert torch.equal(model(ids, task=["three", "one", "two"]).logits, wanted)
+    with pytest.raises(AdapterError, match="task: the batch does not say which task its rows are of"):
+        model(ids)
+    with pytest.raises(AdapterError, match="task: unknown task 3; there are one, two, three"):
+        model(ids, task=torch.tensor([3, 0, 1]))
+    detach(model)
+    assert torch.equal(model(ids).logits, tiny_llama()(ids).logits)
+
+
+def test_the_trainer_of_transformers_passes_the_column_on(tmp_path: Path) -> None:
+    model = CASES["mtl_lora"].model()
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8], "task": number % 3} for number in range(12)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=6,
+        learning_rate=1e-2,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        remove_unused_columns=False,
+    )
+    Trainer(model=model, args=arguments, train_dataset=rows).train()
+    [one, two, three] = split(extract_formed(model)).values()
+    for module in one.shapes:
+        assert len({float(adapter.delta(module).norm()) for adapter in (one, two, three)}) == 3
 
 
 def test_split_gives_ordinary_adapters(per_task: Case, tmp_path: Path) -> None:
