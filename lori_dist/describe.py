@@ -45,7 +45,7 @@ def adapter_file(path: Path) -> str:
     from lori_dist import formats
     from lori_dist.formats import native
 
-    if path.is_file() and None not in formats.by_task(path):
+    if formats.is_form(path):
         return _form_file(path)
     adapter = formats.load(path)
     if path.is_dir() or not path.is_file():
@@ -93,7 +93,10 @@ def _form_file(path: Path) -> str:
         (name, owned[name], "-" if owned[name] == "of a seed" else f"{count[0]:,}", f"{count[1]:,}")
         for name, count in rows.items()
     ]
-    note = f"{path}@TASK is the adapter of one task; `lori export --format tasks` writes all of them."
+    if adapter.form.is_dependent:
+        note = "The update depends on the input: it cannot be folded, exported or merged."
+    else:
+        note = f"{path}@TASK is the adapter of one task; `lori export --format tasks` writes all of them."
     return "\n".join([*lines, "", table(("tensor", "is", "kept", "of"), cells), "", note])
 
 

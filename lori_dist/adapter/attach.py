@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lori_dist.adapter import formed, per_task, saved, sharded
 from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec, in_memory
 from lori_dist.adapter.experts import AdaptedExperts, Expert, is_experts, matrices
+from lori_dist.adapter.formed import TaskAdapter
 from lori_dist.adapter.linear import (
     AdaptedLinear,
     BaseDelta,
@@ -49,7 +50,7 @@ class HasOutputEmbeddings(Protocol):
 
 def attach(
     model: nn.Module,
-    what: Spec | Adapter,
+    what: Spec | Adapter | TaskAdapter,
     *,
     masks: Mapping[str, Tensor] | None = None,
     before: Adapter | None = None,
@@ -65,6 +66,7 @@ def attach(
     kept entries are trained further from their values, and A stays the one it was, also where it is stored. On the
     meta device, which is for training, both are left to who gives the model its memory: values are zero, A is
     not compared.
+    With a TaskAdapter, that of another form than lori: the same, frozen; rows meet the update of their task.
 
     Raises AdapterError for a merge of several blocks that is to be trained, for targets that match nothing or are no
     linear layers, for shapes that differ, for a layer used in two places, and for a model that has an adapter already.
@@ -75,15 +77,17 @@ def attach(
     sharded.refuse_late(model)
     refuse_adapted(model)
     sharded.reshard(model)
-    if isinstance(what, Adapter):
+    if isinstance(what, TaskAdapter) and train:
+        raise AdapterError(f"train: an adapter of the form {what.form.name} cannot be trained further")
+    if isinstance(what, Adapter | TaskAdapter):
         if masks is not None:
             raise AdapterError("masks: got masks for an adapter, which has its own; remove them")
         if before is not None:
             raise AdapterError("before: cannot be combined with an adapter; merge the two instead")
     layers = layers_for(model, what, masks=masks, before=before, train=train)
-    whole = {} if isinstance(what, Adapter) else saved.match(model, what.modules_to_save)
+    whole = saved.match(model, what.modules_to_save) if isinstance(what, Spec) else {}
     saved.refuse_both(layers, whole)
-    if isinstance(what, Adapter):
+    if isinstance(what, Adapter | TaskAdapter):
         saved.put(model, {name: in_memory(tensor) for name, tensor in what.saved.items()})
     model.requires_grad_(False)
     if isinstance(what, Spec):
@@ -108,7 +112,7 @@ def attach(
 
 def layers_for(
     model: nn.Module,
-    what: Spec | Adapter,
+    what: Spec | Adapter | TaskAdapter,
     *,
     masks: Mapping[str, Tensor] | None = None,
     before: Adapter | None = None,
@@ -117,6 +121,9 @@ def layers_for(
     """Module path -> the layer that is to replace it, in the model's order. The arguments are those of `attach`."""
     if isinstance(what, Spec):
         return _from_spec(model, what, masks, before)
+    if isinstance(what, TaskAdapter):
+        bases = trained_on(model, what)
+        return {path: AdaptedLinear(bases[path], [one]) for path, one in formed.deltas_of(bases, what, _device)}
     if train and (len(what.blocks) != 1 or what.blocks[0].weight != 1.0):
         raise AdapterError(
             f"train: the adapter is a merge of {len(what.blocks)} weighted components; train one of one task, or "
@@ -564,7 +571,7 @@ def _from_adapter(model: nn.Module, adapter: Adapter, goes_on: bool) -> dict[str
     return {path: AdaptedLinear(base, deltas(path, base)) for path, base in trained_on(model, adapter).items()}
 
 
-def trained_on(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
+def trained_on(model: nn.Module, adapter: Adapter | TaskAdapter) -> dict[str, nn.Module]:
     linear = _linear(model)
     for path in adapter.shapes:
         if path not in linear:

@@ -21,7 +21,7 @@ from lori_dist.adapter.per_task import PerTask, of_tensor
 from lori_dist.adapter.projection import GENERATOR, Recipe, checksum, projection
 from lori_dist.adapter.routing import NOBODY, Routing, Segment
 from lori_dist.errors import AdapterError
-from lori_dist.forms import Entry, Form, FormChoice, Penalised, Site, of_one_layer
+from lori_dist.forms import AnyForm, DependentForm, Entry, Form, FormChoice, Penalised, Site, of_one_layer
 
 ROUTING = "lori_routing"
 """Attribute of a model in which tasks have updates of their own, for what routes rows to them."""
@@ -94,7 +94,7 @@ class Sizes:
     entries: Mapping[str, Entry]
 
     @classmethod
-    def of(cls, form: Form, site: Site) -> "Sizes":
+    def of(cls, form: AnyForm, site: Site) -> "Sizes":
         return cls(site=site, entries=form.entries(site))
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -177,6 +177,7 @@ class FormedDelta(BaseDelta):
         self.routing, self.per_task = routing, None
         self.form = form_of(spec)
         self.penalties = penalties if isinstance(self.form, Penalised) else None
+        self.is_dependent = isinstance(self.form, DependentForm)
         site = Site(module=module, in_features=in_features, out_features=out_features, tasks=tuple(self.choice.tasks))
         self.sizes = Sizes.of(self.form, site)
         self.kept = {name: self.sizes.numel(name) for name in self.entries}
@@ -257,6 +258,8 @@ class FormedDelta(BaseDelta):
         def updated(task: int, x: Tensor, y: Tensor) -> Tensor:
             if task == NOBODY:
                 return y
+            if self.is_dependent:
+                return y + cast(DependentForm, self.form).update(of_task(task), x.to(y.dtype))
             return with_factors(x, y, *self._factors(of_task(task), is_first=task == first), self.module)
 
         if len(segments) == 1:
@@ -267,13 +270,13 @@ class FormedDelta(BaseDelta):
 
     def adapted(self, x: Tensor, base: nn.Module) -> Tensor:
         segments = self._segments(x)
-        if len(segments) != 1 or segments[0].adapter == NOBODY:
+        if len(segments) != 1 or segments[0].adapter == NOBODY or self.is_dependent:
             return cast(Tensor, self(x, base(x)))
         return base_with_factors(x, base, *self._factors(self._of_tasks()(segments[0].adapter)), self.module)
 
     def _factors(self, tensors: Mapping[str, Tensor], *, is_first: bool = True) -> tuple[Tensor, Tensor]:
         """B and A, whose backward pass adds the penalty's gradient, once for a batch."""
-        b, a = self.form.factors(tensors)
+        b, a = cast(Form, self.form).factors(tensors)
         if self.penalties is not None and is_first and torch.is_grad_enabled():
             penalty = cast(Penalised, self.form).penalty(tensors, self.sizes.site)
             if penalty is not None:
@@ -400,7 +403,7 @@ class _Injected(torch.autograd.Function):
         return grad, grad.new_ones(())
 
 
-def form_of(spec: Spec) -> Form:
+def form_of(spec: Spec) -> AnyForm:
     """Raises AdapterError for a form or options that do not exist or fit, and where A is to be recomputed."""
     assert spec.form is not None
     if spec.projection == "recomputed":
@@ -480,10 +483,23 @@ class TaskAdapter:
     saved: Mapping[str, Tensor | Elsewhere] = field(default_factory=dict)
 
     @property
-    def made(self) -> Form:
+    def made(self) -> AnyForm:
         return self.form.form(rank=self.rank, alpha=self.alpha, trains_a=self.trains_a)
 
-    def sizes(self, module: str, form: Form | None = None) -> Sizes:
+    @property
+    def spec(self) -> Spec:
+        """What it was before it was trained."""
+        return Spec(
+            rank=self.rank,
+            alpha=self.alpha,
+            seed=self.seed,
+            targets=self.targets,
+            dtype=self.dtype,
+            projection="trained" if self.trains_a else "cached",
+            form=self.form,
+        )
+
+    def sizes(self, module: str, form: AnyForm | None = None) -> Sizes:
         out_features, in_features = self.shapes[module]
         site = Site(module=module, in_features=in_features, out_features=out_features, tasks=self.form.tasks)
         return Sizes.of(form or self.made, site)
@@ -565,6 +581,8 @@ def split(adapter: TaskAdapter) -> dict[str, Adapter]:
 def of_task(adapter: TaskAdapter, task: str) -> Adapter:
     """What `split` gives for one of the tasks."""
     form, number = adapter.made, adapter.form.tasks.index(task)
+    if not isinstance(form, Form):
+        raise AdapterError(dependent(adapter.form.name))
     modules = {module: adapter.sizes(module, form) for module in adapter.shapes}
     parts = {
         module: part for module, sizes in modules.items() if (part := _part(adapter, form, sizes, number)) is not None
@@ -577,6 +595,44 @@ def of_task(adapter: TaskAdapter, task: str) -> Adapter:
         generator=adapter.generator,
         saved=dict(adapter.saved),
     )
+
+
+def dependent(name: str) -> str:
+    """Why the adapter of a form is none for all that takes factors."""
+    return (
+        f"the update of the form {name} depends on the input, so it cannot be folded, exported or merged; attach it, "
+        "or use `lori evaluate` and `lori generate`"
+    )
+
+
+@torch.no_grad()
+def deltas_of(
+    bases: Mapping[str, nn.Module], adapter: TaskAdapter, device: Callable[[nn.Module], Any]
+) -> Iterator[tuple[str, FormedDelta]]:
+    """Path -> the trained tensors of a form for each layer. Raises AdapterError where A is another than in training."""
+    form, masks, wholes = adapter.made, dict[str, Tensor](), dict[str, Tensor]()
+    for path in bases:
+        sizes = adapter.sizes(path, form)
+        for name, entry in sizes.entries.items():
+            if not entry.trained:
+                continue
+            whole, mask = _whole(sizes, name, adapter.tensors.get(path, {}).get(name))
+            wholes[of_tensor(path, name)] = whole
+            if entry.sparse:
+                # The places of a task's tensor have one mask.
+                own = mask if entry.per_task else mask[None]
+                kept = own.view(len(own), -1, *own.shape[-2:])[:, 0]
+                masks[of_tensor(path, name)] = kept if entry.per_task else kept[0]
+    for path, delta in deltas_for(bases, adapter.spec, masks, device):
+        for name, parameter in delta.trained().items():
+            index, flat = delta.index(name), wholes[of_tensor(path, name)].flatten()
+            parameter.copy_(flat if index is None else flat[index.cpu().long()])
+        if tuple(found := delta.checksums()) != adapter.checksums[path]:
+            raise AdapterError(
+                f"{path}: A made from its seed has the checksums {found}, the adapter was trained with "
+                f"{list(adapter.checksums[path])}; the file is damaged or comes from another generator"
+            )
+        yield path, delta
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

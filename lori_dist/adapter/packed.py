@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from lori_dist.adapter import saved, sharded
 from lori_dist.adapter.adapter import Adapter, Spec
 from lori_dist.adapter.attach import ATTACHED, adapted, layers_for, put, refuse_adapted, trained_on
+from lori_dist.adapter.formed import TaskAdapter
 from lori_dist.adapter.linear import AdaptedLinear, Delta, RoutedLinear
 from lori_dist.adapter.per_task import of_a
 from lori_dist.adapter.probe import probe
@@ -128,13 +129,16 @@ def _attach_trained(
     return routing
 
 
-def is_routable(model: nn.Module, adapters: Mapping[str, Adapter]) -> bool:
+def is_routable(model: nn.Module, adapters: Mapping[str, Adapter | TaskAdapter]) -> bool:
     """Whether `attach_several` takes them: what was trained in full, and layers that mix rows, do not know the rows."""
     return _unroutable(model, adapters) is None
 
 
-def _unroutable(model: nn.Module, adapters: Mapping[str, Adapter]) -> str | None:
+def _unroutable(model: nn.Module, adapters: Mapping[str, Adapter | TaskAdapter]) -> str | None:
     """Why the rows of adapters cannot be distinguished; None if they can."""
+    form = next((one.form.name for one in adapters.values() if isinstance(one, TaskAdapter)), None)
+    if form is not None:
+        return f"form: an adapter of the form {form} is attached by itself"
     if any(adapter.saved for adapter in adapters.values()):
         return "modules_to_save: what is trained in full cannot be distinguished by rows; attach one at a time"
     known = probe(model)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lori_dist import config, formats, plugin
 from lori_dist.adapter.adapter import Adapter
+from lori_dist.adapter.formed import TaskAdapter
 from lori_dist.errors import ConfigError
 from lori_dist.evaluation._answers import BASE, Reader
 from lori_dist.evaluation._passes import attached, passes_of
@@ -164,18 +165,20 @@ Owner = tuple[str, str | None]
 """A model, and the task whose rows meet an adapter of it; None: rows of all tasks do."""
 
 
-def _loaded(run: config.Run, adapters: Mapping[str, Path | None]) -> tuple[dict[str, Adapter], dict[str, Owner]]:
+def _loaded(
+    run: config.Run, adapters: Mapping[str, Path | None]
+) -> tuple[dict[str, Adapter | TaskAdapter], dict[str, Owner]]:
     """Label -> adapter, and label -> owner, which models without an adapter have too.
 
     Where a model has an update for each task, these are adapters of their own, of which those of the run's tasks count.
     Raises ConfigError for a task of the run, or of lm-eval, for which a model has none.
     """
-    loaded, owners = dict[str, Adapter](), dict[str, Owner]()
+    loaded, owners = dict[str, Adapter | TaskAdapter](), dict[str, Owner]()
     for name, path in adapters.items():
         if path is None:
             owners[name] = name, None
             continue
-        by_task = formats.by_task(path)
+        by_task = formats.by_task_or_whole(path)
         lacks = [f"tasks.{task}" for task in run.tasks if task not in by_task]
         if run.evaluate.lm_eval is not None:
             lacks.append("evaluate.lm_eval")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lori_dist.adapter.adapter import Adapter, loaded
+from lori_dist.adapter.formed import TaskAdapter
 from lori_dist.errors import AdapterError
 from lori_dist.formats import forms, native, official, peft, tuner
 from lori_dist.formats.lazy import naming
@@ -44,12 +45,28 @@ def by_task(path: Path) -> dict[str | None, Adapter]:
 
     Raises as `load`.
     """
-    if path.is_file():
-        with naming(path, "read"), native.opened(path) as file:
-            is_form = forms.is_one(native.parsed(file))
-        if is_form:
-            return {**forms.load_tasks(path)}
-    return {None: load(path)}
+    return {**forms.load_tasks(path)} if is_form(path) else {None: load(path)}
+
+
+def by_task_or_whole(path: Path) -> dict[str | None, Adapter | TaskAdapter]:
+    """What `by_task` gives, and of a form whose update depends on the input None -> what can be attached as it is."""
+    if is_form(path) and (whole := forms.load(path)).form.is_dependent:
+        return {None: whole}
+    return {**by_task(path)}
+
+
+def load_whole(path: Path) -> Adapter | TaskAdapter:
+    """What `load` gives, or an adapter of a form whose update depends on the input. Raises as `load`."""
+    found = by_task_or_whole(path) if is_form(path) else {}
+    return found[None] if None in found else load(path)
+
+
+def is_form(path: Path) -> bool:
+    """Whether there is a file of another form than lori, without an update for all rows that factors could give."""
+    if not path.is_file():
+        return False
+    with naming(path, "read"), native.opened(path) as file:
+        return forms.is_one(native.parsed(file))
 
 
 def is_there(path: Path) -> bool:

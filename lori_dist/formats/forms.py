@@ -36,7 +36,7 @@ from lori_dist.tensors import Stored
 VERSION = native.FORMS
 _FIELDS = (
     *("format", "version", "generator", "distribution", "values_dtype", "targets", "base"),
-    *("form", "tasks", "seed", "seeds", "rank", "alpha", "trains_a", "dtype", "modules"),
+    *("form", "depends_on_input", "tasks", "seed", "seeds", "rank", "alpha", "trains_a", "dtype", "modules"),
 )
 _MODULE_FIELDS = ("shape", "projections", "tensors")
 _TENSOR_FIELDS = ("shape", "kept", "digest")
@@ -70,6 +70,7 @@ def save(adapter: TaskAdapter, path: str | os.PathLike[str], *, dtype: torch.dty
             "targets": adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets),
             "base": dict(adapter.base),
             "form": {"name": adapter.form.name, "options": dict(adapter.form.options)},
+            "depends_on_input": adapter.form.is_dependent,
             "tasks": list(adapter.form.tasks),
             "seed": adapter.seed,
             "seeds": list(adapter.form.seeds),
@@ -171,6 +172,7 @@ def _check_header(header: Mapping[str, Any]) -> None:
         check_integer("header: seeds", seed, 0, 2**64 - 1)
     check_integer("header: rank", header["rank"], 1, MAX_ENTRIES)
     check_number("header: alpha", header["alpha"])
+    check_flag("header: depends_on_input", header["depends_on_input"])
     check_flag("header: trains_a", header["trains_a"])
     modules = header["modules"]
     require(isinstance(modules, dict) and len(modules) > 0, "header: modules", modules, "an object with a module")
@@ -219,6 +221,8 @@ def _made(header: Mapping[str, Any], where: dict[str, Stored]) -> TaskAdapter:
         base=header["base"],
         generator=header["generator"],
     )
+    depends = header["depends_on_input"]
+    require(depends == form.is_dependent, "header: depends_on_input", depends, str(form.is_dependent).lower())
     made, dtype, found = adapter.made, native.VALUE_DTYPES[header["values_dtype"]], dict[str, dict[str, Entries]]()
     seeded = sum(
         len(form.tasks) if entry.per_task else 1

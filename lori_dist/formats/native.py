@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lori_dist import tensors
 from lori_dist.adapter.adapter import Adapter, Block, Elsewhere, Entries, in_memory, loaded
+from lori_dist.adapter.formed import dependent
 from lori_dist.adapter.projection import DTYPES, GENERATOR
 from lori_dist.errors import AdapterError
 from lori_dist.files import parse_json, require_regular
@@ -239,6 +240,9 @@ def _check_header(header: Any) -> None:
         raise AdapterError(f"header: format is not {FORMAT!r}; give an adapter file of lori_dist")
     version = header.get("version")
     if version == FORMS and "form" in header:
+        if header.get("depends_on_input") is True:
+            form = header["form"].get("name") if isinstance(header["form"], dict) else None
+            raise AdapterError(dependent(named(form)))
         tasks = header.get("tasks")
         names = ", ".join(map(named, tasks[:8])) if isinstance(tasks, list) and tasks else "several"
         raise AdapterError(

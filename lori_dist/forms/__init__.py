@@ -1,11 +1,11 @@
 """Forms: what one adapted layer is, one per file, by the name that `adapter.form` takes.
 
-A file has `form(*, rank, alpha, trains_a, **options) -> Form`. A form says which tensors a layer has (`entries`) and,
-from these, the factors of each task's update (`factors`). Forward pass, `split`, export, fold and merges all come from
-that one function, so they cannot disagree; sharding, masks, files and resumption are the same for every form. How
-tasks are told apart is a constant of the file, option -> the values that ask for it: `PER_TASK` where each task has an
-update of its own, `OWN_A` where each has its own A, `RANK_FOR_EACH` where each needs a part of the rank. `PENALTY`
-names the option that is the weight of a penalty.
+A file has `form(*, rank, alpha, trains_a, **options)`, which gives the tensors of a layer (`entries`) and, from these,
+the factors of each task's update (`factors`). Forward pass, export, fold and merges come from that one function, so
+they cannot disagree; a form whose update depends on the input has `update` instead, and the forward pass alone.
+Constants of the file say how, each a mapping from options to the values that ask for it: `PER_TASK`, tasks have updates
+of their own; `OWN_A`, each has its own A; `RANK_FOR_EACH`, each needs a part of the rank; `DEPENDENT`, the update
+depends on the input. `PENALTY` names the option that is the weight of a penalty.
 """
 
 import functools
@@ -54,16 +54,31 @@ class Entry:
     axes before them have one mask. Starts at zero."""
 
 
-class Form(Protocol):
-    """What one adapted layer is."""
+class AnyForm(Protocol):
+    """What one adapted layer is: a `Form` or a `DependentForm`."""
 
     def entries(self, site: Site) -> Mapping[str, Entry]:
         """Name -> tensor. Names are lower-case identifiers."""
         ...
 
+
+@runtime_checkable
+class Form(AnyForm, Protocol):
+    """A form whose update of a task is one matrix, whatever the input."""
+
     def factors(self, t: Tensors) -> tuple[Tensor, Tensor]:
         """B, (out_features, k), with the scale in it, and A, (k, in_features), differentiable. An A that is given back
         as it is, `t["a"]`, stays one that a seed makes."""
+        ...
+
+
+@runtime_checkable
+class DependentForm(AnyForm, Protocol):
+    """A form whose update depends on the input: attached or evaluated, but never folded, exported or merged. Its file
+    has the constant `DEPENDENT`."""
+
+    def update(self, t: Tensors, x: Tensor) -> Tensor:
+        """What a layer adds for x, (tokens, in_features), with the scale in it: (tokens, out_features)."""
         ...
 
 
@@ -92,11 +107,13 @@ class FormChoice:
         if self.seeds and len(self.seeds) != len(self.tasks):
             raise AdapterError(f"form: got {len(self.seeds)} seeds for {len(self.tasks)} tasks; give one for each")
 
-    def form(self, *, rank: int, alpha: float, trains_a: bool) -> Form:
+    def form(self, *, rank: int, alpha: float, trains_a: bool) -> AnyForm:
         """Raises AdapterError for a form or options that do not exist or fit."""
         try:
             method = plugin.find("forms", self.name, "form", "form")
-            made: Form = method.load()(rank=rank, alpha=alpha, trains_a=trains_a, **method.bind(self.options, "form"))
+            made: AnyForm = method.load()(
+                rank=rank, alpha=alpha, trains_a=trains_a, **method.bind(self.options, "form")
+            )
         except ConfigError as error:
             raise AdapterError(str(error)) from error
         return made
@@ -105,6 +122,11 @@ class FormChoice:
     def is_per_task(self) -> bool:
         """Whether each task has an update of its own."""
         return declares(self.name, self.options, "PER_TASK")
+
+    @property
+    def is_dependent(self) -> bool:
+        """Whether the update depends on the input."""
+        return declares(self.name, self.options, "DEPENDENT")
 
 
 def declares(name: str, options: Mapping[str, Any], constant: str) -> bool:

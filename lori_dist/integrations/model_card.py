@@ -105,6 +105,8 @@ def write_beside(path: Path, base_model_name: str) -> None:
     base_model_name: for an adapter that does not name its base.
     """
     try:
+        if None in (whole := formats.by_task_or_whole(path)) and not isinstance(whole[None], Adapter):
+            return  # the card lists factors, which it does not have
         first, *others = formats.by_task(path).values()
         # Of several tasks' updates in a file, each is listed as a block.
         adapter = replace(first, blocks=(*first.blocks, *(block for other in others for block in other.blocks)))

@@ -95,8 +95,12 @@ def write_of_run(summary: Mapping[str, Any], out: Path) -> dict[str, str] | None
             return None
         adapters = dict[str, Adapter]()
         for name, path in paths.items():
-            of_path = formats.by_task(Path(path))
-            adapters |= {name if task is None else f"{name}@{task}": one for task, one in of_path.items()}
+            of_path = formats.by_task_or_whole(Path(path))
+            adapters |= {
+                name if task is None else f"{name}@{task}": one
+                for task, one in of_path.items()
+                if isinstance(one, Adapter)
+            }
         write(
             _blocks([*adapters.values()][-1]) if "transfer" in summary and adapters else [*adapters.values()],
             out,

@@ -230,7 +230,7 @@ class Group:
         job.still_mine()
         base = identity(job.run.model)
         form = form_of(job.run)
-        if form is not None and form.is_per_task:
+        if form is not None and (form.is_per_task or form.is_dependent):
             of_tasks = extract_formed(self.model, values=values, base=base)
             forms.save(of_tasks, job.folder / ADAPTER)
             return of_tasks

@@ -78,7 +78,10 @@ CASES = {
     "mtl_lora, A trained": Case(name="mtl_lora", options={"start": "equal"}, a="trained"),
     "thanora": Case(name="thanora", options={"weight": 300.0}),
     "thanora, A trained": Case(name="thanora", options={"weight": 2.0}, a="trained", density=None),
+    "hydra": Case(name="hydra"),
+    "hydra, A trained": Case(name="hydra", options={"heads": 2}, a="trained", density=None),
 }
+DEPENDENT = [title for title, case in CASES.items() if case.choice().is_dependent]
 PER_TASK = [title for title, case in CASES.items() if case.choice().is_per_task]
 
 

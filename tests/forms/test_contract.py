@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from lori_dist import attach, attach_several, detach, formats, load_adapter, load_tasks, plugin
+from lori_dist import attach, attach_several, describe, detach, formats, load_adapter, load_tasks, plugin
 from lori_dist.adapter.attach import adapted, separate_tasks
 from lori_dist.adapter.formed import TaskAdapter, extract_formed, formed, penalties_of, routing_of, split
 from lori_dist.config import Train
@@ -25,6 +25,7 @@ from tests.engines import oracle
 from tests.engines.oracle import Course, _state, difference
 from tests.forms.made import (
     CASES,
+    DEPENDENT,
     PER_TASK,
     RATES,
     STEPS,
@@ -73,6 +74,8 @@ def test_it_changes_nothing_at_the_start(case: Case) -> None:
 
 
 def test_the_forward_pass_is_that_of_its_factors(case: Case) -> None:
+    if case.choice().is_dependent:
+        pytest.skip("it has none")
     model = fill(case.model())
     of_tasks = split(extract_formed(model))
     for path, delta in formed(adapted(model)).items():
@@ -153,6 +156,35 @@ def test_split_gives_ordinary_adapters(per_task: Case, tmp_path: Path) -> None:
     again = tiny_llama()
     attach(again, formats.load(tmp_path / "peft"))
     torch.testing.assert_close(logits(again), wanted[one], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("title", CASES)
+def test_it_is_attached_again_as_it_was(title: str, tmp_path: Path) -> None:
+    model = fill(CASES[title].model())
+    forms.save(extract_formed(model), tmp_path / "adapter.safetensors")
+    again = tiny_llama()
+    attach(again, forms.load(tmp_path / "adapter.safetensors"))
+    for task in TASKS:
+        assert torch.equal(logits(again, task), logits(model, task))
+    assert not any(parameter.requires_grad for parameter in again.parameters())
+    detach(again)
+    assert torch.equal(logits(again), logits(tiny_llama()))
+
+
+@pytest.mark.parametrize("title", DEPENDENT)
+def test_what_depends_on_the_input_is_no_adapter_with_one_sentence(title: str, tmp_path: Path) -> None:
+    made, path = extract_formed(fill(CASES[title].model())), tmp_path / "adapter.safetensors"
+    forms.save(made, path)
+    said = f"the update of the form {made.form.name} depends on the input, so it cannot be folded, exported or merged"
+    for function in (
+        lambda: split(made),
+        lambda: load_adapter(path),
+        lambda: load_tasks(path),
+        lambda: formats.load(path),
+    ):
+        with pytest.raises(AdapterError, match=said):
+            function()  # type: ignore[no-untyped-call]
+    assert "cannot be folded, exported or merged" in describe.adapter_file(path)
 
 
 def test_a_file_gives_back_what_was_written(per_task: Case, tmp_path: Path) -> None:
