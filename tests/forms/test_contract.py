@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from lori_dist import attach, attach_several, describe, detach, formats, load_adapter, load_tasks, plugin
+from lori_dist.__main__ import main
 from lori_dist.adapter.attach import adapted, separate_tasks
 from lori_dist.adapter.formed import TaskAdapter, extract_formed, formed, penalties_of, routing_of, split
 from lori_dist.config import Train
@@ -208,6 +209,30 @@ def test_a_file_gives_back_what_was_written(per_task: Case, tmp_path: Path) -> N
     path.write_bytes(damaged)
     with pytest.raises(AdapterError, match="damaged"):
         forms.load(path)
+
+
+def test_commands_take_one_task_of_a_file_or_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made, path = extract_formed(fill(CASES["mtl_lora, diagonal"].model())), tmp_path / "adapter.safetensors"
+    forms.save(made, path)
+    of_tasks, merged = split(made), tmp_path / "merged.safetensors"
+    assert main(["export", str(path), str(tmp_path / "out"), "--format", "tasks"]) == 0
+    for task, adapter in of_tasks.items():
+        found = load_adapter(tmp_path / "out" / f"{task}.safetensors")
+        assert all(torch.equal(found.delta(module), adapter.delta(module)) for module in adapter.shapes)
+    assert main(["merge", str(merged), f"{path}@one", f"{path}@three", "--method", "linear"]) == 0
+    for module in made.shapes:
+        wanted = (of_tasks["one"].delta(module) + of_tasks["three"].delta(module)) / 2
+        torch.testing.assert_close(load_adapter(merged).delta(module), wanted, rtol=1e-5, atol=1e-6)
+    capsys.readouterr()
+    assert main(["show", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert f"keeps {made.kept:,} of {made.total:,} entries that are trained" in shown
+    assert "form: mtl_lora (transform diagonal, heads 2, temperature 0.7)" in shown
+    assert "tasks: one, two, three" in shown
+    assert main(["show", f"{path}@two"]) == 0
+    assert "sparse B on a seed" in capsys.readouterr().out
+    assert main(["export", str(path), str(tmp_path / "peft"), "--format", "peft", "--base", "none"]) == 1
+    assert "add @TASK to the path for the adapter of one of them" in capsys.readouterr().err
 
 
 def test_masks_hold_for_what_is_sparse(case: Case) -> None:

@@ -11,7 +11,7 @@ from lori_dist.adapter.attach import attach, extract
 from lori_dist.adapter.formed import extract_formed, split
 from lori_dist.forms import FormChoice
 from lori_dist.forms.task_lora import form
-from tests.forms.made import SEEDS, TASKS, Case, descend
+from tests.forms.made import SEEDS, TASKS, Case, descend, fill
 from tests.models import tiny_llama
 
 
@@ -57,7 +57,7 @@ def test_the_rank_of_a_task_s_adapter(trains_a: bool, rank: int) -> None:
         a="trained" if trains_a else "cached",
         density=None,
     )
-    of_tasks = split(extract_formed(case.model()))
+    of_tasks = split(extract_formed(fill(case.model())))
     assert {block.rank for adapter in of_tasks.values() for block in adapter.blocks} == {rank}
     assert {block.scale for adapter in of_tasks.values() for block in adapter.blocks} == {2.0}
 
