@@ -86,7 +86,7 @@ def test_the_forward_pass_is_that_of_its_factors(case: Case) -> None:
             if delta.routing is not None:
                 delta.routing.only(task)
             wanted = x @ of_tasks[task].delta(path).t()
-            torch.testing.assert_close(delta(x, y).detach(), wanted, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(delta(x, y).detach(), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_rows_of_several_tasks_meet_their_own_updates_and_none_meets_the_base(per_task: Case) -> None:
@@ -119,8 +119,8 @@ def test_a_column_of_the_batch_names_the_tasks(per_task: Case) -> None:
 
 
 def test_the_trainer_of_transformers_passes_the_column_on(tmp_path: Path) -> None:
-    model = CASES["mtl_lora"].model()
-    rows = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8], "task": number % 3} for number in range(12)]
+    model = CASES["task_lora, a"].model()
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8], "task": number % 2 * 2} for number in range(12)]
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
         max_steps=2,
@@ -132,9 +132,11 @@ def test_the_trainer_of_transformers_passes_the_column_on(tmp_path: Path) -> Non
         remove_unused_columns=False,
     )
     Trainer(model=model, args=arguments, train_dataset=rows).train()
-    [one, two, three] = split(extract_formed(model)).values()
-    for module in one.shapes:
-        assert len({float(adapter.delta(module).norm()) for adapter in (one, two, three)}) == 3
+    changed = [
+        sum(float(adapter.delta(module).norm()) for module in adapter.shapes)
+        for adapter in split(extract_formed(model)).values()
+    ]
+    assert changed[0] > 0 and changed[1] == 0 and changed[2] > 0  # there were no rows of the second
 
 
 def test_split_gives_ordinary_adapters(per_task: Case, tmp_path: Path) -> None:
