@@ -45,14 +45,16 @@ def by_task(path: Path) -> dict[str | None, Adapter]:
 
     Raises as `load`.
     """
-    return {**forms.load_tasks(path)} if is_form(path) else {None: load(path)}
+    if is_form(path):
+        return dict(forms.load_tasks(path).items())
+    return {None: load(path)}
 
 
 def by_task_or_whole(path: Path) -> dict[str | None, Adapter | TaskAdapter]:
     """What `by_task` gives, and of a form whose update depends on the input None -> what can be attached as it is."""
     if is_form(path) and (whole := forms.load(path)).form.is_dependent:
         return {None: whole}
-    return {**by_task(path)}
+    return dict(by_task(path).items())
 
 
 def load_whole(path: Path) -> Adapter | TaskAdapter:

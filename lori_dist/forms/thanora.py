@@ -37,8 +37,8 @@ class Thanora:
         if self.weight == 0 or len(site.tasks) == 1:
             return None
         sizes = blocks(self.rank, len(site.tasks))
-        b = t["b"].split(sizes, dim=1)[:-1]  # the cooperative block is free
-        a = t["a"].split(sizes)[:-1]
+        b = torch.split(t["b"], sizes, dim=1)[:-1]  # the cooperative block is free
+        a = torch.split(t["a"], sizes)[:-1]
         found = torch.stack([(b[s].t() @ b[r]).square().sum() for s, r in combinations(range(len(b)), 2)]).sum()
         if self.trains_a:
             found = (
