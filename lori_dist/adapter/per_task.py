@@ -33,15 +33,16 @@ class PerTask:
     sums: dict[str, Tensor] = field(default_factory=dict)
     """Name of a trained parameter -> (num_tasks, entries): the sum over all batches since `clear`, of this process."""
 
-    def begin(self, tasks: Sequence[int], length: int) -> None:
-        """A batch is to run. tasks: of its rows, each from 0, ascending. length: tokens of a row."""
-        if list(tasks) != sorted(tasks):
-            raise AdapterError(f"tasks: got {list(tasks)}; rows of a task must follow each other, in order")
-        counts = [(task, sum(1 for _ in rows)) for task, rows in itertools.groupby(tasks)]
-        ends = list(itertools.accumulate((count * length for _, count in counts), initial=0))
-        pairs = zip(counts, itertools.pairwise(ends), strict=True)
-        self.segments = tuple((task, slice(*edges)) for (task, _), edges in pairs)
-        self.num_tokens = len(tasks) * length
+    def begin(self, of_tokens: Sequence[tuple[int, int]]) -> None:
+        """A batch is to run. of_tokens: (task, tokens that follow each other), row by row; tasks from 0, ascending."""
+        tasks = [task for task, _ in of_tokens]
+        if tasks != sorted(tasks):
+            raise AdapterError(f"tasks: got {tasks}; rows of a task must follow each other, in order")
+        counts = [
+            (task, sum(count for _, count in spans))
+            for task, spans in itertools.groupby(of_tokens, key=lambda span: span[0])
+        ]
+        self.segments, self.num_tokens = _segments(counts)
 
     @property
     def num_owners(self) -> int:
@@ -58,10 +59,7 @@ class PerTask:
     def within(self, counts: Sequence[tuple[int, int]]) -> Iterator[None]:
         """Inside, layers see so many tokens of each task, (task, tokens), one after the other."""
         before = self.segments, self.num_tokens
-        ends = list(itertools.accumulate((count for _, count in counts), initial=0))
-        pairs = zip(counts, itertools.pairwise(ends), strict=True)
-        self.segments = tuple((task, slice(*edges)) for (task, count), edges in pairs if count)
-        self.num_tokens = ends[-1]
+        self.segments, self.num_tokens = _segments(counts)
         try:
             yield
         finally:
@@ -101,6 +99,13 @@ A = "A"
 def of_tensor(module: str, tensor: str) -> str:
     """The name of one of a layer's tensors among all that is trained."""
     return f"{module}:{tensor}" if tensor else module
+
+
+def _segments(counts: Sequence[tuple[int, int]]) -> tuple[Segments, int]:
+    """The places of (task, tokens) that follow each other, and their sum."""
+    ends = list(itertools.accumulate((count for _, count in counts), initial=0))
+    pairs = zip(counts, itertools.pairwise(ends), strict=True)
+    return tuple((task, slice(*edges)) for (task, count), edges in pairs if count), ends[-1]
 
 
 def of_a(module: str) -> str:

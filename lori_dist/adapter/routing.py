@@ -34,7 +34,7 @@ class Routing:
     parameter has a gradient after a backward pass, zero where the batch has no rows of its adapter, so that all ranks
     reduce the same ones."""
     rows_of: tuple[tuple[int, int], ...] = ()
-    """(adapter, rows that follow each other), in the batch's order."""
+    """(adapter, rows that follow each other), or tokens, in the batch's order."""
     num_tokens: int | None = None
     """Tokens of the batch, padding included, if all layers see as many."""
     only_one: int | None = None
@@ -55,6 +55,14 @@ class Routing:
         """
         self.rows_of = tuple((number, len([*rows])) for number, rows in itertools.groupby(of_rows))
         self.num_tokens, self.only_one = None if length is None else len(of_rows) * length, None
+
+    def begin_tokens(self, of_tokens: Sequence[tuple[int, int]]) -> None:
+        """A batch is to run. of_tokens: (adapter, tokens that follow each other), row by row."""
+        self.rows_of = tuple(
+            (number, sum(count for _, count in spans))
+            for number, spans in itertools.groupby(of_tokens, key=lambda span: span[0])
+        )
+        self.num_tokens, self.only_one = sum(count for _, count in of_tokens), None
 
     @contextlib.contextmanager
     def rows(self, adapters: Sequence[str | None]) -> Iterator[None]:

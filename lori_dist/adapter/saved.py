@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lori_dist.adapter import sharded
+from lori_dist.adapter.linear import shaped
 from lori_dist.adapter.routing import Routing, name_of
 from lori_dist.errors import AdapterError
 from lori_dist.plugin import nearest
@@ -162,8 +163,10 @@ class RoutedModule(nn.Module):
                 "cannot be kept apart; train them one at a time (cluster.packing: off)"
             )
         segments = self.routing.segments(self.path, x if x.is_floating_point() else x[..., None])
-        num_tokens, made = segments[-1].tokens.stop, []
+        num_tokens, made, shape = segments[-1].tokens.stop, [], x.shape
         factor = max(1, num_tokens // max(1, len(x)))
+        if any(segment.tokens.start % factor for segment in segments):  # tasks meet within a row
+            x, factor = x.reshape(num_tokens, 1, *x.shape[2:]), 1
         apply = cast(Callable[..., Tensor], _ToSums.apply)
         for segment in segments:
             named = {
@@ -174,7 +177,8 @@ class RoutedModule(nn.Module):
             if len(segments) == 1:
                 rows = slice(None)
             made.append(torch.func.functional_call(self.form[0], named, (x[rows],)))
-        return torch.cat(made)
+        done = torch.cat(made)
+        return done if x.shape == shape else shaped(done, (*shape[:2], *done.shape[2:]))
 
     def _name(self, name: str, number: int) -> str:
         return name_of(key(f"{self.path}.{name}"), self.routing.names[number])

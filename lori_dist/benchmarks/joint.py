@@ -1,5 +1,6 @@
 """A step of joint training with projected gradients against the same step without, and against a pass for each task."""
 
+import itertools
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -90,8 +91,9 @@ def _batch(num_tasks: int, rows: int, length: int) -> Batch:
     """Rows of all tasks, task by task, in one micro-batch."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(VOCABULARY, (rows, length), generator=generator)
-    tasks = tuple(sorted(row % num_tasks for row in range(rows)))
-    weights = torch.tensor([1 / (tasks.count(task) * (length - 1)) for task in range(num_tasks)])
+    counts = [len(range(task, rows, num_tasks)) for task in range(num_tasks)]
+    tasks = tuple((task, count * length) for task, count in enumerate(counts))
+    weights = torch.tensor([1 / (count * (length - 1)) for count in counts])
     return Batch(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, tasks=tasks, weights=weights)
 
 
@@ -139,7 +141,7 @@ def _engine(base: Path, method: str, rank: int, dtype: str, world: World) -> Rep
 def _loop(engine: Replicated, batch: Batch, world: World) -> Callable[[], None]:
     """A step with a pass for each task."""
     assert batch.tasks is not None
-    parts = [_only(batch, task) for task in sorted(set(batch.tasks))]
+    parts = [_only(batch, task) for task, _ in batch.tasks]
     parameters = list(engine.parameters.values())
 
     def step() -> None:
@@ -161,9 +163,10 @@ def _loop(engine: Replicated, batch: Batch, world: World) -> Callable[[], None]:
 
 def _only(batch: Batch, task: int) -> Batch:
     assert batch.tasks is not None
-    rows = [row for row, other in enumerate(batch.tasks) if other == task]
+    ends = list(itertools.accumulate((count // batch.input_ids.shape[1] for _, count in batch.tasks), initial=0))
+    rows = slice(ends[task], ends[task + 1])
     tensors = {name: getattr(batch, name)[rows] for name in ("input_ids", "attention_mask", "labels")}
-    return replace(batch, **tensors, tasks=tuple(batch.tasks[row] for row in rows))
+    return replace(batch, **tensors, tasks=(batch.tasks[task],))
 
 
 def _taken(parameter: nn.Parameter) -> Tensor:

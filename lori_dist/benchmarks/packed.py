@@ -5,6 +5,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from lori_dist.benchmarks._methods import make_llama
 from lori_dist.benchmarks._timing import quotients
 from lori_dist.benchmarks._traffic import Traffic, moment_bytes
 from lori_dist.training import device
-from lori_dist.training.data import Batch
+from lori_dist.training.data import Batch, Example, collate, together
 from lori_dist.training.engine import Engine
+from lori_dist.training.sequences import Share
 from lori_dist.training.trainer import Gradients
 from lori_dist.training.weights import skeleton
 from lori_dist.training.world import World, from_environment
@@ -45,6 +47,8 @@ class Setting:
     steps: int
     density: float
     dtype: str
+    lengths: tuple[tuple[int, ...], ...] = ()
+    """Tokens of each task's rows, to draw from; without them all rows have `length`."""
 
 
 def run(
@@ -60,21 +64,24 @@ def run(
     length: int = 32,
     steps: int = 5,
     dtype: str = "",
+    files: list[str] = [],  # noqa: B006
 ) -> dict[str, Any]:
     """Rows for a table, and ratios[engine][tasks], with the base sharded over the ranks.
 
     tasks: how many, one measurement each. rank, density: of the adapters. layers, hidden: of a Llama with random
     weights, 60 million at the defaults. rows, length: of a task's batch on a rank. steps: timed, in turns, after one
-    that is not.
+    that is not. files: JSON lines with `prompt` and `response`, or `text` and `label_name`, one file for each task,
+    instead of `tasks`: rows are as long as those, a token for every four characters, and at most `length`.
 
     packed: all tasks in one gang. after: one task at a time in that gang. beside: a gang of as many ranks for each
     task, all at once on the same machine. tokens_per_second: of all tasks. gathered_bytes, reduced_bytes: of a step of
     all tasks, in the collectives of rank 0, each the whole tensor that is made or reduced. held_bytes: of rank 0
     between steps: values, moments, A and positions. ratios: `packed_over_after` and
     `packed_over_beside` of tokens/s; `memory_per_task`: what a further task adds to held_bytes over its values, moments
-    and A there.
+    and A there; with files, `useful`: the share of the packed batches that is no padding.
     """
-    num_ranks = device.num_ranks(ranks)
+    num_ranks, lengths = device.num_ranks(ranks), tuple(_lengths(Path(file), length) for file in files)
+    tasks = [len(files)] if files else tasks
     table: list[dict[str, Any]] = []
     ratios: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as place:
@@ -90,17 +97,15 @@ def run(
                 steps=steps,
                 density=density,
                 dtype=dtype or device.dtype_of_base(),
+                lengths=lengths,
             )
             ratios[engine] = {}
             for number in tasks:
                 found = _gangs(_in_turns, setting, num_ranks, 1, number)
-                beside = _gangs(_one_alone, setting, num_ranks, number, 1)
-                tokens = number * num_ranks * rows * length
-                seconds = {
-                    "packed": found["packed"]["seconds"],
-                    "after": [number * one for one in found["one"]["seconds"]],
-                    "beside": beside["one"]["seconds"],
-                }
+                seconds = {"packed": found["packed"]["seconds"], "after": found["one"]["seconds"]}
+                if not files:  # gangs whose rows differ in length would wait for each other
+                    seconds["beside"] = _gangs(_one_alone, setting, num_ranks, number, 1)["one"]["seconds"]
+                tokens = found["tokens"]
                 for way, times in seconds.items():
                     counted = found["packed"] if way == "packed" else found["one"]
                     factor = 1 if way == "packed" else number
@@ -117,11 +122,10 @@ def run(
                         }
                     )
                 further = (found["packed"]["held"] - found["one"]["held"]) / (number - 1)
+                beside = statistics.median(seconds.get("beside", [0.0])) / statistics.median(seconds["packed"])
                 ratios[engine][str(number)] = {
                     **quotients("packed_over_after", seconds["after"], seconds["packed"]),
-                    "packed_over_beside": round(
-                        statistics.median(seconds["beside"]) / statistics.median(seconds["packed"]), 3
-                    ),
+                    **({"useful": round(found["useful"], 3)} if files else {"packed_over_beside": round(beside, 3)}),
                     "memory_per_task": round(further / found["one"]["own"], 3),
                 }
     return {"rows": table, "ratios": ratios}
@@ -177,12 +181,23 @@ def _in_turns(setting: Setting, world: World, meet: Any, number: int) -> dict[st
     """Steps of one task and of the pack, in turns."""
     one, several = Way(setting, world, 1, is_packed=False), Way(setting, world, number, is_packed=True)
     seconds: dict[str, list[float]] = {"one": [], "packed": []}
+    useful, computed = torch.zeros(1), 0
     for way in (one, several):
+        way.take(_rows(setting, number, world, 0))
         way.step()
-    for _ in range(setting.steps):
-        for name, way in (("one", one), ("packed", several)):
-            seconds[name].append(way.timed())
+    for step in range(setting.steps):
+        rows = _rows(setting, number, world, step if setting.lengths else 0)
+        useful += sum(example.num_tokens for of_task in rows for example in of_task)
+        # Batches of tasks that are alike take equally long, so one of them stands for all.
+        alone = [[of_task] for of_task in (rows if setting.lengths else rows[:1])]
+        seconds["one"].append(sum(one.timed(of_task) for of_task in alone) * number / len(alone))
+        seconds["packed"].append(several.timed(rows))
+        computed += several.batch.input_ids.numel()
+    share = float(useful) / computed
+    dist.all_reduce(useful)
     return {
+        "tokens": round(float(useful) / setting.steps),
+        "useful": share,
         "one": {"seconds": seconds["one"], **one.counted()},
         "packed": {"seconds": seconds["packed"], **several.counted()},
     }
@@ -191,6 +206,7 @@ def _in_turns(setting: Setting, world: World, meet: Any, number: int) -> dict[st
 def _one_alone(setting: Setting, world: World, meet: Any, number: int) -> dict[str, Any]:
     """Steps of one task, while other gangs do theirs: of the slowest, as all are waited for."""
     way = Way(setting, world, number, is_packed=False)
+    way.take(_rows(setting, number, world, 0))
     way.step()
     seconds = []
     for _ in range(setting.steps):
@@ -204,6 +220,9 @@ def _one_alone(setting: Setting, world: World, meet: Any, number: int) -> dict[s
 
 class Way:
     """An engine with its batch."""
+
+    batch: Batch
+    num_targets: int
 
     def __init__(self, setting: Setting, world: World, number: int, *, is_packed: bool) -> None:
         model, weights = skeleton(config.Model(path=str(setting.folder / "base"), dtype=setting.dtype))  # type: ignore[arg-type]
@@ -219,17 +238,26 @@ class Way:
         build = plugin.find("engines", name, "build", "engine").load()
         train = config.Train(steps=setting.steps, micro_batch_size=setting.rows, clip=None if is_packed else 1.0)
         self.engine: Engine = build(model, weights, train, world, state=None, **options)
-        self.world, self.number = world, number
-        self.batch = _batch(setting, number, world, is_packed=is_packed)
-        self.num_targets = 1 if is_packed else world.size * self.batch.labels[:, 1:].numel()
+        self.world, self.number, self.length = world, number, setting.length
+
+    def take(self, rows: Sequence[Sequence[Example]]) -> None:
+        """The rows of each task become the next batch."""
+        counts = [self.world.size * sum(example.num_targets for example in of_task) for of_task in rows]
+        if self.gradients is None:
+            self.batch, self.num_targets = collate(rows[0], 0), counts[0]
+        else:
+            weights = torch.tensor([1 / count for count in counts])
+            self.batch = together(dict(enumerate(rows)), weights, 0, Share.YES, self.length)
+            self.num_targets = 1
 
     def step(self) -> None:
         lr: Any = {f"task{n}": 1e-4 for n in range(self.number)} if self.gradients is not None else 1e-4
         self.engine.step([self.batch], num_targets=self.num_targets, lr=lr, tasks=self.gradients)
 
-    def timed(self) -> float:
+    def timed(self, rows: Sequence[Sequence[Example]]) -> float:
         dist.barrier()
         start = time.perf_counter()
+        self.take(rows)
         self.step()
         return time.perf_counter() - start
 
@@ -254,12 +282,23 @@ def _masks(model: torch.nn.Module, spec: Spec, density: float) -> dict[str, torc
     return {path: torch.rand(shape, generator=generator) < density for path, shape in shapes.items()}
 
 
-def _batch(setting: Setting, number: int, world: World, *, is_packed: bool) -> Batch:
-    generator = torch.Generator().manual_seed(world.rank)
-    ids = torch.randint(VOCABULARY, (number * setting.rows, setting.length), generator=generator)
-    batch = Batch(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
-    if not is_packed:
-        return batch
-    tasks = tuple(task for task in range(number) for _ in range(setting.rows))
-    weights = torch.full((number,), 1 / (world.size * setting.rows * (setting.length - 1)))
-    return Batch(input_ids=ids, attention_mask=batch.attention_mask, labels=ids, tasks=tasks, weights=weights)
+def _rows(setting: Setting, number: int, world: World, step: int) -> list[list[Example]]:
+    """A rank's rows of each task: random tokens, of which the second half is learned."""
+    generator = torch.Generator().manual_seed(1000 * step + world.rank)
+
+    def row(length: int) -> Example:
+        ids: list[int] = torch.randint(VOCABULARY, (length,), generator=generator).tolist()
+        half = length // 2
+        return Example(prompt="", response="", prompt_ids=tuple(ids[:half]), response_ids=tuple(ids[half:]))
+
+    if not setting.lengths:
+        return [[row(setting.length) for _ in range(setting.rows)] for _ in range(number)]
+    drawn = [torch.randint(len(of_task), (setting.rows,), generator=generator).tolist() for of_task in setting.lengths]
+    return [[row(of_task[one]) for one in ones] for of_task, ones in zip(setting.lengths, drawn, strict=True)]
+
+
+def _lengths(file: Path, most: int) -> tuple[int, ...]:
+    """Tokens of the rows of a file, a token for every four characters."""
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    texts = ("".join(str(row.get(key, "")) for key in ("prompt", "response", "text", "label_name")) for row in lines)
+    return tuple(min(most, max(2, len(text) // 4)) for text in texts)

@@ -267,6 +267,14 @@ def _packed_rows(run: Run) -> Iterator[str]:
         yield from unpackable(str(settings.get("model_type")))
 
 
+def _divided_rows(run: Run) -> Iterator[str]:
+    if run.train.sequence_parallel == 1:
+        return
+    for key in ("pack", "compile"):
+        if getattr(run.train, key):
+            yield f"train.sequence_parallel: cannot be combined with train.{key}; remove one of them"
+
+
 def unpackable(model_type: str) -> Iterator[str]:
     """Yields the reasons why rows cannot be packed for a model."""
     if model_type not in PACKED:
@@ -497,6 +505,7 @@ RULES: tuple[Rule, ...] = (
     _chats,
     _starts,
     _packed_rows,
+    _divided_rows,
     _output,
     _in_a_job,
     checked_engine,

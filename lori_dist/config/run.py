@@ -363,6 +363,8 @@ class Train:
     """Tokens of a row; longer prompts lose their beginning, longer responses their end."""
     pack: Annotated[bool, Fingerprint.NEVER] = False
     """Put several short rows into one sequence of up to max_length tokens; rows do not attend to each other."""
+    sequence_parallel: Annotated[Positive, Fingerprint.NEVER] = 1
+    """Ranks that divide the tokens of each row among them, for rows that are too long for one rank."""
     lr: Rate = 5e-4
     """Learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"

@@ -13,6 +13,7 @@ from lori_dist.plan.placement import Placement, memory, sent, traffic, with_adap
 from lori_dist.plan.steps import Gang, Member, Work, adapter_at, full, passes, segments, work
 from lori_dist.training.data import num_micro_batches
 from lori_dist.training.phases import CALIBRATE, TRAIN
+from lori_dist.training.sequence_parallel import own_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +108,7 @@ def with_micro_batches_of(one: Trained, rows: int, ranks: int) -> Trained:
         dataclasses.replace(member, train=dataclasses.replace(member.train, micro_batch_size=rows))
         for member in one.gang.members
     )
-    model = with_rows(one.model, rows * one.model.adapters, one.model.tokens // members[0].train.max_length)
+    model = with_rows(one.model, rows * one.model.adapters, one.model.tokens // own_tokens(members[0].train))
     return _with_steps(model, dataclasses.replace(one.gang, members=members), ranks)
 
 
@@ -136,8 +137,11 @@ def _num_validations(member: Member) -> int:
 def _validation(model: Counted, member: Member, ranks: int) -> Work:
     """The work of one pass over the validation rows of all tasks."""
     number = sum(one.number for one in member.validation)
-    mean = sum(one.number * one.mean for one in member.validation) / number
-    micro = sum(num_micro_batches(one.number, ranks, member.train.micro_batch_size) for one in member.validation)
+    mean, groups = (
+        sum(one.number * one.mean for one in member.validation) / number,
+        ranks // member.train.sequence_parallel,
+    )
+    micro = sum(num_micro_batches(one.number, groups, member.train.micro_batch_size) for one in member.validation)
     longest = max(int(one.tokens.max()) for one in member.validation)
     computed = number * (mean + longest) / 2 / ranks  # between no padding and all
     attention = sum(layer.per_pair * layer.pairs(round(mean)) for layer in model.attention) * number / ranks
@@ -185,6 +189,7 @@ def placed_on(run: Run, trained: Sequence[Trained], hardware: Hardware, placemen
         "gpu_hours": hours,
         "cost": None if hardware.price is None else hours * hardware.price,
         "packed_tasks": _at_once(trained[0], hardware, placement, is_saving),
+        "longest_row": _longest_row(trained, hardware, placement),
     }
 
 
@@ -317,6 +322,28 @@ def _memory(one: Trained, hardware: Hardware, placement: Placement, checkpointin
 
 def _most(hardware: Hardware, found: Sequence[dict[str, int]]) -> dict[str, int]:
     return max(found, key=lambda kinds: sum(kinds.values()))
+
+
+STEP = 256
+"""Tokens to which the longest row that fits is rounded."""
+
+
+def _longest_row(trained: Sequence[Trained], hardware: Hardware, placement: Placement) -> int:
+    """Tokens of the longest row that fits, one at a time and with activation checkpointing: what a token takes is what
+    it takes in rows of train.max_length."""
+
+    def total(one: Trained, rows: int) -> int:
+        model = with_rows(one.model, rows * one.model.adapters, one.model.tokens // own)
+        return sum(_memory(dataclasses.replace(one, model=model), hardware, placement, True).values())
+
+    found = []
+    for one in trained:
+        train = one.gang.members[0].train
+        own = own_tokens(train)
+        first, second = total(one, 1), total(one, 2)
+        rows = 1 + (hardware.room - first) / max(1, second - first)
+        found.append(int(rows * own * train.sequence_parallel))
+    return max(0, min(found) // STEP * STEP)
 
 
 def _at_once(one: Trained, hardware: Hardware, placement: Placement, checkpointing: bool) -> int:

@@ -21,6 +21,8 @@ from lori_dist.training.loss import is_chunked
 from lori_dist.training.model import blocks
 from lori_dist.training.model_files import check_causal, has_weights, loading, made_from, settings_of
 from lori_dist.training.quantized import QuantizedLinear, quantize_layers
+from lori_dist.training.sequence_parallel import check_ranks, own_tokens, undividable
+from lori_dist.training.sequences import Share
 from lori_dist.training.task import form_of
 from lori_dist.training.weights import attention_of, find_weights
 
@@ -59,7 +61,13 @@ def count(run: Run, *, ranks: int = 1, adapters: int = 1, start: Adapter | None 
     deltas = [layer.deltas[0] for layer in attached.values()]
     meets = {path: _share_of(path, layer.base, shares) for path, layer in attached.items()}
     entries, beside = (sum(counts) for counts in zip(*(delta.counted() for delta in deltas), strict=True))
-    rows, length = min(run.train.micro_batch_size, -(-run.train.batch_size // ranks)) * adapters, run.train.max_length
+    check_ranks(run.train, ranks)
+    if run.train.sequence_parallel > 1:
+        problems = undividable(model.config, run.train.sequence_parallel, run.train.max_length)
+        if problems:
+            raise ConfigError("\n".join(problems))
+    groups = ranks // run.train.sequence_parallel
+    rows, length = min(run.train.micro_batch_size, -(-run.train.batch_size // groups)) * adapters, own_tokens(run.train)
     of_blocks, other = _activations(run, of_spec, found, rows)
     dtype = getattr(torch, run.model.dtype)
     settings = model.config.get_text_config()
@@ -96,6 +104,7 @@ def count(run: Run, *, ranks: int = 1, adapters: int = 1, start: Adapter | None 
         kernel=run.model.attention or str(model.config._attn_implementation),
         key_values=_key_values(settings),
         adapters=adapters,
+        share=Share.of(run.model, model.config.model_type),
     )
 
 
@@ -248,11 +257,12 @@ def _saved(run: Run, of_spec: Spec, num_blocks: int, rows: int) -> tuple[list[in
     model = skeleton(run, num_blocks=num_blocks, quantized=False)
     attach(model, of_spec)
     _share_evenly(model)
-    length = run.train.max_length
+    length = own_tokens(run.train)
     is_eager = model.config._attn_implementation == "eager"
     # Rows that are padded or packed have a mask, of which each layer keeps a copy in the base's dtype. Without content
     # transformers cannot see where there is none to be made, and makes one.
-    has_mask = is_eager or ((rows > 1 or run.train.pack) and run.model.attention not in LINEAR)
+    is_masked = (rows > 1 or run.train.pack) and run.train.sequence_parallel == 1
+    has_mask = is_eager or (is_masked and run.model.attention not in LINEAR)
     kept: dict[int, tuple[int, int]] = {}
     running = [-1]  # outside of all blocks
 

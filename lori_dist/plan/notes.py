@@ -21,6 +21,7 @@ def of(
     """Yields the sentences."""
     yield from _of_gangs(run, ranks, trained)
     yield from _of_rows(run, trained, rows)
+    yield from _of_length(run, placed)
     yield from _of_training(run, hardware, placed)
     if not evaluation["fits"]:
         yield (
@@ -62,6 +63,22 @@ def _of_rows(run: Run, trained: Sequence[Trained], rows: Sequence[Lengths]) -> I
         )
     if any(one.is_rough for one in rows):
         yield "The number of rows of large files is estimated from their size."
+
+
+def _of_length(run: Run, placed: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    best = max(placed, key=lambda one: int(one["longest_row"]))
+    longest, length = best["longest_row"], run.train.max_length
+    if longest < length:
+        more = "" if run.train.sequence_parallel > 1 else ", or divide rows among ranks (train.sequence_parallel)"
+        yield (
+            f"Rows of train.max_length, {length:,} tokens, do not fit even one at a time and with activation "
+            f"checkpointing: {best['name']} has room for {longest:,}; use more devices{more}."
+        )
+    else:
+        yield (
+            f"Rows may have up to about {longest:,} tokens, one at a time and with activation checkpointing "
+            f"({best['name']})."
+        )
 
 
 def _of_training(run: Run, hardware: Hardware, placed: Sequence[Mapping[str, Any]]) -> Iterator[str]:

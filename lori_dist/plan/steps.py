@@ -23,6 +23,7 @@ from lori_dist.training.data import Example
 from lori_dist.training.flops import BACKWARD, Attention, of_attention
 from lori_dist.training.joint import balance_of, counts_in_batch, shares_of
 from lori_dist.training.phases import CALIBRATE, Phase, phases
+from lori_dist.training.sequences import Share, divide
 
 DRAWN = 2**18
 """Number of rows that are drawn to see what batches are like."""
@@ -239,10 +240,13 @@ def segments(gang: Gang, phase: str) -> Iterator[tuple[int, tuple[Member, ...]]]
 def work(model: Counted, members: Sequence[Member], phase: str, ranks: int) -> Work:
     """The work of a step in which these members train, from batches drawn at random as training draws them."""
     train = members[0].train
+    ranks //= train.sequence_parallel  # those of a group compute with the same rows
     generator = np.random.default_rng(0)
     batches = [_batch(member, phase) for member in members]
     num_micro = max(data.num_micro_batches(batch, ranks, train.micro_batch_size) for batch in batches)
-    most = max(1, (DRAWN_PACKED if train.pack else DRAWN) // len(members))
+    is_shared = (len(members) > 1 or len(members[0].streams) > 1) and train.sequence_parallel == 1
+    share = model.share if is_shared else Share.NO
+    most = max(1, (DRAWN_PACKED if train.pack or share is not Share.NO else DRAWN) // len(members))
     drawn_ranks = min(ranks, most)
     rows = min(train.micro_batch_size, math.ceil(max(batches) / ranks))
     drawn_rows = min(rows, max(1, most // drawn_ranks))
@@ -258,7 +262,7 @@ def work(model: Counted, members: Sequence[Member], phase: str, ranks: int) -> W
             _pieces(member.draw(batch if is_whole else size, generator), drawn_ranks, drawn_rows)
             for member, batch in zip(members, batches, strict=True)
         ]
-        found = _slowest(model, train, pieces)
+        found = _slowest(model, train, pieces, share)
         computed, attention = computed + found[0], attention + found[1]
         needed += of_attention(model.attention, (length for piece in pieces for length in piece[piece > 0].tolist()))
     scale = 1.0 if is_whole else sum(batches) / (size * len(members))
@@ -266,8 +270,8 @@ def work(model: Counted, members: Sequence[Member], phase: str, ranks: int) -> W
     return Work(
         micro_batches=num_micro,
         tokens=tokens,
-        computed=computed / draws * per_rank,
-        attention=attention / draws * per_rank,
+        computed=computed / draws * per_rank / train.sequence_parallel,
+        attention=attention / draws * per_rank / train.sequence_parallel,
         model_attention=needed / draws * scale,
     )
 
@@ -303,22 +307,23 @@ def _pieces(lengths: Tokens, ranks: int, rows: int) -> Tokens:
     return padded.reshape(num_micro, rows, ranks)  # a rank takes every ranks-th row
 
 
-def _slowest(model: Counted, train: Train, pieces: Sequence[Tokens]) -> tuple[float, float]:
-    """Tokens and operations of attention of the slowest rank, summed over micro-batches."""
+def _slowest(model: Counted, train: Train, pieces: Sequence[Tokens], share: Share) -> tuple[float, float]:
+    """Tokens and operations of attention of the slowest rank, summed over micro-batches. share: whether rows of the
+    tasks share sequences."""
     count = max(len(piece) for piece in pieces)
-    if train.pack:
-        shapes = [_packed(piece, train.max_length) for piece in pieces]
-        rows, width = shapes[0]
-        skips = np.zeros(rows.shape, dtype=bool)
+    places = [np.pad(piece, ((0, count - len(piece)), (0, 0), (0, 0))) for piece in pieces]
+    together = np.concatenate(places, axis=1)  # (micro-batches, rows, ranks)
+    num_rows = (together > 0).sum(1)
+    if train.pack or share is not Share.NO:
+        rows, width = _shapes(places, train.max_length, share)
+        skips = rows == num_rows
     else:
-        places = [np.pad(piece, ((0, count - len(piece)), (0, 0), (0, 0))) for piece in pieces]
-        together = np.concatenate(places, axis=1)
         most = np.max([(piece > 0).sum(1) for piece in places], axis=0)  # (micro-batches, ranks)
         rows, width = len(pieces) * np.maximum(1, most), np.maximum(2, together.max(1))
         is_even = (np.where(together > 0, together, width[:, None, :]) == width[:, None, :]).all(1)
-        skips = is_even & (rows == (together > 0).sum(1))
+        skips = is_even & (rows == num_rows)
     tokens = rows * width
-    if model.kernel in FLASH and not train.pack:  # these compute rows, not what fills them up
+    if model.kernel in FLASH and (share is Share.ONE or not train.pack):  # these compute rows, not what fills them up
         attention = _pairs(model, together, True).sum(1)
     else:
         may_skip = np.where(model.kernel in SKIPPING, True, skips & (model.kernel != "eager"))
@@ -329,15 +334,19 @@ def _slowest(model: Counted, train: Train, pieces: Sequence[Tokens]) -> tuple[fl
     return float(tokens[number, slowest].sum()), float(attention[number, slowest].sum())
 
 
-def _packed(piece: Tokens, length: int) -> tuple[Tokens, Tokens]:
-    """Sequences of each micro-batch and rank, and their tokens, as training packs rows."""
-    num_micro, _, ranks = piece.shape
+def _shapes(places: Sequence[Tokens], length: int, share: Share) -> tuple[Tokens, Tokens]:
+    """Sequences of each micro-batch and rank, and their tokens, as training makes them of rows that share some."""
+    num_micro, _, ranks = places[0].shape
     rows, width = np.ones((num_micro, ranks), dtype=np.int64), np.full((num_micro, ranks), 2, dtype=np.int64)
     for micro in range(num_micro):
         for rank in range(ranks):
-            found = [int(tokens) for tokens in piece[micro, :, rank] if tokens]
-            examples = [Example(prompt="", response="", prompt_ids=(0,) * one, response_ids=()) for one in found]
-            rows[micro, rank], width[micro, rank] = data.collate(examples, 0, length).input_ids.shape
+            lengths = [[int(tokens) for tokens in of_task[micro, :, rank] if tokens] for of_task in places]
+            if share is not Share.NO:
+                sequences, width[micro, rank] = divide([of_task or [1] for of_task in lengths], share, length)
+                rows[micro, rank] = len(sequences)
+            elif found := [tokens for of_task in lengths for tokens in of_task]:
+                examples = [Example(prompt="", response="", prompt_ids=(0,) * one, response_ids=()) for one in found]
+                rows[micro, rank], width[micro, rank] = data.collate(examples, 0, length).input_ids.shape
     return rows, width
 
 

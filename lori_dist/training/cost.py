@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lori_dist.training.flops import Attention
+from lori_dist.training.sequences import Share
 
 Kind = Literal["gather", "reduce", "all_reduce", "copy"]
 Owner = Literal["base", "adapter"]
@@ -85,6 +86,8 @@ class Counted:
     adapters: int = 1
     """Adapters that are trained over the base at once; entries, kept and whole are those of each, all else is for
     all."""
+    share: Share = Share.NO
+    """Whether rows of several tasks share sequences."""
     before: int = 0
     """Entries of earlier tasks, which do not change."""
     classes: Mapping[str, Sizes] = field(default_factory=dict)

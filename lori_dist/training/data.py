@@ -1,5 +1,6 @@
 """Rows of text as batches of tokens: which rows a step takes is a function of the seed and the step alone."""
 
+import dataclasses
 import datetime
 import functools
 import logging
@@ -12,12 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from lori_dist import config, rows
 from lori_dist.errors import ConfigError
 from lori_dist.training import tokens
 from lori_dist.training.device import put
+from lori_dist.training.sequences import Share, divide
 
 IGNORED = -100
 """Label of a token that is not a target."""
@@ -37,6 +40,8 @@ Row = TypeVar("Row")
 Segments = tuple[str, ...]
 """A row's text in pieces that are read and learned by turns: (prompt, response), or more where a chat has several
 answers that are learned."""
+Spans = tuple[tuple[int, int], ...]
+"""(task, tokens that follow each other): whose the tokens of a batch are, in its order."""
 
 log = logging.getLogger(__name__)
 
@@ -79,19 +84,31 @@ class Batch:
     input_ids: Tensor  # (rows, length), int64
     attention_mask: Tensor  # (rows, length), int64, 0 on padding
     labels: Tensor  # (rows, length), int64, IGNORED outside the response
-    tasks: tuple[int, ...] | None = None
-    """Number of each row's task, ascending, from 0, if several tasks are trained together."""
+    tasks: Spans | None = None
+    """(task, tokens that follow each other), row by row, if several tasks are trained together. Tasks are numbered from
+    0 and ascend."""
     weights: Tensor | None = None  # (tasks,): what a target of each counts in the loss
-    position_ids: Tensor | None = None  # (rows, length), of packed rows: each row's own, from 0
+    position_ids: Tensor | None = None  # (rows, length), where rows share sequences or are divided: each row's own
+    following: Tensor | None = None  # (rows, length), of rows that are divided: the label after each token
+
+    def next_labels(self) -> Tensor:
+        """The label of the token after each one, (rows, length): what the model predicts there."""
+        if self.following is not None:
+            return self.following
+        return functional.pad(self.labels[:, 1:], (0, 1), value=IGNORED)
 
     def to(self, device: torch.device | str) -> "Batch":
+        def there(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else put(tensor, device)
+
         return Batch(
             input_ids=put(self.input_ids, device),
             attention_mask=put(self.attention_mask, device),
             labels=put(self.labels, device),
             tasks=self.tasks,
-            weights=None if self.weights is None else put(self.weights, device),
-            position_ids=None if self.position_ids is None else put(self.position_ids, device),
+            weights=there(self.weights),
+            position_ids=there(self.position_ids),
+            following=there(self.following),
         )
 
 
@@ -327,41 +344,70 @@ def collate(examples: Sequence[Example], pad_id: int, pack: int | None = None) -
     )
 
 
-def side_by_side(batches: Mapping[int, Batch | None], weights: Tensor, pad_id: int) -> Batch:
-    """Batches of several tasks in one, one task after the other, with as many rows of each: what lacks is padding.
+def together(
+    rows: Mapping[int, Sequence[Example]], weights: Tensor, pad_id: int, share: Share, max_length: int
+) -> Batch:
+    """Rows of several tasks in one batch, task by task.
 
-    batches: task, ascending, from 0 -> its batch; None: it has no rows. weights: (tasks,), of a target of each.
+    rows: task, ascending, from 0 -> its rows, of at most max_length tokens; of a task without any, the batch has a
+    token of padding, so that all ranks compute with the same adapters. weights: (tasks,), what a target of each counts
+    in the loss. share: whether rows share sequences; else they are padded to the longest.
     """
-    found = [batch for batch in batches.values() if batch is not None]
-    rows, width = max(len(one.input_ids) for one in found), max(one.input_ids.shape[1] for one in found)
-    is_packed = any(one.position_ids is not None for one in found)
+    nothing = Example(prompt="", response="", prompt_ids=(pad_id,), response_ids=())
+    filled = {task: of_task or [nothing] for task, of_task in rows.items()}
+    if share is not Share.NO:
+        return _ragged(filled, weights, pad_id, share, max_length)
+    batch = collate([example for of_task in filled.values() for example in of_task], pad_id)
+    width = batch.input_ids.shape[1]
+    tasks = tuple((task, len(of_task) * width) for task, of_task in filled.items())
+    return dataclasses.replace(batch, tasks=tasks, weights=weights)
 
-    def wide(tensor: Tensor | None, fill: int) -> Tensor:
-        made = torch.full((rows, width), fill, dtype=torch.int64)
-        if tensor is not None:
-            made[: tensor.shape[0], : tensor.shape[1]] = tensor
-        return made
 
-    masks, positions = [], []
-    for batch in batches.values():
-        mask = wide(None if batch is None else batch.attention_mask, 0)
-        mask[mask[:, 0] == 0, 0] = 1  # attention over nothing is not a number
-        masks.append(mask)
-        place = torch.arange(width).repeat(rows, 1)  # padding is a row of its own
-        if batch is not None and batch.position_ids is not None:
-            count, own = batch.position_ids.shape
-            place[:count, :own], place[:count, own:] = batch.position_ids, torch.arange(width - own)
-        positions.append(place)
-    inputs = [wide(None if batch is None else batch.input_ids, pad_id) for batch in batches.values()]
-    labels = [wide(None if batch is None else batch.labels, IGNORED) for batch in batches.values()]
+def _ragged(
+    rows: Mapping[int, Sequence[Example]], weights: Tensor, pad_id: int, share: Share, max_length: int
+) -> Batch:
+    """Rows one after the other in sequences of equal length, each with positions from 0 on, so that none is padded to
+    the length of another one.
+
+    From the positions transformers makes an attention mask in blocks: no row sees another one.
+    """
+    lengths = [[example.num_tokens for example in of_task] for of_task in rows.values()]
+    sequences, width = divide(lengths, share, max_length)
+    shape, numbers = (len(sequences), width), list(rows)
+    input_ids, labels = np.full(shape, pad_id, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64)
+    position_ids = np.zeros(shape, dtype=np.int64)
+    spans: list[tuple[int, int]] = []
+    for place, sequence in enumerate(sequences):
+        end = 0
+        for number, row in sequence:
+            example = rows[numbers[number]][row]
+            end = _write(example, end, input_ids[place], labels[place], position_ids[place])
+            spans.append((numbers[number], example.num_tokens))
+        position_ids[place, end:] = np.arange(width - end)  # padding is a row of its own
+        spans.append((spans[-1][0], width - end))
     return Batch(
-        input_ids=torch.cat(inputs),
-        attention_mask=torch.cat(masks),
-        labels=torch.cat(labels),
-        tasks=tuple(task for task in batches for _ in range(rows)),
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.ones(shape, dtype=torch.int64),
+        labels=torch.from_numpy(labels),
+        tasks=tuple(span for span in spans if span[1]),
         weights=weights,
-        position_ids=torch.cat(positions) if is_packed else None,
+        position_ids=torch.from_numpy(position_ids),
     )
+
+
+def _write(
+    example: Example,
+    start: int,
+    input_ids: npt.NDArray[np.int64],
+    labels: npt.NDArray[np.int64],
+    position_ids: npt.NDArray[np.int64],
+) -> int:
+    """Writes a row into a sequence, from `start` on. Returns its end."""
+    end = start + example.num_tokens
+    input_ids[start:end] = example.prompt_ids + example.response_ids
+    labels[start + len(example.prompt_ids) : end] = example.labels()
+    position_ids[start:end] = np.arange(end - start)
+    return end
 
 
 def packed(examples: Sequence[Example], pad_id: int, length: int) -> Batch:
@@ -387,11 +433,7 @@ def packed(examples: Sequence[Example], pad_id: int, length: int) -> Batch:
     for row, sequence in enumerate(sequences):
         start = 0
         for example in sequence:
-            end = start + example.num_tokens
-            input_ids[row, start:end] = example.prompt_ids + example.response_ids
-            labels[row, start + len(example.prompt_ids) : end] = example.labels()
-            position_ids[row, start:end] = np.arange(end - start)
-            start = end
+            start = _write(example, start, input_ids[row], labels[row], position_ids[row])
         position_ids[row, start:] = np.arange(width - start)
     return Batch(
         input_ids=torch.from_numpy(input_ids),

@@ -1,14 +1,14 @@
 """Rows of several tasks in one batch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from lori_dist.training import data
 from lori_dist.training.data import Batch, Example
+from lori_dist.training.sequences import Share
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,39 +104,22 @@ def batches(
     weights: Sequence[float],
     pieces: Sequence[Sequence[tuple[int, int]]],
     pad_id: int,
-    pack: int | None = None,
+    share: Share,
+    max_length: int,
 ) -> list[Batch]:
     """A rank's micro-batches, with weights that make the sum over their losses that over tasks of weight * mean loss.
 
-    rows: of the global batch, as `rows_of_step` gives them; pieces: of these, the rank's. pack: rows of a task share
-    sequences of at most so many tokens.
+    rows: of the global batch, as `rows_of_step` gives them; pieces: of these, the rank's. share: whether rows share
+    sequences, of at most max_length tokens.
     """
     counts = [0] * len(weights)
     for task, row in rows:
         counts[task] += examples[task][row].num_targets
-    of_tasks = torch.tensor([weight / count for weight, count in zip(weights, counts, strict=True)])
-    if pack is not None:
-        return [_packed(piece, examples, of_tasks, pad_id, pack) for piece in pieces]
-    return [
-        replace(
-            data.collate([examples[task][row] for task, row in piece], pad_id),
-            tasks=tuple(task for task, _ in piece) or (0,),  # no rows give one of padding
-            weights=of_tasks,
-        )
-        for piece in pieces
-    ]
-
-
-def _packed(
-    piece: Sequence[tuple[int, int]],
-    examples: Sequence[Sequence[Example]],
-    weights: Tensor,
-    pad_id: int,
-    length: int,
-) -> Batch:
-    """A micro-batch each of whose sequences has rows of one task."""
-    of_tasks: dict[int, list[Example]] = {} if piece else {0: []}
-    for task, row in piece:
-        of_tasks.setdefault(task, []).append(examples[task][row])
-    found = {task: data.collate(of_task, pad_id, length) for task, of_task in of_tasks.items()}
-    return data.side_by_side(found, weights, pad_id)
+    of_targets = torch.tensor([weight / count for weight, count in zip(weights, counts, strict=True)])
+    found = []
+    for piece in pieces:
+        of_tasks: dict[int, list[Example]] = {} if piece else {0: []}
+        for task, row in piece:
+            of_tasks.setdefault(task, []).append(examples[task][row])
+        found.append(data.together(of_tasks, of_targets, pad_id, share, max_length))
+    return found

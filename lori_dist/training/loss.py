@@ -25,7 +25,7 @@ CHUNK = 2**24
 
 def num_targets(batch: Batch) -> int:
     """Labels that `loss_sum` sums over. The first token of a row is never one: nothing predicts it."""
-    return int((batch.labels[:, 1:] != IGNORED).sum())
+    return int((batch.next_labels() != IGNORED).sum())
 
 
 def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
@@ -42,9 +42,11 @@ def task_loss_sums(model: nn.Module, batch: Batch) -> Tensor:
     if batch.tasks is None or batch.weights is None:
         return loss_sum(model, batch).view(1)
     if (routing := routing_of(model)) is not None:
-        routing.begin(batch.tasks, batch.input_ids.shape[1])  # which the backward pass may need again
+        routing.begin_tokens(batch.tasks)  # which the backward pass may need again
     losses = _losses(model, batch)
-    tasks = torch.tensor(batch.tasks, device=losses.device)[_rows(batch)]
+    numbers, counts = (torch.tensor(of_spans, device=losses.device) for of_spans in zip(*batch.tasks, strict=True))
+    of_tokens = numbers.repeat_interleave(counts).view(batch.labels.shape)
+    tasks = of_tokens[batch.next_labels() != IGNORED]
     return losses.new_zeros(len(batch.weights)).index_add_(0, tasks, losses) * batch.weights
 
 
@@ -72,7 +74,7 @@ def logits_bytes(num_targets: int, vocabulary: int, hidden_bytes: int, *, chunke
 
 def _rows(batch: Batch) -> Tensor:
     """Row of each target, in the order of `_losses`."""
-    return (batch.labels[:, 1:] != IGNORED).nonzero()[:, 0]
+    return (batch.next_labels() != IGNORED).nonzero()[:, 0]
 
 
 def _losses(model: nn.Module, batch: Batch) -> Tensor:
@@ -82,9 +84,9 @@ def _losses(model: nn.Module, batch: Batch) -> Tensor:
     inputs |= (
         {"attention_mask": batch.attention_mask} if batch.position_ids is None else {"position_ids": batch.position_ids}
     )
-    is_target = batch.labels[:, 1:] != IGNORED
-    targets = batch.labels[:, 1:][is_target]
-    predicts = functional.pad(is_target, (0, 1))  # (rows, length): tokens before a target
+    following = batch.next_labels()
+    predicts = following != IGNORED  # (rows, length): tokens before a target
+    targets = following[predicts]
     if (head := _frozen_head(model)) is not None:
         return _head_losses(model, inputs, head, predicts, targets)
     if _known(model).keeps_logits and not (batch.tasks is not None and _head_has_tasks(model)):

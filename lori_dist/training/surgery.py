@@ -70,7 +70,7 @@ class Surgery:
     def begin(self, batch: Batch) -> None:
         """A batch is to run."""
         assert batch.tasks is not None
-        self.per_task.begin(batch.tasks, batch.input_ids.shape[1])
+        self.per_task.begin(batch.tasks)
 
     @torch.no_grad()
     def gradient(self, parts: Mapping[str, Part], step: int, losses: Sequence[Tensor]) -> dict[str, Tensor]:

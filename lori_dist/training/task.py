@@ -36,6 +36,8 @@ from lori_dist.training.model import check_base, check_device, load_tokenizer
 from lori_dist.training.phases import CALIBRATE, TRAIN, Phase, phases
 from lori_dist.training.preemption import StopRequest, nothing
 from lori_dist.training.schedule import learning_rate
+from lori_dist.training.sequence_parallel import Group
+from lori_dist.training.sequences import Share
 from lori_dist.training.surgery import layers_of
 from lori_dist.training.trackers import forget
 from lori_dist.training.validation import Best
@@ -375,13 +377,16 @@ class Course:
         """(task, row) of the next step, over all ranks."""
         return rows_of_step(self.job, self.phase, self.end.step)
 
-    def batches(self, rows: Sequence[tuple[int, int]]) -> list[Batch]:
-        """This rank's micro-batches of a step."""
-        job, train, world = self.job, self.job.run.train, self.job.world
-        pieces = data.micro_batches(rows, world.rank, world.size, train.micro_batch_size)
-        length = train.max_length if train.pack else None
+    def pieces(self, rows: Sequence[tuple[int, int]], group: Group) -> list[list[tuple[int, int]]]:
+        """The rows of the micro-batches of a step of this rank's group."""
+        return data.micro_batches(rows, group.world_rank, group.world_size, self.job.run.train.micro_batch_size)
+
+    def batches(self, rows: Sequence[tuple[int, int]], share: Share, group: Group) -> list[Batch]:
+        """The micro-batches of a step of this rank's group. share: whether rows of several tasks share sequences."""
+        job, train, pieces = self.job, self.job.run.train, self.pieces(rows, group)
         if job.joint is not None:
-            return joint_batches(rows, job.examples, job.joint.weights, pieces, job.pad_id, length)
+            return joint_batches(rows, job.examples, job.joint.weights, pieces, job.pad_id, share, train.max_length)
+        length = train.max_length if train.pack else None
         return [data.collate([job.examples[0][row] for _, row in piece], job.pad_id, length) for piece in pieces]
 
     def seed(self) -> None:

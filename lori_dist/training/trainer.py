@@ -27,7 +27,7 @@ from lori_dist.adapter.formed import TaskAdapter, extract_formed, of_task, penal
 from lori_dist.adapter.routing import Routing, adapter_of, module_of, name_of
 from lori_dist.errors import ConfigError, JobError, LoriError
 from lori_dist.formats import forms, native
-from lori_dist.training import checkpoint, conflicts, data, flops, validation
+from lori_dist.training import checkpoint, conflicts, data, flops, sequence_parallel, validation
 from lori_dist.training.compilation import compile_blocks
 from lori_dist.training.data import Batch
 from lori_dist.training.determinism import set_deterministic
@@ -49,6 +49,7 @@ from lori_dist.training.metrics import METRICS, Record
 from lori_dist.training.model import check, identity
 from lori_dist.training.phases import TRAIN, Phase
 from lori_dist.training.preemption import Notice, of_any, preempted
+from lori_dist.training.sequences import Share
 from lori_dist.training.surgery import Surgery, surgery
 from lori_dist.training.task import (
     ADAPTER,
@@ -90,7 +91,7 @@ class Gradients:
 
     def begin(self, batch: Batch) -> None:
         assert batch.tasks is not None
-        self.routing.begin(batch.tasks, batch.input_ids.shape[1])
+        self.routing.begin_tokens(batch.tasks)
 
     @torch.no_grad()
     def gradient(self, parts: Mapping[str, Part], step: int, losses: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -144,6 +145,10 @@ class Group:
     gradients: Surgery | Gradients | None
     """Makes the gradient of a step, if it is not the sum over the rows."""
     mfu: flops.Utilisation
+    share: Share
+    """Whether rows of several tasks share sequences."""
+    ranks: sequence_parallel.Group
+    """The ranks that divide rows among them."""
 
     @classmethod
     def build(cls, jobs: Mapping[str, Job], phases: Mapping[str, Phase], masks: Mapping[str, Masks]) -> "Group":
@@ -184,6 +189,8 @@ class Group:
         else:
             gradients = Gradients(routing=routing, world=world, max_norm=run.train.clip)
             train, state = dataclasses.replace(run.train, clip=None), _joined(states)
+        ranks = sequence_parallel.join(run.train, world)
+        sequence_parallel.divide_attention(model, ranks, run.train.max_length)
         if run.train.compile:
             compile_blocks(model)
         engine: Engine = method.load()(model, weights, train, world, state=state, **options)
@@ -195,7 +202,16 @@ class Group:
                 adapter = ALONE if routing is None else task
                 own = {module_of(name): found for name, found in checksums.items() if adapter_of(name) == adapter}
                 refuse_other_projections(job.start.blocks[0], own)
-        return cls(courses=courses, model=model, engine=engine, routing=routing, gradients=gradients, mfu=mfu)
+        return cls(
+            courses=courses,
+            model=model,
+            engine=engine,
+            routing=routing,
+            gradients=gradients,
+            mfu=mfu,
+            share=Share.NO if routing is None and first.joint is None else _share(first, model),
+            ranks=ranks,
+        )
 
     def run(self) -> dict[str, LoriError]:
         """Does the steps that are left, each task to its last one or until it ends early with its best values. Returns
@@ -310,23 +326,36 @@ class Group:
 
     def _batches(self, rows: Mapping[str, Sequence[tuple[int, int]]]) -> tuple[list[Batch], int]:
         """This rank's micro-batches of a step, and the number of targets, which is 1 where batches have weights."""
+        found, num_targets = self._of_group(rows)
+        pad_id = next(iter(self.courses.values())).job.pad_id
+        return [self.ranks.part(batch, pad_id) for batch in found], num_targets
+
+    def _of_group(self, rows: Mapping[str, Sequence[tuple[int, int]]]) -> tuple[list[Batch], int]:
+        """As `_batches`, of all ranks that divide rows among them."""
         courses = {task: self.courses[task] for task in rows}
         counts = {
             task: sum(course.job.examples[which][row].num_targets for which, row in rows[task])
             for task, course in courses.items()
         }
-        batches = {task: course.batches(rows[task]) for task, course in courses.items()}
         if self.routing is None:
             [(task, course)] = courses.items()
-            return batches[task], counts[task] if course.job.joint is None else 1  # of all ranks, and nothing is sent
+            found = course.batches(rows[task], self.share, self.ranks)
+            return found, counts[task] if course.job.joint is None else 1  # of all ranks, and nothing is sent
         numbers = {task: number for number, task in enumerate(self.courses)}
         weights = torch.tensor([1.0 / counts[task] if task in counts else 0.0 for task in self.courses])
-        pad_id = next(iter(courses.values())).job.pad_id
-        most = max(map(len, batches.values()))
+        first, max_length = (
+            next(iter(courses.values())).job,
+            max(one.job.run.train.max_length for one in courses.values()),
+        )
+        pieces = {task: course.pieces(rows[task], self.ranks) for task, course in courses.items()}
         together = []
-        for place in range(most):
-            now = {numbers[task]: of_task[place] if place < len(of_task) else None for task, of_task in batches.items()}
-            together.append(data.side_by_side(now, weights, pad_id))
+        for place in range(max(map(len, pieces.values()))):
+            now = {
+                numbers[task]: [courses[task].job.examples[which][row] for which, row in piece]
+                for task, of_task in pieces.items()
+                for piece in (of_task[place] if place < len(of_task) else [],)
+            }
+            together.append(data.together(now, weights, first.pad_id, self.share, max_length))
         return together, 1
 
     def _results(self, result: StepResult, active: Sequence[str]) -> dict[str, StepResult]:
@@ -400,7 +429,11 @@ class Group:
         for number, examples in enumerate(job.validation):
             if own is not None:
                 own.only(own.names[number])
-            losses.append(validation.measure(self.engine, examples, job.world, batch_size=rows, pad_id=job.pad_id))
+            losses.append(
+                validation.measure(
+                    self.engine, examples, job.world, batch_size=rows, pad_id=job.pad_id, ranks=self.ranks
+                )
+            )
         return sum(losses) / len(losses)
 
     # --- states ------------------------------------------------------------------------------------------------------
@@ -532,6 +565,21 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
             for name, value in vars(module).items():
                 if "drop" in name and isinstance(value, float):
                     setattr(module, name, 0.0)
+
+
+def _share(job: Job, model: PreTrainedModel) -> Share:
+    """Whether rows of several tasks share sequences, which is said where they do not."""
+    if job.run.train.sequence_parallel > 1:  # which divides rows, and each is a sequence
+        return Share.NO
+    share = Share.of(job.run.model, model.config.model_type)
+    if share is Share.NO and job.world.rank == 0:
+        log.info(
+            "%s: rows of several tasks are padded to the longest of a batch, as %s is not known to keep rows apart "
+            "that share a sequence",
+            job.name,
+            model.config.model_type,
+        )
+    return share
 
 
 def _surgery(job: Job, model: PreTrainedModel) -> Surgery | None:

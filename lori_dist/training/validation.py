@@ -13,6 +13,7 @@ from lori_dist.training.data import Example
 from lori_dist.training.engine import Engine
 from lori_dist.training.loss import loss_sum
 from lori_dist.training.metrics import Record
+from lori_dist.training.sequence_parallel import Group
 from lori_dist.training.world import World
 
 LOSS = "validation_loss"
@@ -56,12 +57,17 @@ def best(records: Iterable[Record]) -> Best:
 
 
 @torch.no_grad()
-def measure(engine: Engine, examples: Sequence[Example], world: World, *, batch_size: int, pad_id: int) -> float:
-    """Mean over the target tokens of all rows, in nats. A collective; batch_size: rows that a rank runs at once."""
+def measure(
+    engine: Engine, examples: Sequence[Example], world: World, *, batch_size: int, pad_id: int, ranks: Group
+) -> float:
+    """Mean over the target tokens of all rows, in nats. A collective; batch_size: rows that a rank runs at once.
+
+    ranks: those that divide rows among them.
+    """
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for piece in data.micro_batches(range(len(examples)), world.rank, world.size, batch_size):
-        batch = data.collate([examples[row] for row in piece], pad_id).to(world.device)
-        total += loss_sum(engine.model, batch)
+    for piece in data.micro_batches(range(len(examples)), ranks.world_rank, ranks.world_size, batch_size):
+        batch = ranks.part(data.collate([examples[row] for row in piece], pad_id), pad_id)
+        total += loss_sum(engine.model, batch.to(world.device))
     if world.size > 1:
         dist.all_reduce(total)
     return float(total) / sum(example.num_targets for example in examples)

@@ -73,7 +73,7 @@ def by_one_pass(model: nn.Module) -> dict[str, Tensor]:
     per_task = separate_tasks(model, 3)
     for rows, tasks in batches():
         batch = collate(rows, 0)
-        per_task.begin(tasks, batch.input_ids.shape[1])
+        per_task.begin([(task, batch.input_ids.shape[1]) for task in tasks])
         loss(model, batch).backward()
     assert all(parameter.grad is None for parameter in model.parameters())
     return per_task.sums
@@ -127,7 +127,7 @@ def test_experts_that_see_tokens_of_all_tasks_give_the_same(kind: str) -> None:
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=9).map(sorted), st.integers(1, 7))
 def test_segments_are_the_tokens_of_each_task(tasks: list[int], length: int) -> None:
     per_task = PerTask(num_tasks=5)
-    per_task.begin(tasks, length)
+    per_task.begin([(task, length) for task in tasks])
     of_tokens = [task for task in tasks for _ in range(length)]
     found = per_task.of("layer", len(of_tokens))
     assert [task for task, _ in found] == sorted(set(tasks))
@@ -138,13 +138,13 @@ def test_segments_are_the_tokens_of_each_task(tasks: list[int], length: int) -> 
 
 def test_rows_of_a_task_must_follow_each_other() -> None:
     with pytest.raises(AdapterError, match="must follow each other"):
-        PerTask(num_tasks=2).begin([0, 1, 0], 3)
+        PerTask(num_tasks=2).begin([(0, 3), (1, 3), (0, 3)])
 
 
 def test_a_layer_that_sees_some_of_the_tokens_is_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 3))
     attach(model, Spec(rank=2, alpha=2.0, seed=0))
     per_task = separate_tasks(model, 2)
-    per_task.begin([0, 1], 4)
+    per_task.begin([(0, 4), (1, 4)])
     with pytest.raises(AdapterError, match=r"^0: sees 5 of the batch's 8 tokens.*adapter\.targets"):
         model(torch.zeros(5, 3))

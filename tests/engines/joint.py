@@ -174,6 +174,9 @@ def do(engine: Engine, tasks: Surgery | None, world: World, steps: Iterable[int]
         for piece in micro_batches(range(len(chosen)), world.rank, world.size, 2):
             mine = [chosen[row] for row in piece]
             batch = batch_of(mine)
-            batches.append(replace(batch, tasks=tuple(task for _, task in mine) or (0,), weights=weights))
+            width = batch.input_ids.shape[1]
+            batches.append(
+                replace(batch, tasks=tuple((task, width) for _, task in mine) or ((0, width),), weights=weights)
+            )
         results.append(engine.step(batches, num_targets=1, lr=RATES[step], tasks=tasks))
     return results

@@ -109,9 +109,11 @@ def batch_of(chosen: Sequence[tuple[int, int]], counts: Sequence[int] | None = N
         for row, task in chosen
     ]
     weights = None if counts is None else [w / max(1, count) for w, count in zip(WEIGHTS, counts, strict=True)]
+    batch = collate(made, PAD)
+    width = batch.input_ids.shape[1]
     return replace(
-        collate(made, PAD),
-        tasks=tuple(task for _, task in chosen) or (0,),
+        batch,
+        tasks=tuple((task, width) for _, task in chosen) or ((0, width),),
         weights=None if weights is None else torch.tensor(weights),
     )
 

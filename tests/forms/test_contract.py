@@ -278,7 +278,7 @@ def test_gradients_of_tasks_from_one_pass_are_those_of_a_pass_for_each(case: Cas
             parameter.grad = None
     gradients = separate_tasks(model, len(TASKS))
     batch = batch_of(rows_of_step(0), counts_of(0))
-    gradients.begin(batch.tasks, batch.input_ids.shape[1])
+    gradients.begin(batch.tasks)
     backward(model, 0)
     assert all(parameter.grad is None for parameter in trained(model).values())
     assert gradients.sums.keys() == wanted.keys()

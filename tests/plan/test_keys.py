@@ -56,6 +56,7 @@ MATTERS: dict[str, list[str]] = {
     "train.micro_batch_size": ["train.micro_batch_size=1"],
     "train.max_length": ["train.max_length=64"],
     "train.pack": ["train.pack=true"],
+    "train.sequence_parallel": ["train.sequence_parallel=2"],
     "train.activation_checkpointing": ["train.activation_checkpointing=true"],
     "train.compile": ["train.compile=true"],
     "train.deterministic": ["train.deterministic=true"],

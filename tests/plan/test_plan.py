@@ -209,7 +209,8 @@ def test_tasks_over_one_base_are_one_gang() -> None:
         for kind in ("projections", "values", "moments", "activations"):
             assert both["memory"][kind] == pytest.approx(2 * one["memory"][kind], rel=0.02)
         assert both["memory"]["base"] == one["memory"]["base"]
-        assert both["step"]["compute"] > 1.9 * one["step"]["compute"]
+        # The rows of one task alone are padded to the longest, those of both share sequences.
+        assert 1.5 * one["step"]["compute"] < both["step"]["compute"] < 2.0 * one["step"]["compute"]
         base, again = one["traffic"]["base"]["inside"], both["traffic"]["base"]["inside"]
         assert again == base  # gathered once for both
         assert both["gpu_hours"] < 1.1 * one["gpu_hours"]

@@ -22,6 +22,10 @@ ROWS = [("ab", "x"), ("a longer prompt: ", "and an answer"), ("", "yes"), ("q?",
 models = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
 
 
+SPANS = tuple((row // 2, max(one.num_tokens for one in encode(ROWS, tiny_tokenizer(), 32))) for row in range(4))
+"""Two rows of each of two tasks."""
+
+
 def examples() -> list[Example]:
     return encode(ROWS, tiny_tokenizer(), 32)
 
@@ -187,7 +191,7 @@ def test_logits_of_targets_alone_give_the_losses_and_gradients_of_all(
     monkeypatch.setattr(loss, "CHUNK", 64 * 5)  # of five targets, so that the last chunk is smaller
     found, wanted = frozen(kind), frozen(kind)
     assert is_chunked(found) == HEADS.get(kind, ({}, False))[1]
-    batch = dataclasses.replace(collate(examples(), 0), tasks=(0, 0, 1, 1), weights=torch.tensor([0.7, 2.0]))
+    batch = dataclasses.replace(collate(examples(), 0), tasks=SPANS, weights=torch.tensor([0.7, 2.0]))
     seen: list[int] = []
     head = found.get_output_embeddings()
     head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[0]))
