@@ -229,7 +229,7 @@ def test_updates_of_tasks_are_merged_from_one_training(tree: dict[str, Any]) -> 
             "multitask.balance: got ortho, and the penalty of adapter.form thanora is no",
         ),
         ({"adapter": {"form": "thanora", "rank": 2}}, "adapter.rank: got 2 for 3 tasks, of which thanora gives each a"),
-        ({"merges": {"joint": "ties"}}, "merges.joint: is the name of the adapter that is trained"),
+        ({"merges": {"joint": {"method": "ties"}}}, "merges.joint: is the name of the adapter that is trained"),
         (
             {"merges": {"all": {"method": "ties", "search": {}}}},
             "merges.all.search: cannot be combined with adapter.form",
