@@ -1,6 +1,6 @@
 """Methods, adapters and figures as text for a terminal."""
 
-import math
+import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -40,18 +40,19 @@ def _methods(folder: str, role: str) -> Iterator[str]:
 def adapter_file(path: Path) -> str:
     """An adapter file or folder: its size and header, its blocks, and the density of B by layer and projection.
 
-    Raises AdapterError if it is damaged or no adapter.
+    A tensor at a time is in memory. Raises AdapterError if it is damaged or not an adapter.
     """
     from lori_dist import formats
     from lori_dist.formats import native
 
     if formats.is_form(path):
         return _form_file(path)
-    adapter = formats.load(path)
-    if path.is_dir() or not path.is_file():
+    adapter = formats.open_lazy(path)
+    held = _held(adapter)
+    if not path.is_file():
         header: Mapping[str, Any] = {"targets": adapter.targets, "base": adapter.base}
-        sizes: tuple[int, ...] = (_held(adapter),)
-        num_bytes = sum(item.stat().st_size for item in path.glob("*.safetensors")) or _held(adapter)
+        sizes: tuple[int, ...] = (held,)
+        num_bytes = sum(item.stat().st_size for item in path.glob("*.safetensors")) or held
     else:
         header, sizes, num_bytes = native.header(path), native.block_bytes(path), path.stat().st_size
     lines = [f"{path}: {size(adapter.kept, adapter.total)}, {num_bytes:,} bytes"]
@@ -72,8 +73,8 @@ def _form_file(path: Path) -> str:
     options = ", ".join(f"{name} {value}" for name, value in adapter.form.options.items())
     lines = [
         f"{path}: keeps {kept} of {total} entries that are trained, {path.stat().st_size:,} bytes",
-        f"  form: {_printable(adapter.form.name)}{f' ({_printable(options)})' if options else ''}",
-        f"  tasks: {_printable(', '.join(adapter.form.tasks))}",
+        f"  form: {printable(adapter.form.name)}{f' ({printable(options)})' if options else ''}",
+        f"  tasks: {printable(', '.join(adapter.form.tasks))}",
         f"  rank: {adapter.rank}, alpha: {adapter.alpha:g}, A: {'trained' if adapter.trains_a else 'frozen'}",
         f"  base: {_value_text(dict(adapter.base))}",
         f"  modules: {len(adapter.shapes)}",
@@ -101,10 +102,16 @@ def _form_file(path: Path) -> str:
 
 
 def _held(adapter: "Adapter") -> int:
-    """Bytes of A and of the kept values of B in memory."""
-    values = sum(entries.values.nbytes for block in adapter.blocks for entries in block.entries.values())
-    stored = [(block.dtype, math.prod(a.shape)) for block in adapter.blocks for a in block.projections.values()]
-    return values + sum(dtype.itemsize * numel for dtype, numel in stored)
+    """Bytes of A and of the kept values of B in memory. Each tensor is read, which says whether it is damaged."""
+    from lori_dist.adapter.adapter import in_memory
+
+    found = 0
+    for block in adapter.blocks:
+        found += sum(copy.copy(entries).values.nbytes for entries in block.entries.values())  # a copy keeps nothing
+        found += sum(in_memory(a).nbytes for a in block.projections.values())
+    for tensor in adapter.saved.values():
+        in_memory(tensor)
+    return found
 
 
 def size(kept: int, total: int) -> str:
@@ -114,13 +121,8 @@ def size(kept: int, total: int) -> str:
 
 def _value_text(value: Any) -> str:
     if isinstance(value, dict):
-        return _printable(", ".join(f"{key} {item}" for key, item in value.items())) or "unknown"
-    return _printable(", ".join(value) if isinstance(value, list | tuple) else str(value))
-
-
-def _printable(text: str) -> str:
-    """A file's own text must not be able to move the cursor."""
-    return text if text.isprintable() else ascii(text)
+        return printable(", ".join(f"{key} {item}" for key, item in value.items())) or "unknown"
+    return printable(", ".join(value) if isinstance(value, list | tuple) else str(value))
 
 
 BLOCK_TITLES = ("block", "seed", "rank", "alpha", "weight", "dtype of A", "kept", "of", "density", "bytes", "form")
@@ -131,7 +133,8 @@ def _form(adapter: "Adapter", number: int) -> str:
     block = adapter.blocks[number]
     if block.seed is None:
         return "A and B stored"
-    is_dense = bool(block.entries) and all(entries.index is None for entries in block.entries.values())
+    full = {module: out_features * block.rank for module, (out_features, _) in adapter.shapes.items()}
+    is_dense = bool(block.entries) and all(one.kept == full[module] for module, one in block.entries.items())
     return "dense B on a seed" if is_dense else "sparse B on a seed"
 
 
@@ -143,12 +146,12 @@ def _counted(forms: Sequence[str], sizes: Sequence[int]) -> Iterator[str]:
 
 def _block(adapter: "Adapter", number: int) -> tuple[str, ...]:
     block = adapter.blocks[number]
-    kept = sum(entries.values.numel() for entries in block.entries.values())
+    kept = sum(entries.kept for entries in block.entries.values())
     total = max(1, sum(out * block.rank_of(module) for module, (out, _) in adapter.shapes.items()))
     seed = "-" if block.seed is None else str(block.seed)
     settings = (seed, str(block.rank), f"{block.alpha:g}", f"{block.weight:g}")
     dtype = str(block.dtype).removeprefix("torch.")
-    return (_printable(block.name), *settings, dtype, f"{kept:,}", f"{total:,}", f"{100 * kept / total:.2f}%")
+    return (printable(block.name), *settings, dtype, f"{kept:,}", f"{total:,}", f"{100 * kept / total:.2f}%")
 
 
 def _densities(adapter: "Adapter") -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -163,7 +166,7 @@ def _densities(adapter: "Adapter") -> tuple[tuple[str, ...], list[tuple[str, ...
     for module, (out_features, _) in adapter.shapes.items():
         place = targets.place(module)
         entries = [block.entries[module] for block in adapter.blocks if module in block.entries]
-        kept[place] = kept.get(place, 0) + sum(item.values.numel() for item in entries)
+        kept[place] = kept.get(place, 0) + sum(item.kept for item in entries)
         total[place] = total.get(place, 0) + sum(out_features * block.rank_of(module) for block in adapter.blocks)
     layers, projections = (
         list(dict.fromkeys(layer for layer, _ in total)),
@@ -188,7 +191,44 @@ def _densities(adapter: "Adapter") -> tuple[tuple[str, ...], list[tuple[str, ...
 
 def _titles(layers: Sequence[str]) -> list[str]:
     stacks = {layer.rpartition(".")[0] for layer in layers if layer}
-    return [(layer.rpartition(".")[2] if len(stacks) == 1 else _printable(layer)) or "-" for layer in layers]
+    return [(layer.rpartition(".")[2] if len(stacks) == 1 else printable(layer)) or "-" for layer in layers]
+
+
+def comparisons(found: Sequence[Mapping[str, Any]]) -> str:
+    """Rows that one model gets right and another wrong, as `predictions.compared` gives them."""
+    if not found:
+        return "No metric of these tasks is a share of rows, so no model is right or wrong; name one with --metric."
+    return "\n\n".join("\n".join(_comparison(one)) for one in found)
+
+
+def _comparison(one: Mapping[str, Any]) -> Iterator[str]:
+    right, wrong = printable(one["right"]), printable(one["wrong"])
+    yield (
+        f"{printable(one['task'])}, {printable(one['metric'])}: {right} is right and {wrong} wrong on "
+        f"{one['only_right']:,} of {one['rows']:,} rows (both right {one['both']:,}, only {wrong} "
+        f"{one['only_wrong']:,}, neither {one['neither']:,})"
+    )
+    for example in one["examples"]:
+        texts = [
+            ("prompt", example["prompt"]),
+            ("answer", example["answer"]),
+            (one["right"], example["right"]),
+            (one["wrong"], example["wrong"]),
+        ]
+        width = max(len(printable(title)) for title, _ in texts)
+        for number, (title, text) in enumerate(texts):
+            shown = f"score {example['scores'][number - 2]:.4g}" if text is None else text
+            lines = [printable(line) for line in str(shown).splitlines()] or [""]
+            row = f"  row {example['row']}" if number == 0 else ""
+            if row:
+                yield row
+            yield f"    {printable(title):<{width}}  {lines[0]}"
+            yield from (f"    {'':<{width}}  {line}" for line in lines[1:])
+
+
+def printable(text: Any) -> str:
+    """A text out of a file, without what a terminal would take for a command."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))
 
 
 def records(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -6,6 +6,8 @@ from lori_dist.errors import ConfigError
 from lori_dist.plugin import nearest
 
 GIB = 2**30
+RESERVED = 1.5 * GIB
+"""Bytes of each device that CUDA, NCCL and libraries take."""
 
 
 def _device(

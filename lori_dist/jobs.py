@@ -18,9 +18,6 @@ from lori_dist.files import open_regular, parse_json, read_regular
 
 Kind = Literal["train", "merge", "evaluate"]
 
-GANGS: tuple[Kind, ...] = ("train", "evaluate")
-"""Kinds of job that are done by ranks, as they run the model."""
-
 FORMAT = 1
 """A part of every fingerprint: with another number, every job is done again."""
 
@@ -50,6 +47,11 @@ class Job:
     """All that determines the result up to rounding, as plain JSON, apart from the results of `needs`."""
     fingerprint: str
     """Digest of the settings and of the fingerprints of the jobs that it needs."""
+
+    @property
+    def is_gang(self) -> bool:
+        """Whether ranks do it, as it runs the model."""
+        return self.kind != "merge" or "search" in self.settings
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a name that cannot be a folder's name."""

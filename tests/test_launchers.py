@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lori_dist import Adapter, load_adapter
+from lori_dist import Adapter, load_adapter, save_adapter
+from lori_dist.__main__ import main
 from tests.launched import MESSAGE, REFUSAL
 from tests.launching import Launched, assert_equal, free_port, make_task, run_all
 
@@ -67,9 +68,15 @@ def readme(start: str) -> tuple[list[str], list[str]]:
     return shlex.split(command), shlex.split(words, comments=True)
 
 
-def launch(commands: Sequence[Sequence[str]], words: Sequence[str], folder: Path, log: Path) -> Launched:
-    """Runs `lori train` by the commands, one per host. Fails if they do not end, or leave a process behind."""
-    words = ["lori_dist", "train", "mine.yaml", "--task", "math", f"output={log.parent}", *words]
+TRAIN = ("train", "mine.yaml", "--task", "math")
+
+
+def launch(
+    commands: Sequence[Sequence[str]], words: Sequence[str], folder: Path, log: Path, verb: Sequence[str] = TRAIN
+) -> Launched:
+    """Runs `lori train`, or another verb, by the commands, one per host. Fails if they do not end, or leave a process
+    behind."""
+    words = ["lori_dist", *verb, f"output={log.parent}", *words]
     bin = Path(sys.executable).parent
     return run_all([[str(bin / program), *options, *words] for program, *options in commands], folder, log)
 
@@ -100,6 +107,36 @@ def test_launched_ranks_train_together(launcher: Launcher, alone: Adapter, folde
     assert ": phase calibrate, 3 steps of " in log
     assert re.search(r"math: train step 2 of 2, loss \d+\.\d+, [\d,]+ tokens/s, 0:00:00 left", log)
     assert_equal(load_adapter(path), alone)
+
+
+SHARDED = {torchrun: "fsdp", deepspeed: "{name: deepspeed, stage: 3}", accelerate: "fsdp"}
+
+
+@pytest.mark.parametrize(
+    "launcher", [torchrun, *(pytest.param(one, marks=pytest.mark.slow) for one in (deepspeed, accelerate))]
+)
+def test_launched_ranks_write_what_one_process_does(
+    launcher: Launcher, alone: Adapter, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over a sharded base, several models side by side, with prompts of a file that no rank has half of."""
+    save_adapter(alone, tmp_path / "math.safetensors")
+    (tmp_path / "prompts.txt").write_text(
+        "".join(f"go {word} {n}\n" for n in range(5) for word in ("left", "on and on"))
+    )
+    verb = ["generate", "mine.yaml", "--file", str(tmp_path / "prompts.txt"), "--max-new-tokens", "12"]
+    verb += ["--adapter", "base", "--adapter", str(tmp_path / "math.safetensors")]
+    drawn = ["--temperature", "2", "--seed", "3"]
+    engine = f"evaluate.engine={SHARDED[launcher]}"
+    for more in ([], drawn):
+        out = tmp_path / "together.jsonl"
+        together = launch(launcher()[0], [engine], folder, tmp_path / "log", verb=[*verb, *more, "--out", str(out)])
+        assert together.codes == [0], together.output
+        monkeypatch.chdir(folder)
+        assert main([*verb, *more, "--out", str(tmp_path / "alone.jsonl")]) == 0
+        found, wanted = ([json.loads(line) for line in (tmp_path / name).open()] for name in (out.name, "alone.jsonl"))
+        assert found == wanted
+        assert len(found) == 10
+        assert any(len(set(texts["texts"].values())) == 2 for texts in found)
 
 
 # --- when a rank is told to end --------------------------------------------------------------------------------------

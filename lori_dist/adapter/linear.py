@@ -4,7 +4,7 @@ Source: LoRI (arXiv 2504.07448), section 3.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
@@ -494,15 +494,20 @@ class RoutedLinear(AdaptedLinear):
     deltas: Sequence[Delta]
 
     def __init__(
-        self, base: nn.Module, deltas: list[Delta], *, module: str, routing: Routing, owners: Sequence[int]
+        self, base: nn.Module, deltas: list[Delta], *, module: str, routing: Routing, scales: Sequence[dict[int, float]]
     ) -> None:
-        """owners: number of each update's adapter."""
+        """scales: of each update, number of an adapter that has it -> its scale there."""
         super().__init__(base, deltas)
-        self.module, self.routing, self.owners = module, routing, tuple(owners)
+        self.module, self.routing, self.scales = module, routing, tuple(scales)
+
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """Number of each update's adapter, or of the first that has it."""
+        return tuple(next(iter(scales)) for scales in self.scales)
 
     def of(self, adapter: int) -> list[Delta]:
         """The updates of one adapter."""
-        return [delta for delta, owner in zip(self.deltas, self.owners, strict=True) if owner == adapter]
+        return [delta for delta, scales in zip(self.deltas, self.scales, strict=True) if adapter in scales]
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
@@ -511,12 +516,14 @@ class RoutedLinear(AdaptedLinear):
         # In the same order on all ranks, whatever rows each has: engines gather and reduce parameters in this order.
         tensors = {number: (delta.values, delta.held_a) for number, delta in enumerate(self.deltas)}
         uses = tuple(
-            Use(number=number, tokens=segment.tokens)
+            Use(number=number, tokens=segment.tokens, scale=self.scales[number][segment.adapter])
             for segment in self.routing.segments(self.module, x)
             for number, delta in enumerate(self.deltas)
-            if self.owners[number] == segment.adapter and not delta.is_empty
+            if segment.adapter in self.scales[number] and not delta.is_empty
         )
         used = {use.number for use in uses}
+        if len(used) < len(uses) and not torch.is_grad_enabled():
+            return self._summed(x, y, uses)
         if not self.routing.collects:
             used |= {
                 number for number, pair in tensors.items() if any(one is not None and one.requires_grad for one in pair)
@@ -526,6 +533,31 @@ class RoutedLinear(AdaptedLinear):
         numbers = tuple(sorted(used))
         apply = cast(Callable[..., Tensor], _Routed.apply)
         return apply(x, y, self, uses, numbers, *(tensor for number in numbers for tensor in tensors[number]))
+
+    def _summed(self, x: Tensor, y: Tensor, uses: Sequence["Use"]) -> Tensor:
+        """The output without a graph, where adapters share updates: each update once for all tokens that meet it, and
+        those that the same tokens meet together. Every token has scales of its own."""
+        flat, made = _rows(x).to(y.dtype), _rows(y) if is_plain(self.base) else _rows(y).clone()
+        of_updates: dict[int, list[Use]] = {}
+        for use in uses:
+            of_updates.setdefault(use.number, []).append(use)
+        alike: dict[tuple[tuple[int, int], ...], list[int]] = {}
+        for number, of_one in of_updates.items():
+            alike.setdefault(tuple((use.tokens.start, use.tokens.stop) for use in of_one), []).append(number)
+        for edges, numbers in alike.items():
+            deltas = [self.deltas[number] for number in numbers]
+            a = torch.cat([delta.a().to(y.dtype) for delta in deltas])
+            b = torch.cat([delta.dense_b(delta.values, y.dtype) for delta in deltas], dim=1)
+            exact = torch.promote_types(y.dtype, torch.float32)
+            of_uses = [[use.scale for use in of_updates[number]] for number in numbers]
+            ranks = torch.tensor([delta.rank for delta in deltas], device=y.device)
+            scales = torch.tensor(of_uses, dtype=exact, device=y.device).t().repeat_interleave(ranks, dim=1)
+            for first, last in _runs(edges):
+                counts = torch.tensor([stop - start for start, stop in edges[first:last]], device=y.device)
+                tokens = slice(edges[first][0], edges[last - 1][1])
+                reduced = (flat[tokens] @ a.t()).to(exact).mul_(scales[first:last].repeat_interleave(counts, dim=0))
+                made[tokens].addmm_(reduced.to(y.dtype), b.t())
+        return shaped(made, y.shape)
 
     def add_gradient(self, number: int, gradient: Tensor, *, of_projection: bool = False) -> None:
         """Adds to what an update's parameter has got in this step. gradient: flat."""
@@ -541,6 +573,16 @@ class Use:
     number: int
     """Number of the update in its layer."""
     tokens: slice
+    scale: float
+
+
+def _runs(edges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """The first of each run of slices that follow each other, and the one after its last."""
+    first = 0
+    for place in range(1, len(edges) + 1):
+        if place == len(edges) or edges[place][0] != edges[place - 1][1]:
+            yield first, place
+            first = place
 
 
 class _Routed(torch.autograd.Function):
@@ -565,14 +607,14 @@ class _Routed(torch.autograd.Function):
         ctx.layer, ctx.uses, ctx.numbers, ctx.x_dtype, ctx.x_shape = layer, uses, numbers, x.dtype, x.shape
         ctx.is_even = _is_even(uses, deltas, len(rows), held[1::2])
         if ctx.is_even:
-            a, b = _stacked(deltas, held, y.dtype)
+            a, b = _stacked(uses, deltas, held, y.dtype)
             reduced = [torch.bmm(flat.to(y.dtype).view(len(uses), -1, flat.shape[1]), a.mT)]
             made = torch.baddbmm(rows.reshape(len(uses), -1, rows.shape[1]), reduced[0], b.mT)
         else:
             made, reduced = rows.clone(), []
             for use, delta, values, own_a in zip(uses, deltas, held[::2], held[1::2], strict=True):
                 reduced.append(_down(flat[use.tokens].to(y.dtype), own_a, delta.recipe))
-                made[use.tokens].addmm_(reduced[-1], delta.dense_b(values, y.dtype).t(), alpha=delta.scale)
+                made[use.tokens].addmm_(reduced[-1], delta.dense_b(values, y.dtype).t(), alpha=use.scale)
         ctx.save_for_backward(x if trains_a else None, *reduced, *tensors)
         return shaped(made, y.shape)
 
@@ -589,7 +631,7 @@ class _Routed(torch.autograd.Function):
         of_b: Sequence[Tensor] = ()  # and of B, flat
         grad_x: Tensor | None = None
         if ctx.is_even:
-            a, b = _stacked(deltas, held, grad.dtype)
+            a, b = _stacked(uses, deltas, held, grad.dtype)
             groups = rows.reshape(len(uses), -1, rows.shape[1])
             stacked = torch.bmm(groups, b)
             of_reduced = stacked.unbind()
@@ -600,7 +642,7 @@ class _Routed(torch.autograd.Function):
         else:
             own = [rows[use.tokens] for use in uses]
             matrices = [delta.dense_b(values, grad.dtype) for delta, values in zip(deltas, held[::2], strict=True)]
-            of_reduced = [(o @ b).mul_(delta.scale) for o, b, delta in zip(own, matrices, deltas, strict=True)]
+            of_reduced = [(o @ b).mul_(use.scale) for o, b, use in zip(own, matrices, uses, strict=True)]
             if any(needs[::2]):
                 of_b = [(o.t() @ r).view(-1) for o, r in zip(own, reduced, strict=True)]
             if needs_x:
@@ -620,7 +662,7 @@ class _Routed(torch.autograd.Function):
             place = 2 * numbers.index(use.number)
             if needs[place]:
                 picked = of_b[n] if delta.index is None else of_b[n].index_select(0, delta.index)
-                add(use, place, picked.float().mul_(delta.scale))
+                add(use, place, picked.float().mul_(use.scale))
             if needs[place + 1]:
                 made = of_reduced[n].t() @ _rows(x)[use.tokens].to(grad.dtype)
                 add(use, place + 1, made.float().view(-1))
@@ -655,18 +697,20 @@ def _is_even(uses: Sequence[Use], deltas: Sequence[Delta], num_rows: int, projec
     )
 
 
-def _stacked(deltas: Sequence[Delta], held: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _stacked(
+    uses: Sequence[Use], deltas: Sequence[Delta], held: Sequence[Tensor | None], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """A, (uses, rank, in_features), and scale * B, (uses, out_features, rank)."""
     a = torch.stack(
         [_matrix(cast(Tensor, a), delta.recipe, dtype) for delta, a in zip(deltas, held[1::2], strict=True)]
     )
     first, device = deltas[0], a.device
     b = torch.zeros(len(deltas), first.out_features, first.rank, dtype=dtype, device=device)
-    for into, delta, values in zip(b, deltas, held[::2], strict=True):
+    for into, use, delta, values in zip(b, uses, deltas, held[::2], strict=True):
         for index, kept in delta.parts_of_b(values):
             flat = into.view(-1)
             flat.add_(kept.to(dtype)) if index is None else flat.index_add_(0, index, kept.to(dtype))
-        into.mul_(delta.scale)
+        into.mul_(use.scale)
     return a, b
 
 

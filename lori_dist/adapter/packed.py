@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from lori_dist.adapter import saved, sharded
-from lori_dist.adapter.adapter import Adapter, Spec
+from lori_dist.adapter.adapter import Adapter, Block, Spec
 from lori_dist.adapter.attach import ATTACHED, adapted, layers_for, put, refuse_adapted, trained_on
 from lori_dist.adapter.formed import TaskAdapter
 from lori_dist.adapter.linear import AdaptedLinear, Delta, RoutedLinear
@@ -129,6 +130,59 @@ def _attach_trained(
     return routing
 
 
+@torch.no_grad()
+def update(model: nn.Module, adapters: Mapping[str, Adapter]) -> bool:
+    """Gives some of the adapters of `attach_several` other weights and kept values, in place, where A and the places of
+    the entries are those they have. Returns whether this is so, and an update that adapters share keeps its values; if
+    not, nothing has changed."""
+    model = sharded.unwrapped(model)
+    held = getattr(model, ATTACHED, None)
+    if not isinstance(held, Mapping) or not all(_is_alike(held.get(name), one) for name, one in adapters.items()):
+        return False
+    changes: list[tuple[Delta, Tensor]] = []
+    scales: list[tuple[dict[int, float], int, float]] = []
+    for path, layer in routed(model).items():
+        for name, adapter in adapters.items():
+            number = layer.routing.names.index(name)
+            mine = [place for place, of in enumerate(layer.scales) if number in of]
+            before, blocks = ([one for one in of.blocks if path in one.entries] for of in (held[name], adapter))
+            for place, old, new in zip(mine, before, blocks, strict=True):
+                delta, of_update = layer.deltas[place], layer.scales[place]
+                if not delta.is_stored and (delta.recipe.seed, delta.recipe.rank) != (new.seed, new.rank):
+                    return False  # those that have it as well have it at another place
+                scales.append((of_update, number, new.scale))
+                if not _equal(old.entries[path].values, new.entries[path].values):
+                    if len(of_update) > 1:
+                        return False
+                    changes.append((delta, new.entries[path].values))
+    for delta, values in changes:
+        assert delta.values is not None
+        delta.values.copy_(values)
+    for of_update, number, scale in scales:
+        of_update[number] = scale
+    setattr(model, ATTACHED, {**held, **adapters})
+    return True
+
+
+def _is_alike(one: object, other: Adapter) -> bool:
+    """Whether two adapters differ in weights and kept values alone."""
+    if not isinstance(one, Adapter) or one.saved or other.saved or one.shapes.keys() != other.shapes.keys():
+        return False
+    return len(one.blocks) == len(other.blocks) and all(map(_has_the_same_places, one.blocks, other.blocks))
+
+
+def _has_the_same_places(one: Block, other: Block) -> bool:
+    if (one.seed, one.rank, one.dtype, one.checksums) != (other.seed, other.rank, other.dtype, other.checksums):
+        return False
+    if one.entries.keys() != other.entries.keys():
+        return False
+    return all(_equal(entries.index, other.entries[path].index) for path, entries in one.entries.items())
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and torch.equal(one, other))
+
+
 def is_routable(model: nn.Module, adapters: Mapping[str, Adapter | TaskAdapter]) -> bool:
     """Whether `attach_several` takes them: what was trained in full, and layers that mix rows, do not know the rows."""
     return _unroutable(model, adapters) is None
@@ -158,16 +212,32 @@ def _layers(
     train: bool,
 ) -> dict[str, AdaptedLinear]:
     """Module path -> the layer with the updates of all adapters, in the model's order."""
-    found: dict[str, tuple[nn.Module, list[tuple[int, Delta]]]] = {}
+    found: dict[str, tuple[nn.Module, list[Delta], list[dict[int, float]]]] = {}
     for number, (name, one) in enumerate(what.items()):
         for path, layer in layers_for(model, one, masks=masks.get(name), train=train).items():
-            base, deltas = found.setdefault(path, (layer.base, []))
-            deltas += [(number, delta) for delta in layer.deltas if isinstance(delta, Delta)]
-    made: dict[str, AdaptedLinear] = {}
-    for path, (base, owned) in found.items():
-        owners = [number for number, _ in owned]
-        made[path] = RoutedLinear(base, [delta for _, delta in owned], module=path, routing=routing, owners=owners)
-    return made
+            _, deltas, scales = found.setdefault(path, (layer.base, [], []))
+            for delta in layer.deltas:
+                assert isinstance(delta, Delta)
+                # Merges have the updates of their tasks, with weights of their own.
+                place = None if train else next((n for n, known in enumerate(deltas) if _is_same(known, delta)), None)
+                if place is None or number in scales[place]:
+                    deltas.append(delta)
+                    scales.append({number: delta.scale})
+                else:
+                    scales[place][number] = delta.scale
+    return {
+        path: RoutedLinear(base, deltas, module=path, routing=routing, scales=scales)
+        for path, (base, deltas, scales) in found.items()
+    }
+
+
+def _is_same(one: Delta, other: Delta) -> bool:
+    """Whether two updates differ in scale alone."""
+    if one.recipe != other.recipe or one.is_stored != other.is_stored:
+        return False
+    pairs = [(one.index, other.index), (one.values, other.values), (one.before_values, other.before_values)]
+    pairs += [(one.projection, other.projection)] if one.is_stored else []
+    return all(_equal(mine, theirs) for mine, theirs in pairs)
 
 
 def routed(model: nn.Module) -> dict[str, RoutedLinear]:

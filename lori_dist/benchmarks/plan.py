@@ -1,7 +1,9 @@
 """The figures of `lori plan` beside measured ones: memory by kind, traffic, files and the peak of a step."""
 
 import ctypes
+import dataclasses
 import gc
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -9,18 +11,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
+from tokenizers import pre_tokenizers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lori_dist import config, plugin
 from lori_dist.adapter.attach import adapted, attach, extract, match
 from lori_dist.adapter.linear import features
 from lori_dist.benchmarks._gang import gang
 from lori_dist.benchmarks._traffic import Traffic, local_bytes, moment_bytes, process_bytes
+from lori_dist.evaluation import evaluate_all
+from lori_dist.evaluation._rehearsal import stand_in
 from lori_dist.formats import native
 from lori_dist.masks.random import mask
-from lori_dist.plan import file_bytes
+from lori_dist.plan import Hardware, evaluation, file_bytes
+from lori_dist.plan.evaluation import components_of
 from lori_dist.plan.model import Counted, count, spec
 from lori_dist.plan.placement import Placement, memory, placements, traffic
 from lori_dist.training import checkpoint
@@ -53,6 +60,8 @@ MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
     **{kind: (kind, {**LLAMA, **more}) for kind, more in MIXTURES.items()},
 }
 """Name -> type, and settings of its configuration."""
+MOST_RANKS = 8
+"""Ranks up to which each has a full batch of rows to evaluate."""
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 """Numbers of mallopt(3)."""
 
@@ -85,7 +94,8 @@ def run(
     Kinds: of a rank `base`, `adapter` (A, positions, values and what DeepSpeed keeps of them twice) and `moments`,
     between steps; `gathered` and `reduced` in the collectives of a step, each the whole tensor, and `gathered_2`,
     `reduced_2` in those of a step of two micro-batches; `file`, `checkpoint`; `peak`: what there is between steps and
-    what the process grows by in one, and `peak_checkpointed`, with activation checkpointing.
+    what the process grows by in one, and `peak_checkpointed`, with activation checkpointing; and `evaluated`, what
+    another process grows by while it evaluates the base and an adapter, by losses and by exact match.
     """
     rows_of_table: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -97,8 +107,11 @@ def run(
                 for placement in placements(number, 2):
                     if engines and placement.name not in engines:
                         continue
-                    measured = _measured(described, placement, Path(folder))
-                    planned = _planned(counted, placement)
+                    measured = _measured(described, placement, Path(folder), _of_rank)
+                    measured |= _measured(described, placement, Path(folder), _of_evaluation)
+                    planned = _planned(counted, placement) | {
+                        "evaluated": _planned_evaluation(described, counted, placement)
+                    }
                     row = {"model": name, "ranks": number, "placement": placement.name}
                     rows_of_table.append(
                         {**row, **{kind: _ratio(planned[kind], size) for kind, size in measured.items()}}
@@ -112,10 +125,20 @@ def _ratio(planned: int, measured: int) -> float:
     return 1.0 if planned == measured else round(planned / max(1, measured), 3)
 
 
+WRITTEN = 8
+"""Tokens of a response, and that an evaluation writes."""
+WORDS = 200
+
+
 def _described(base: Path, density: float, rank: int, rows: int, length: int) -> config.Run:
-    none = base / "rows.jsonl"
-    none.write_text('{"prompt": "a", "response": "b"}\n')
-    task = {"train": str(none), "test": str(none)}
+    """A run whose test rows all have `length` tokens."""
+    file = base / "rows.jsonl"
+    with file.open("w") as stream:
+        for number in range(MOST_RANKS * rows):
+            words = [f"w{(number + 7 * place) % WORDS}" for place in range(length - 1)]  # and the token that ends it
+            row = {"prompt": " ".join(words[:-WRITTEN]) + " ", "response": " ".join(words[-WRITTEN:])}
+            stream.write(json.dumps(row) + "\n")
+    task = {"train": str(file), "test": str(file)}
     return config.validate(
         {
             "name": "plan",
@@ -123,7 +146,7 @@ def _described(base: Path, density: float, rank: int, rows: int, length: int) ->
             "tasks": {"one": task},
             "adapter": {"rank": rank, "density": density},
             "train": {"steps": 4, "batch_size": rows, "micro_batch_size": rows, "max_length": length},
-            "evaluate": {"metrics": ["loss"]},
+            "evaluate": {"metrics": ["loss", "exact_match"], "batch_size": rows, "max_new_tokens": WRITTEN},
         }
     )
 
@@ -132,6 +155,10 @@ def _make_base(folder: Path, name: str) -> Path:
     kind, settings = MODELS[name]
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).save_pretrained(folder)
+    words = {"<s>": 0, "</s>": 1, **{f"w{number}": number + 2 for number in range(WORDS)}}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<s>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", pad_token="<s>").save_pretrained(folder)
     return folder
 
 
@@ -168,14 +195,29 @@ def _sent(counted: Counted, placement: Placement, micro_batches: int) -> _Sent:
     return _Sent(gathered=gathered, reduced=sum(one.bytes for one in sends) - gathered)
 
 
+def _planned_evaluation(described: config.Run, counted: Counted, placement: Placement) -> int:
+    method = plugin.find("engines", placement.engine, "place", "engine")
+    placed = dataclasses.replace(
+        placement, options={key: value for key, value in placement.options.items() if key in method.options}
+    )
+    machine = Hardware(
+        gpus=placement.ranks, nodes=1, gpu_memory=0.0, tflops=1.0, link=1.0, network=1.0, fragmentation=0.0
+    )
+    rows, length = described.evaluate.batch_size, described.train.max_length
+    sizes = {"longest": length, "answer": WRITTEN + 1, "rows": rows}
+    return sum(evaluation.most_memory(described, counted, placed, machine, **sizes).values())
+
+
 # --- ranks -----------------------------------------------------------------------------------------------------------
 
 
-def _measured(described: config.Run, placement: Placement, folder: Path) -> dict[str, int]:
+def _measured(
+    described: config.Run, placement: Placement, folder: Path, of_rank: Callable[[World, Setting], dict[str, int]]
+) -> dict[str, int]:
     place = folder / f"gang-{time.monotonic_ns()}"
     place.mkdir()
     setting = Setting(run=described, place=place, engine=placement.engine, options=dict(placement.options))
-    return gang(_of_rank, placement.ranks, setting)
+    return gang(of_rank, placement.ranks, setting)
 
 
 def _of_rank(world: World, setting: Setting) -> dict[str, int]:
@@ -229,6 +271,24 @@ def _of_rank(world: World, setting: Setting) -> dict[str, int]:
         "peak": sum(held.values()) + grown,
         "peak_checkpointed": sum(held.values()) + grown_checkpointed,
     }
+
+
+def _of_evaluation(world: World, setting: Setting) -> dict[str, int]:
+    """The most bytes that the process grows by while it loads and evaluates the base and an adapter."""
+    _keep_no_freed_memory()
+    method = plugin.find("engines", setting.engine, "place", "engine")
+    options = {key: value for key, value in setting.options.items() if key in method.options}
+    tree = config.dump(setting.run)
+    tree["evaluate"]["engine"] = {"name": setting.engine, **options}
+    described = config.validate(tree)
+    made, _ = skeleton(described.model)
+    models = {name: stand_in(described, made, 1) if size else None for name, size in components_of(described).items()}
+
+    def evaluate() -> None:
+        evaluate_all(described, models, world=world)
+
+    evaluate()  # what libraries take for themselves is not the evaluation's
+    return {"evaluated": _growth(evaluate)}
 
 
 def _of_adapter(model: nn.Module) -> Iterator[Tensor]:

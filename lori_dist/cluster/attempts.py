@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lori_dist import config, folder, storage
-from lori_dist.cluster import gang, trials
+from lori_dist.cluster import gang
 from lori_dist.cluster.failures import BACKOFF_SECONDS, CUT_OFF, STOPPED, described, failure_of, is_stop, retry
 from lori_dist.cluster.gang import Gangs
 from lori_dist.cluster.summary import ATTEMPTS, CHECKPOINTS, METRICS, attempts_of, is_step, log_file
-from lori_dist.cluster.trials import TRIED
+from lori_dist.cluster.trials import TRIED, search_rank, trial
 from lori_dist.cluster.work import Assignment, evaluate_rank, merge_adapters, train_rank, train_ranks
 from lori_dist.config import Run
 from lori_dist.errors import JobError
@@ -134,10 +134,10 @@ def _outcomes(
         if len(assignments) > 1:
             return dict(_of_gang(run, histories, gangs, first.job, train_ranks, assignments))
         return {name: {"result": dict(_of_gang(run, histories, gangs, first.job, train_rank, first))}}
+    if "search" in first.job.settings:
+        return {name: {"result": dict(_of_gang(run, histories, gangs, first.job, search_rank, trial(run, first)))}}
     for history in histories:
         history.begin(workers=1)
-    if "search" in first.job.settings:
-        first = trials.searched(run, first, gangs.stopping)
     return {name: {"result": dict(gang.result(gang.remote(run, first.job, merge_adapters)(first), gangs.stopping))}}
 
 

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from lori_dist.cluster.summary import log_file
 from lori_dist.config import Run
 from lori_dist.errors import JobError, redacted
-from lori_dist.jobs import GANGS, Job
+from lori_dist.jobs import Job
 from lori_dist.training.rendezvous import rendezvous
 
 if TYPE_CHECKING:  # they need torch, and a mistake is to be answered before that is loaded
@@ -183,7 +183,7 @@ def _names_connection(error: BaseException) -> bool:
 
 def described(run: Run, job: Job, failure: Failure) -> str:
     """The message for people: what failed, on which rank, and the log to read."""
-    where = f" (rank {failure.rank})" if job.kind in GANGS and failure.rank is not None else ""
+    where = f" (rank {failure.rank})" if job.is_gang and failure.rank is not None else ""
     return f"{failure.message}{where}; see {log_file(run.folder, job, failure.rank or 0)}"
 
 

@@ -18,6 +18,7 @@ from lori_dist import folder, rows, storage, tables
 from lori_dist.cluster import attempts, schedule, scratch
 from lori_dist.cluster.board import Board, Progress
 from lori_dist.cluster.connection import TOKEN_FILE, connected, disconnect, runtime_env
+from lori_dist.cluster.fitting import check_evaluation
 from lori_dist.cluster.gang import Gangs
 from lori_dist.cluster.schedule import Resources
 from lori_dist.cluster.summary import ATTEMPTS, CHECKPOINTS
@@ -25,7 +26,7 @@ from lori_dist.cluster.trials import TRIED
 from lori_dist.config import Run
 from lori_dist.errors import JobError, Preempted, Stopped
 from lori_dist.integrations import model_card
-from lori_dist.jobs import GANGS, Job, plan, same_merges, same_merges_said
+from lori_dist.jobs import Job, plan, same_merges, same_merges_said
 from lori_dist.report import write_of_run
 from lori_dist.training import preemption
 
@@ -44,7 +45,8 @@ def execute(run: Run, *, progress: Callable[[Progress], None] | None = None) -> 
     """Does the jobs of a run that are not finished. Returns the summary, which is also in run.folder/summary.json.
 
     progress: called whenever a job changes its state, and every second for each training that runs.
-    Raises ConfigError before anything is started if a job is larger than the cluster, and JobError if another process
+    Raises ConfigError before anything is started if a job is larger than the cluster, or the base larger than the
+    devices that are to evaluate it; and JobError if another process
     is working on the run, or when jobs failed, after all others that did not need them are done; Stopped after
     `lori stop`, and Preempted, which is one, after SIGTERM or train.time_limit. Then what is in training is saved.
     """
@@ -68,6 +70,7 @@ def _execute(run: Run, progress: Callable[[Progress], None] | None) -> dict[str,
             rows.check(run)
             with connected(run) as nodes:
                 schedule.check_room(board.unfinished(), run.cluster, nodes())
+                check_evaluation(run, board.unfinished(), nodes())
                 _work(board, nodes, owner)
         board.report = write_of_run(board.summary(), run.folder)
         model_card.write_of_run(board.summary(), run.model.path)
@@ -156,8 +159,8 @@ def _work(board: Board, nodes: Callable[[], Sequence[Resources]], owner: str) ->
                 for job in board.ready():
                     board.fail(job, schedule.no_room(job, board.run.cluster, nodes()))
             if starting:
-                gangs.keep(sum(jobs[0].kind in GANGS for jobs in starting))
-            elif not any(job.kind in GANGS for job in board.named("waiting") + board.named("running")):
+                gangs.keep(sum(jobs[0].is_gang for jobs in starting))
+            elif not any(job.is_gang for job in board.named("waiting") + board.named("running")):
                 gangs.keep(0)  # a job that began while a node was being lost may wait for their room
             for jobs in starting:
                 board.start(jobs)

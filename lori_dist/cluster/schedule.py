@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from lori_dist.config import Cluster
 from lori_dist.errors import ConfigError
-from lori_dist.jobs import GANGS, Job
+from lori_dist.jobs import Job
 
 UNIT = 10_000
 """Steps in which amounts are added up: Ray counts resources in ten-thousandths as well."""
@@ -51,14 +51,11 @@ class Shape:
 
 def wanted(job: Job, cluster: Cluster) -> Shape:
     """The shape of a job if the cluster has all that it asks for."""
-    if job.kind in GANGS:
+    if job.is_gang:
         part = Resources(cpus=cluster.cpus_per_worker, gpus=cluster.gpus_per_worker)
         return Shape(count=cluster.workers, part=part, placement=cluster.placement)
-    if job.kind == "merge" and "search" not in job.settings:
-        # Small matrices, one module at a time; has room wherever a training has.
-        return Shape(count=cluster.workers, part=Resources(cpus=min(1.0, cluster.cpus_per_worker)))
-    # A search, whose evaluations wait for each other's room, runs the model in one process each.
-    return Shape(count=1, part=Resources(cpus=1.0, gpus=min(1, cluster.gpus_per_worker)))
+    # Small matrices, one module at a time; has room wherever a training has.
+    return Shape(count=cluster.workers, part=Resources(cpus=min(1.0, cluster.cpus_per_worker)))
 
 
 def possible(job: Job, cluster: Cluster, nodes: Iterable[Resources]) -> Shape | None:
@@ -68,9 +65,9 @@ def possible(job: Job, cluster: Cluster, nodes: Iterable[Resources]) -> Shape | 
     room = shape.room(nodes)
     if room >= shape.count:
         return shape
-    if job.kind == "merge" and room > 0:  # its result does not depend on their number
+    if not job.is_gang and room > 0:  # its result does not depend on their number
         return replace(shape, count=room)
-    if job.kind in GANGS and cluster.min_workers is not None and room >= cluster.min_workers:
+    if job.is_gang and cluster.min_workers is not None and room >= cluster.min_workers:
         return replace(shape, count=room)
     return None
 
@@ -89,7 +86,7 @@ def no_room(job: Job, cluster: Cluster, nodes: Sequence[Resources]) -> str:
     where = {"strict_pack": " on one node", "strict_spread": ", each on its own node"}.get(shape.placement, "")
     found = f"{job.name} takes {shape.count} x ({_text(shape.part)}){where}, the cluster has room for "
     found += f"{shape.room(nodes)} ({there})"
-    if job.kind in GANGS:
+    if job.is_gang:
         return f"cluster.workers: {found}; lower it, or what a worker takes, or use a larger cluster"
     return f"cluster: {found}; use a larger cluster"
 

@@ -11,6 +11,7 @@ from typing import Any
 from lori_dist import config, folder
 from lori_dist.cluster.eta import left
 from lori_dist.cluster.summary import SUMMARY, attempts_of, last_saved, last_steps, speed
+from lori_dist.describe import printable
 from lori_dist.errors import ConfigError, JobError
 from lori_dist.files import read_regular
 
@@ -215,11 +216,6 @@ def duration(seconds: float | None) -> str:
         return ""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
-
-
-def printable(text: str) -> str:
-    """A text out of a file, without what a terminal would take for a command."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))
 
 
 # --- stopping --------------------------------------------------------------------------------------------------------

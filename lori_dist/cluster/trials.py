@@ -1,78 +1,125 @@
-"""The search for a merge's weights on the cluster: each evaluation is a Ray task, several run side by side."""
+"""The search for a merge's weights: a gang whose ranks measure several candidates at once on one copy of the base."""
 
 import collections
 import dataclasses
 import itertools
 import logging
-import threading
-from collections.abc import Sequence
+import os
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lori_dist import config, storage
 from lori_dist.cluster import search
-from lori_dist.cluster.gang import first_done, remote, result
 from lori_dist.cluster.summary import ADAPTER
-from lori_dist.cluster.work import Assignment, merged, working
+from lori_dist.cluster.work import Assignment, merged, merged_from, pushing, working
 from lori_dist.config import Run
 from lori_dist.jobs import Job
 
+if TYPE_CHECKING:
+    from lori_dist.training.world import World
+
 SEARCH, TRIED = "search.jsonl", "tried"
-"""The measurements of a search, and the folder with its rows and the merges that it tries."""
+"""The measurements of a search, and the folder with its rows."""
+AT_ONCE = 16
+"""Candidates that share a pass at most: each row of a batch meets all of them."""
 
 log = logging.getLogger(__name__)
 
 
-def searched(run: Run, assignment: Assignment, stopping: threading.Event) -> Assignment:
-    """Returns the assignment of the merge with the best weights found. Ray tasks measure the candidates, several side
-    by side.
+def trial(run: Run, assignment: Assignment) -> Assignment:
+    """The assignment as the ranks of its search get it: copies of the search's rows are the only rows that they see."""
+    tree = config.dump(_on_validation_rows(run, assignment.job, assignment.attempt.partial / TRIED))
+    storage.put(run.output, run.name, f"{assignment.attempt.partial.name}/{TRIED}")
+    return dataclasses.replace(assignment, tree=tree)
 
-    Raises Broken if a trial fails, or once `stopping` is set; what was measured by then is in search.jsonl.
+
+def search_rank(assignment: Assignment) -> dict[str, Any]:
+    """Does one rank of a merge whose weights are searched. Returns, on rank 0, the result of the merge with the best
+    weights; every measurement is in search.jsonl before the next is asked for.
+
+    assignment: as `trial` gives it.
     """
-    job, partial = assignment.job, assignment.attempt.partial
-    settings = job.settings["search"]
-    trial = dataclasses.replace(assignment, tree=config.dump(_on_validation_rows(run, job, partial / TRIED)))
-    storage.put(run.output, run.name, f"{partial.name}/{TRIED}")
-    try_ = remote(run, job, _try)
-    along = search.axes(job.settings["tasks"], _projections(run, job) if settings["per"] == "projection" else None)
-    is_loss = settings["metric"] == "loss"
-    known = search.read(partial / SEARCH)
+    with working([assignment], int(os.environ.get("RANK", "0"))) as run:
+        import torch
 
-    def measure(points: list[search.Point]) -> list[float]:
-        import ray
+        from lori_dist.training.world import from_environment
 
-        waiting: dict[Any, search.Point] = {}
-        for point in points:
-            if point not in known and point not in waiting.values():
-                weights = list(search.weights(point, along).values())
-                waiting[try_(trial, weights, f"{len(known) + len(waiting)}.safetensors")] = point
-        try:
-            while waiting:
-                done = first_done(list(waiting), stopping)
-                metrics = result(done)
-                point = waiting.pop(done)
-                known[point] = search.mean(metrics, lower_is_better=is_loss)
-                search.append(partial / SEARCH, point, along, metrics, known[point])
-        finally:
-            for left in waiting:
-                ray.cancel(left)
-        return [known[point] for point in points]
+        torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
+        world, job = from_environment(), assignment.job
+        settings = job.settings["search"]
+        bounds = tuple(settings["bounds"])
+        along = search.axes(job.settings["tasks"], _projections(run, job) if settings["per"] == "projection" else None)
+        method = search.METHODS[settings["method"]](
+            search.start(along, job.settings["weights"][0], bounds),
+            bounds=bounds,
+            budget=settings["budget"],
+            seed=settings["seed"],
+        )
+        point, score, count = _best(run, assignment, world, along, method)
+        if world.rank > 0:
+            return {}
+        found = search.weights(point, along)
+        log.info("%s: %s after %d evaluations, %s", job.name, found, count, score)
+        result = merged(run, assignment, list(found.values()))
+        return {**result, "weights": found, "score": score, "evaluations": count}
 
-    bounds = tuple(settings["bounds"])
-    method = search.METHODS[settings["method"]](
-        search.start(along, job.settings["weights"][0], bounds),
-        bounds=bounds,
-        budget=settings["budget"],
-        seed=settings["seed"],
-    )
-    point, score, count = search.best(method, measure)
-    found = search.weights(point, along)
-    log.info("%s: %s after %d evaluations, %s", job.name, found, count, score)
-    more = {
-        "weights": [list(map(list, item.items())) if isinstance(item, dict) else item for item in found.values()],
-        "found": {"weights": found, "score": score, "evaluations": count},
-    }
-    return dataclasses.replace(assignment, job=dataclasses.replace(job, settings={**job.settings, **more}))
+
+def _best(
+    run: Run, assignment: Assignment, world: "World", along: Sequence[search.Axis], method: search.Method
+) -> tuple[search.Point, float, int]:
+    """What `search.best` gives, on every rank."""
+    from lori_dist import formats
+    from lori_dist.evaluation import measuring
+    from lori_dist.merges import merge
+    from lori_dist.training.world import from_first
+
+    job, file = assignment.job, assignment.attempt.partial / SEARCH
+    settings, options = job.settings["search"], dict(job.settings["method"])
+    chosen, is_loss = options.pop("name"), settings["metric"] == "loss"
+    adapters = [formats.load(path) for path in merged_from(run, job)]
+    known = from_first(world, lambda: search.read(file))
+    num_before, start, push = len(known), time.monotonic(), pushing(run, [assignment])
+    with measuring(run, world=world) as values_of:
+
+        def measure(points: list[search.Point]) -> list[float]:
+            for first in range(0, len(points), AT_ONCE):
+                some = points[first : first + AT_ONCE]
+                # All or none, so that the figures of a search that was killed are those of one that was not.
+                if all(point in known for point in some):
+                    continue
+                _say(job, known, num_before, settings["budget"], time.monotonic() - start)
+                candidates = {
+                    str(number): merge(
+                        adapters,
+                        method=chosen,
+                        options=options,
+                        weights=list(search.weights(point, along).values()),
+                    )
+                    for number, point in enumerate(some)
+                }
+                found = values_of(candidates)
+                if world.rank == 0:
+                    assignment.attempt.check()
+                for point, of_tasks in zip(some, found.values(), strict=True):
+                    if point in known:
+                        continue
+                    metrics = {task: value for task, values in of_tasks.items() for value in values.values()}
+                    known[point] = search.mean(metrics, lower_is_better=is_loss)
+                    if world.rank == 0:
+                        search.append(file, point, along, metrics, known[point])
+                if world.rank == 0:
+                    push({})
+            return [known[point] for point in points]
+
+        return search.best(method, measure)
+
+
+def _say(job: Job, known: Mapping[search.Point, float], num_before: int, budget: int, seconds: float) -> None:
+    done = len(known) - num_before
+    left = f", about {(budget - len(known)) * seconds / done:.0f} s left" if done else ""
+    log.info("%s: %d of at most %d evaluations are done%s", job.name, len(known), budget, left)
 
 
 def _on_validation_rows(run: Run, job: Job, place: Path) -> Run:
@@ -84,7 +131,9 @@ def _on_validation_rows(run: Run, job: Job, place: Path) -> Run:
         copy = place / f"{name}.jsonl"
         copy.write_bytes(_rows(Path(getattr(run.tasks[name], data["part"])), settings["rows"], data["part"]))
         tasks[name] = dataclasses.replace(run.tasks[name], test=str(copy), validation=None)
-    evaluate = dataclasses.replace(run.evaluate, metrics=(settings["metric"],), rows=None)
+    evaluate = dataclasses.replace(
+        run.evaluate, metrics=(settings["metric"],), rows=None, lm_eval=None, temperature=0.0, top_p=1.0
+    )
     return dataclasses.replace(run, tasks=tasks, evaluate=evaluate, merges={})
 
 
@@ -105,21 +154,3 @@ def _projections(run: Run, job: Job) -> dict[str, list[str]]:
         modules = native.header(run.folder / need / ADAPTER)["modules"]
         found[task] = list(dict.fromkeys(targets.kind(module) for module in modules))
     return found
-
-
-def _try(assignment: Assignment, weights: Sequence[Any], name: str) -> dict[str, float]:
-    """Task -> the search's metric of the merge with these weights, on the rows of the search."""
-    with working([assignment], 0) as run:
-        import torch
-
-        from lori_dist.evaluation import evaluate
-        from lori_dist.training.device import first
-
-        torch.set_num_threads(1)
-        out = assignment.attempt.partial / TRIED / name
-        merged(run, assignment, weights, out)
-        try:
-            values = evaluate(run, out, device=first(run.cluster.gpus_per_worker))
-        finally:
-            out.unlink()
-        return {task: value for task, metrics in values.items() for value in metrics.values()}

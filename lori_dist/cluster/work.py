@@ -25,6 +25,7 @@ from lori_dist.training.metrics import recorded
 
 if TYPE_CHECKING:
     from lori_dist.training.preemption import StopRequest
+    from lori_dist.training.world import World
 
 PUSH_SECONDS = 1.0
 LOOK_SECONDS = 2.0
@@ -52,15 +53,17 @@ def train_rank(assignment: Assignment) -> dict[str, Any]:
         from lori_dist.training.world import from_environment
 
         torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
+        world = from_environment()
         return train(
             run,
             assignment.job.settings["task"],
-            from_environment(),
+            world,
             assignment.attempt.partial,
             fingerprint=assignment.job.fingerprint,
             still_mine=assignment.attempt.check,
-            progress=_pushing(run, [assignment]),
+            progress=pushing(run, [assignment]),
             stop_request=stop_request,
+            fetch=_fetching(run, assignment, world),
             joint=assignment.job.settings.get("joint"),
             sequel=assignment.job.settings.get("sequel"),
         )
@@ -81,7 +84,7 @@ def train_ranks(assignments: Sequence[Assignment]) -> dict[str, Any]:
         from lori_dist.training.world import from_environment
 
         torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
-        world, push = from_environment(), _pushing(run, assignments)
+        world, push = from_environment(), pushing(run, assignments)
 
         def make(assignment: Assignment) -> Callable[[], Any]:
             return lambda: make_job(
@@ -94,6 +97,7 @@ def train_ranks(assignments: Sequence[Assignment]) -> dict[str, Any]:
                 track=stack.enter_context(tracked(run, assignment.job.name)),
                 progress=push if assignment is assignments[0] else lambda record: None,
                 stop_request=stop_request,
+                fetch=_fetching(run, assignment, world),
             )
 
         outcomes = train_together({one.job.settings["task"]: make(one) for one in assignments}, world)
@@ -185,31 +189,58 @@ def rehearse_rank(rehearsal: Rehearsal) -> dict[str, Any]:
         )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationRehearsal:
+    """The work of a process in an evaluation that is built, and measures one batch."""
+
+    tree: dict[str, Any]
+    """The run as a plain tree."""
+    models: Mapping[str, Path | int]
+    """Models as `evaluation._rehearsal.rehearse` takes them."""
+
+
+def rehearse_evaluation_rank(rehearsal: EvaluationRehearsal) -> None:
+    """Does one rank of the evaluation's first batch. It logs nothing and leaves nothing."""
+    import torch
+
+    from lori_dist.evaluation._rehearsal import rehearse
+    from lori_dist.training.world import from_environment
+
+    run = config.validate(rehearsal.tree)
+    torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
+    rehearse(run, rehearsal.models, from_environment())
+
+
 def merge_adapters(assignment: Assignment) -> dict[str, Any]:
     """Does a merge, in a Ray task. Returns its result."""
     with working([assignment], 0) as run:
-        settings = assignment.job.settings
-        weights = [dict(weight) if isinstance(weight, list) else weight for weight in settings["weights"]]
-        spread = _spread(run, assignment.job)
-        with recorded(run, assignment.job.name, assignment.attempt.partial) as record:
-            start = time.monotonic()
-            result = merged(run, assignment, weights, assignment.attempt.partial / ADAPTER, **spread)
-            del result["path"]  # the folder is about to get another name
-            density = result["kept"] / result["total"]
-            record({**result, "density": density, "seconds": time.monotonic() - start})
-        return {**result, **settings.get("found", {})}
+        given = assignment.job.settings["weights"]
+        weights = [dict(weight) if isinstance(weight, list) else weight for weight in given]
+        return merged(run, assignment, weights, **_spread(run, assignment.job))
 
 
-def merged(run: Run, assignment: Assignment, weights: Sequence[Any], out: Path, **spread: Any) -> dict[str, Any]:
-    """Writes the merge of the job's adapters to `out`. Returns the result of `merge_files`, which gets `spread`."""
+def merged(run: Run, assignment: Assignment, weights: Sequence[Any], **spread: Any) -> dict[str, Any]:
+    """Writes and records the merge of the job's adapters. Returns its result. spread: arguments of `merge_files`."""
     from lori_dist.merges import merge_files
 
-    method = dict(assignment.job.settings["method"])
-    settings, needs = assignment.job.settings, assignment.job.needs
-    adapters = [run.folder / need / ADAPTER for need in needs]
-    if settings.get("split"):
-        adapters = [run.folder / needs[0] / f"{ADAPTER}@{task}" for task in settings["tasks"]]
-    return merge_files(adapters, out, method=method.pop("name"), options=method, weights=weights, **spread)
+    method, partial = dict(assignment.job.settings["method"]), assignment.attempt.partial
+    adapters = merged_from(run, assignment.job)
+    with recorded(run, assignment.job.name, partial) as record:
+        start = time.monotonic()
+        result = merge_files(
+            adapters, partial / ADAPTER, method=method.pop("name"), options=method, weights=weights, **spread
+        )
+        del result["path"]  # the folder is about to get another name
+        density = result["kept"] / result["total"]
+        record({**result, "density": density, "seconds": time.monotonic() - start})
+    return result
+
+
+def merged_from(run: Run, job: Job) -> list[Path]:
+    """The adapters of a merge."""
+    if job.settings.get("split"):
+        return [run.folder / job.needs[0] / f"{ADAPTER}@{task}" for task in job.settings["tasks"]]
+    return [run.folder / need / ADAPTER for need in job.needs]
 
 
 def _spread(run: Run, job: Job) -> dict[str, Any]:
@@ -264,9 +295,9 @@ def evaluate_rank(assignments: Sequence[Assignment]) -> dict[str, Any]:
 
         def record(name: str, line: dict[str, Any]) -> None:
             records[name](line)
-            pushing(line)
+            push(line)
 
-        pushing = _pushing(run, assignments)
+        push = pushing(run, assignments)
         paths = {name: None if need is None else run.folder / need / ADAPTER for name, need in needs.items()}
         found = evaluate_all(run, paths, world=world, progress=_logged_progress(), record=record, stores=stores)
         results: dict[str, Any] = {}
@@ -338,7 +369,7 @@ def _push(mirror: storage.Mirror, assignment: Assignment) -> None:
     mirror.prune(f"{assignment.attempt.partial.name}/checkpoints")
 
 
-def _pushing(run: Run, assignments: Sequence[Assignment]) -> Callable[[dict[str, Any]], None]:
+def pushing(run: Run, assignments: Sequence[Assignment]) -> Callable[[dict[str, Any]], None]:
     """Puts what jobs have measured and saved on storage every few seconds."""
     if not storage.is_url(run.output):
         return lambda record: None
@@ -353,6 +384,26 @@ def _pushing(run: Run, assignments: Sequence[Assignment]) -> Callable[[dict[str,
             last = time.monotonic()
 
     return push
+
+
+def _fetching(run: Run, assignment: Assignment, world: "World") -> Callable[[], None]:
+    """What brings the checkpoints that rank 0 has written to the machines of all ranks: by the storage that the run's
+    output is on, or nothing, where it is a folder that all see."""
+    if not storage.is_url(run.output):
+        return lambda: None
+    mirror = storage.open(run.output, run.name)
+
+    def fetch() -> None:
+        import torch.distributed as dist
+
+        from lori_dist.training.world import from_first
+
+        from_first(world, lambda: _push(mirror, assignment))
+        if world.rank > 0:
+            mirror.pull(f"{assignment.attempt.partial.name}/checkpoints")
+        dist.barrier()  # as rank 0 deletes older ones
+
+    return fetch
 
 
 @contextlib.contextmanager

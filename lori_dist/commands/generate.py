@@ -71,12 +71,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens", metavar="N", type=_count, help="longest text (default: evaluate.max_new_tokens)"
     )
     parser.add_argument(
-        "--temperature", metavar="T", type=_temperature, default=0.0, help="draw tokens (default: 0, the likeliest one)"
+        "--temperature",
+        metavar="T",
+        type=_temperature,
+        help="draw tokens (default: evaluate.temperature, or 0: the likeliest)",
     )
     parser.add_argument(
-        "--top-p", metavar="P", type=_share, default=1.0, help="draw from the likeliest tokens with this probability"
+        "--top-p",
+        metavar="P",
+        type=_share,
+        help="draw from the likeliest tokens with this probability (default: evaluate.top_p, 1)",
     )
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the tokens that are drawn (default: 0)")
+    parser.add_argument(
+        "--seed", metavar="N", type=int, help="of the tokens that are drawn (default: evaluate.seed, 0)"
+    )
     parser.add_argument("--out", metavar="FILE", type=Path, help="also write prompts and texts as JSON lines")
     add_local_rank(parser)
 
@@ -103,6 +111,9 @@ def run(arguments: argparse.Namespace) -> None:
     described = config.load(arguments.config, arguments.settings)
     if arguments.out is not None:
         check_writable(arguments.out, "--out")
+    for name in ("temperature", "top_p", "seed"):
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, getattr(described.evaluate, name))
     if arguments.top_p < 1 and arguments.temperature == 0:
         raise ConfigError("--top-p: is for tokens that are drawn; add --temperature, or remove it")
     adapters = _adapters(described, arguments.adapter or ["base"])
@@ -198,8 +209,8 @@ def _generate(
 ) -> None:
     import torch.distributed as dist
 
-    from lori_dist.evaluation._answers import Sampling
     from lori_dist.evaluation._generate import writing
+    from lori_dist.evaluation._writing import Sampling
     from lori_dist.training.accelerate_launch import followed
     from lori_dist.training.world import from_environment, from_first
 

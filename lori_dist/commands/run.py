@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="load the data and build every training job, but run no step and write nothing",
+        help="load the data, build every training job and evaluate one batch, but run no step and write nothing",
     )
 
 
@@ -79,5 +79,9 @@ def _show_dry_run(described: config.Run) -> None:
     ranks, place = described.cluster.workers, described.cluster.address
     built = f"Every training job was built by {ranks} rank{'' if ranks == 1 else 's'} (cluster.address: {place})"
     print(f"\n{built}, and no step was run. {described.folder} is unchanged.")
+    if any(line[0].startswith("evaluate-") and line[1] != "finished" for line in lines):
+        print(
+            "The evaluation ran on the longest rows of each task, one batch a rank, with adapters of the planned size."
+        )
     if described.cluster.packing != "off":
         print("Training jobs were built one at a time; jobs that share a base take more memory.")

@@ -37,4 +37,4 @@ def run(arguments: argparse.Namespace) -> None:
     line = f"{found['folder']}: {who}{', and was asked to stop' if found['stopping'] else ''}"
     if found["eta_seconds"] is not None:
         line += f"; {'at least' if found['eta_is_least'] else 'about'} {status.duration(found['eta_seconds'])} left"
-    print(status.printable(line), describe.table(status.TITLES, status.rows(found)), sep="\n\n")
+    print(describe.printable(line), describe.table(status.TITLES, status.rows(found)), sep="\n\n")

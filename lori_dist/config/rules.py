@@ -490,6 +490,11 @@ def _searches(run: Run) -> Iterator[str]:
             yield f"{path}.search.method: cma needs two weights, there is one; use coordinate"
 
 
+def _drawn(run: Run) -> Iterator[str]:
+    if run.evaluate.top_p < 1 and run.evaluate.temperature == 0:
+        yield "evaluate.top_p: is for tokens that are drawn; set evaluate.temperature, or remove it"
+
+
 RULES: tuple[Rule, ...] = (
     _projections,
     _forms,
@@ -515,6 +520,7 @@ RULES: tuple[Rule, ...] = (
     _labels,
     _merges,
     _searches,
+    _drawn,
     _cluster,
 )
 

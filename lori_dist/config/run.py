@@ -488,6 +488,12 @@ class Evaluate:
     """Evaluate on the first test rows only, this many; null: all."""
     max_new_tokens: Positive = 64
     """Longest generated response, in tokens."""
+    temperature: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False), NotBool, Fingerprint.IF_SET] = 0.0
+    """Temperature at which the tokens of responses are drawn; 0: the likeliest token, always."""
+    top_p: Annotated[Fraction, Fingerprint.IF_SET] = 1.0
+    """Draw from the likeliest tokens alone, those that have this much of the probability together."""
+    seed: Annotated[Seed, Fingerprint.IF_SET] = 0
+    """Seed of the tokens that are drawn, which depend on the prompt and the model besides, and on nothing else."""
     lm_eval: Annotated[LmEval | None, Check(_lm_eval_is_there), Fingerprint.DERIVED] = None
     """Benchmarks of EleutherAI's lm-eval that every model is measured on as well; needs the extra lm-eval."""
 

@@ -273,6 +273,37 @@ def traffic(
     return found
 
 
+def place_memory(model: Counted, load: Load, *, stage: int = 2, hpz: int = 1, offload: bool = False) -> Held:
+    """At stage 3 the largest weight is gathered beside those that stay for a while."""
+    _check(load.ranks, stage, hpz, offload)
+    if stage < 3:
+        return Held(base=model.base, values=0, gradients=0, moments=0)
+    gathered = min(model.block, model.base // SMALL) + model.largest if load.ranks > 1 or offload else 0
+    second = -(-model.base // hpz) if hpz > 1 else 0
+    return Held(
+        base=(0 if offload else -(-model.base // load.ranks)) + second,
+        values=0,
+        gradients=0,
+        moments=0,
+        gathered_at_loss=gathered,
+        gathered_in_block=gathered,
+    )
+
+
+def place_traffic(
+    model: Counted, load: Load, *, stage: int = 2, hpz: int = 1, offload: bool = False
+) -> list[Collective]:
+    """At stage 3 the base is gathered once in each forward pass, from all ranks."""
+    if stage < 3:
+        return []
+    spans = load.nodes > 1
+    found = [Collective(kind="gather", owner="base", bytes=model.base, group=load.ranks, spans_nodes=spans)]
+    if offload:
+        copied = -(-model.base // load.ranks)
+        found.append(Collective(kind="copy", owner="base", bytes=copied, group=1, spans_nodes=False))
+    return found
+
+
 class Partitioned:
     """An `Engine`."""
 

@@ -343,6 +343,59 @@ def traffic(
     return found
 
 
+def place_memory(
+    model: Counted,
+    load: Load,
+    *,
+    base: str = "sharded",
+    replicas: int = 1,
+    wrap: Sequence[str] | None = None,
+    forward_prefetch: int = 0,
+    offload: bool = False,
+    pin_memory: bool = True,
+) -> Held:
+    """What is gathered by itself is freed when it has run, and is there twice while it is copied into place. What is
+    outside of blocks and ends stays gathered."""
+    shards = _check(load.ranks, base, replicas, offload, pin_memory, None)
+    group, grouped = _groups(model, wrap, None)
+    if wrap is None and SMALL * model.block > model.base:
+        group = model.layer
+    rest = max(0, model.base - grouped - sum(model.ends))
+    gathered = rest + (2 + forward_prefetch) * max(group, *model.ends, 0)
+    is_gathered = base == "sharded" and (shards > 1 or offload)
+    return Held(
+        base=0 if offload else -(-model.base // (shards if base == "sharded" else 1)),
+        values=0,
+        gradients=0,
+        moments=0,
+        gathered_at_loss=gathered if is_gathered else 0,
+        gathered_in_block=gathered if is_gathered else 0,
+    )
+
+
+def place_traffic(
+    model: Counted,
+    load: Load,
+    *,
+    base: str = "sharded",
+    replicas: int = 1,
+    wrap: Sequence[str] | None = None,
+    forward_prefetch: int = 0,
+    offload: bool = False,
+    pin_memory: bool = True,
+) -> list[Collective]:
+    """The base is gathered once in each forward pass."""
+    if base == "replicated":
+        return []
+    group, per_node = load.ranks // replicas, load.ranks // load.nodes
+    crosses = load.nodes > 1 and group > per_node
+    found = [Collective(kind="gather", owner="base", bytes=model.base, group=group, spans_nodes=crosses)]
+    if offload:
+        copied = -(-model.base // group)
+        found.append(Collective(kind="copy", owner="base", bytes=copied, group=1, spans_nodes=False))
+    return found
+
+
 class FullySharded:
     """An `Engine`."""
 

@@ -5,6 +5,7 @@ the task. The metrics here have two more: `ask(subject)` gives what to ask of th
 what that says of each row. So the requests of all models share the batches, and these are divided among the ranks.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,14 +16,16 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lori_dist import config, formats, plugin
+from lori_dist.adapter import packed
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.adapter.formed import TaskAdapter
 from lori_dist.errors import ConfigError
 from lori_dist.evaluation._answers import BASE, Reader
 from lori_dist.evaluation._passes import attached, passes_of
 from lori_dist.evaluation._place import place
-from lori_dist.evaluation._rows import Answer, Ask, Judge, Row, interval, mean
+from lori_dist.evaluation._rows import Answer, Ask, Continuation, Judge, Request, Row, interval, mean
 from lori_dist.evaluation._store import LM_EVAL, Key, Measured, Store
+from lori_dist.evaluation._writing import GREEDY, Sampling
 from lori_dist.rows import responses
 from lori_dist.scores import LOWER_IS_BETTER
 from lori_dist.training.data import Example, Segments, encode, read
@@ -30,7 +33,7 @@ from lori_dist.training.metrics import Record
 from lori_dist.training.model import check, check_base, load_tokenizer
 from lori_dist.training.world import World, from_first
 
-__all__ = ["Found", "Store", "Subject", "check_adapter", "evaluate", "evaluate_all", "scored"]
+__all__ = ["Found", "Store", "Subject", "check_adapter", "evaluate", "evaluate_all", "measuring", "scored"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +54,8 @@ class Subject:
     """Tokens of a row, as in training."""
     max_new_tokens: int
     """Most tokens of a generated response."""
+    sampling: Sampling = GREEDY
+    """How the tokens of a response are chosen."""
 
 
 def scored(subject: Subject, ask: Ask, judge: Judge) -> float | None:
@@ -64,7 +69,11 @@ def scored(subject: Subject, ask: Ask, judge: Judge) -> float | None:
 def answered(subject: Subject, requests: Sequence[Any]) -> list[Answer]:
     """The answers of one model, in this process alone."""
     reader = Reader(
-        model=subject.model, tokenizer=subject.tokenizer, batch_size=subject.batch_size, device=subject.model.device
+        model=subject.model,
+        tokenizer=subject.tokenizer,
+        batch_size=subject.batch_size,
+        device=subject.model.device,
+        sampling=subject.sampling,
     )
     return reader.answers(BASE, requests)[None]
 
@@ -72,7 +81,7 @@ def answered(subject: Subject, requests: Sequence[Any]) -> list[Answer]:
 Values = dict[str, dict[str, float]]
 """Task -> metric -> value."""
 Rows = list[Segments]  # (prompt, response)
-LmEval = Callable[[PreTrainedModel, PreTrainedTokenizerBase], Mapping[str, Mapping[str, float]]]
+LmEval = Callable[[Reader], Mapping[str, Mapping[str, float]]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,62 +111,54 @@ def evaluate(
 
 def evaluate_all(
     run: config.Run,
-    adapters: Mapping[str, Path | None],
+    adapters: Mapping[str, Path | Adapter | None],
     *,
     world: World | None = None,
     device: torch.device | str = "cpu",
     progress: Callable[[str, int, int], None] | None = None,
     record: Callable[[str, Record], None] = lambda name, record: None,
     stores: Mapping[str, Store] | None = None,
+    longest: int | None = None,
 ) -> dict[str, Found]:
     """Every metric of the run on every task's test rows, of several models on one copy of the base: name -> figures.
 
-    adapters: by name; None measures the base. world: the gang whose ranks all call this; it shards the base as the
-    run's engine says, and divides the rows. None: this process holds the base on the device. progress: called with what
-    is measured next, how many measurements are done, and how many there are. record: gets a model's name, and metric,
-    task, value and seconds of each measurement. stores: of models, where what is measured is kept; what is there is not
-    measured again.
+    adapters: by name; a file or folder, or an adapter in memory; None measures the base. world: the gang whose ranks
+    all call this; it shards the base as the run's engine says, and divides the rows. None: this process holds the base
+    on the device. progress: called with what is measured next, how many measurements are done, and how many there are.
+    record: gets a model's name, and metric, task, value and seconds of each measurement. stores: of models, where what
+    is measured is kept; what is there is not measured again. longest: measure only so many rows of each task, those
+    with the longest text; None: all.
     progress, record and stores are for rank 0, and figures equal on all ranks.
     Raises ConfigError for test rows that cannot be used, and AdapterError if an adapter was trained on another base.
     """
     tokenizer = load_tokenizer(run.model)
-    rows, more = _test_rows(run, tokenizer), _more(run)
+    rows, more = _test_rows(run, tokenizer, longest), _more(run)
     loaded, owners = _loaded(run, adapters)
     matrix = _Matrix(
         run=run, tokenizer=tokenizer, world=world, names=tuple(adapters), stores=stores or {}, record=record
     )
-    metrics = [_Metric.found(name) for name in run.evaluate.metrics]
-    measurements = [(task, metric) for task in run.tasks for metric in metrics]
+    measurements = _measurements(run)
     total = len(measurements) + (more is not None)
     keys = [(task, metric.name) for task, metric in measurements] + ([LM_EVAL] if more is not None else [])
     if matrix.lack(keys):
-        base = place(run, world, torch.device(device))
-        try:
-            subjects = {task: _subject(run, task, rows[task], base.model, tokenizer) for task in run.tasks}
-            reader = Reader(
-                model=base.model,
-                tokenizer=tokenizer,
-                batch_size=run.evaluate.batch_size,
-                device=torch.device(device) if world is None else world.device,
-                world=world,
-                is_sharded=base.is_sharded,
-            )
-            passes = passes_of(base.model, loaded, list(owners))
+        with _reading(run, world, torch.device(device), rows, tokenizer) as (reader, subjects):
+            passes = passes_of(reader.model, loaded, list(owners))
             for turn, one in enumerate(passes):
                 with attached(reader, one) as names:
-                    for number, (task, metric) in enumerate(measurements):
+
+                    def say(what: str, done: int, before: int = turn * total, of: int = total * len(passes)) -> None:
                         if progress is not None:
-                            progress(f"{metric.name} of {task}", turn * total + number, total * len(passes))
-                        of_task = {
-                            owners[label][0]: name for label, name in names.items() if owners[label][1] in (None, task)
+                            progress(what, before + done, of)
+
+                    def of_task(task: str, held: Mapping[str, str | None] = names) -> dict[str, str | None]:
+                        return {
+                            owners[label][0]: name for label, name in held.items() if owners[label][1] in (None, task)
                         }
-                        matrix.measure(reader, of_task, subjects[task], metric)
+
+                    matrix.measure(reader, of_task, subjects, measurements, say)
                     if more is not None:
-                        if progress is not None:
-                            progress("lm-eval", (turn + 1) * total - 1, total * len(passes))
+                        say("lm-eval", total - 1)
                         matrix.measure_more(reader, names, more)
-        finally:
-            base.close()
     return {name: matrix.of(name, keys) for name in adapters}
 
 
@@ -166,7 +167,7 @@ Owner = tuple[str, str | None]
 
 
 def _loaded(
-    run: config.Run, adapters: Mapping[str, Path | None]
+    run: config.Run, adapters: Mapping[str, Path | Adapter | None]
 ) -> tuple[dict[str, Adapter | TaskAdapter], dict[str, Owner]]:
     """Label -> adapter, and label -> owner, which models without an adapter have too.
 
@@ -175,8 +176,9 @@ def _loaded(
     """
     loaded, owners = dict[str, Adapter | TaskAdapter](), dict[str, Owner]()
     for name, path in adapters.items():
-        if path is None:
+        if not isinstance(path, Path):
             owners[name] = name, None
+            loaded |= {} if path is None else {name: path}
             continue
         by_task = formats.by_task_or_whole(path)
         lacks = [f"tasks.{task}" for task in run.tasks if task not in by_task]
@@ -193,6 +195,72 @@ def _loaded(
                 label = name if task is None else f"{name}@{task}"
                 loaded[label], owners[label] = adapter, (name, task)
     return loaded, owners
+
+
+@contextlib.contextmanager
+def measuring(
+    run: config.Run, *, world: World | None = None, device: torch.device | str = "cpu"
+) -> Iterator[Callable[[Mapping[str, Adapter]], dict[str, Values]]]:
+    """Gives what measures adapters in memory, name -> adapter, as `evaluate_all` does those in files: again and again
+    on one copy of the base, which is placed once. Every rank of the world calls this, and that, alike.
+
+    Adapters that differ from those before in values and weights alone take their place on the model, where nothing else
+    changes. Tasks of lm-eval are not measured. Raises as `evaluate_all`.
+    """
+    tokenizer = load_tokenizer(run.model)
+    rows, measurements = _test_rows(run, tokenizer), _measurements(run)
+    keys = [(task, metric.name) for task, metric in measurements]
+    with (
+        _reading(run, world, torch.device(device), rows, tokenizer) as (reader, subjects),
+        contextlib.ExitStack() as held,
+    ):
+
+        def measure(adapters: Mapping[str, Adapter]) -> dict[str, Values]:
+            matrix = _Matrix(
+                run=run,
+                tokenizer=tokenizer,
+                world=world,
+                names=tuple(adapters),
+                stores={},
+                record=lambda name, record: None,
+            )
+
+            if packed.update(reader.model, adapters):
+                matrix.measure(reader, lambda task: {name: name for name in adapters}, subjects, measurements)
+            else:
+                held.close()
+                for one in passes_of(reader.model, adapters, matrix.names):
+                    held.close()
+                    names = held.enter_context(attached(reader, one))
+                    matrix.measure(reader, lambda task, names=names: names, subjects, measurements)  # type: ignore[misc]
+            return {name: matrix.of(name, keys).values for name in adapters}
+
+        yield measure
+
+
+@contextlib.contextmanager
+def _reading(
+    run: config.Run,
+    world: World | None,
+    device: torch.device,
+    rows: Mapping[str, Rows],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Iterator[tuple[Reader, dict[str, Subject]]]:
+    """Gives the base where it computes, as a reader, and task -> subject; afterwards the base's memory is free."""
+    base = place(run, world, device)
+    try:
+        reader = Reader(
+            model=base.model,
+            tokenizer=tokenizer,
+            batch_size=run.evaluate.batch_size,
+            device=device if world is None else world.device,
+            world=world,
+            is_sharded=base.is_sharded,
+            sampling=_sampling(run),
+        )
+        yield reader, {task: _subject(run, task, rows[task], base.model, tokenizer) for task in run.tasks}
+    finally:
+        base.close()
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------
@@ -215,6 +283,69 @@ class _Metric:
     @property
     def is_accuracy(self) -> bool:
         return self.name.rpartition(".")[2] not in LOWER_IS_BETTER
+
+
+def _measurements(run: config.Run) -> list[tuple[str, _Metric]]:
+    metrics = [_Metric.found(name) for name in run.evaluate.metrics]
+    return [(task, metric) for task in run.tasks for metric in metrics]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Left:
+    """One metric of one task, and the models that lack it."""
+
+    subject: Subject
+    metric: _Metric
+    names: Mapping[str, str | None]
+    """Model -> what the reader calls it."""
+    requests: Sequence[Request] | None
+    """None where the metric asks nothing, or does not apply."""
+
+    @classmethod
+    def of(
+        cls,
+        subject: Subject,
+        metric: _Metric,
+        names: Mapping[str, str | None],
+        known: Mapping[str, Mapping[Key, Measured]],
+    ) -> "_Left":
+        key = (subject.task, metric.name)
+        left = {name: routed for name, routed in names.items() if key not in known[name]}
+        asks = metric.ask if left and metric.judge is not None else None
+        return cls(subject=subject, metric=metric, names=left, requests=None if asks is None else asks(subject))
+
+    @property
+    def key(self) -> Key:
+        return self.subject.task, self.metric.name
+
+    @property
+    def continuations(self) -> list[Continuation]:
+        """What models are asked to write, each once."""
+        return list(dict.fromkeys(request for request in self.requests or () if isinstance(request, Continuation)))
+
+    @property
+    def is_written(self) -> bool:
+        """Whether models write all that the metric asks for."""
+        return bool(self.requests) and all(isinstance(request, Continuation) for request in self.requests or ())
+
+    def judged(self, answers: Sequence[Answer]) -> list[Row]:
+        assert self.metric.judge is not None
+        return self.metric.judge(self.subject, answers)
+
+    def scores(self, reader: Reader) -> Iterator[tuple[str, float | None, list[Row]]]:
+        """Model, the metric's value and those of the rows, where there are any."""
+        if self.metric.ask is None or self.metric.judge is None:
+            for name, routed in self.names.items():
+                with reader.only(routed):
+                    yield name, self.metric.score(self.subject), []
+            return
+        if self.requests is None:
+            yield from ((name, None, []) for name in self.names)
+            return
+        answers = reader.answers(list(self.names.values()), self.requests)
+        for name, routed in self.names.items():
+            rows = self.judged(answers[routed])
+            yield name, mean(rows), rows
 
 
 @dataclass(kw_only=True, slots=True)
@@ -247,44 +378,56 @@ class _Matrix:
                 found.intervals.setdefault(key[0], {})[key[1]] = list(measured.interval)
         return found
 
-    def measure(self, reader: Reader, names: Mapping[str, str | None], subject: Subject, metric: _Metric) -> None:
-        """One metric of one task, of all models of a pass that lack it."""
-        key = (subject.task, metric.name)
-        left = {name: routed for name, routed in names.items() if key not in self.known[name]}
-        if not left:
-            return
-        start = time.monotonic()
-        for name, value, rows in self._scores(reader, left, subject, metric):
-            values = {} if value is None else {subject.task: {metric.name: value}}
-            limits = interval(rows) if rows and metric.is_accuracy else None
-            self._keep(name, key, Measured(values=values, interval=limits), rows, time.monotonic() - start)
-
-    def _scores(
-        self, reader: Reader, names: Mapping[str, str | None], subject: Subject, metric: _Metric
-    ) -> Iterator[tuple[str, float | None, list[Row]]]:
-        if metric.ask is None or metric.judge is None:
-            for name, routed in names.items():
-                with reader.only(routed):
-                    yield name, metric.score(subject), []
-            return
-        requests = metric.ask(subject)
-        if requests is None:
-            yield from ((name, None, []) for name in names)
-            return
-        answers = reader.answers(list(names.values()), requests)
-        for name, routed in names.items():
-            rows = metric.judge(subject, answers[routed])
-            yield name, mean(rows), rows
+    def measure(
+        self,
+        reader: Reader,
+        names: Callable[[str], Mapping[str, str | None]],
+        subjects: Mapping[str, Subject],
+        measurements: Sequence[tuple[str, _Metric]],
+        say: Callable[[str, int], None] = lambda what, done: None,
+    ) -> None:
+        """The metrics of tasks, of all models of a pass that lack them. What models write comes last, that of all
+        tasks together. names: task -> model -> what the reader calls it there. say: is called with what is measured
+        next, and how many measurements are done."""
+        written: list[_Left] = []
+        done = 0
+        for task, metric in measurements:
+            one = _Left.of(subjects[task], metric, names(task), self.known)
+            if one.is_written:
+                written.append(one)
+                continue
+            say(f"{metric.name} of {task}", done)
+            start = time.monotonic()
+            for name, value, rows in one.scores(reader) if one.names else ():
+                self._keep(name, one, value, rows, start)
+            done += 1
+        groups = [(list(one.names.values()), one.continuations) for one in written]
+        texts = reader.written(groups)
+        for one, (_, requests) in zip(written, groups, strict=True):
+            say(f"{one.metric.name} of {one.subject.task}", done)
+            start, found = time.monotonic(), next(texts)
+            for which, name in enumerate(one.names):
+                answers: dict[Request, Answer] = {
+                    request: found[which, place] for place, request in enumerate(requests)
+                }
+                rows = one.judged([answers[request] for request in one.requests or ()])
+                self._keep(name, one, mean(rows), rows, start)
+            done += 1
 
     def measure_more(self, reader: Reader, names: Mapping[str, str | None], more: LmEval) -> None:
         for name, routed in names.items():
             if LM_EVAL not in self.known[name]:
                 start = time.monotonic()
                 with reader.only(routed):
-                    values = {task: dict(of_task) for task, of_task in more(reader.model, self.tokenizer).items()}
-                self._keep(name, LM_EVAL, Measured(values=values), [], time.monotonic() - start)
+                    values = {task: dict(of_task) for task, of_task in more(reader).items()}
+                self._store(name, LM_EVAL, Measured(values=values), [], time.monotonic() - start)
 
-    def _keep(self, name: str, key: Key, measured: Measured, rows: Sequence[Row], seconds: float) -> None:
+    def _keep(self, name: str, one: "_Left", value: float | None, rows: Sequence[Row], start: float) -> None:
+        values = {} if value is None else {one.subject.task: {one.metric.name: value}}
+        limits = interval(rows) if rows and one.metric.is_accuracy else None
+        self._store(name, one.key, Measured(values=values, interval=limits), rows, time.monotonic() - start)
+
+    def _store(self, name: str, key: Key, measured: Measured, rows: Sequence[Row], seconds: float) -> None:
         self.known[name][key] = measured
         if self.world is not None and self.world.rank > 0:
             return
@@ -305,8 +448,13 @@ def _more(run: config.Run) -> LmEval | None:
         return None
     from lori_dist.evaluation import _lm_eval  # an extra
 
-    tasks, batch_size = _lm_eval.find(settings), run.evaluate.batch_size
-    return lambda model, tokenizer: _lm_eval.measure(model, tokenizer, tasks, settings, batch_size=batch_size)
+    tasks = _lm_eval.find(settings)
+    return lambda reader: _lm_eval.measure(reader, tasks, settings)
+
+
+def _sampling(run: config.Run) -> Sampling:
+    settings = run.evaluate
+    return Sampling(temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed)
 
 
 def _subject(
@@ -323,6 +471,7 @@ def _subject(
         batch_size=run.evaluate.batch_size,
         max_length=run.train.max_length,
         max_new_tokens=run.evaluate.max_new_tokens,
+        sampling=_sampling(run),
     )
 
 
@@ -335,7 +484,7 @@ def check_adapter(adapter: Path, model: config.Model) -> None:
     check_base(adapter, formats.base(adapter), model)
 
 
-def _test_rows(run: config.Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, Rows]:
+def _test_rows(run: config.Run, tokenizer: PreTrainedTokenizerBase, longest: int | None = None) -> dict[str, Rows]:
     """Read before anything slow happens, with the mistakes of all tasks at once."""
     rows: dict[str, Rows] = {}
     problems: list[str] = []
@@ -345,6 +494,8 @@ def _test_rows(run: config.Run, tokenizer: PreTrainedTokenizerBase) -> dict[str,
                 task.test, task.test_template, where=f"tasks.{name}.test", tokenizer=tokenizer, labels=task.labels
             )
             rows[name] = found[: run.evaluate.rows]
+            if longest is not None:
+                rows[name] = sorted(rows[name], key=lambda row: -sum(map(len, row)))[:longest]
         except ConfigError as error:
             problems.append(str(error))
     if problems:

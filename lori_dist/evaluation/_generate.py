@@ -8,10 +8,11 @@ import torch
 
 from lori_dist import config, formats
 from lori_dist.errors import ConfigError
-from lori_dist.evaluation._answers import GREEDY, Reader, Sampling
+from lori_dist.evaluation._answers import Reader
 from lori_dist.evaluation._passes import attached, passes_of
 from lori_dist.evaluation._place import place
 from lori_dist.evaluation._rows import Answer, Continuation
+from lori_dist.evaluation._writing import GREEDY, Sampling
 from lori_dist.rows import Message
 from lori_dist.training.data import chat_prompt
 from lori_dist.training.model import check_base, load_tokenizer, num_positions
@@ -46,11 +47,10 @@ def writing(
     for name, adapter in loaded.items():
         check_base(Path(str(adapters[name])), adapter.base, run.model)
     base = place(run, world, torch.device("cpu"))
-    draws = sampling.temperature > 0
     reader = Reader(
         model=base.model,
         tokenizer=tokenizer,
-        batch_size=1 if draws else run.evaluate.batch_size,
+        batch_size=run.evaluate.batch_size,
         device=world.device,
         world=world,
         is_sharded=base.is_sharded,
@@ -87,9 +87,8 @@ def writing(
             answers: dict[str, list[Answer]] = {}
             for one in passes:
                 with contextlib.nullcontext(lasting) if lasting is not None else attached(reader, one) as names:
-                    for some in [[name] for name in names] if draws else [list(names)]:
-                        found = reader.answers([names[name] for name in some], requests)
-                        answers |= {name: found[names[name]] for name in some}
+                    found = reader.answers(list(names.values()), requests)
+                    answers |= {name: found[names[name]] for name in names}
             return [
                 {
                     name: continuation(of_prompt, answer, tokenizer)

@@ -38,7 +38,7 @@ def place(run: Run, world: World | None, device: torch.device) -> Base:
     if world is None:
         model = load_model(run.model).to(device)
         return Base(model=model, is_sharded=False, close=lambda: None)
-    name, method, options = _engine(run)
+    name, method, options = engine_of(run)
     model, weights = frozen(run.model)
     close = method.load()(model, weights, world, **options)
     held, total = held_of_base(model)
@@ -55,8 +55,11 @@ def place(run: Run, world: World | None, device: torch.device) -> Base:
     return Base(model=model, is_sharded=held < total, close=close)
 
 
-def _engine(run: Run) -> tuple[str, plugin.Method, Mapping[str, Any]]:
-    """The engine of evaluate.engine, or else the place of the base that train.engine gives."""
+def engine_of(run: Run) -> tuple[str, plugin.Method, Mapping[str, Any]]:
+    """The engine of evaluate.engine, or else that of train.engine: its name, its `place`, and the options for it.
+
+    An engine of train.engine that has no `place` is replaced by ddp.
+    """
     own = run.evaluate.engine
     if own is not None:
         method = plugin.find("engines", own.name, "place", "evaluate.engine")

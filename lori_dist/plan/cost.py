@@ -7,7 +7,7 @@ from typing import Any
 
 from lori_dist.config import Run
 from lori_dist.errors import ConfigError
-from lori_dist.gpus import GIB
+from lori_dist.gpus import RESERVED
 from lori_dist.plan.model import Counted, count
 from lori_dist.plan.placement import Placement, memory, sent, traffic, with_adapters, with_rows
 from lori_dist.plan.steps import Gang, Member, Work, adapter_at, full, passes, segments, work
@@ -39,7 +39,7 @@ class Hardware:
     """Share of the peak that products reach."""
     fragmentation: float = 0.1
     """Share of the used memory that the allocator wastes in addition."""
-    reserved: float = 1.5 * GIB
+    reserved: float = RESERVED
     """Bytes of each device that CUDA, NCCL and libraries take."""
     price: float | None = None
     """Price of one hour of a device."""

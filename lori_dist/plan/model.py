@@ -13,6 +13,7 @@ from lori_dist.adapter.adapter import Adapter, Spec
 from lori_dist.adapter.attach import attach
 from lori_dist.adapter.experts import AdaptedExperts, Expert, is_experts
 from lori_dist.adapter.linear import AdaptedLinear, features
+from lori_dist.adapter.probe import probe
 from lori_dist.config import FLASH, Run
 from lori_dist.errors import ConfigError
 from lori_dist.training.cost import Counted, Sizes
@@ -23,7 +24,7 @@ from lori_dist.training.model_files import check_causal, has_weights, loading, m
 from lori_dist.training.quantized import QuantizedLinear, quantize_layers
 from lori_dist.training.sequence_parallel import check_ranks, own_tokens, undividable
 from lori_dist.training.sequences import Share
-from lori_dist.training.task import form_of
+from lori_dist.training.task import spec_of
 from lori_dist.training.weights import attention_of, find_weights
 
 __all__ = ["Counted", "count", "skeleton", "spec"]
@@ -55,6 +56,7 @@ def count(run: Run, *, ranks: int = 1, adapters: int = 1, start: Adapter | None 
             f"train.max_length: got {run.train.max_length}, the model has {positions} positions; give no more"
         )
     of_spec = spec(run) if start is None else _spec_of(start)
+    known = probe(model)
     attached = attach(model, of_spec)
     found = _blocks(model)
     in_blocks = [sum(map(_bytes, _frozen(block))) for block in found]
@@ -86,6 +88,14 @@ def count(run: Run, *, ranks: int = 1, adapters: int = 1, start: Adapter | None 
         whole=beside + sum(parameter.numel() for parameter in saved.parameters(model).values()),
         projections=adapters * sum(_bytes(a) for delta in deltas for a in delta.buffers()),
         quantized=max(quantized, default=0),
+        of_a=0
+        if deltas[0].trains_a
+        else sum(delta.rank * delta.in_features * of_spec.dtype.itemsize for delta in deltas),
+        layer=max(map(_largest_layer, found)),
+        ends=_ends(model),
+        largest=max(map(_bytes, _frozen(model))),
+        widest=_widest(attached, shares),
+        is_routable=not run.adapter.modules_to_save and not any(map(known.mixes_rows, attached)),
         classes=_classes(model),
         dequantized=round(sum(quantized) * _moved(run, dtype)),
         widest_b=adapters * max(delta.counted()[0] for delta in deltas),
@@ -108,6 +118,21 @@ def count(run: Run, *, ranks: int = 1, adapters: int = 1, start: Adapter | None 
     )
 
 
+def _largest_layer(block: nn.Module) -> int:
+    """Bytes of the largest linear layer of a block, or of what the block has besides."""
+    layers = [sum(map(_bytes, _frozen(one))) for one in block.modules() if isinstance(one, nn.Linear)]
+    return max(*layers, sum(map(_bytes, _frozen(block))) - sum(layers)) if layers else sum(map(_bytes, _frozen(block)))
+
+
+def _ends(model: PreTrainedModel) -> tuple[int, ...]:
+    """Bytes of the embedding and of the output layer; none where they share a weight, or where there is one."""
+    found = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
+    weights = [parameter for module in found for parameter in module.parameters()]
+    if len(found) < 2 or len({id(weight) for weight in weights}) < len(weights):
+        return ()
+    return tuple(sum(map(_bytes, _frozen(module))) for module in found)
+
+
 def _moved(run: Run, dtype: torch.dtype) -> float:
     """Bytes that go through a device's memory to dequantize one entry of a weight: it is read as it is stored and
     written as fp32; int8 is read, scaled and written once more; then it is read and written in the dtype of the
@@ -117,7 +142,10 @@ def _moved(run: Run, dtype: torch.dtype) -> float:
 
 
 def _key_values(settings: Any) -> int:
+    """Entries of keys and values of a token in a block."""
     heads = getattr(settings, "num_attention_heads", None) or 0
+    if getattr(settings, "kv_lora_rank", None):  # multi-head latent attention, kept as keys and values of every head
+        return int(heads * (settings.qk_nope_head_dim + settings.qk_rope_head_dim + settings.v_head_dim))
     size = getattr(settings, "head_dim", None) or (settings.hidden_size // heads if heads else 0)
     return int(2 * (getattr(settings, "num_key_value_heads", None) or heads) * size)
 
@@ -183,19 +211,8 @@ def _attention_of(run: Run) -> dict[str, str]:
 
 
 def spec(run: Run) -> Spec:
-    """The Spec of a run's adapters."""
-    adapter = run.adapter
-    return Spec(
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        seed=adapter.seed,
-        targets=adapter.targets,
-        dtype=getattr(torch, adapter.dtype),
-        projection=adapter.projection,
-        modules_to_save=adapter.modules_to_save,
-        exclude=adapter.exclude,
-        form=form_of(run),
-    )
+    """The Spec of a run's adapters, which differ by their seeds alone."""
+    return spec_of(run, next(iter(run.tasks)))
 
 
 def _blocks(model: PreTrainedModel) -> list[nn.Module]:

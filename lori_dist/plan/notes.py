@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lori_dist.config import Run
-from lori_dist.gpus import GIB
 from lori_dist.plan.cost import Hardware, Trained
+from lori_dist.plan.evaluation import refusal
 from lori_dist.plan.rows import Lengths
 
 
@@ -23,13 +23,10 @@ def of(
     yield from _of_rows(run, trained, rows)
     yield from _of_length(run, placed)
     yield from _of_training(run, hardware, placed)
-    if not evaluation["fits"]:
-        yield (
-            f"Evaluation keeps the whole base on one device, which takes {evaluation['memory'] / GIB:.1f} GiB with "
-            f"evaluate.batch_size {run.evaluate.batch_size}; a device has room for {hardware.room / GIB:.1f} GiB."
-        )
+    if (reason := refusal(run, evaluation)) is not None:
+        yield f"{reason}."
     for what in evaluation["uncounted"]:
-        yield f"The time of {what} is not counted."
+        yield f"The time and the memory of {what} are not counted."
 
 
 def _of_gangs(run: Run, ranks: int, trained: Sequence[Trained]) -> Iterator[str]:

@@ -37,9 +37,13 @@ class Placement:
         shown = ", ".join(f"{key}={value}" for key, value in self.options.items())
         return f"{self.engine} ({shown})" if shown else self.engine
 
+    def look_up(self, role: str) -> Callable[..., Any] | None:
+        """A function in the engine's file; None if it has no such function."""
+        return _companion(self.engine, role)
+
     def ask(self, role: str) -> Callable[..., Any]:
         """The engine's own `memory` or `traffic`. Raises ConfigError if its file has none."""
-        found = _companion(self.engine, role)
+        found = self.look_up(role)
         if found is None:
             raise ConfigError(
                 f"train.engine: {self.engine} cannot be planned, as its file defines no function `{role}`; define "
@@ -97,14 +101,19 @@ def _own(ranks: int, nodes: int, own: Choice) -> Placement:
     bound = method.bind(own.options, "train.engine")
     settle = method.companion("settled")  # options that a file among them gives
     bound = bound if settle is None else settle(bound)
-    given = {key: bound.get(key, option.default) for key, option in method.options.items()}
-    proposed = [set(one) for one in _proposed(own.name, ranks, nodes)]
-    shown = set.intersection(*proposed) if proposed else set()
-    options = {key: value for key, value in given.items() if key in shown or value != method.options[key].default}
-    found = Placement(engine=own.name, options=options, ranks=ranks)
+    found = named(own.name, method, bound, ranks, nodes)
     for role in ("memory", "traffic"):
         found.ask(role)
     return found
+
+
+def named(engine: str, method: plugin.Method, bound: Mapping[str, Any], ranks: int, nodes: int) -> Placement:
+    """The placement of an engine with options: those that are not defaults, and those that all proposals have."""
+    given = {key: bound.get(key, option.default) for key, option in method.options.items()}
+    proposed = [set(one) for one in _proposed(engine, ranks, nodes)]
+    shown = set.intersection(*proposed) if proposed else set()
+    options = {key: value for key, value in given.items() if key in shown or value != method.options[key].default}
+    return Placement(engine=engine, options=options, ranks=ranks)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

@@ -41,6 +41,8 @@ class Lengths:
     """`all`: with the tokenizer, in all rows; `some`: in a sample; `estimated`: from bytes; `given`: not looked at."""
     is_rough: bool = False
     """Whether the number of rows is estimated."""
+    answer: int = 0
+    """Tokens of the longest response among the counted rows."""
 
     @property
     def mean(self) -> float:
@@ -74,7 +76,7 @@ class Counter:
         if self.row_tokens is not None:
             number, is_rough = self._number(path, where) if needs_number else (1, False)
             length = min(self.row_tokens, self.run.train.max_length)
-            return Lengths(number=number, tokens=np.array([length]), how="given", is_rough=is_rough)
+            return Lengths(number=number, tokens=np.array([length]), how="given", is_rough=is_rough, answer=length)
         if not tables.is_hub(path) and os.path.getsize(path) <= self.bytes and not _is_compressed(path):
             return Lengths(**self._lengths(path, template, where, "all"))
         sampled, number, is_rough = self._sampled(path, where)
@@ -99,11 +101,14 @@ class Counter:
             texts = data.read(path, template, where=where, tokenizer=self.tokenizer)
             encoded = data.encode(texts, self.tokenizer, self.run.train.max_length, where=where)
             tokens = np.array([example.num_tokens for example in encoded], dtype=np.int64)
+            answer = max(len(example.response_ids) for example in encoded)
         else:
             how = "estimated"
-            tokens = np.array([_estimated(text) for text in rows.read(path, template, where=where)], dtype=np.int64)
+            found = list(rows.read(path, template, where=where))
+            tokens = np.array([_estimated(text) for text in found], dtype=np.int64)
             tokens = tokens.clip(max=self.run.train.max_length)
-        return {"number": len(tokens), "tokens": tokens, "how": how}
+            answer = min(max(map(_estimated_answer, found)), self.run.train.max_length)
+        return {"number": len(tokens), "tokens": tokens, "how": how, "answer": answer}
 
     def _sampled(self, path: str, where: str) -> tuple[list[Any], int, bool]:
         """Rows at equal distances, the number of rows (0 if there is none), and whether that is an estimate."""
@@ -159,6 +164,12 @@ def _estimated(text: rows.Text) -> int:
         parts = list(text)
     size = sum(len(part.encode("utf-8", "surrogatepass")) for part in parts)
     return 2 + -(-size // BYTES_PER_TOKEN)
+
+
+def _estimated_answer(text: rows.Text) -> int:
+    """Estimated tokens of a response and the one that ends it, or of the last message of a chat."""
+    answer = str(text.messages[-1]["content"]) if isinstance(text, rows.Chat) else text[-1]
+    return 1 - (-len(answer.encode("utf-8", "surrogatepass")) // BYTES_PER_TOKEN)
 
 
 def _is_compressed(path: str) -> bool:

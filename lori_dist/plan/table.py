@@ -129,11 +129,20 @@ def _memory(placements: Sequence[Mapping[str, Any]], which: str) -> str:
 
 
 def _evaluation(plan: Mapping[str, Any]) -> Iterator[str]:
-    found = plan["evaluation"]
+    found, currency = plan["evaluation"], plan["hardware"]["currency"]
+    passes = len(found["passes"])
+    cost = "" if found["cost"] is None else f", {found['cost']:,.2f} {currency}"
     yield (
-        f"evaluation: {plural(found['models'], 'model')}, {found['gpu_hours']:,.2f} GPU hours and "
-        f"{found['memory'] / GIB:.1f} GiB of one device, not in the figures above"
+        f"Evaluation, not in the figures above: {plural(found['models'], 'model')} in {passes} "
+        f"pass{'' if passes == 1 else 'es'} over the base, at most {found['seconds']:,.3g} s and "
+        f"{found['gpu_hours']:,.2f} GPU hours{cost}; GiB of a device, "
+        + ("which fits:" if found["fits"] else "WHICH DOES NOT FIT:")
     )
+    sizes = [*found["memory"].values(), found["total"]]
+    yield _lines(
+        [["placement", *found["memory"], "all"], [found["placement"], *(f"{size / GIB:.2f}" for size in sizes)]]
+    )
+    yield ""
 
 
 def _lines(rows: Sequence[Sequence[str]]) -> str:

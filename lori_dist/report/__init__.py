@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lori_dist import folder, formats
+from lori_dist import folder, formats, predictions
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.atomic import naming, write_text
-from lori_dist.errors import AdapterError
+from lori_dist.errors import AdapterError, JobError
 from lori_dist.interference import interference
 from lori_dist.scores import Evaluation, Intervals, drops
 
@@ -23,6 +23,12 @@ __all__ = ["write", "write_of_run"]
 JSON, PAGE, PICTURES = "report.json", "report.html", "report-"
 NOTHING: dict[str, Any] = {"adapters": [], "layers": [], "projections": [], "norms": {}, "modules": {}, "pairs": []}
 """The interference of no adapters."""
+
+NUM_EXAMPLES, NUM_COMPARED = 2, 20
+"""Rows of a task and two models that a report shows, and how many such pairs."""
+
+MOST_BYTES = 2**26
+"""Bytes of predictions that a report reads at most."""
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +44,7 @@ def write(
     conflicts: Mapping[str, Any] | None = None,
     transfer: Mapping[str, Any] | None = None,
     same_merges: Sequence[Sequence[str]] = (),
+    examples: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Writes report.json, report.html and report-NAME.png into a folder, in place of those of an earlier report.
 
@@ -45,9 +52,10 @@ def write(
     of its accuracies, shown beside them. jobs: of a summary.json; with them the page has their timeline, and adapters
     may be missing. conflicts: of adapters that tasks were trained together for, what the trainings' results say of
     them. transfer: between tasks that were trained one after another, as `scores.transfer` has it. same_merges: groups
-    of merges that are the same function, by name.
+    of merges that are the same function, by name. examples: rows that one model gets right and another wrong, as
+    `predictions.compared` has them.
     Returns what report.json holds: the tree of `interference`, under `drops` that of `drops`, `conflicts`, `transfer`,
-    `same_merges`.
+    `same_merges`, `examples`.
     """
     from lori_dist.report.page import page  # draws with matplotlib, which takes a second to import
     from lori_dist.report.plots import plots
@@ -64,6 +72,8 @@ def write(
         report["transfer"] = dict(transfer)
     if same_merges:
         report["same_merges"] = [list(names) for names in same_merges]
+    if examples:
+        report["examples"] = [dict(one) for one in examples]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -111,12 +121,26 @@ def write_of_run(summary: Mapping[str, Any], out: Path) -> dict[str, str] | None
             conflicts=conflicts,
             transfer=summary.get("transfer"),
             same_merges=summary.get("same_merges", ()),
+            examples=_examples(out),
         )
     except Exception as error:
         log.warning("%s: no report could be made: %s", out, error)
         log.debug("", exc_info=error)
         return {"error": f"{type(error).__name__}: {error}"}
     return {"path": str(out / PAGE)}
+
+
+def _examples(folder: Path) -> list[dict[str, Any]]:
+    """A few rows on which each task's own adapter and the merges differ; none without predictions, or with so many that
+    to read them would take long."""
+    if sum(path.stat().st_size for path in predictions.files(folder)) > MOST_BYTES:
+        return []
+    try:
+        found = predictions.compared(predictions.read(folder), number=NUM_EXAMPLES)
+    except JobError as error:
+        log.debug("%s", error)
+        return []
+    return [one for one in found if one["examples"]][:NUM_COMPARED]
 
 
 def _blocks(adapter: Adapter) -> list[Adapter]:

@@ -10,6 +10,9 @@ from lori_dist.scores import Intervals
 
 Rows = Iterable[Sequence[Any]]
 
+MOST_LETTERS = 400
+"""Letters of a prompt or a response that are shown."""
+
 _CSS = """
 *{box-sizing:border-box}
 body{margin:0 auto;padding:1rem;max-width:76rem;background:var(--paper);color:var(--ink);
@@ -26,6 +29,7 @@ table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nu
 th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid var(--grid);white-space:nowrap}
 td:first-child,th:first-child,.words{text-align:left}th{font-weight:600}
 thead th{vertical-align:bottom;color:var(--muted)}tbody th{max-width:16rem;overflow:hidden;text-overflow:ellipsis}
+.texts td{text-align:left;white-space:pre-wrap;vertical-align:top}
 details{margin:.75rem 0}summary{cursor:pointer;color:var(--line-1)}
 """
 
@@ -45,6 +49,7 @@ def page(
         *(_section("Jobs", [_figure(over_time), *_jobs(jobs)]) if over_time else ()),
         *(_section("Pairs of adapters", _pairs(report)) if report["pairs"] else ()),
         *(_section("Drop of each task under each merge", _drops(report)) if report.get("drops") else ()),
+        *(_section("Rows that merging lost", _examples(report["examples"])) if report.get("examples") else ()),
         *(_section("One task after another", _transfers(report["transfer"])) if report.get("transfer") else ()),
         *(_section("Conflicts in training", _conflicts(report["conflicts"])) if report.get("conflicts") else ()),
         *(_section("Adapters and norms", _adapters(report)) if count else ()),
@@ -239,6 +244,24 @@ def _merge(name: str, merge: Mapping[str, Any], tasks: Sequence[str], limits: Ma
     return (name, *cells, _number(sum(drop.values()) / len(drop), sign=True), _percent(merge["kept"]))
 
 
+def _examples(examples: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for one in examples:
+        caption = (
+            f"{one['task']}, {one['metric']}: {one['right']} is right and {one['wrong']} wrong on "
+            f"{one['only_right']} of {one['rows']} rows, the other way round on {one['only_wrong']}"
+        )
+        rows = [
+            (str(row["row"]), *(_cut(row[key]) for key in ("prompt", "answer", "right", "wrong")))
+            for row in one["examples"]
+        ]
+        yield _table(caption, ("row", "prompt", "answer", one["right"], one["wrong"]), rows, has_words=True)
+
+
+def _cut(text: Any) -> str:
+    shown = "-" if text is None else str(text)
+    return shown if len(shown) <= MOST_LETTERS else f"{shown[:MOST_LETTERS]} ..."
+
+
 def _limits(intervals: Intervals, model: str, task: str, metric: str) -> str:
     found = intervals.get(model, {}).get(task, {}).get(metric)
     return "" if found is None else f" [{_number(found[0])}, {_number(found[1])}]"
@@ -328,12 +351,14 @@ def _jobs(jobs: Sequence[Row]) -> Iterator[str]:
     yield f"<details><summary>Times of {len(jobs)} jobs</summary>{table}</details>"
 
 
-def _table(caption: str, titles: Sequence[str], rows: Rows) -> str:
-    """Wider than the screen, it scrolls inside of its box, also by keys."""
+def _table(caption: str, titles: Sequence[str], rows: Rows, *, has_words: bool = False) -> str:
+    """Wider than the screen, it scrolls inside of its box, also by keys. has_words: of lines that may break."""
     head = "".join(f'<th scope="col">{as_html(title)}</th>' for title in titles)
     body = "".join(f"<tr>{_row(row)}</tr>\n" for row in rows)
+    table = '<table class="texts">' if has_words else "<table>"
     return (
-        f'<div class="box" tabindex="0" role="region" aria-label="{as_html(caption)}"><table>'
+        f'<div class="box" tabindex="0" role="region" aria-label="{as_html(caption)}">'
+        f"{table}"
         f"<caption>{as_html(caption)}</caption><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>"
     )
 

@@ -4,6 +4,10 @@ Beside `build`, an engine's file may define `memory(model, load) -> Held` and `t
 list[Collective]`, which take the options of `build` as keywords; a plan adds up what they say, of engines outside the
 package too. With `placements(ranks, nodes)`, which gives dictionaries of options, it proposes what is worth a row in
 every plan.
+
+Beside `place`, which puts the base where evaluations compute with it, `place_memory` and `place_traffic` say the same
+of a forward pass, with the options of `place`. Without them, an evaluation takes what training does with nothing that
+is trained.
 """
 
 from collections.abc import Mapping
@@ -90,6 +94,18 @@ class Counted:
     """Whether rows of several tasks share sequences."""
     before: int = 0
     """Entries of earlier tasks, which do not change."""
+    of_a: int = 0
+    """A of one adapter, where it is not trained: evaluations keep it, however training has it."""
+    layer: int = 0
+    """Bytes of the largest linear layer of a block, or of what a block has besides its linear layers."""
+    ends: tuple[int, ...] = ()
+    """Bytes of the embedding and of the output layer, where they are two."""
+    largest: int = 0
+    """Bytes of the largest weight."""
+    widest: int = 0
+    """Most features that a token has in or out of an adapted layer."""
+    is_routable: bool = True
+    """Whether the rows of several adapters can share a batch."""
     classes: Mapping[str, Sizes] = field(default_factory=dict)
     """Sizes of the base's modules, by the names of their classes; modules inside one of the same class count apart."""
     dequantized: int = 0

@@ -66,6 +66,8 @@ class Job:
     progress: Callable[[Record], None]
     stop_request: StopRequest
     """Gives the request to stop that has come since, if any."""
+    fetch: Callable[[], None]
+    """Brings this rank's machine the checkpoints that rank 0 has written. A collective."""
     examples: Sequence[Sequence[Example]]
     """Examples of each task: one, or those of `joint`."""
     mixture: Sequence[int]
@@ -95,6 +97,7 @@ def make_job(
     track: Callable[[Record], None] = lambda record: None,
     progress: Callable[[Record], None] = lambda record: None,
     stop_request: StopRequest = nothing,
+    fetch: Callable[[], None] = lambda: None,
 ) -> Job:
     """The job of a training, with its rows read and encoded. Raises ConfigError for rows that cannot be used."""
     check_device(run.model, world.device)
@@ -118,6 +121,7 @@ def make_job(
         track=track,
         progress=progress,
         stop_request=stop_request,
+        fetch=fetch,
         examples=examples,
         mixture=[] if len(rows[tasks[0]]) == 1 else [len(part) for part in rows[tasks[0]]],
         pad_id=data.pad_id(tokenizer),

@@ -49,6 +49,7 @@ def train(
     still_mine: Callable[[], None] = lambda: None,
     progress: Callable[[Record], None] = lambda record: None,
     stop_request: StopRequest = nothing,
+    fetch: Callable[[], None] = lambda: None,
     joint: Mapping[str, Any] | None = None,
     sequel: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -60,7 +61,8 @@ def train(
     folder: on storage that all ranks see; an earlier attempt's calibration and checkpoints in it are continued.
     fingerprint: of all that determines the result; files of another one are refused. still_mine: called before each
     write, raises JobError where a newer attempt has taken over. progress: gets each step's record, on rank 0.
-    stop_request: asked after each step whether to end; if it says so on any rank, all save and end. joint: how tasks
+    stop_request: asked after each step whether to end; if it says so on any rank, all save and end. fetch: called by
+    every rank before it reads a checkpoint of this attempt, where machines have folders of their own. joint: how tasks
     are trained together instead of the one, which is then the adapter's name; as `Joint` takes it.
     sequel: `before`, the tasks that were trained one after another, to whose entries those of this one are added, and
     `masks`: whether these may be anywhere (independent) or where none of theirs are (disjoint).
@@ -83,6 +85,7 @@ def train(
             track=track,
             progress=progress,
             stop_request=stop_request,
+            fetch=fetch,
         )
         outcome = _trained({job.task: job}, start)[job.task]
     if isinstance(outcome, LoriError):

@@ -410,6 +410,7 @@ class Group:
         said = course.described(record["step"], problem)
         record[UPDATE] = "skipped"
         if policy == "rollback":
+            job.fetch()
             found = checkpoint.newest(job.folder / CHECKPOINTS, course.phase.name, course.origin)
             back = -1 if found is None else found.step + found.skipped
             remedy = "give an output folder that all ranks share"
@@ -502,6 +503,7 @@ class Group:
             return
         path = checkpoint.file_of(job.folder / CHECKPOINTS, course.phase.name, best.step)
         from_first(job.world, lambda: None)  # which may be writing it
+        job.fetch()
         try:
             self._load(task, checkpoint.read(path, course.phase.name, origin=course.origin))
         except checkpoint.Damaged as error:

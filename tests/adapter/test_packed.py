@@ -143,6 +143,26 @@ def test_the_model_is_given_back() -> None:
     assert torch.equal(logits(model), before)
 
 
+def test_weights_and_values_of_merges_change_in_place() -> None:
+    parts = [made(tiny_llama, 1, 2), made(tiny_llama, 2, 3)]
+    weights = {"old": [0.5, 0.5], "other": [1.0, 0.2], "new": [-0.3, 0.9]}
+    merges = {name: merge(parts, method="concat", weights=pair) for name, pair in weights.items()}
+    model = tiny_llama()
+    routing = attach_several(model, {"x": merges["old"], "y": merges["other"]})
+    layers = packed.routed(model)
+    first = next(iter(layers.values()))
+    assert len(first.deltas) == 2  # of two tasks in two merges
+    assert packed.update(model, {"x": merges["new"]})
+    assert packed.routed(model) == layers
+    with routing.rows(["x", "y"] * 3):
+        found = logits(model)
+    for row, name in enumerate(["new", "other"] * 3):
+        wanted = alone(tiny_llama, merges[name], IDS[row : row + 1])
+        torch.testing.assert_close(found[row : row + 1], wanted, rtol=1e-4, atol=1e-4)
+    for different in ({"x": parts[0]}, {"z": merges["new"]}, {"x": merge(parts, method="ties", weights=[1.0, 0.2])}):
+        assert not packed.update(model, different)
+
+
 def test_a_damaged_a_is_refused() -> None:
     adapter = made(tiny_llama, 1, 2)
     broken = {path: "0" * 16 for path in adapter.shapes}

@@ -57,7 +57,8 @@ def test_it_says_what_there_is_to_do_and_leaves_the_folder_as_it_was(
     assert found["merge-both"] == "to do train-copy, train-again"
     assert found["evaluate-base"] == "to do"
     built = "Every training job was built by 2 ranks (cluster.address: local), and no step was run."
-    assert lines[-1] == f"{built} {run.folder} is unchanged."
+    assert lines[-2] == f"{built} {run.folder} is unchanged."
+    assert lines[-1].startswith("The evaluation ran on the longest rows of each task, one batch a rank")
 
 
 @pytest.mark.slow
@@ -69,6 +70,16 @@ def test_what_a_training_would_meet_it_meets(
     assert "train-copy: " in said
     assert "nowhere" in said
     assert not run.folder.parent.exists()
+
+
+@pytest.mark.slow
+def test_what_an_evaluation_would_meet_it_meets(
+    run: config.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert shown(run, tmp_path / "run.yaml", "evaluate.max_new_tokens=128") == 1  # the model has 128 positions
+    said = capsys.readouterr().err
+    assert "evaluation: evaluate.max_new_tokens: got 128, the model has 128 positions" in said
+    assert "train-copy" not in said
 
 
 def test_what_is_wrong_before_needs_no_cluster(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -119,3 +120,24 @@ def test_a_killed_pack_goes_on_and_a_broken_task_ends_alone(run: config.Run, tmp
         assert driver.ends() == 1
     again = summary(run)["jobs"]
     assert all(again[f"train-{task}"].get("cached") for task in ("copy", "turn"))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_pack_whose_output_is_a_url_gives_what_one_in_a_folder_does(run: config.Run, tmp_path: Path) -> None:
+    """With states that are read again within the attempt: the best ones."""
+    tasks = {name: replace(task, validation=task.test) for name, task in run.tasks.items()}
+    train = replace(run.train, validate_every=5, early_stop=2)
+    run = replace(run, tasks=tasks, train=train)
+    there = replace(run, output=(tmp_path / "store").as_uri())
+    try:
+        for one in (run, there):
+            with driven(one, tmp_path) as driver:
+                assert driver.ends() == 0, driver.said()
+        assert summary(there)["jobs"]["train-copy"]["packed_with"] == ["train-turn"]
+        for task in tasks:
+            name = f"train-{task}/adapter.safetensors"
+            assert_close(tmp_path / "store" / run.name / name, run.folder / name)
+        assert summary(there)["evaluation"] == summary(run)["evaluation"]
+    finally:
+        shutil.rmtree(there.folder.parent, ignore_errors=True)

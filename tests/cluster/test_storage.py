@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,6 +84,29 @@ def test_nodes_with_no_disk_in_common_work(tmp_path: Path) -> None:
     with apart(run, tmp_path, 2) as (_, _, run), driven(run, tmp_path) as driver:
         assert driver.ends() == 0, driver.said()
         assert not list(run.folder.glob(".partial-*/checkpoints/*"))
+        assert_undisturbed(run, tmp_path, world_size=2)
+
+
+STOPPING = {"validate_every": 5, "early_stop": 1, "lr": 0.3}
+SPIKING = {"on_divergence": "rollback", "spike": 1.001, "lr": 0.03}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [STOPPING, SPIKING], ids=["early_stop", "rollback"])
+def test_every_node_reads_an_earlier_state_of_an_attempt(change: dict[str, Any], tmp_path: Path) -> None:
+    """What rank 0 has saved comes to the other node by the storage, whether it is the best state or the last good
+    one."""
+    run = described(tmp_path, workers=2, cpus_per_worker=1, placement="strict_spread")
+    copy = dataclasses.replace(run.tasks["copy"], validation=run.tasks["copy"].test)
+    run = dataclasses.replace(run, tasks={"copy": copy}, train=dataclasses.replace(run.train, **change))
+    with apart(run, tmp_path, 2) as (_, _, run), driven(run, tmp_path) as driver:
+        assert driver.ends() == 0, driver.said()
+        lines = (run.folder / "train-copy" / "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        if "early_stop" in change:
+            assert records[-1]["step"] < run.train.steps
+        else:
+            assert any(str(record.get("update", "")).startswith("rolled back to step") for record in records)
         assert_undisturbed(run, tmp_path, world_size=2)
 
 

@@ -9,8 +9,9 @@ from lori_dist import config
 from lori_dist.adapter import attach
 from lori_dist.adapter.adapter import Spec
 from lori_dist.errors import AdapterError, ConfigError
-from lori_dist.evaluation import Subject, choice, evaluate, exact_match, loss
+from lori_dist.evaluation import Store, Subject, choice, evaluate, evaluate_all, exact_match, loss, measuring
 from lori_dist.formats import native
+from lori_dist.merges import merge, merge_files
 from lori_dist.training.data import encode, read
 from lori_dist.training.model import identity, load_model, load_tokenizer
 from tests.models import tiny_llama
@@ -51,15 +52,15 @@ def tree(base: Path, tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def adapter_file(folder: Path, base: dict[str, str]) -> Path:
+def adapter_file(folder: Path, base: dict[str, str], name: str = "questions") -> Path:
     """An adapter whose update is large enough to be seen in every metric."""
     model = tiny_llama()
-    attach.attach(model, Spec(rank=4, alpha=8.0, seed=3))
+    attach.attach(model, Spec(rank=4, alpha=8.0, seed=len(name)))
     generator = torch.Generator().manual_seed(0)
     for values in attach.trainable(model).values():
         values.data.normal_(generator=generator)
-    native.save(attach.extract(model, name="questions", base=base), folder / "adapter.safetensors")
-    return folder / "adapter.safetensors"
+    native.save(attach.extract(model, name=name, base=base), folder / f"{name}.safetensors")
+    return folder / f"{name}.safetensors"
 
 
 def by_hand(run: config.Run, adapter: Path | None) -> dict[str, dict[str, float]]:
@@ -93,6 +94,22 @@ def assert_close(found: dict[str, dict[str, float]], expected: dict[str, dict[st
     }
     for task, values in found.items():
         assert values == pytest.approx(expected[task], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["concat", "linear", "ties"])
+def test_adapters_in_memory_are_measured_one_after_another_as_those_in_files_are(
+    tree: dict[str, Any], tmp_path: Path, method: str
+) -> None:
+    run = config.validate(tree)
+    files = [adapter_file(tmp_path, identity(run.model), name) for name in ("one", "other")]
+    adapters = [native.load(file) for file in files]
+    given = [[(0.5, 0.5)], [(1.0, 0.0), (0.2, 0.9)], [(0.3, 0.3), (0.1, 0.7)], [(0.6, -0.2)]]
+    with measuring(run) as values_of:
+        for weights in given:
+            found = values_of({str(pair): merge(adapters, method=method, weights=list(pair)) for pair in weights})
+            for pair in weights:
+                merge_files(files, tmp_path / "merged", method=method, weights=list(pair))
+                assert_close(found[str(pair)], evaluate(run, tmp_path / "merged"))
 
 
 def test_every_metric_that_applies_is_measured_on_every_task(tree: dict[str, Any]) -> None:
@@ -166,6 +183,23 @@ def test_metrics_are_chosen_by_name_and_may_be_the_users_own(tree: dict[str, Any
     found = evaluate(config.validate(tree), None)["questions"]
     assert list(found) == ["lori_dist.evaluation.loss", "loss"]
     assert len(set(found.values())) == 1
+
+
+def test_texts_are_drawn_where_a_temperature_is_set(tree: dict[str, Any], tmp_path: Path) -> None:
+    def texts(name: str, **settings: Any) -> list[str]:
+        evaluate = {**tree["evaluate"], "metrics": ["exact_match"], **settings}
+        (tmp_path / name).mkdir()
+        store = Store.of_folder(tmp_path / name)
+        evaluate_all(config.validate({**tree, "evaluate": evaluate}), {"base": None}, stores={"base": store})
+        return [json.loads(line)["response"] for line in store.predictions.read_text().splitlines()]
+
+    greedy, drawn = texts("greedy"), texts("drawn", temperature=5.0)
+    assert drawn != greedy
+    assert texts("again", temperature=5.0, batch_size=32) == drawn
+    assert texts("other", temperature=5.0, seed=1) != drawn
+    assert texts("likeliest", temperature=5.0, top_p=1e-6) == greedy
+    with pytest.raises(ConfigError, match=r"^evaluate.top_p: is for tokens that are drawn; set evaluate.temperature"):
+        texts("mistake", top_p=0.5)
 
 
 def test_progress_is_told(tree: dict[str, Any]) -> None:

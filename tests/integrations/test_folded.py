@@ -12,14 +12,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lori_dist import config
-from lori_dist.adapter.adapter import Adapter
+from lori_dist.adapter.adapter import Adapter, Entries
+from lori_dist.benchmarks._traffic import process_bytes
 from lori_dist.errors import AdapterError, ConfigError
+from lori_dist.evaluation._rehearsal import stand_in
 from lori_dist.formats import native
 from lori_dist.integrations import folded as integration
 from lori_dist.integrations.folded import export_folded
 from lori_dist.merges import merge
 from lori_dist.tensors import Stored, stored
 from lori_dist.training.model import identity
+from lori_dist.training.weights import skeleton
+from tests.distributed import run_distributed
 from tests.integrations.made import adapted_logits, logits, trained
 from tests.models import tiny_gpt2, tiny_llama
 from tests.tokenizers import save, tiny_tokenizer
@@ -40,6 +44,45 @@ def test_the_logits_are_those_of_base_and_adapter(
     model = folded(adapter, base, tmp_path / "out")
     torch.testing.assert_close(logits(model), adapted_logits(make(), adapter), rtol=0, atol=1e-5)
     assert (logits(model) - logits(make())).abs().max() > 1e-2
+
+
+def test_a_folded_export_never_holds_the_base(tmp_path: Path) -> None:
+    settings = LlamaConfig(
+        vocab_size=2048, hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=8
+    )
+    with torch.device("meta"):
+        made = LlamaForCausalLM(settings)
+    made.to_empty(device="cpu")
+    for parameter in made.parameters():
+        parameter.data.fill_(0.01)
+    base = save(made, tmp_path / "base")
+    size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    assert size > 250_000_000
+    del made
+    [grown] = run_distributed(growth_of_export, base, tmp_path, world_size=1, process_group=False)
+    assert grown < 0.25 * size
+
+
+def growth_of_export(base: Path, folder: Path) -> int:
+    """Bytes by which the process grows at most while it exports a base with an adapter of all its layers."""
+    run = config.validate(
+        {
+            "name": "run",
+            "model": {"path": str(base)},
+            "tasks": {"t": {"train": __file__, "test": __file__}},
+            "adapter": {"rank": 4, "density": 0.1},
+            "train": {"steps": 1},
+        }
+    )
+    adapter = stand_in(run, skeleton(run.model)[0], 1)
+    entries = {
+        path: Entries(index=one.index, values=one.values + 0.1) for path, one in adapter.blocks[0].entries.items()
+    }
+    adapter = dataclasses.replace(adapter, blocks=(dataclasses.replace(adapter.blocks[0], entries=entries),))
+    Path("/proc/self/clear_refs").write_text("5")
+    before = process_bytes("VmRSS")
+    export_folded(str(base), adapter, folder / "out")
+    return process_bytes("VmHWM") - before
 
 
 @pytest.mark.parametrize("method", ["concat", "svd", "ties"])

@@ -272,9 +272,25 @@ def traffic(model, load, *, width=1):
 """
 
 
+PLACE = """
+def place(model, weights, world, *, width: int = 1):
+    raise NotImplementedError
+"""
+OF_PLACE = """
+def place_memory(model, load, *, width=1):
+    base = model.base // width // 2
+    return Held(base=base, values=0, gradients=0, moments=0, gathered_at_loss=7, gathered_in_block=7)
+"""
+
+
 def test_an_engine_of_one_s_own_is_planned_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_engines").mkdir()
-    for name, text in (("split", OWN + COSTS), ("silent", OWN)):
+    for name, text in (
+        ("split", OWN + COSTS),
+        ("silent", OWN),
+        ("placing", OWN + COSTS + PLACE),
+        ("lean", OWN + COSTS + PLACE + OF_PLACE),
+    ):
         (tmp_path / "own_engines" / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     run = load("llama-3-8b", "train.engine={name: own_engines.split, width: 2}")
@@ -283,6 +299,16 @@ def test_an_engine_of_one_s_own_is_planned_or_refused(tmp_path: Path, monkeypatc
     assert own["engine"] == {"name": "own_engines.split", "width": 2}
     assert own["memory"]["base"] == ddp["memory"]["base"] // 2
     assert own["traffic"]["adapter"] == ddp["traffic"]["adapter"]
+    assert found["evaluation"]["placement"] == "ddp"  # as it has no `place`
+    run = load("llama-3-8b", "train.engine={name: own_engines.placing, width: 2}")
+    found = plan(run, hardware(gpus=4, nodes=1))["evaluation"]
+    assert (found["placement"], found["memory"]["base"]) == (
+        "own_engines.placing (width=2)",
+        ddp["memory"]["base"] // 2,
+    )
+    run = load("llama-3-8b", "evaluate.engine={name: own_engines.lean, width: 2}")
+    found = plan(run, hardware(gpus=4, nodes=1))["evaluation"]
+    assert (found["memory"]["base"], found["memory"]["gathered"]) == (ddp["memory"]["base"] // 4, 7)
     with pytest.raises(ConfigError, match=r"own_engines\.silent cannot be planned, as its file defines no function"):
         plan(load("llama-3-8b", "train.engine=own_engines.silent"), hardware(gpus=4, nodes=1))
 
@@ -480,7 +506,7 @@ def test_plans_are_within_five_percent_and_peaks_within_twenty(
     for kind in COUNTABLE:
         low, high = ratios[kind]
         assert 0.95 <= low <= high <= 1.05, (kind, low, high)
-    for kind in ("peak", "peak_checkpointed"):
+    for kind in ("peak", "peak_checkpointed", "evaluated"):
         low, high = ratios[kind]
         assert 0.8 <= low <= high <= 1.2, (kind, low, high)
 
@@ -536,6 +562,73 @@ def test_a_mixture_is_planned_as_it_is_in_memory(kind: str, targets: str, tmp_pa
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         made(input_ids=ids, attention_mask=is_token, use_cache=False)
     assert planned.blocks_activations + planned.other_activations == pytest.approx(sum(kept.values()), rel=0.1)
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def evaluated(*overrides: str, **devices: Any) -> dict[str, Any]:
+    found: dict[str, Any] = plan(load("llama-3-70b-fsdp", *overrides), hardware(**devices), row_tokens=512)[
+        "evaluation"
+    ]
+    return found
+
+
+def test_an_evaluation_is_planned_where_its_engine_has_the_base(seventy: Counted) -> None:
+    sharded, whole = evaluated(), evaluated("evaluate.engine=ddp")
+    assert (sharded["placement"], whole["placement"]) == ("fsdp", "ddp")
+    assert sharded["memory"]["base"] == pytest.approx(seventy.base / 16, rel=1e-6)
+    assert whole["memory"]["base"] == seventy.base
+    assert 0 < sharded["memory"]["gathered"] < seventy.base / 20
+    assert whole["memory"]["gathered"] == 0
+    assert sharded["fits"] and not whole["fits"]
+    assert sharded["total"] == sum(sharded["memory"].values())
+    assert evaluated("evaluate.engine={name: deepspeed, stage: 3, hpz: 8}")["memory"]["base"] == pytest.approx(
+        seventy.base * (1 / 16 + 1 / 8), rel=1e-6
+    )
+
+
+def test_what_evaluates_all_models_counts_them_all() -> None:
+    """Keys and values of every row that meets a model, for every token that is read or written."""
+    one = "evaluate.metrics=[exact_match]"
+    few, many = (evaluated(one, f"evaluate.max_new_tokens={number}") for number in (128, 640))
+    assert many["memory"]["cache"] == pytest.approx(few["memory"]["cache"] * (512 + 640) / (512 + 128), rel=0.01)
+    of_token = 80 * 2 * 8 * 128 * 2  # layers, keys and values, heads, size, bytes
+    rows_ = few["models"] * 32
+    assert few["memory"]["cache"] == pytest.approx(2 * rows_ * (512 + 128) * of_token, rel=0.01)  # old and new
+    assert (
+        evaluated(one, "evaluate.batch_size=8", "evaluate.max_new_tokens=128")["memory"]["cache"] * 4
+        == few["memory"]["cache"]
+    )
+    assert evaluated("evaluate.metrics=[loss]")["memory"]["cache"] == 0
+    apart = evaluated("adapter.modules_to_save=[lm_head]", "model.dtype=float32", "merges={}")
+    assert apart["passes"] == [1] * apart["models"]
+
+
+def test_a_written_token_takes_a_pass_over_the_base() -> None:
+    """Time of writing grows with the tokens written, and where the base is sharded each of them gathers it."""
+    one = ("evaluate.metrics=[exact_match]", "evaluate.rows=512")
+    few, many = (evaluated(*one, f"evaluate.max_new_tokens={number}")["seconds"] for number in (10, 110))
+    gathered = 140e9 * 15 / 16 / 1e9
+    turns = -(-512 // 32 // 16)
+    assert (many - few) / 100 / turns == pytest.approx(gathered / 400, rel=0.1)  # a ring leaves each node once
+    whole = evaluated(*one, "evaluate.engine=ddp", "evaluate.max_new_tokens=10")["seconds"]
+    assert whole < few
+    assert evaluated(*one)["gpu_hours"] == pytest.approx(evaluated(*one)["seconds"] * 16 / 3600)
+    assert evaluated(*one, price=2.5)["cost"] == pytest.approx(2.5 * evaluated(*one)["gpu_hours"])
+
+
+def test_an_evaluation_that_does_not_fit_is_said_with_the_remedy(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate.engine=ddp", "--gpus", "16", "--nodes", "2", "--row-tokens", "512"]
+    assert main(["plan", "configs/llama-3-70b-fsdp.yaml", *words]) == 0
+    shown = capsys.readouterr().out
+    assert "WHICH DOES NOT FIT" in shown
+    assert "note: The evaluation does not fit: on ddp, with evaluate.batch_size 32, it takes " in shown
+    assert "set evaluate.engine to " in shown
+    assert main(["plan", "configs/llama-3-70b-fsdp.yaml", *words[1:]]) == 0
+    shown = capsys.readouterr().out
+    assert "which fits" in shown
+    assert "does not fit" not in shown
 
 
 def test_every_kind_of_memory_has_a_colour_of_its_own_in_the_picture() -> None:

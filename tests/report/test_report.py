@@ -248,6 +248,28 @@ def test_merges_that_are_the_same_function_are_named(tmp_path: Path) -> None:
     assert "The merges concat and linear are the same function of the same adapters" in page
 
 
+def test_rows_that_a_merge_lost_are_on_the_page(tmp_path: Path) -> None:
+    for model, score in (("math", 1.0), ("concat", 0.0)):
+        folder = tmp_path / f"evaluate-{model}"
+        folder.mkdir()
+        line = {
+            "task": "math",
+            "metric": "choice",
+            "row": 7,
+            "prompt": HOSTILE[0],
+            "answer": "x" * 1000,
+            "score": score,
+        }
+        (folder / "predictions.jsonl").write_text(json.dumps({**line, "response": f"of {model}"}) + "\n")
+    report.write_of_run(summary_of(tmp_path, tasks("math", "code")), tmp_path)
+    [found] = json.loads((tmp_path / "report.json").read_text())["examples"]
+    assert (found["right"], found["wrong"], found["only_right"]) == ("math", "concat", 1)
+    page = (tmp_path / "report.html").read_text()
+    assert "math is right and concat wrong on 1 of 1 rows" in Page(page).words
+    assert HOSTILE[0] not in page
+    assert "x" * 401 not in page
+
+
 def test_a_run_of_one_adapter_leaves_none(tmp_path: Path) -> None:
     assert report.write_of_run(summary_of(tmp_path, tasks("math")), tmp_path) is None
     assert not (tmp_path / "report.html").exists()

@@ -16,7 +16,7 @@ from lori_dist import config, load_adapter
 from lori_dist.adapter.adapter import Adapter, in_memory
 from lori_dist.config import Choice, Run
 from lori_dist.errors import LoriError
-from lori_dist.jobs import train_job
+from lori_dist.jobs import plan, train_job
 from lori_dist.training.metrics import Record
 from lori_dist.training.task import make_job
 from lori_dist.training.train import train, train_together
@@ -205,6 +205,46 @@ def test_on_every_engine(run: Run, wanted: dict[str, Adapter], engine: Choice) -
     run_distributed(pack, run, list(TASKS), world_size=2)
     for task in TASKS:
         assert_equal(adapter(run, task), wanted[task])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [ENGINES[0], ENGINES[1], ENGINES[4]], ids=["ddp", "fsdp", "deepspeed-2"])
+@pytest.mark.filterwarnings("ignore")  # torch's compiler calls what torch warns of
+def test_compiled_on_engines(
+    run: Run, wanted: dict[str, Adapter], engine: Choice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    run = replace(run, train=replace(run.train, engine=engine, compile=True))
+    run_distributed(pack, run, list(TASKS), world_size=2)
+    for task in TASKS:
+        assert_equal(adapter(run, task), wanted[task])
+
+
+def trained_in_order(run: Run) -> None:
+    """The trainings of a run's plan, one after the other."""
+    for job in plan(run):
+        if job.kind == "train":
+            more = {key: job.settings[key] for key in ("joint", "sequel") if key in job.settings}
+            place = run.folder / job.name
+            train(run, job.settings["task"], from_environment(), place, fingerprint=job.fingerprint, **more)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["joint", "sequential"])
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_together_and_in_sequence(run: Run, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    tree = config.dump(run)
+    for task in tree["tasks"].values():
+        task |= {"lr": None, "epochs": None}
+    tree |= {"multitask": way, "adapter": {**tree["adapter"], "share_projection": way == "sequential"}, "merges": {}}
+    plain = config.validate({**tree, "name": "plain"})
+    compiled = config.validate({**tree, "train": {**tree["train"], "compile": True}})
+    for one in (plain, compiled):
+        run_distributed(trained_in_order, one, world_size=2)
+    names = ["joint"] if way == "joint" else list(TASKS)
+    for name in names:
+        assert_equal(adapter(compiled, name), adapter(plain, name))
 
 
 @pytest.mark.parametrize(
