@@ -157,7 +157,7 @@ def _make_base(folder: Path, name: str) -> Path:
     AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).save_pretrained(folder)
     words = {"<s>": 0, "</s>": 1, **{f"w{number}": number + 2 for number in range(WORDS)}}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<s>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", pad_token="<s>").save_pretrained(folder)
     return folder
 
