@@ -143,8 +143,8 @@ def evaluate_all(
     if matrix.lack(keys):
         with _reading(run, world, torch.device(device), rows, tokenizer) as (reader, subjects):
             passes = passes_of(reader.model, loaded, list(owners))
-            for turn, one in enumerate(passes):
-                with attached(reader, one) as names:
+            for turn, of_models in enumerate(passes):
+                with attached(reader, of_models) as names:
 
                     def say(what: str, done: int, before: int = turn * total, of: int = total * len(passes)) -> None:
                         if progress is not None:

@@ -90,7 +90,7 @@ def count(run: Run, *, ranks: int = 1, adapters: int = 1, start: Adapter | None 
         quantized=max(quantized, default=0),
         of_a=0
         if deltas[0].trains_a
-        else sum(delta.rank * delta.in_features * of_spec.dtype.itemsize for delta in deltas),
+        else sum(of_spec.rank * features(layer.base)[1] * of_spec.dtype.itemsize for layer in attached.values()),
         layer=max(map(_largest_layer, found)),
         ends=_ends(model),
         largest=max(map(_bytes, _frozen(model))),
