@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lori_dist.config import Run
     from lori_dist.config import load as load_run
     from lori_dist.errors import AdapterError, ConfigError, JobError, LoriError
+    from lori_dist.formats.forms import load_tasks
     from lori_dist.formats.native import load as load_adapter
     from lori_dist.formats.native import save as save_adapter
 
@@ -38,6 +39,7 @@ __all__ = [
     "fold",
     "load_adapter",
     "load_run",
+    "load_tasks",
     "projection",
     "save_adapter",
     "sparsify",
@@ -64,6 +66,7 @@ _PLACES = {
     "fold": "adapter.attach:fold",
     "load_adapter": "formats.native:load",
     "load_run": "config:load",
+    "load_tasks": "formats.forms:load_tasks",
     "projection": "adapter.projection:projection",
     "save_adapter": "formats.native:save",
     "sparsify": "adapter.attach:sparsify",

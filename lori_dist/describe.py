@@ -16,6 +16,7 @@ ROLES: Mapping[str, str] = {
     "merges": "merge",
     "engines": "build",
     "multitask": "plan",
+    "forms": "form",
     "balances": "balance",
     "evaluation": "score",
     "benchmarks": "run",
@@ -44,12 +45,14 @@ def adapter_file(path: Path) -> str:
     from lori_dist import formats
     from lori_dist.formats import native
 
+    if formats.is_form(path):
+        return _form_file(path)
     adapter = formats.open_lazy(path)
     held = _held(adapter)
-    if path.is_dir():
+    if not path.is_file():
         header: Mapping[str, Any] = {"targets": adapter.targets, "base": adapter.base}
         sizes: tuple[int, ...] = (held,)
-        num_bytes = sum(item.stat().st_size for item in path.glob("*.safetensors"))
+        num_bytes = sum(item.stat().st_size for item in path.glob("*.safetensors")) or held
     else:
         header, sizes, num_bytes = native.header(path), native.block_bytes(path), path.stat().st_size
     lines = [f"{path}: {size(adapter.kept, adapter.total)}, {num_bytes:,} bytes"]
@@ -59,6 +62,43 @@ def adapter_file(path: Path) -> str:
     rows = [(*_block(adapter, number), f"{sizes[number]:,}", form) for number, form in enumerate(forms)]
     blocks = table(BLOCK_TITLES, rows)
     return "\n".join([*lines, "", blocks, "", "Density of B in percent:", table(*_densities(adapter))])
+
+
+def _form_file(path: Path) -> str:
+    """A file in which each task has an update of its own: its tensors, summed over modules."""
+    from lori_dist.formats import forms
+
+    adapter = forms.load(path)
+    kept, total = f"{adapter.kept:,}", f"{adapter.total:,}"
+    options = ", ".join(f"{name} {value}" for name, value in adapter.form.options.items())
+    lines = [
+        f"{path}: keeps {kept} of {total} entries that are trained, {path.stat().st_size:,} bytes",
+        f"  form: {printable(adapter.form.name)}{f' ({printable(options)})' if options else ''}",
+        f"  tasks: {printable(', '.join(adapter.form.tasks))}",
+        f"  rank: {adapter.rank}, alpha: {adapter.alpha:g}, A: {'trained' if adapter.trains_a else 'frozen'}",
+        f"  base: {_value_text(dict(adapter.base))}",
+        f"  modules: {len(adapter.shapes)}",
+    ]
+    made = adapter.made
+    rows: dict[str, list[int]] = {}
+    owned: dict[str, str] = {}
+    for module in adapter.shapes:
+        sizes = adapter.sizes(module, made)
+        for name, entry in sizes.entries.items():
+            count = rows.setdefault(name, [0, 0])
+            there = adapter.tensors[module].get(name)
+            count[0] += there.kept if there is not None else 0
+            count[1] += sizes.numel(name)
+            owned[name] = ("of each task" if entry.per_task else "of all tasks") if entry.trained else "of a seed"
+    cells = [
+        (name, owned[name], "-" if owned[name] == "of a seed" else f"{count[0]:,}", f"{count[1]:,}")
+        for name, count in rows.items()
+    ]
+    if adapter.form.is_dependent:
+        note = "The update depends on the input: it cannot be folded, exported or merged."
+    else:
+        note = f"{path}@TASK is the adapter of one task; `lori export --format tasks` writes all of them."
+    return "\n".join([*lines, "", table(("tensor", "is", "kept", "of"), cells), "", note])
 
 
 def _held(adapter: "Adapter") -> int:

@@ -126,6 +126,7 @@ def joint_job(run: config.Run, joint: Mapping[str, Any]) -> Job:
             for name, task in run.tasks.items()
         },
         joint=dict(joint),
+        **({"seeds": {name: task_seed(run, name) for name in run.tasks}} if config.of_form(run, "OWN_A") else {}),
         **_protocol(run),
     )
 
@@ -219,10 +220,11 @@ def merge_job(run: config.Run, name: str, trained: Mapping[str, Job]) -> Job:
     return _job(
         "merge",
         name,
-        [trained[task] for task in tasks],
+        list({trained[task].name: trained[task] for task in tasks}.values()),
         merge=name,
         method=method,
         tasks=list(tasks),
+        **({"split": True} if config.is_per_task(run) else {}),  # the adapters are those of one file's tasks
         weights=weights,
         **({} if merge.search is None else {"search": _search(run, merge.search, tasks)}),
         **_code(f"merges.{name}.method", merge.method.name),
@@ -509,7 +511,7 @@ def _place(
             return f"tasks.{'.'.join(rest)}", None
         case ("code", *rest):
             return ".".join(rest), "the code"
-        case ("seed",):
+        case ("seed",) | ("seeds", _):
             return "the seed of A (adapter.seed, or tasks.NAME.seed)", None
         case ("max_length",):
             return "train.max_length", None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lori_dist.adapter.linear import Delta
+from lori_dist.adapter.linear import BaseDelta
 from lori_dist.training.weights import base_parameters, persistent_buffers
 
 
@@ -98,7 +98,7 @@ def on_meta(model: Any) -> tuple[Any, InMemory]:
     meta: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if not isinstance(module, Delta):
+            if not isinstance(module, BaseDelta):
                 of_base = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
                 meta.setdefault(parameter, of_base)
                 module._parameters[name] = meta[parameter]

@@ -357,6 +357,18 @@ def test_several_adapters_share_one_base(tmp_path: Path) -> None:
     torch.testing.assert_close(names["output"].logits, rows, rtol=1e-4, atol=1e-5)
 
 
+def test_a_form_is_trained_in_a_loop_of_one_s_own() -> None:
+    model, ids = tiny_llama(), torch.tensor([[5, 6, 7], [8, 9, 3], [4, 4, 6]])
+    names: dict[str, Any] = {"model": model, "input_ids": ids, "torch": torch}
+    exec(python("lori_dist/forms/README.md", "mtl_lora"), names)
+    assert set(names["adapters"]) == {"math", "code"}
+    for task, made in names["adapters"].items():
+        alone = tiny_llama()
+        attach(alone, made)
+        with names["routing"].rows([task] * 3):
+            torch.testing.assert_close(model(ids).logits, alone(ids).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_the_merge_of_one_s_own_merges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     method = python("lori_dist/README.md", "def merge(")
     (tmp_path / "mypackage").mkdir()

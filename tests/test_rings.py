@@ -17,7 +17,7 @@ PACKAGE = Path(lori_dist.__file__).parent
 # A part is a file or a folder of the package; the libraries are what it may import besides the standard library, and a
 # file's own line goes before its folder's.
 RINGS = (
-    {"__init__.py", "adapter", "formats", "masks", "merges", "balances", "interference.py"}
+    {"__init__.py", "adapter", "forms", "formats", "masks", "merges", "balances", "interference.py"}
     | {"tensors.py", "files.py", "atomic.py", "plugin.py", "errors.py"},
     {
         "config",
@@ -54,6 +54,7 @@ LIBRARIES = {
     "adapter/product_cuda.py": {"torch", "triton"},
     "adapter": {"torch", "safetensors", "numpy"},
     "formats": {"torch", "safetensors", "numpy"},
+    "forms": {"torch"},
     "masks": {"torch", "safetensors", "numpy"},
     "merges": {"torch", "safetensors", "numpy"},
     "interference.py": {"torch"},

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lori_dist.adapter.projection import GENERATOR, projection
 from lori_dist.errors import AdapterError
+from lori_dist.forms import FormChoice
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +36,8 @@ class Spec:
     """Paths, or their last parts, of modules that are trained in full and stored with the adapter."""
     exclude: tuple[str, ...] = ()
     """Names, paths or patterns of layers that are left out of the targets."""
+    form: FormChoice | None = None
+    """A form other than LoRI's own, with the tasks whose rows train it; None: one update for all rows."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:

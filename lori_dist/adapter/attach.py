@@ -11,11 +11,13 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lori_dist.adapter import per_task, saved, sharded
+from lori_dist.adapter import formed, per_task, saved, sharded
 from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec, in_memory
 from lori_dist.adapter.experts import AdaptedExperts, Expert, is_experts, matrices
+from lori_dist.adapter.formed import TaskAdapter
 from lori_dist.adapter.linear import (
     AdaptedLinear,
+    BaseDelta,
     Delta,
     Kept,
     RoutedLinear,
@@ -48,7 +50,7 @@ class HasOutputEmbeddings(Protocol):
 
 def attach(
     model: nn.Module,
-    what: Spec | Adapter,
+    what: Spec | Adapter | TaskAdapter,
     *,
     masks: Mapping[str, Tensor] | None = None,
     before: Adapter | None = None,
@@ -64,6 +66,7 @@ def attach(
     kept entries are trained further from their values, and A stays the one it was, also where it is stored. On the
     meta device, which is for training, both are left to who gives the model its memory: values are zero, A is
     not compared.
+    With a TaskAdapter, that of another form than lori: the same, frozen; rows meet the update of their task.
 
     Raises AdapterError for a merge of several blocks that is to be trained, for targets that match nothing or are no
     linear layers, for shapes that differ, for a layer used in two places, and for a model that has an adapter already.
@@ -74,15 +77,17 @@ def attach(
     sharded.refuse_late(model)
     refuse_adapted(model)
     sharded.reshard(model)
-    if isinstance(what, Adapter):
+    if isinstance(what, TaskAdapter) and train:
+        raise AdapterError(f"train: an adapter of the form {what.form.name} cannot be trained further")
+    if isinstance(what, Adapter | TaskAdapter):
         if masks is not None:
             raise AdapterError("masks: got masks for an adapter, which has its own; remove them")
         if before is not None:
             raise AdapterError("before: cannot be combined with an adapter; merge the two instead")
     layers = layers_for(model, what, masks=masks, before=before, train=train)
-    whole = {} if isinstance(what, Adapter) else saved.match(model, what.modules_to_save)
+    whole = saved.match(model, what.modules_to_save) if isinstance(what, Spec) else {}
     saved.refuse_both(layers, whole)
-    if isinstance(what, Adapter):
+    if isinstance(what, Adapter | TaskAdapter):
         saved.put(model, {name: in_memory(tensor) for name, tensor in what.saved.items()})
     model.requires_grad_(False)
     if isinstance(what, Spec):
@@ -97,12 +102,17 @@ def attach(
     if sharded.is_fully_sharded(model):
         sharded.join(model, _deltas(layers))
     setattr(model, ATTACHED, what)
+    for one in list(formed.formed(layers).values())[:1]:
+        setattr(model, formed.ROUTING, one.routing)
+        if one.routing is not None:
+            formed.route_by_column(model, one.routing)
+        setattr(model, formed.PENALTIES, one.penalties)
     return layers
 
 
 def layers_for(
     model: nn.Module,
-    what: Spec | Adapter,
+    what: Spec | Adapter | TaskAdapter,
     *,
     masks: Mapping[str, Tensor] | None = None,
     before: Adapter | None = None,
@@ -111,6 +121,9 @@ def layers_for(
     """Module path -> the layer that is to replace it, in the model's order. The arguments are those of `attach`."""
     if isinstance(what, Spec):
         return _from_spec(model, what, masks, before)
+    if isinstance(what, TaskAdapter):
+        bases = trained_on(model, what)
+        return {path: AdaptedLinear(bases[path], [one]) for path, one in formed.deltas_of(bases, what, _device)}
     if train and (len(what.blocks) != 1 or what.blocks[0].weight != 1.0):
         raise AdapterError(
             f"train: the adapter is a merge of {len(what.blocks)} weighted components; train one of one task, or "
@@ -119,14 +132,16 @@ def layers_for(
     return _from_adapter(model, what, train)
 
 
-def _deltas(layers: Mapping[str, AdaptedLinear]) -> list[tuple[str, Delta]]:
+def _deltas(layers: Mapping[str, AdaptedLinear]) -> list[tuple[str, BaseDelta]]:
     return [(path, delta) for path, layer in layers.items() for delta in layer.deltas]
 
 
 def refuse_adapted(model: nn.Module) -> None:
     """Raises AdapterError for a model that has an adapter, on itself, on a part of it, or on a model that it is part
     of."""
-    held = next((path for path, module in model.named_modules() if isinstance(module, (AdaptedLinear, Delta))), None)
+    held = next(
+        (path for path, module in model.named_modules() if isinstance(module, (AdaptedLinear, BaseDelta))), None
+    )
     if held is not None or getattr(model, ATTACHED, None) is not None:
         raise AdapterError(
             f"{held or 'model'}: an adapter is attached already; detach it from the model it was attached to first, "
@@ -153,6 +168,10 @@ def detach(model: nn.Module) -> None:
         ):
             _set(model, path, module.base)
     setattr(model, ATTACHED, None)
+    setattr(model, formed.ROUTING, None)
+    if (hook := vars(model).pop(formed.HOOK, None)) is not None:
+        hook.remove()
+    setattr(model, formed.PENALTIES, None)
 
 
 def put(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> None:
@@ -181,6 +200,7 @@ def fold(model: nn.Module, *, dequantize: bool = False) -> None:
     `detach`; without it, AdapterError is raised for these. Quantising the sum again would round most of an update away.
     """
     layers = _attached(model)
+    _refuse_forms(layers, "fold")
     if dequantize:
         for layer in layers.values():
             if is_quantized(layer.base):
@@ -200,6 +220,15 @@ def foldable(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
     bases = trained_on(model, adapter)
     _refuse_unfoldable(model, bases)
     return bases
+
+
+def _refuse_forms(layers: Mapping[str, AdaptedLinear], function: str) -> None:
+    if found := formed.formed(layers):
+        name = next(iter(found.values())).choice.name
+        raise AdapterError(
+            f"{function}: the model trains the form {name}, of which each task may have an update of its own; extract "
+            "it, split that, and attach the adapter of one task"
+        )
 
 
 @torch.no_grad()
@@ -229,7 +258,10 @@ def trainable(model: nn.Module, adapter: str | None = None) -> dict[str, nn.Para
         name_of(path, name): delta.values
         for path, layer in adapted(model).items()
         for name, delta in _owned(layer)
-        if adapter in (None, name) and delta.values is not None and delta.values.requires_grad
+        if isinstance(delta, Delta)
+        and adapter in (None, name)
+        and delta.values is not None
+        and delta.values.requires_grad
     }
 
 
@@ -251,7 +283,7 @@ def trainable_projections(model: nn.Module) -> dict[str, nn.Parameter]:
         path: delta.trained_a
         for path, layer in adapted(model).items()
         for delta in layer.deltas
-        if delta.trained_a is not None and delta.trained_a.requires_grad
+        if isinstance(delta, Delta) and delta.trained_a is not None and delta.trained_a.requires_grad
     }
 
 
@@ -263,13 +295,17 @@ def dense(model: nn.Module, adapter: str | None = None) -> dict[str, Tensor]:
     """
     if adapter is None and (names := _several(model)):
         raise AdapterError(f"adapter: the model has {', '.join(names)}; name one of them")
+    _refuse_forms(adapted(model), "dense")
     _check_named(model, adapter)
     sharded.reshard(model)
     return {
         path: Entries(index=_index(delta), values=sharded.full(delta.values)).dense(delta.out_features, delta.rank)
         for path, layer in adapted(model).items()
         for name, delta in _owned(layer)
-        if name == (adapter or "") and delta.values is not None and delta.values.requires_grad
+        if isinstance(delta, Delta)
+        and name == (adapter or "")
+        and delta.values is not None
+        and delta.values.requires_grad
     }
 
 
@@ -290,7 +326,13 @@ def sparsify(model: nn.Module, masks: Mapping[str, Tensor] | Mapping[str, Mappin
     model = sharded.unwrapped(model)
     layers, spec = _attached(model), getattr(model, ATTACHED)
     specs = [*spec.values()] if isinstance(spec, Mapping) else [spec]
-    updates = [(path, name, delta) for path, layer in layers.items() for name, delta in _owned(layer)]
+    _refuse_forms(layers, "sparsify")
+    updates = [
+        (path, name, delta)
+        for path, layer in layers.items()
+        for name, delta in _owned(layer)
+        if isinstance(delta, Delta)
+    ]
     if not all(isinstance(one, Spec) for one in specs) or any(delta.index is not None for *_, delta in updates):
         raise AdapterError("model: has no dense adapter that is trained; attach(model, spec) without masks first")
     if sharded.has_engine(model):
@@ -322,6 +364,12 @@ def sparsify(model: nn.Module, masks: Mapping[str, Tensor] | Mapping[str, Mappin
 
 def separate_tasks(model: nn.Module, num_tasks: int) -> PerTask:
     """Makes backward passes give each task's gradient to the returned object, and none to the parameters."""
+    penalised = next((one for one in formed.formed(_attached(model)).values() if one.has_penalty), None)
+    if penalised is not None:
+        raise AdapterError(
+            f"form: {penalised.choice.name} has a penalty, which is no task's gradient; set its weight to 0, or train "
+            "without a balance"
+        )
     gradients = PerTask(num_tasks=num_tasks)
     for layer in _attached(model).values():
         for delta in layer.deltas:
@@ -336,19 +384,15 @@ def projection_checksums(model: nn.Module) -> dict[str, str]:
     Where A is recomputed, it is made for this, a module at a time. A trained A counts as it was at the start.
     """
     return {
-        name_of(path, name): _checksum(delta) for path, layer in adapted(model).items() for name, delta in _owned(layer)
+        name_of(path, name): delta.checksum() for path, layer in adapted(model).items() for name, delta in _owned(layer)
     }
 
 
-def _owned(layer: AdaptedLinear) -> list[tuple[str, Delta]]:
+def _owned(layer: AdaptedLinear) -> list[tuple[str, BaseDelta]]:
     """The name of each adapter, which one alone does not have, and its update."""
     if isinstance(layer, RoutedLinear):
         return [(layer.routing.names[owner], d) for owner, d in zip(layer.owners, layer.deltas, strict=True)]
     return [("", delta) for delta in layer.deltas[:1]]
-
-
-def _checksum(delta: Delta) -> str:
-    return checksum(delta.a() if delta.trained_a is None else delta.recipe.make(device="cpu"))
 
 
 def extract(
@@ -369,6 +413,7 @@ def extract(
     """
     model = sharded.unwrapped(model)
     layers, spec = _attached(model), getattr(model, ATTACHED)
+    _refuse_forms(layers, "extract")
     if isinstance(spec, Mapping):
         _check_named(model, name)
     one, adapter = (spec[name], name) if isinstance(spec, Mapping) else (spec, None)
@@ -376,7 +421,12 @@ def extract(
         raise AdapterError("model: holds an adapter that was trained before; save that one itself, or attach a Spec")
     of_several: dict[str, Spec | Adapter] = spec if isinstance(spec, dict) else {}
     own, spec = (name, of_several[name]) if of_several else ("", spec)
-    deltas = {path: delta for path, layer in layers.items() for owner, delta in _owned(layer) if owner == own}
+    deltas = {
+        path: delta
+        for path, layer in layers.items()
+        for owner, delta in _owned(layer)
+        if owner == own and isinstance(delta, Delta)
+    }
     if values is None:
         sharded.reshard(model)
         heads = dict(saved.copies(model, [*of_several].index(name))) if own else saved.parameters(model)
@@ -401,7 +451,7 @@ def extract(
         entries=entries,
         checksums={path: checksum(a) for path, a in projections.items()}
         if is_trained
-        else {path: _checksum(delta) for path, delta in deltas.items()},
+        else {path: delta.checksum() for path, delta in deltas.items()},
         projections=projections,
     )
     shapes = {path: features(layers[path].base) for path in deltas}
@@ -423,10 +473,28 @@ def _from_spec(
     model: nn.Module, spec: Spec, masks: Mapping[str, Tensor] | None, before: Adapter | None
 ) -> dict[str, AdaptedLinear]:
     bases = match(model, spec.targets, spec.modules_to_save, spec.exclude)
+    if spec.form is not None:
+        return _of_form(bases, spec, masks, before)
     if before is not None:
         _refuse_other_projection(before, spec, {path: features(base) for path, base in bases.items()})
     _refuse_other_modules(masks or {}, bases)
     return {path: AdaptedLinear(base, [_delta(path, base, spec, masks, before)]) for path, base in bases.items()}
+
+
+def _of_form(
+    bases: Mapping[str, nn.Module], spec: Spec, masks: Mapping[str, Tensor] | None, before: Adapter | None
+) -> dict[str, AdaptedLinear]:
+    assert spec.form is not None
+    expert = next((path for path, base in bases.items() if isinstance(base, Expert)), None)
+    if expert is not None:
+        raise AdapterError(
+            f"{expert}: is a matrix of fused experts, which take the form lori alone; exclude the experts, or remove "
+            f"the form {spec.form.name}"
+        )
+    if before is not None:
+        raise AdapterError(f"before: earlier entries are of the form lori, and this is {spec.form.name}; remove it")
+    found = formed.deltas_for(bases, spec, masks, _device)
+    return {path: AdaptedLinear(bases[path], [delta]) for path, delta in found}
 
 
 def _refuse_other_modules(masks: Mapping[str, Tensor], targets: Mapping[str, nn.Module], where: str = "") -> None:
@@ -503,7 +571,7 @@ def _from_adapter(model: nn.Module, adapter: Adapter, goes_on: bool) -> dict[str
     return {path: AdaptedLinear(base, deltas(path, base)) for path, base in trained_on(model, adapter).items()}
 
 
-def trained_on(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
+def trained_on(model: nn.Module, adapter: Adapter | TaskAdapter) -> dict[str, nn.Module]:
     linear = _linear(model)
     for path in adapter.shapes:
         if path not in linear:
@@ -742,19 +810,21 @@ def _add(layer: AdaptedLinear, sign: float) -> None:
     total = weight.to(torch.promote_types(weight.dtype, torch.float32))
     assert layer.folded is not None
     for delta, values in zip(layer.deltas, layer.folded, strict=True):
+        assert isinstance(delta, Delta)
         update = delta.weight(values).mul_(sign)
         total = total + (update.t() if is_conv1d(layer.base) else update)
     weight.copy_(total)
 
 
-def _values(delta: Delta) -> Tensor | None:
+def _values(delta: BaseDelta) -> Tensor | None:
     """A copy: what is trained or loaded later was not folded."""
-    return None if delta.values is None else delta.values.detach().clone()
+    values = delta.trained().get("")
+    return None if values is None else values.detach().clone()
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
     """Data type in which a quantised model computes: that of its other weights, such as embeddings."""
-    own = (module for module in model.modules() if not isinstance(module, Delta) and not is_quantized(module))
+    own = (module for module in model.modules() if not isinstance(module, BaseDelta) and not is_quantized(module))
     weights = (weight for module in own for weight in module.parameters(recurse=False))
     return next((weight.dtype for weight in weights if weight.is_floating_point()), torch.float32)
 

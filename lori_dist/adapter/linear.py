@@ -6,7 +6,7 @@ Source: LoRI (arXiv 2504.07448), section 3.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lori_dist.adapter import product
-from lori_dist.adapter.per_task import PerTask, Segments, of_a
-from lori_dist.adapter.projection import Recipe
+from lori_dist.adapter.per_task import A, PerTask, Segments, of_a
+from lori_dist.adapter.projection import Recipe, checksum
 from lori_dist.adapter.routing import Routing, name_of
 
 Kept = tuple[Tensor | None, Tensor]
@@ -123,6 +123,23 @@ class _Adapted(torch.autograd.Function):
         return grad_x, None, None, None, grad_values, grad_a, None, None, None, None, None
 
 
+def with_factors(x: Tensor, y: Tensor, b: Tensor, a: Tensor, module: str) -> Tensor:
+    """y + B (A x), with factors that may have been computed: (out_features, k) and (k, in_features)."""
+    apply = cast(Callable[..., Tensor], _Update.apply)
+    return apply(x, y, *_of_factors(b, a, module))
+
+
+def base_with_factors(x: Tensor, base: nn.Module, b: Tensor, a: Tensor, module: str) -> Tensor:
+    """W0 x + bias + B (A x), as `with_factors` after a base that `is_plain`."""
+    apply = cast(Callable[..., Tensor], _Adapted.apply)
+    return apply(x, base.weight, base.bias, is_conv1d(base), *_of_factors(b, a, module))
+
+
+def _of_factors(b: Tensor, a: Tensor, module: str) -> tuple[Any, ...]:
+    shape = Recipe(seed=0, module=module, rank=a.shape[0], in_features=a.shape[1])  # which makes nothing
+    return b.reshape(-1), a, shape, None, None, 1.0, None
+
+
 def _operands(
     ctx: Any,
     x: Tensor,
@@ -220,7 +237,55 @@ def _dense(
     return flat.view(out_features, rank)
 
 
-class Delta(nn.Module):
+class BaseDelta(nn.Module):
+    """What is added to the output of one layer: parameters and buffers that follow the model to another device, but
+    never to another A, index or less exact values.
+
+    `model.to(bfloat16)` would round A and the values, and `to_empty` would leave garbage in all of them.
+    """
+
+    per_task: PerTask | None
+    """What gets each task's gradient instead of the parameters."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """y, (..., out_features), of the base, with what x, (..., in_features), adds to it."""
+        raise NotImplementedError
+
+    def adapted(self, x: Tensor, base: nn.Module) -> Tensor:
+        """The result of `forward` after a base that `is_plain`."""
+        raise NotImplementedError
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it adds nothing, and never will."""
+        raise NotImplementedError
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Name in the layer -> parameter, flat; see `per_task.of_tensor`."""
+        raise NotImplementedError
+
+    def counted(self) -> tuple[int, int]:
+        """Entries that a mask may leave out, and others that are trained, if nothing is masked."""
+        raise NotImplementedError
+
+    @property
+    def trains_a(self) -> bool:
+        raise NotImplementedError
+
+    def checksum(self) -> str:
+        """Of each A as a seed makes it, whether it is trained or not, one after the other."""
+        raise NotImplementedError
+
+    def moved(self, tensor: Tensor, result: Tensor) -> Tensor:
+        """What becomes of a tensor that a change of device or dtype would make `result`."""
+        return result if result.dtype.itemsize >= 4 else tensor.to(result.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(lambda tensor: self.moved(tensor, fn(tensor)), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class Delta(BaseDelta):
     """One A and its sparse B for one module: adds scale * B (A x) to what the base layer gives.
 
     The only parameter is `values`, the kept entries of B; a Delta that keeps none has no parameter, because engines
@@ -358,44 +423,49 @@ class Delta(nn.Module):
         made = "A is stored" if self.is_stored else f"seed={self.recipe.seed}, projection={projection}"
         return f"rank={self.rank}, kept={kept}, {made}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Delta":
-        """Follows the model to another device, but never to another A, index or less exact values.
+    def trained(self) -> dict[str, nn.Parameter]:
+        found = {"": self.values, A: self.trained_a}
+        return {name: parameter for name, parameter in found.items() if parameter is not None}
 
-        `model.to(bfloat16)` would round A and the values, and `to_empty` would leave garbage in all of them.
-        """
+    def counted(self) -> tuple[int, int]:
+        return self.out_features * self.rank, 0 if self.trained_a is None else self.rank * self.in_features
 
-        def moved(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            if tensor is self.projection:
-                if self.is_stored:  # as the index: nothing could make it again
-                    return tensor if result.is_meta else tensor.to(result.device)
-                if tensor.is_meta and not result.is_meta:
-                    return self.recipe.make(device=result.device)
-                return tensor.to(result.device)
-            if any(tensor is other for other in (self.index, self.before_index, self.before_values)):
+    @property
+    def trains_a(self) -> bool:
+        return self.trained_a is not None
+
+    def checksum(self) -> str:
+        return checksum(self.a() if self.trained_a is None else self.recipe.make(device="cpu"))
+
+    def moved(self, tensor: Tensor, result: Tensor) -> Tensor:
+        if tensor is self.projection:
+            if self.is_stored:  # as the index: nothing could make it again
                 return tensor if result.is_meta else tensor.to(result.device)
-            if tensor is self.trained_a and tensor.is_meta and not result.is_meta:
-                start = self._start(result.device)
-                # Each rank makes all of it and keeps its share: nothing is sent.
-                return start if not isinstance(tensor, DTensor) else _share(start, tensor)
             if tensor.is_meta and not result.is_meta:
-                return torch.zeros_like(tensor, device=result.device)
-            return result if result.dtype.itemsize >= 4 else tensor.to(result.device)
+                return self.recipe.make(device=result.device)
+            return tensor.to(result.device)
+        if any(tensor is other for other in (self.index, self.before_index, self.before_values)):
+            return tensor if result.is_meta else tensor.to(result.device)
+        if tensor is self.trained_a and tensor.is_meta and not result.is_meta:
+            return share_as(self._start(result.device), tensor)
+        if tensor.is_meta and not result.is_meta:
+            return torch.zeros_like(tensor, device=result.device)
+        return super().moved(tensor, result)
 
-        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
-        return self
 
-
-def _share(whole: Tensor, like: DTensor) -> DTensor:
+def share_as(whole: Tensor, like: Tensor) -> Tensor:
+    """A tensor that every rank has made, sharded as another one, if that is: nothing is sent."""
+    if not isinstance(like, DTensor):
+        return whole
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
 class AdaptedLinear(nn.Module):
     """A frozen linear layer and the updates attached to it."""
 
-    deltas: Sequence[Delta]
+    deltas: Sequence[BaseDelta]
 
-    def __init__(self, base: nn.Module, deltas: list[Delta]) -> None:
+    def __init__(self, base: nn.Module, deltas: Sequence[BaseDelta]) -> None:
         super().__init__()
         self.base = base
         self.deltas = nn.ModuleList(deltas)  # type: ignore[assignment]  # which is such a sequence, but not typed as one
@@ -424,6 +494,8 @@ class AdaptedLinear(nn.Module):
 
 class RoutedLinear(AdaptedLinear):
     """A frozen linear layer and the updates of several adapters, each met by its own rows."""
+
+    deltas: Sequence[Delta]
 
     def __init__(
         self, base: nn.Module, deltas: list[Delta], *, module: str, routing: Routing, scales: Sequence[dict[int, float]]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lori_dist.adapter import saved, sharded
 from lori_dist.adapter.adapter import Adapter, Block, Spec
 from lori_dist.adapter.attach import ATTACHED, adapted, layers_for, put, refuse_adapted, trained_on
+from lori_dist.adapter.formed import TaskAdapter
 from lori_dist.adapter.linear import AdaptedLinear, Delta, RoutedLinear
 from lori_dist.adapter.per_task import of_a
 from lori_dist.adapter.probe import probe
@@ -27,6 +28,11 @@ def attach(
     Raises AdapterError as `attach.attach`, and where modules_to_save differ.
     """
     refuse_adapted(model)
+    form = next((one.form for one in what.values() if isinstance(one, Spec) and one.form is not None), None)
+    if form is not None:
+        raise AdapterError(
+            f"form: {form.name} trains tasks together, as one Spec; attach that with attach, or remove the form"
+        )
     whole = {one.modules_to_save if isinstance(one, Spec) else tuple(one.saved) for one in what.values()}
     if len(whole) > 1 or any(isinstance(one, Adapter) and one.saved for one in what.values()):
         raise AdapterError(
@@ -177,13 +183,16 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
     return one is other or (one is not None and other is not None and torch.equal(one, other))
 
 
-def is_routable(model: nn.Module, adapters: Mapping[str, Adapter]) -> bool:
+def is_routable(model: nn.Module, adapters: Mapping[str, Adapter | TaskAdapter]) -> bool:
     """Whether `attach_several` takes them: what was trained in full, and layers that mix rows, do not know the rows."""
     return _unroutable(model, adapters) is None
 
 
-def _unroutable(model: nn.Module, adapters: Mapping[str, Adapter]) -> str | None:
+def _unroutable(model: nn.Module, adapters: Mapping[str, Adapter | TaskAdapter]) -> str | None:
     """Why the rows of adapters cannot be distinguished; None if they can."""
+    form = next((one.form.name for one in adapters.values() if isinstance(one, TaskAdapter)), None)
+    if form is not None:
+        return f"form: an adapter of the form {form} is attached by itself"
     if any(adapter.saved for adapter in adapters.values()):
         return "modules_to_save: what is trained in full cannot be distinguished by rows; attach one at a time"
     known = probe(model)
@@ -208,6 +217,7 @@ def _layers(
         for path, layer in layers_for(model, one, masks=masks.get(name), train=train).items():
             _, deltas, scales = found.setdefault(path, (layer.base, [], []))
             for delta in layer.deltas:
+                assert isinstance(delta, Delta)
                 # Merges have the updates of their tasks, with weights of their own.
                 place = None if train else next((n for n, known in enumerate(deltas) if _is_same(known, delta)), None)
                 if place is None or number in scales[place]:

@@ -92,6 +92,15 @@ class PerTask:
             tensor.zero_()
 
 
+A = "A"
+"""The name of a trained A among a layer's tensors, where these are LoRI's; the kept entries of B have an empty one."""
+
+
+def of_tensor(module: str, tensor: str) -> str:
+    """The name of one of a layer's tensors among all that is trained."""
+    return f"{module}:{tensor}" if tensor else module
+
+
 def _segments(counts: Sequence[tuple[int, int]]) -> tuple[Segments, int]:
     """The places of (task, tokens) that follow each other, and their sum."""
     ends = list(itertools.accumulate((count for _, count in counts), initial=0))
@@ -101,13 +110,18 @@ def _segments(counts: Sequence[tuple[int, int]]) -> tuple[Segments, int]:
 
 def of_a(module: str) -> str:
     """The name of a module's trained A among trained parameters; its kept entries of B have the module's own."""
-    return f"{module}:A"
+    return of_tensor(module, A)
 
 
 def is_a(name: str) -> bool:
-    return name.endswith(":A")
+    return tensor_of(name) == A
 
 
 def module_of(name: str) -> str:
     """The module of a trained tensor."""
-    return name.removesuffix(":A")
+    return name.partition(":")[0]
+
+
+def tensor_of(name: str) -> str:
+    """The name of a trained tensor in its layer."""
+    return name.partition(":")[2]

@@ -294,7 +294,7 @@ def _of_evaluation(world: World, setting: Setting) -> dict[str, int]:
 def _of_adapter(model: nn.Module) -> Iterator[Tensor]:
     for layer in adapted(model).values():
         for delta in layer.deltas:
-            yield from (buffer for buffer in (delta.projection, delta.index) if buffer is not None)
+            yield from delta.buffers()
 
 
 def _values(engine: Any, setting: Setting) -> int:

@@ -238,6 +238,8 @@ def merged(run: Run, assignment: Assignment, weights: Sequence[Any], **spread: A
 
 def merged_from(run: Run, job: Job) -> list[Path]:
     """The adapters of a merge."""
+    if job.settings.get("split"):
+        return [run.folder / job.needs[0] / f"{ADAPTER}@{task}" for task in job.settings["tasks"]]
     return [run.folder / need / ADAPTER for need in job.needs]
 
 

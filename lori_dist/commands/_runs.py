@@ -26,3 +26,8 @@ def finished_adapters(run: config.Run) -> dict[str, Path]:
     if len(made) < len(making):
         log.warning("%s: %d of %d adapters are finished; only these are evaluated", run.folder, len(made), len(making))
     return {job.name.partition("-")[2]: summary.path(run, job) for job in made}
+
+
+def is_adapter(word: str) -> bool:
+    """Whether a word is the path of a file or folder, or PATH@TASK for a file with an update for each task."""
+    return Path(word).exists() or ("@" in word and Path(word.rpartition("@")[0]).is_file())

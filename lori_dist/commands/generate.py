@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lori_dist import config, plugin, tables
 from lori_dist.commands._arguments import OVERRIDES, add_config, add_local_rank, check_writable
 from lori_dist.commands._endings import message_of
-from lori_dist.commands._runs import finished_adapters
+from lori_dist.commands._runs import finished_adapters, is_adapter
 from lori_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ SUMMARY = "write text with base, adapters and merges, side by side"
 HELP = f"""\
 Writes what models say to prompts: those of --prompt, of a file, or lines that are typed or piped in. A prompt is a
 user's message where the tokenizer has a chat template, else text that the model continues. An adapter is a file, a
-folder, or the name of a task or merge that a run of this configuration has finished; `base` is the model without one,
-and the default. Several models stand side by side, a column each. Under a launcher, the ranks hold the base as
-evaluate.engine says (default: train.engine).
+folder, or the name of a task or merge that a run of this configuration has finished; where a file has an update for
+each task, ADAPTER@TASK is one of them. `base` is the model without one, and the default. Several models stand side by
+side, a column each. Under a launcher, the ranks hold the base as evaluate.engine says (default: train.engine).
 
 examples:
   lori generate run.yaml --adapter math --prompt "What is 12 + 30?"
@@ -129,14 +129,17 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _adapters(described: config.Run, words: Sequence[str]) -> dict[str, Path | None]:
     """Heading of a column -> adapter; None is the base."""
-    made = finished_adapters(described) if any(word != "base" and not Path(word).exists() for word in words) else {}
+    lacking = [word for word in words if word != "base" and not is_adapter(word)]
+    made = finished_adapters(described) if lacking else {}
     found: dict[str, Path | None] = {}
     for word in words:
         if word == "base":
             found[word] = None
         elif word in made:
             found[word] = made[word]
-        elif Path(word).exists():
+        elif (of_task := word.partition("@"))[0] in made:
+            found[word] = Path(f"{made[of_task[0]]}@{of_task[2]}")
+        elif is_adapter(word):
             found[word] = Path(word)
         else:
             known = ", ".join(["base", *made])

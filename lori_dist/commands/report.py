@@ -6,12 +6,15 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lori_dist import config
 from lori_dist.commands._runs import finished_adapters, trainings_of
 from lori_dist.errors import ConfigError
 from lori_dist.files import read_regular
+
+if TYPE_CHECKING:
+    from lori_dist.adapter.adapter import Adapter
 
 log = logging.getLogger(__name__)
 
@@ -76,11 +79,15 @@ def run(arguments: argparse.Namespace) -> None:
         intervals = tree.get("intervals") if "evaluation" in tree else _intervals_beside(matrix)
     names = None if adapters else list(named)
     jobs = tree.get("jobs") if described is not None else None
-    opened = [formats.open_lazy(Path(path)) for path in paths]
+    opened: dict[str, Adapter] = {}
+    for number, path in enumerate(paths):
+        name = str(number) if names is None else names[number]
+        of_path = formats.by_task(Path(path))
+        opened |= {name if task is None else f"{name}@{task}": one for task, one in of_path.items()}
     written = write(
-        opened,
+        [*opened.values()],
         arguments.out,
-        names=names,
+        names=None if names is None else [*opened],
         evaluation=measured,
         intervals=intervals,
         jobs=jobs,

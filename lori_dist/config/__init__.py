@@ -22,6 +22,8 @@ from lori_dist.config.rules import (
     LOOKED_AT,
     PACKED,
     checked_engine,
+    is_per_task,
+    of_form,
     relative_paths,
     unpackable,
 )
@@ -84,7 +86,9 @@ __all__ = [
     "fingerprinted",
     "has_engine",
     "held_out",
+    "is_per_task",
     "load",
+    "of_form",
     "read",
     "relative_paths",
     "section",

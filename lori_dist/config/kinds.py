@@ -137,6 +137,7 @@ class Methods(typing.NamedTuple):
 
 
 MASKS, ENGINES = Methods("masks", "mask"), Methods("engines", "build")
+FORMS = Methods("forms", "form")
 PLACERS = Methods("engines", "place")
 MERGES, PLANS = Methods("merges", "merge"), Methods("multitask", "plan")
 Chosen = pydantic.BeforeValidator(_choice)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lori_dist import plugin, storage, tables
-from lori_dist.config.kinds import ENGINES
+from lori_dist.config.kinds import ENGINES, FORMS
 from lori_dist.config.run import (
     FLASH,
     Run,
@@ -74,6 +74,52 @@ def _projections(run: Run) -> Iterator[str]:
         )
     if run.adapter.dtype != "float32":
         yield f"adapter.dtype: got {run.adapter.dtype}, and a trained A is float32; remove it"
+
+
+LORI = "lori"
+
+
+def is_per_task(run: Run) -> bool:
+    """Whether a run trains one adapter with an update for each task."""
+    return of_form(run, "PER_TASK")
+
+
+def of_form(run: Run, constant: str) -> bool:
+    """Whether the form of a run's adapters says of itself that it has a property."""
+    form = run.adapter.form
+    return plugin.find(FORMS.folder, form.name, FORMS.role, "adapter.form").declares(constant, form.options)
+
+
+def _forms(run: Run) -> Iterator[str]:
+    form = run.adapter.form
+    if form.name == LORI:
+        return
+    if "." in form.name:
+        yield (
+            f"adapter.form: got {form.name}, a module of your own, which no reader of an adapter file would import; "
+            "put the file into lori_dist/forms"
+        )
+        return
+    if run.multitask.name != "joint":
+        yield (
+            f"adapter.form: {form.name} trains the tasks together, and multitask is {run.multitask.name}; set that to "
+            "joint, or use lori"
+        )
+    if run.adapter.projection == "recomputed":
+        yield f"adapter.projection: recomputed is for the form lori, and adapter.form is {form.name}; use cached"
+    if of_form(run, "RANK_FOR_EACH") and run.adapter.rank < len(run.tasks):
+        yield (
+            f"adapter.rank: got {run.adapter.rank} for {len(run.tasks)} tasks, of which {form.name} gives each a part; "
+            "give at least as many"
+        )
+    if is_per_task(run) and run.evaluate.lm_eval is not None:
+        yield (
+            f"evaluate.lm_eval: cannot be combined with adapter.form {form.name}, which has an update for each task of "
+            "the run and none for those of lm-eval; remove it"
+        )
+    for name, merge in run.merges.items():
+        if merge.search is not None:
+            yield f"merges.{name}.search: cannot be combined with adapter.form {form.name}; give weights"
 
 
 def _attention(run: Run) -> Iterator[str]:
@@ -469,6 +515,7 @@ def _drawn(run: Run) -> Iterator[str]:
 
 RULES: tuple[Rule, ...] = (
     _projections,
+    _forms,
     _saved,
     _attention,
     _compiled,

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lori_dist import config, formats, plugin
 from lori_dist.adapter import packed
 from lori_dist.adapter.adapter import Adapter
+from lori_dist.adapter.formed import TaskAdapter
 from lori_dist.errors import ConfigError
 from lori_dist.evaluation._answers import BASE, Reader
 from lori_dist.evaluation._passes import attached, passes_of
@@ -103,7 +104,8 @@ def evaluate(
 ) -> Values:
     """Every metric of the run on every task's test rows, of one model in one process; else as `evaluate_all`.
 
-    adapter: an adapter file, trained or merged, or a LoRA folder of PEFT; None measures the base.
+    adapter: an adapter file, trained or merged, or a LoRA folder of PEFT; None measures the base. Where a file has an
+    update for each task, rows of a task meet that task's.
     """
     return evaluate_all(run, {"": adapter}, device=device, progress=progress)[""].values
 
@@ -132,12 +134,7 @@ def evaluate_all(
     """
     tokenizer = load_tokenizer(run.model)
     rows, more = _test_rows(run, tokenizer, longest), _more(run)
-    loaded = {
-        name: what if isinstance(what, Adapter) else formats.load(what) for name, what in adapters.items() if what
-    }
-    for name, what in adapters.items():
-        if isinstance(what, Path):
-            check_base(what, loaded[name].base, run.model)
+    loaded, owners = _loaded(run, adapters)
     matrix = _Matrix(
         run=run, tokenizer=tokenizer, world=world, names=tuple(adapters), stores=stores or {}, record=record
     )
@@ -146,7 +143,7 @@ def evaluate_all(
     keys = [(task, metric.name) for task, metric in measurements] + ([LM_EVAL] if more is not None else [])
     if matrix.lack(keys):
         with _reading(run, world, torch.device(device), rows, tokenizer) as (reader, subjects):
-            passes = passes_of(reader.model, loaded, matrix.names)
+            passes = passes_of(reader.model, loaded, list(owners))
             for turn, of_models in enumerate(passes):
                 with attached(reader, of_models) as names:
 
@@ -154,11 +151,51 @@ def evaluate_all(
                         if progress is not None:
                             progress(what, before + done, of)
 
-                    matrix.measure(reader, names, subjects, measurements, say)
+                    def of_task(task: str, held: Mapping[str, str | None] = names) -> dict[str, str | None]:
+                        return {
+                            owners[label][0]: name for label, name in held.items() if owners[label][1] in (None, task)
+                        }
+
+                    matrix.measure(reader, of_task, subjects, measurements, say)
                     if more is not None:
                         say("lm-eval", total - 1)
                         matrix.measure_more(reader, names, more)
     return {name: matrix.of(name, keys) for name in adapters}
+
+
+Owner = tuple[str, str | None]
+"""A model, and the task whose rows meet an adapter of it; None: rows of all tasks do."""
+
+
+def _loaded(
+    run: config.Run, adapters: Mapping[str, Path | Adapter | None]
+) -> tuple[dict[str, Adapter | TaskAdapter], dict[str, Owner]]:
+    """Label -> adapter, and label -> owner, which models without an adapter have too.
+
+    Where a model has an update for each task, these are adapters of their own, of which those of the run's tasks count.
+    Raises ConfigError for a task of the run, or of lm-eval, for which a model has none.
+    """
+    loaded, owners = dict[str, Adapter | TaskAdapter](), dict[str, Owner]()
+    for name, path in adapters.items():
+        if not isinstance(path, Path):
+            owners[name] = name, None
+            loaded |= {} if path is None else {name: path}
+            continue
+        by_task = formats.by_task_or_whole(path)
+        lacks = [f"tasks.{task}" for task in run.tasks if task not in by_task]
+        if run.evaluate.lm_eval is not None:
+            lacks.append("evaluate.lm_eval")
+        if None not in by_task and lacks:
+            raise ConfigError(
+                f"{lacks[0]}: {path} has updates for the tasks {', '.join(map(str, by_task))} alone; add @TASK to its "
+                f"path to measure one of them on everything, or remove {lacks[0]}"
+            )
+        for task, adapter in by_task.items():
+            check_base(path, adapter.base, run.model)
+            if task is None or task in run.tasks:
+                label = name if task is None else f"{name}@{task}"
+                loaded[label], owners[label] = adapter, (name, task)
+    return loaded, owners
 
 
 @contextlib.contextmanager
@@ -190,12 +227,13 @@ def measuring(
             )
 
             if packed.update(reader.model, adapters):
-                matrix.measure(reader, {name: name for name in adapters}, subjects, measurements)
+                matrix.measure(reader, lambda task: {name: name for name in adapters}, subjects, measurements)
             else:
                 held.close()
                 for one in passes_of(reader.model, adapters, matrix.names):
                     held.close()
-                    matrix.measure(reader, held.enter_context(attached(reader, one)), subjects, measurements)
+                    names = held.enter_context(attached(reader, one))
+                    matrix.measure(reader, lambda task, names=names: names, subjects, measurements)  # type: ignore[misc]
             return {name: matrix.of(name, keys).values for name in adapters}
 
         yield measure
@@ -344,17 +382,18 @@ class _Matrix:
     def measure(
         self,
         reader: Reader,
-        names: Mapping[str, str | None],
+        names: Callable[[str], Mapping[str, str | None]],
         subjects: Mapping[str, Subject],
         measurements: Sequence[tuple[str, _Metric]],
         say: Callable[[str, int], None] = lambda what, done: None,
     ) -> None:
-        """The metrics of tasks, of all models of a pass that lack them. What models write comes last, that of all tasks
-        together. say: is called with what is measured next, and how many measurements are done."""
+        """The metrics of tasks, of all models of a pass that lack them. What models write comes last, that of all
+        tasks together. names: task -> model -> what the reader calls it there. say: is called with what is measured
+        next, and how many measurements are done."""
         written: list[_Left] = []
         done = 0
         for task, metric in measurements:
-            one = _Left.of(subjects[task], metric, names, self.known)
+            one = _Left.of(subjects[task], metric, names(task), self.known)
             if one.is_written:
                 written.append(one)
                 continue

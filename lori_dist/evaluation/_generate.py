@@ -43,7 +43,7 @@ def writing(
     Raises ConfigError for messages without a chat template, and what `evaluation.evaluate_all` raises.
     """
     tokenizer = load_tokenizer(run.model)
-    loaded = {name: formats.load(path) for name, path in adapters.items() if path is not None}
+    loaded = {name: formats.load_whole(path) for name, path in adapters.items() if path is not None}
     for name, adapter in loaded.items():
         check_base(Path(str(adapters[name])), adapter.base, run.model)
     base = place(run, world, torch.device("cpu"))

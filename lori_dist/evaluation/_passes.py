@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from lori_dist.adapter import attach, packed
 from lori_dist.adapter.adapter import Adapter
+from lori_dist.adapter.formed import TaskAdapter
 from lori_dist.evaluation._answers import Reader
 
 
@@ -17,13 +18,15 @@ class Pass:
     """Models that run together."""
 
     names: tuple[str, ...]
-    adapters: Mapping[str, Adapter]
+    adapters: Mapping[str, Adapter | TaskAdapter]
     """Adapters of the models that have one."""
     is_routed: bool
     """Whether each row meets its own adapter; else there is at most one."""
 
 
-def passes_of(model: PreTrainedModel, adapters: Mapping[str, Adapter], names: Sequence[str]) -> list[Pass]:
+def passes_of(
+    model: PreTrainedModel, adapters: Mapping[str, Adapter | TaskAdapter], names: Sequence[str]
+) -> list[Pass]:
     """The passes over the base, as few as possible: one for each adapter that rows cannot be routed to, then one for
     all others with the base.
 
@@ -42,7 +45,8 @@ def passes_of(model: PreTrainedModel, adapters: Mapping[str, Adapter], names: Se
 def attached(reader: Reader, one: Pass) -> Iterator[dict[str, str | None]]:
     """Inside, the adapters of a pass are on the model. Gives name -> what the reader calls that model."""
     if one.is_routed:
-        reader.routing = packed.attach_several(reader.model, one.adapters)
+        ordinary = {name: adapter for name, adapter in one.adapters.items() if isinstance(adapter, Adapter)}
+        reader.routing = packed.attach_several(reader.model, ordinary)
     elif one.adapters:
         [adapter] = one.adapters.values()
         attach.attach(reader.model, adapter)

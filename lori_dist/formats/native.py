@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lori_dist import tensors
 from lori_dist.adapter.adapter import Adapter, Block, Elsewhere, Entries, in_memory, loaded
+from lori_dist.adapter.formed import dependent
 from lori_dist.adapter.projection import DTYPES, GENERATOR
 from lori_dist.errors import AdapterError
 from lori_dist.files import parse_json, require_regular
@@ -47,13 +48,15 @@ FORMAT = "lori_dist.adapter"
 VERSIONS = (1, 2, 3)
 """Read. Version 2 is written only where a block has no seed, version 3 only where parameters were trained in full: all
 other files stay as they were."""
+FORMS = 4
+"""Version of files whose tasks have updates of their own, which forms.py reads and writes."""
 DISTRIBUTION = "uniform"
 """Distribution of the entries of A. Together with the generator it defines A."""
 
-_METADATA = "lori"  # the key of the header in the safetensors metadata
+METADATA = "lori"  # the key of the header in the safetensors metadata
 _DIGEST_AT_END = re.compile(r',"digest":"([0-9a-f]{16})"\}\Z')
-_PROJECTION_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-_VALUE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PROJECTION_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+VALUE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MAX_HEADER = 1 << 24  # characters; parsed, JSON can take thirty times its size
 
 _FIELDS = ("format", "version", "generator", "distribution", "values_dtype", "targets", "base", "blocks", "modules")
@@ -63,7 +66,7 @@ _MODULE_FIELDS = {
     2: ("shape", "rank", "kept", "projection", "digest"),
     3: ("shape", "rank", "kept", "projection", "digest"),
 }
-_SAVED = "saved."  # begins the name of a tensor that was trained in full; those of blocks begin with a number
+SAVED = "saved."  # begins the name of a tensor that was trained in full; those of blocks begin with a number
 
 
 def save(adapter: Adapter, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> None:
@@ -78,7 +81,7 @@ def save(adapter: Adapter, path: str | os.PathLike[str], *, dtype: torch.dtype =
         header = _describe(adapter, dtype)
         _check_header(header)
         encoded = _encode(adapter, dtype, header["modules"])
-        tensors.save(path, encoded, {_METADATA: _serialize(header)})
+        tensors.save(path, encoded, {METADATA: serialize(header)})
 
 
 def load(path: str | os.PathLike[str]) -> Adapter:
@@ -97,10 +100,10 @@ def open_lazy(path: str | os.PathLike[str]) -> Adapter:
     """
     path = Path(path)
     with naming(path, "read"):
-        with _opened(path) as file:
+        with opened(path) as file:
             header = _read_header(file)
-        where = _places(path)
-        whole = {name.removeprefix(_SAVED): where.pop(name) for name in list(where) if name.startswith(_SAVED)}
+        where = places(path)
+        whole = {name.removeprefix(SAVED): where.pop(name) for name in list(where) if name.startswith(SAVED)}
         for name, place in where.items():
             _check_tensor(name, place, header)
         targets = header["targets"]
@@ -110,11 +113,11 @@ def open_lazy(path: str | os.PathLike[str]) -> Adapter:
             targets=targets if isinstance(targets, str) else tuple(targets),
             base=header["base"],
             generator=header["generator"],
-            saved={name: _saved(name, about, whole[name], header) for name, about in header.get("saved", {}).items()},
+            saved={name: saved_of(name, about, whole[name], header) for name, about in header.get("saved", {}).items()},
         )
 
 
-def _places(path: Path) -> dict[str, Stored]:
+def places(path: Path) -> dict[str, Stored]:
     try:
         return stored(path)
     except ValueError as error:
@@ -127,24 +130,24 @@ def header(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises AdapterError as `load` does, save for damage to the tensors themselves.
     """
     path = Path(path)
-    with naming(path, "read"), _opened(path) as file:
+    with naming(path, "read"), opened(path) as file:
         return _read_header(file)
 
 
 def block_bytes(path: str | os.PathLike[str]) -> tuple[int, ...]:
     """Bytes of each block's tensors in the file: values, masks and stored A. Raises AdapterError as `header`."""
     path = Path(path)
-    with naming(path, "read"), _opened(path) as file:
+    with naming(path, "read"), opened(path) as file:
         sizes = [0] * len(_read_header(file)["blocks"])
         for name in file.keys():  # noqa: SIM118  (a safetensors file is not a mapping)
-            if name.startswith(_SAVED):
+            if name.startswith(SAVED):
                 continue
             sizes[int(name.partition(".")[0])] += file.get_tensor(name).nbytes
         return tuple(sizes)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
     if path.is_dir():
         raise AdapterError("this is a folder; give the adapter file itself")
     require_regular(path)
@@ -161,7 +164,7 @@ def _opened(path: Path) -> Iterator[Any]:
         raise AdapterError(what) from error
 
 
-def _serialize(header: Mapping[str, Any]) -> str:
+def serialize(header: Mapping[str, Any]) -> str:
     try:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         if json.loads(text) != header:
@@ -192,15 +195,20 @@ def _parse(text: str) -> Any:
 
 
 def _read_header(file: Any) -> dict[str, Any]:
-    metadata = file.metadata() or {}
-    names = set(file.keys())
-    if _METADATA not in metadata:
-        what = "a LoRA adapter of PEFT" if any("lora_" in name for name in names) else "some other safetensors file"
-        raise AdapterError(f"this is {what}: it has no {_METADATA!r} in its metadata; give an adapter of lori_dist")
-    header = _parse(metadata[_METADATA])
+    header = parsed(file)
     _check_header(header)
-    _check_names(header, names)
+    _check_names(header, set(file.keys()))
     return header  # type: ignore[no-any-return]
+
+
+def parsed(file: Any) -> Any:
+    """The header of an open file, as far as its digest vouches for it."""
+    metadata = file.metadata() or {}
+    if METADATA not in metadata:
+        is_lora = any("lora_" in name for name in file.keys())  # noqa: SIM118  (a safetensors file is not a mapping)
+        what = "a LoRA adapter of PEFT" if is_lora else "some other safetensors file"
+        raise AdapterError(f"this is {what}: it has no {METADATA!r} in its metadata; give an adapter of lori_dist")
+    return _parse(metadata[METADATA])
 
 
 def _check_names(header: Mapping[str, Any], found: set[str]) -> None:
@@ -213,7 +221,7 @@ def _check_names(header: Mapping[str, Any], found: set[str]) -> None:
                 expected.add(f"{number}.{name}.mask")
             if kept and header["blocks"][number]["seed"] is None:
                 expected.add(f"{number}.{name}.a")
-    expected |= {f"{_SAVED}{name}" for name in header.get("saved", {})}
+    expected |= {f"{SAVED}{name}" for name in header.get("saved", {})}
     if missing := expected - found:
         raise AdapterError(f"tensor {named(min(missing))} is missing; {DAMAGED}")
     if superfluous := found - expected:
@@ -231,17 +239,27 @@ def _check_header(header: Any) -> None:
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise AdapterError(f"header: format is not {FORMAT!r}; give an adapter file of lori_dist")
     version = header.get("version")
+    if version == FORMS and "form" in header:
+        if header.get("depends_on_input") is True:
+            form = header["form"].get("name") if isinstance(header["form"], dict) else None
+            raise AdapterError(dependent(named(form)))
+        tasks = header.get("tasks")
+        names = ", ".join(map(named, tasks[:8])) if isinstance(tasks, list) and tasks else "several"
+        raise AdapterError(
+            f"has an update for each of the tasks {names}; add @TASK to the path for the adapter of one of them, or "
+            "write all of them with `lori export --format tasks`"
+        )
     if type(version) is not int or version not in VERSIONS:
         known = " and ".join((", ".join(map(str, VERSIONS[:-1])), str(VERSIONS[-1])))
         raise AdapterError(f"header: version is {shown(version)}, this program reads {known}; update lori_dist")
-    _check_fields("header", header, (*_FIELDS, *(("saved",) if version > 2 else ())), version)
+    check_fields("header", header, (*_FIELDS, *(("saved",) if version > 2 else ())), version)
     for field, known in (("generator", GENERATOR), ("distribution", DISTRIBUTION)):
         if header[field] != known:
             raise AdapterError(
                 f"header: {field} is {shown(header[field])}, this program makes A with {known!r}; update lori_dist"
             )
-    check_choice("header: values_dtype", header["values_dtype"], _VALUE_DTYPES)
-    _check_targets(header["targets"])
+    check_choice("header: values_dtype", header["values_dtype"], VALUE_DTYPES)
+    check_targets(header["targets"])
     require(isinstance(header["base"], dict), "header: base", header["base"], "an object")
     blocks, modules = header["blocks"], header["modules"]
     require(isinstance(blocks, list) and len(blocks) > 0, "header: blocks", blocks, "an array with at least one block")
@@ -252,22 +270,22 @@ def _check_header(header: Any) -> None:
         check_name("header: modules", name)
         _check_module(f"header: module {named(name)}", module, blocks, version)
     if version > 2:
-        _check_saved(header["saved"])
+        check_saved(header["saved"])
 
 
-def _check_saved(parameters: Any) -> None:
+def check_saved(parameters: Any) -> None:
     require(isinstance(parameters, dict) and len(parameters) > 0, "header: saved", parameters, "an object of tensors")
     for name, about in parameters.items():
         check_name("header: saved", name)
         where = f"header: saved {named(name)}"
-        _check_fields(where, about, ("shape", "digest"), 3)
+        check_fields(where, about, ("shape", "digest"), 3)
         require(isinstance(about["shape"], list), f"{where}: shape", about["shape"], "an array")
         for size in about["shape"]:
             check_integer(f"{where}: shape", size, 1, MAX_ENTRIES)
         check_hash(f"{where}: digest", about["digest"])
 
 
-def _check_targets(targets: Any) -> None:
+def check_targets(targets: Any) -> None:
     names = [targets] if isinstance(targets, str) else targets
     require(isinstance(names, list) and len(names) > 0, "header: targets", targets, "a name or an array of names")
     for name in names:
@@ -275,7 +293,7 @@ def _check_targets(targets: Any) -> None:
 
 
 def _check_block(where: str, block: Any, version: int) -> None:
-    _check_fields(where, block, _BLOCK_FIELDS, version)
+    check_fields(where, block, _BLOCK_FIELDS, version)
     check_name(f"{where}.name", block["name"])
     if version == 1 or block["seed"] is not None:
         check_integer(f"{where}.seed", block["seed"], 0, 2**64 - 1)
@@ -284,11 +302,11 @@ def _check_block(where: str, block: Any, version: int) -> None:
         value = block[field]
         fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         require(fits, f"{where}.{field}", value, "a finite number")
-    check_choice(f"{where}.dtype", block["dtype"], _PROJECTION_DTYPES)
+    check_choice(f"{where}.dtype", block["dtype"], PROJECTION_DTYPES)
 
 
 def _check_module(where: str, module: Any, blocks: list[Any], version: int) -> None:
-    _check_fields(where, module, _MODULE_FIELDS[version], version)
+    check_fields(where, module, _MODULE_FIELDS[version], version)
     for field in _MODULE_FIELDS[version]:
         length = 2 if field == "shape" else len(blocks)
         fits = isinstance(module[field], list) and len(module[field]) == length
@@ -316,7 +334,7 @@ def _check_module(where: str, module: Any, blocks: list[Any], version: int) -> N
             check_hash(f"{where}: projection", projection)
 
 
-def _check_fields(where: str, value: Any, fields: tuple[str, ...], version: int) -> None:
+def check_fields(where: str, value: Any, fields: tuple[str, ...], version: int) -> None:
     require(isinstance(value, dict), where, value, "an object")
     for field in fields:
         if field not in value:
@@ -368,16 +386,16 @@ def _describe(adapter: Adapter, dtype: torch.dtype) -> dict[str, Any]:
             }
             for name, shape in adapter.shapes.items()
         },
-        **({"saved": {name: _about_saved(name, t, dtype) for name, t in adapter.saved.items()}} if version > 2 else {}),
+        **({"saved": {name: about_saved(name, t, dtype) for name, t in adapter.saved.items()}} if version > 2 else {}),
     }
 
 
-def _about_saved(name: str, tensor: Tensor | Elsewhere, dtype: torch.dtype) -> dict[str, Any]:
-    encoded = _encode_saved(name, tensor, dtype)
+def about_saved(name: str, tensor: Tensor | Elsewhere, dtype: torch.dtype) -> dict[str, Any]:
+    encoded = encode_saved(name, tensor, dtype)
     return {"shape": list(encoded.shape), "digest": digest(as_bytes(encoded.flatten()))}
 
 
-def _encode_saved(name: str, tensor: Tensor | Elsewhere, dtype: torch.dtype) -> Tensor:
+def encode_saved(name: str, tensor: Tensor | Elsewhere, dtype: torch.dtype) -> Tensor:
     """A parameter that was trained in full, as it is written. Raises AdapterError if it is not finite in dtype."""
     encoded = in_memory(tensor).detach().to("cpu", dtype).contiguous()
     if not all_finite(encoded):
@@ -385,10 +403,10 @@ def _encode_saved(name: str, tensor: Tensor | Elsewhere, dtype: torch.dtype) -> 
     return encoded
 
 
-def _saved(name: str, about: Mapping[str, Any], where: Stored, header: Mapping[str, Any]) -> StoredProjection:
-    dtype, shape = _VALUE_DTYPES[header["values_dtype"]], tuple(about["shape"])
+def saved_of(name: str, about: Mapping[str, Any], where: Stored, header: Mapping[str, Any]) -> StoredProjection:
+    dtype, shape = VALUE_DTYPES[header["values_dtype"]], tuple(about["shape"])
     if (where.dtype, tuple(where.shape)) != (dtype, shape):
-        raise AdapterError(f"tensor {named(_SAVED + name)} is not {dtype} of {list(shape)}; {DAMAGED}")
+        raise AdapterError(f"tensor {named(SAVED + name)} is not {dtype} of {list(shape)}; {DAMAGED}")
     return StoredProjection(about=named(name), where=where, shape=shape, dtype=dtype, checksum=about["digest"])
 
 
@@ -409,7 +427,7 @@ def _encode(adapter: Adapter, dtype: torch.dtype, modules: dict[str, Any]) -> di
     Those that lie in a file already, as they are to be written, stay there.
     """
     tensors: dict[str, Tensor | Stored] = {
-        f"{_SAVED}{name}": _encode_saved(name, tensor, dtype) for name, tensor in adapter.saved.items()
+        f"{SAVED}{name}": encode_saved(name, tensor, dtype) for name, tensor in adapter.saved.items()
     }
     for number, block in enumerate(adapter.blocks):
         for name, entries in block.entries.items():
@@ -452,7 +470,7 @@ def _encode_projection(about: str, block: Block, name: str, in_features: int) ->
 def _block(header: Mapping[str, Any], number: int, where: Mapping[str, Stored]) -> Block:
     about = header["blocks"][number]
     kept = {name: module for name, module in header["modules"].items() if module["kept"][number]}
-    dtype = _PROJECTION_DTYPES[about["dtype"]]
+    dtype = PROJECTION_DTYPES[about["dtype"]]
     return Block(
         name=about["name"],
         seed=about["seed"],
@@ -483,9 +501,9 @@ def _block(header: Mapping[str, Any], number: int, where: Mapping[str, Stored]) 
 def _check_tensor(name: str, where: Stored, header: Mapping[str, Any]) -> None:
     number, kind = int(name.partition(".")[0]), name.rpartition(".")[2]
     dtype, num_dimensions = {
-        "values": (_VALUE_DTYPES[header["values_dtype"]], 1),
+        "values": (VALUE_DTYPES[header["values_dtype"]], 1),
         "mask": (torch.uint8, 1),
-        "a": (_PROJECTION_DTYPES[header["blocks"][number]["dtype"]], 2),
+        "a": (PROJECTION_DTYPES[header["blocks"][number]["dtype"]], 2),
     }[kind]
     if where.dtype != dtype or len(where.shape) != num_dimensions:
         found = f"{where.dtype} with {len(where.shape)} dimensions"
@@ -502,7 +520,7 @@ def _entries(header: Mapping[str, Any], number: int, name: str, where: Mapping[s
             mask=where.get(f"{number}.{name}.mask"),
             kept=module["kept"][number],
             num_entries=module["shape"][0] * _rank(header, name, number),
-            dtype=_VALUE_DTYPES[header["values_dtype"]],
+            dtype=VALUE_DTYPES[header["values_dtype"]],
             digest=module["digest"][number],
         )
     )

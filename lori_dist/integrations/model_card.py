@@ -3,14 +3,14 @@
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lori_dist import formats
 from lori_dist.adapter.adapter import Adapter, Block
 from lori_dist.atomic import write_text
 from lori_dist.files import parse_json, read_regular
-from lori_dist.formats import native
 from lori_dist.jobs import sha256
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,11 @@ def write_beside(path: Path, base_model_name: str) -> None:
     base_model_name: for an adapter that does not name its base.
     """
     try:
-        adapter = native.open_lazy(path)
+        if None in (whole := formats.by_task_or_whole(path)) and not isinstance(whole[None], Adapter):
+            return  # the card lists factors, which it does not have
+        first, *others = formats.by_task(path).values()
+        # Of several tasks' updates in a file, each is listed as a block.
+        adapter = replace(first, blocks=(*first.blocks, *(block for other in others for block in other.blocks)))
         base = str(adapter.base.get("name", base_model_name))
         write_text(path.with_name("README.md"), text(adapter, base, origin(path), library="lori_dist"))
     except Exception as error:

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from lori_dist import plugin
-from lori_dist.config import Run
+from lori_dist.config import Run, is_per_task, of_form
 from lori_dist.errors import ConfigError
-from lori_dist.jobs import JOINT, Job, evaluate_job, joint_job
+from lori_dist.jobs import JOINT, Job, evaluate_job, joint_job, merge_job
 from lori_dist.plugin import nearest
 
 
@@ -24,7 +24,8 @@ def plan(
     temperature: Annotated[float, "[1, inf)"] | None = None,
     cap: Annotated[int, "[1, inf)"] | None = None,
 ) -> list[Job]:
-    """One training on batches of all tasks, whose gradients a balance makes into one, and its evaluation.
+    """One training on batches of all tasks, whose gradients a balance makes into one, and its evaluation; with a form
+    that has an update for each task, also merges of these.
 
     What is minimised is the sum over tasks of weight * mean loss of a target token. balance: a file of
     `lori_dist/balances`, by name or as {name: ..., its options}: `ortho` by default, which takes out of a task's
@@ -41,7 +42,7 @@ def plan(
     given = weights or {}
     problems = list(_problems(run, given))
     name, options, found = _balance(balance, projection, granularity)
-    problems += [*found, *_of_sampling(run, sampling, temperature, cap)]
+    problems += [*found, *_of_penalty(run, name), *_of_sampling(run, sampling, temperature, cap)]
     if problems:
         raise ConfigError("\n".join(problems))
     joint: dict[str, Any] = {
@@ -62,7 +63,9 @@ def plan(
     elif sampling == "proportional":
         joint["sampling"] = {"temperature": temperature or 1.0, "cap": cap}
     trained = joint_job(run, joint)
-    return [trained, evaluate_job(run, "base", None), evaluate_job(run, JOINT, trained)]
+    merged = {name: merge_job(run, name, dict.fromkeys(run.tasks, trained)) for name in run.merges}
+    made: dict[str, Job | None] = {"base": None, JOINT: trained, **merged}
+    return [trained, *merged.values(), *(evaluate_job(run, model, job) for model, job in made.items())]
 
 
 def _balance(
@@ -86,6 +89,19 @@ def _balance(
         problem = f"multitask.granularity: got {granularity!r}, and {name} takes {', '.join(known)}"
         return name, options, [f"{problem}; {'remove it' if len(known) == 1 else 'set one of these'}"]
     return name, options, []
+
+
+def _of_penalty(run: Run, balance: str) -> Iterator[str]:
+    form = run.adapter.form
+    method = plugin.find("forms", form.name, "form", "adapter.form")
+    option = method.constants.get("PENALTY")
+    if option is None or balance == "none":
+        return
+    if form.options.get(option, method.options[option].default):
+        yield (
+            f"multitask.balance: got {balance}, and the penalty of adapter.form {form.name} is no task's gradient; set "
+            f"it to none, or adapter.form.{option} to 0"
+        )
 
 
 def _granularities(balance: str) -> Sequence[str]:
@@ -118,8 +134,10 @@ def _problems(run: Run, weights: dict[str, float]) -> Iterator[str]:
         yield f"tasks: joint training needs at least two, got {', '.join(run.tasks)} alone; add one"
     if JOINT in run.tasks:
         yield f"tasks.{JOINT}: is the name of the adapter that all tasks have; give the task another name"
-    if run.merges:
+    if run.merges and not is_per_task(run):
         yield f"merges: got {', '.join(run.merges)}, and joint training makes one adapter; remove merges"
+    if JOINT in run.merges:
+        yield f"merges.{JOINT}: is the name of the adapter that is trained; give the merge another name"
     if run.train.batch_size < len(run.tasks):
         yield (
             f"train.batch_size: got {run.train.batch_size} for {len(run.tasks)} tasks, which all have rows in "
@@ -132,7 +150,7 @@ def _problems(run: Run, weights: dict[str, float]) -> Iterator[str]:
         if not 0 < weight < math.inf:
             yield f"multitask.weights.{task}: got {weight:g}; wanted a finite number above 0"
     for name, task_of_run in run.tasks.items():
-        if task_of_run.seed is not None:
+        if task_of_run.seed is not None and not of_form(run, "OWN_A"):
             yield (
                 f"tasks.{name}.seed: is the seed of a task's own A, but joint training has one A for all tasks; set "
                 "adapter.seed"

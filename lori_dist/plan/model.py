@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from lori_dist.adapter import saved
 from lori_dist.adapter.adapter import Adapter, Spec
-from lori_dist.adapter.attach import attach, trainable_projections
+from lori_dist.adapter.attach import attach
 from lori_dist.adapter.experts import AdaptedExperts, Expert, is_experts
 from lori_dist.adapter.linear import AdaptedLinear, features
 from lori_dist.adapter.probe import probe
@@ -58,12 +58,11 @@ def count(run: Run, *, ranks: int = 1, adapters: int = 1, start: Adapter | None 
     of_spec = spec(run) if start is None else _spec_of(start)
     known = probe(model)
     attached = attach(model, of_spec)
-    trained_a = sum(a.numel() for a in trainable_projections(model).values())
     found = _blocks(model)
     in_blocks = [sum(map(_bytes, _frozen(block))) for block in found]
     deltas = [layer.deltas[0] for layer in attached.values()]
     meets = {path: _share_of(path, layer.base, shares) for path, layer in attached.items()}
-    entries = sum(delta.out_features * delta.rank for delta in deltas)
+    entries, beside = (sum(counts) for counts in zip(*(delta.counted() for delta in deltas), strict=True))
     check_ranks(run.train, ranks)
     if run.train.sequence_parallel > 1:
         problems = undividable(model.config, run.train.sequence_parallel, run.train.max_length)
@@ -86,10 +85,12 @@ def count(run: Run, *, ranks: int = 1, adapters: int = 1, start: Adapter | None 
         num_modules=len(deltas),
         entries=entries,
         kept=round(run.adapter.density * entries) if start is None else start.kept,
-        whole=trained_a + sum(parameter.numel() for parameter in saved.parameters(model).values()),
-        projections=adapters * sum(_bytes(delta.projection) for delta in deltas if delta.projection is not None),
+        whole=beside + sum(parameter.numel() for parameter in saved.parameters(model).values()),
+        projections=adapters * sum(_bytes(a) for delta in deltas for a in delta.buffers()),
         quantized=max(quantized, default=0),
-        of_a=0 if trained_a else sum(delta.rank * delta.in_features * delta.recipe.dtype.itemsize for delta in deltas),
+        of_a=0
+        if deltas[0].trains_a
+        else sum(of_spec.rank * features(layer.base)[1] * of_spec.dtype.itemsize for layer in attached.values()),
         layer=max(map(_largest_layer, found)),
         ends=_ends(model),
         largest=max(map(_bytes, _frozen(model))),
@@ -97,7 +98,7 @@ def count(run: Run, *, ranks: int = 1, adapters: int = 1, start: Adapter | None 
         is_routable=not run.adapter.modules_to_save and not any(map(known.mixes_rows, attached)),
         classes=_classes(model),
         dequantized=round(sum(quantized) * _moved(run, dtype)),
-        widest_b=adapters * max(delta.out_features * delta.rank for delta in deltas),
+        widest_b=adapters * max(delta.counted()[0] for delta in deltas),
         vocabulary=settings.vocab_size,
         chunked=is_chunked(model),
         dtype=dtype.itemsize,
@@ -152,7 +153,7 @@ def _key_values(settings: Any) -> int:
 def _of_delta(delta: Any) -> int:
     """Operations of training on a token: A x, B (A x) and their gradients. A has a gradient only if it is trained."""
     down, up = 2 * delta.rank * delta.in_features, 2 * delta.rank * delta.out_features
-    return int(down * (2 + (delta.trained_a is not None)) + up * 3)
+    return int(down * (2 + delta.trains_a) + up * 3)
 
 
 def _share_of(path: str, base: nn.Module, shares: Mapping[str, float]) -> float:

@@ -11,11 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lori_dist import folder, predictions
+from lori_dist import folder, formats, predictions
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.atomic import naming, write_text
 from lori_dist.errors import AdapterError, JobError
-from lori_dist.formats import native
 from lori_dist.interference import interference
 from lori_dist.scores import Evaluation, Intervals, drops
 
@@ -104,13 +103,18 @@ def write_of_run(summary: Mapping[str, Any], out: Path) -> dict[str, str] | None
 
         if len(paths) < 2 and not rows(jobs) and not conflicts:
             return None
-        adapters = [native.open_lazy(path) for path in paths.values()]
-        if "transfer" in summary:
-            adapters = adapters and _blocks(adapters[-1])
+        adapters = dict[str, Adapter]()
+        for name, path in paths.items():
+            of_path = formats.by_task_or_whole(Path(path))
+            adapters |= {
+                name if task is None else f"{name}@{task}": one
+                for task, one in of_path.items()
+                if isinstance(one, Adapter)
+            }
         write(
-            adapters,
+            _blocks([*adapters.values()][-1]) if "transfer" in summary and adapters else [*adapters.values()],
             out,
-            names=list(paths),
+            names=list(adapters),
             evaluation=summary["evaluation"],
             intervals=summary.get("intervals"),
             jobs=jobs,

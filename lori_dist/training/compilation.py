@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from lori_dist.adapter.experts import AdaptedExperts
+from lori_dist.adapter.formed import FormedDelta
 from lori_dist.adapter.linear import AdaptedLinear, RoutedLinear
 from lori_dist.adapter.saved import RoutedModule
 from lori_dist.errors import ConfigError
@@ -52,4 +53,6 @@ def _looks_at_rows(module: nn.Module) -> bool:
         return module.router() is not None
     if isinstance(module, RoutedLinear | RoutedModule):
         return True
-    return isinstance(module, AdaptedLinear) and any(delta.per_task is not None for delta in module.deltas)
+    return isinstance(module, AdaptedLinear) and any(
+        delta.per_task is not None or isinstance(delta, FormedDelta) for delta in module.deltas
+    )

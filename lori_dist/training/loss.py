@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from lori_dist.adapter.formed import FormedDelta, routing_of
 from lori_dist.adapter.linear import AdaptedLinear, RoutedLinear, is_product, is_quantized
 from lori_dist.adapter.probe import Probe, probe
 from lori_dist.adapter.saved import RoutedModule
@@ -40,6 +41,8 @@ def task_loss_sums(model: nn.Module, batch: Batch) -> Tensor:
     """The `loss_sum` of each of the batch's tasks, times its weight: (tasks,), or (1,) where there is one."""
     if batch.tasks is None or batch.weights is None:
         return loss_sum(model, batch).view(1)
+    if (routing := routing_of(model)) is not None:
+        routing.begin_tokens(batch.tasks)  # which the backward pass may need again
     losses = _losses(model, batch)
     numbers, counts = (torch.tensor(of_spans, device=losses.device) for of_spans in zip(*batch.tasks, strict=True))
     of_tokens = numbers.repeat_interleave(counts).view(batch.labels.shape)
@@ -130,7 +133,9 @@ def _head_has_tasks(model: nn.Module) -> bool:
     inner = _unwrapped(model)
     head = None if inner is None else inner.get_output_embeddings()
     if isinstance(head, AdaptedLinear):
-        return isinstance(head, RoutedLinear) or any(delta.per_task is not None for delta in head.deltas)
+        return isinstance(head, RoutedLinear) or any(
+            delta.per_task is not None or isinstance(delta, FormedDelta) for delta in head.deltas
+        )
     return isinstance(head, RoutedModule)
 
 

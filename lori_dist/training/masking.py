@@ -1,6 +1,8 @@
 """The mask that follows from a calibrated B: all ranks choose together, and none needs all of B for it."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ from torch import Tensor
 
 from lori_dist import config, plugin
 from lori_dist.adapter.adapter import Adapter
-from lori_dist.adapter.per_task import is_a
+from lori_dist.adapter.per_task import is_a, module_of, tensor_of
 from lori_dist.adapter.saved import is_saved
 from lori_dist.errors import JobError
+from lori_dist.forms import Entry, FormChoice, of_one_layer
 from lori_dist.masks._select import Rule, Share, largest_of
 from lori_dist.tensors import Stored
 from lori_dist.training import checkpoint
@@ -33,8 +36,12 @@ def choose(
     settings: config.Adapter,
     world: World,
     apart_from: Adapter | None = None,
+    form: FormChoice | None = None,
 ) -> dict[str, Tensor]:
     """Module path -> which entries are kept, (out_features, rank), the same on all ranks. Every rank calls this.
+
+    form: of another form than LoRI's, `path:tensor` -> the same of each sparse tensor, with the tasks first where each
+    has its own.
 
     path: a checkpoint of the dense values, which only rank 0 need see. settings: density, rank and mask. apart_from:
     whose entries are not to be had.
@@ -44,6 +51,8 @@ def choose(
     """
     method = plugin.find("masks", settings.mask.name, "mask", "adapter.mask")
     options = method.bind(settings.mask.options, "adapter.mask")
+    if form is not None:
+        return _of_form(path, phase, origin, settings, world, form, partial(method.load(), **options))
     rule = method.companion("rule")
     if rule is None:
         masks = _by_first(path, phase, origin, settings, world, apart_from, method.load(), options)
@@ -82,6 +91,64 @@ def _refuse_taken(method: str, masks: Mapping[str, Tensor], adapter: Adapter) ->
                 f"adapter.mask: {method} keeps {count} entries of {module} that earlier tasks have, as too few others "
                 "are left; give a lower adapter.density, a mask over the whole model, or masks: independent"
             )
+
+
+# --- of a form -------------------------------------------------------------------------------------------------------
+
+
+def _of_form(
+    path: Path,
+    phase: str,
+    origin: checkpoint.Origin,
+    settings: config.Adapter,
+    world: World,
+    choice: FormChoice,
+    mask: Callable[..., Mapping[str, Tensor]],
+) -> dict[str, Tensor]:
+    """Each sparse tensor, and each task's, gets a mask as LoRI's B would. Rank 0 chooses."""
+    is_trained = settings.projection == "trained"
+    form = choice.form(rank=settings.rank, alpha=settings.alpha, trains_a=is_trained)
+    entries = form.entries(of_one_layer(choice.tasks))
+
+    def make() -> dict[str, tuple[torch.Size, bytes]]:
+        values = checkpoint.read(path, phase, origin=origin).values
+        made = dict[str, Tensor]()
+        for tensor, entry in entries.items():
+            if not entry.sparse:
+                continue
+            num_owners = len(choice.tasks) if entry.per_task else 1
+            scores = {
+                name: of_layer.view(num_owners, -1, *_rows_of(of_layer, num_owners, entry))
+                for name, of_layer in values.items()
+                if tensor_of(name) == tensor and not is_saved(name)
+            }
+            chosen = [
+                mask(
+                    {module_of(name): _score(of_layer[owner]) for name, of_layer in scores.items()},
+                    density=settings.density,
+                )
+                for owner in range(num_owners)
+            ]
+            for name in scores:
+                of_owners = [of_owner[module_of(name)] for of_owner in chosen]
+                made[name] = torch.stack(of_owners) if entry.per_task else of_owners[0]
+        return {name: (one.shape, np.packbits(one.flatten().numpy()).tobytes()) for name, one in made.items()}
+
+    def unpacked(shape: torch.Size, bits: bytes) -> Tensor:
+        return _unpacked(np.frombuffer(bits, dtype=np.uint8), shape.numel()).view(shape)
+
+    return {name: unpacked(shape, bits) for name, (shape, bits) in from_first(world, make).items()}
+
+
+def _rows_of(values: Tensor, num_owners: int, entry: Entry) -> tuple[int, int]:
+    """(out_features, rank) of one layer's B in a sparse tensor."""
+    rank = entry.shape[-1]
+    return values.numel() // (num_owners * math.prod(entry.shape[:-2]) * rank), rank
+
+
+def _score(places: Tensor) -> Tensor:
+    """(places, out_features, rank) -> (out_features, rank): of several that have one mask, the sum of magnitudes."""
+    return places[0] if len(places) == 1 else places.abs().sum(0)
 
 
 # --- on one rank -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lori_dist import plugin
 from lori_dist.adapter.attach import separate_tasks
-from lori_dist.adapter.per_task import PerTask, is_a, module_of
+from lori_dist.adapter.per_task import PerTask, module_of, tensor_of
 from lori_dist.adapter.targets import layer
 from lori_dist.balances import Balance, State
 from lori_dist.training.data import Batch
@@ -177,7 +177,7 @@ def unit_of(name: str, granularity: Granularity) -> str:
         case "layer":
             return layer(module_of(name))
         case "type":
-            return "A" if is_a(name) else "B"
+            return tensor_of(name) or "B"
         case "global":
             return ""
 

@@ -19,6 +19,7 @@ from lori_dist.atomic import append_json
 from lori_dist.config import Run, held_out, trained_as
 from lori_dist.errors import AdapterError, ConfigError, JobError, LoriError
 from lori_dist.formats import native
+from lori_dist.forms import LORI, FormChoice, declares
 from lori_dist.jobs import Job as Planned
 from lori_dist.jobs import task_seed
 from lori_dist.training import checkpoint, conflicts, data, masking, metrics, token_files, validation
@@ -181,6 +182,7 @@ def calibrated_masks(job: Job, phase: Phase) -> dict[str, Tensor]:
         settings=job.run.adapter,
         world=job.world,
         apart_from=job.before if job.is_disjoint else None,
+        form=spec_of(job.run, job.task).form,
     )
 
 
@@ -224,8 +226,18 @@ def digest_of(masks: Mapping[str, Tensor] | None) -> str | None:
     return digest.hexdigest()
 
 
+def form_of(run: Run) -> FormChoice | None:
+    """The form that a run trains for all of its tasks together; None: LoRI's own."""
+    chosen, tasks = run.adapter.form, tuple(run.tasks)
+    if chosen.name == LORI:
+        return None
+    seeds = tuple(task_seed(run, task) for task in tasks)
+    has_own = declares(chosen.name, chosen.options, "OWN_A")
+    return FormChoice(name=chosen.name, options=chosen.options, tasks=tasks, seeds=seeds if has_own else ())
+
+
 def spec_of(run: Run, task: str) -> Spec:
-    """A task's adapter before its training."""
+    """A task's adapter before its training, or that of a joint training."""
     adapter = run.adapter
     return Spec(
         rank=adapter.rank,
@@ -236,6 +248,7 @@ def spec_of(run: Run, task: str) -> Spec:
         projection=adapter.projection,
         modules_to_save=adapter.modules_to_save,
         exclude=adapter.exclude,
+        form=form_of(run),
     )
 
 

@@ -23,9 +23,10 @@ from lori_dist import config, plugin
 from lori_dist.adapter import packed
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.adapter.attach import attach, extract, projection_checksums, refuse_other_projections
+from lori_dist.adapter.formed import TaskAdapter, extract_formed, of_task, penalties_of, routing_of
 from lori_dist.adapter.routing import Routing, adapter_of, module_of, name_of
 from lori_dist.errors import ConfigError, JobError, LoriError
-from lori_dist.formats import native
+from lori_dist.formats import forms, native
 from lori_dist.training import checkpoint, conflicts, data, flops, sequence_parallel, validation
 from lori_dist.training.ahead import Ahead
 from lori_dist.training.compilation import compile_blocks
@@ -59,6 +60,7 @@ from lori_dist.training.task import (
     Job,
     append,
     digest_of,
+    form_of,
     num_rows,
     origin_of,
     rewind,
@@ -257,7 +259,7 @@ class Group:
         adapter = self._adapter(task)
         return View(engine=self.engine, adapter=adapter, num_steps=self.courses[task].num_updates)  # type: ignore[return-value]
 
-    def write_adapter(self, task: str) -> Adapter | None:
+    def write_adapter(self, task: str) -> Adapter | TaskAdapter | None:
         """Writes what was trained to the task's folder, and returns it on rank 0, which alone has it. A collective.
 
         Only values are gathered, and rank 0 holds them once.
@@ -268,7 +270,17 @@ class Group:
             return None
         job.still_mine()
         base = identity(job.run.model)
-        adapter = extract(self.model, name=task, values=values, base=base)
+        form = form_of(job.run)
+        if form is not None and (form.is_per_task or form.is_dependent):
+            of_tasks = extract_formed(self.model, values=values, base=base)
+            forms.save(of_tasks, job.folder / ADAPTER)
+            return of_tasks
+        if form is not None:  # one update for all tasks, which is an ordinary adapter
+            adapter = of_task(extract_formed(self.model, values=values, base=base), form.tasks[0])
+            [block] = adapter.blocks
+            adapter = dataclasses.replace(adapter, blocks=(dataclasses.replace(block, name=task),))
+        else:
+            adapter = extract(self.model, name=task, values=values, base=base)
         if job.before is not None:
             adapter = dataclasses.replace(adapter, blocks=(*job.before.blocks, *adapter.blocks))
         native.save(adapter, job.folder / ADAPTER)
@@ -296,6 +308,8 @@ class Group:
                 return answers[active[0]]
             return {task: answers.get(task, False) for task in self.courses}
 
+        if (penalties := penalties_of(self.model)) is not None:
+            penalties.num_micro_batches = len(made.batches)
         of_all = {task: rates.get(task, 0.0) for task in self.courses}
         lr = of_all[active[0]] if self.routing is None else of_all
         if self.gradients is None:
@@ -455,11 +469,15 @@ class Group:
         job = self.courses[task].job
         if self.routing is not None:
             self.routing.only(task)
-        rows = job.run.train.rows_at_once
-        losses = [
-            validation.measure(self.engine, examples, job.world, batch_size=rows, pad_id=job.pad_id, ranks=self.ranks)
-            for examples in job.validation
-        ]
+        rows, losses, own = job.run.train.rows_at_once, list[float](), routing_of(self.model)
+        for number, examples in enumerate(job.validation):
+            if own is not None:
+                own.only(own.names[number])
+            losses.append(
+                validation.measure(
+                    self.engine, examples, job.world, batch_size=rows, pad_id=job.pad_id, ranks=self.ranks
+                )
+            )
         return sum(losses) / len(losses)
 
     # --- states ------------------------------------------------------------------------------------------------------

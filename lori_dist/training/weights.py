@@ -18,7 +18,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from lori_dist import config
 from lori_dist.adapter import saved
 from lori_dist.adapter.experts import AdaptedExperts
-from lori_dist.adapter.linear import AdaptedLinear, Delta
+from lori_dist.adapter.linear import AdaptedLinear, BaseDelta
 from lori_dist.errors import ConfigError
 from lori_dist.tensors import Stored
 from lori_dist.training.engine import Part
@@ -277,7 +277,7 @@ def materialize(
     make = make or (lambda parameter: on(device, parameter))
     made: dict[nn.Parameter, nn.Parameter] = {}  # torch's own `to_empty` would untie what is tied
     for module in model.modules():
-        if isinstance(module, Delta):
+        if isinstance(module, BaseDelta):
             is_meta = any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
             module.to_empty(device=device) if is_meta else module.to(device)
         for name, parameter in module.named_parameters(recurse=False):

@@ -175,3 +175,68 @@ def test_an_option_that_is_wrong_is_refused_with_the_configuration(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         planned(with_options(tree, **options))
+
+
+def with_form(tree: dict[str, Any], form: Any, **more: Any) -> dict[str, Any]:
+    return {**tree, "adapter": {"form": form}, **more}
+
+
+def test_a_form_is_part_of_the_fingerprint_and_lori_is_as_it_was(tree: dict[str, Any]) -> None:
+    plain, lori = planned(tree), planned(with_form(tree, "lori"))
+    assert {name: job.fingerprint for name, job in plain.items()} == {n: job.fingerprint for n, job in lori.items()}
+    assert "form" not in plain["train-joint"].settings["adapter"]
+    mtl, own = (
+        planned(with_form(tree, form))["train-joint"] for form in ("mtl_lora", {"name": "mtl_lora", "heads": 2})
+    )
+    assert len({plain["train-joint"].fingerprint, mtl.fingerprint, own.fingerprint}) == 3
+    assert own.settings["adapter"]["form"] == {"name": "mtl_lora", "heads": 2}
+    assert "seeds" not in own.settings
+    of_tasks = planned(with_form(tree, {"name": "task_lora", "sharing": "none"}))["train-joint"]
+    assert set(of_tasks.settings["seeds"]) == {"math", "code", "nlu"}
+
+
+def test_updates_of_tasks_are_merged_from_one_training(tree: dict[str, Any]) -> None:
+    merges = {"all": {"method": "ties"}, "two": {"method": "linear", "tasks": ["math", "nlu"]}}
+    jobs = planned(with_form(tree, "mtl_lora", merges=merges))
+    assert {name: job.needs for name, job in jobs.items()} == {
+        "train-joint": (),
+        "merge-all": ("train-joint",),
+        "merge-two": ("train-joint",),
+        "evaluate-base": (),
+        "evaluate-joint": ("train-joint",),
+        "evaluate-all": ("merge-all",),
+        "evaluate-two": ("merge-two",),
+    }
+    assert jobs["merge-two"].settings["tasks"] == ["math", "nlu"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            {"multitask": "independent"},
+            "adapter.form: mtl_lora trains the tasks together, and multitask is independent",
+        ),
+        ({"adapter": {"projection": "recomputed"}}, "adapter.projection: recomputed is for the form lori"),
+        ({"adapter": {"form": "mtl_lra"}}, "adapter.form: unknown 'mtl_lra' in forms.*Did you mean 'mtl_lora'"),
+        (
+            {"adapter": {"form": {"name": "mtl_lora", "heads": 0}}},
+            r"adapter.form.heads: got 0; it must be in \[1, inf\)",
+        ),
+        ({"adapter": {"form": "json.tool"}}, "adapter.form: json.tool has no function `form`"),
+        (
+            {"adapter": {"form": "thanora"}},
+            "multitask.balance: got ortho, and the penalty of adapter.form thanora is no",
+        ),
+        ({"adapter": {"form": "thanora", "rank": 2}}, "adapter.rank: got 2 for 3 tasks, of which thanora gives each a"),
+        ({"merges": {"joint": {"method": "ties"}}}, "merges.joint: is the name of the adapter that is trained"),
+        (
+            {"merges": {"all": {"method": "ties", "search": {}}}},
+            "merges.all.search: cannot be combined with adapter.form",
+        ),
+    ],
+)
+def test_what_a_form_cannot_be_combined_with_is_refused(tree: dict[str, Any], more: Any, message: str) -> None:
+    adapter = {"form": "mtl_lora", **more.get("adapter", {})}
+    with pytest.raises(ConfigError, match=message):
+        planned({**tree, **more, "adapter": adapter})

@@ -47,6 +47,7 @@ MATTERS: dict[str, list[str]] = {
     "adapter.density": ["adapter.density=0.2"],
     "adapter.dtype": ["adapter.dtype=bfloat16"],
     "adapter.projection": ["adapter.projection=recomputed"],
+    "adapter.form": ["adapter.form=mtl_lora"],
     "adapter.modules_to_save": ["adapter.modules_to_save=[norm]", "merges={{}}"],
     "train.engine": ["train.engine={{name: fsdp, offload: true}}"],
     "train.steps": ["train.epochs=null", "train.steps=3"],
@@ -89,6 +90,7 @@ MATTERS: dict[str, list[str]] = {
 OF_CHATS = [f"tasks.one.{part}={{chats}}" for part in ("train", "test", "validation")]
 CHATS = [*OF_CHATS, "tasks.one.template.messages=messages"]
 BEFORE: dict[str, list[str]] = {
+    "adapter.form": ["multitask={{name: joint, balance: none}}", "merges={{}}"],
     "train.early_stop": ["train.validate_every=2"],
     "tasks.*.validation": ["train.validate_every=2"],
     "tasks.*.template.layout": OF_CHATS,

@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lori_dist import attach, config, load_adapter
+from lori_dist import attach, config, load_adapter, load_tasks
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.config import Choice, Run
+from lori_dist.evaluation import evaluate
 from lori_dist.multitask.joint import plan
 from lori_dist.training.joint import counts_in_batch, joint, rows_of_step, shares_of
 from lori_dist.training.metrics import Record
@@ -163,6 +164,57 @@ def test_a_balance_with_a_state_and_a_sampling_resume_bit_for_bit(run: Run, tmp_
     assert weights[0] == {"more": 1.0, "less": 1.0, "both": 1.0}
     assert all(sum(one.values()) == pytest.approx(3, abs=1e-3) for one in weights)
     assert weights[-1] != weights[0]
+
+
+def with_form(run: Run, name: str, *, projection: str = "cached", **options: Any) -> Run:
+    """The run with another form and, for what validation meets, measured every second step."""
+    tasks = {task: replace(settings, validation=settings.test) for task, settings in run.tasks.items()}
+    run = changed(replace(run, tasks=tasks), projection=projection, multitask={"balance": "none"}, validate_every=2)
+    return replace(run, adapter=replace(run.adapter, form=Choice(name=name, options=options)))
+
+
+def test_a_form_that_was_killed_ends_as_if_it_never_was_and_is_measured_task_by_task(run: Run, tmp_path: Path) -> None:
+    run = with_form(run, "mtl_lora", heads=2, transform="diagonal")
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    summary, records = trained(run, whole)
+    for moment in (("calibrate", 3), ("train", 3)):
+        with pytest.raises(Failed, match="SIGKILL"):
+            run_distributed(train_rank, run, again, moment, world_size=1)
+    trained(run, again)
+    file = whole / "adapter.safetensors"
+    assert (again / "adapter.safetensors").read_bytes() == file.read_bytes()
+    assert lines(again, "metrics.jsonl") == lines(whole, "metrics.jsonl")
+    of_tasks = load_tasks(file)
+    assert list(of_tasks) == ["more", "less", "both"]
+    sparse = sum(entries.kept for entries in of_tasks["more"].blocks[0].entries.values())
+    assert sparse == round(0.2 * of_tasks["more"].total)  # a diagonal keeps the mask, of as many entries as asked for
+    assert summary["kept"] > 2 * sparse  # two heads, weights and diagonals
+    measured = evaluate(run, file)
+    for task in of_tasks:
+        assert measured[task] == evaluate(run, Path(f"{file}@{task}"))[task]
+    losses = [measured[task]["loss"] for task in of_tasks]
+    assert records[-1]["validation_loss"] == pytest.approx(sum(losses) / 3, rel=1e-5)
+    assert evaluate(run, Path(f"{file}@less"))["more"]["loss"] != pytest.approx(measured["more"]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "balance", "engine"),
+    [
+        ("task_lora", {"sharing": "extra"}, "ortho", "fsdp"),
+        pytest.param("task_lora", {"sharing": "none"}, "none", "deepspeed", marks=pytest.mark.slow),
+        pytest.param("mtl_lora", {}, "nash", "ddp", marks=pytest.mark.slow),
+    ],
+)
+def test_two_ranks_train_a_form_as_one_does(
+    run: Run, tmp_path: Path, form: str, options: dict[str, Any], balance: str, engine: str
+) -> None:
+    run = changed(with_form(run, form, **options), multitask={"balance": balance}, steps=3)
+    trained(run, tmp_path / "one")
+    trained(changed_engine(run, engine), tmp_path / "two", world_size=2)
+    one, two = (load_tasks(tmp_path / name / "adapter.safetensors") for name in ("one", "two"))
+    for task, adapter in one.items():
+        found, wanted = flat(two[task]), flat(adapter)
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-4
 
 
 def test_it_writes_one_adapter_that_the_base_takes(run: Run, tmp_path: Path) -> None:

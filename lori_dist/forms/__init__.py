@@ -1,0 +1,140 @@
+"""Forms: what one adapted layer is, one per file, by the name that `adapter.form` takes.
+
+A file has `form(*, rank, alpha, trains_a, **options)`, which gives the tensors of a layer (`entries`) and, from these,
+the factors of each task's update (`factors`). Forward pass, export, fold and merges come from that one function, so
+they cannot disagree; a form whose update depends on the input has `update` instead, and the forward pass alone.
+Constants of the file say how, each a mapping from options to the values that ask for it: `PER_TASK`, tasks have updates
+of their own; `OWN_A`, each has its own A; `RANK_FOR_EACH`, each needs a part of the rank; `DEPENDENT`, the update
+depends on the input. `PENALTY` names the option that is the weight of a penalty.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from lori_dist import plugin
+from lori_dist.errors import AdapterError, ConfigError
+
+LORI = "lori"
+"""The form that has a kernel of its own, and files of versions 1 to 3."""
+
+Start = Literal["a", "zeros", "ones", "eye", "uniform"]
+Tensors = Mapping[str, Tensor]
+"""A layer's tensors for one task, by name: of those that tasks own, that task's."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Site:
+    """One linear layer, and who trains on it."""
+
+    module: str
+    in_features: int
+    out_features: int
+    tasks: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One tensor of a form in one layer."""
+
+    shape: tuple[int, ...]
+    """Of one task's, where it is per_task."""
+    per_task: bool = False
+    """Every task has its own. They are one parameter, stacked along a first axis in the order of the tasks: so it has a
+    gradient on every rank, whatever rows that has."""
+    start: Start = "zeros"
+    """a: the projection of the seed; uniform: on +-1/sqrt(the last size), from the seed as well."""
+    trained: bool = True
+    """A tensor that is not trained starts as `a`, and is regenerated: it is in no file."""
+    sparse: bool = False
+    """Calibration chooses which entries exist. The last two axes are those of B, (out_features, rank); all places of
+    axes before them have one mask. Starts at zero."""
+
+
+class AnyForm(Protocol):
+    """What one adapted layer is: a `Form` or a `DependentForm`."""
+
+    def entries(self, site: Site) -> Mapping[str, Entry]:
+        """Name -> tensor. Names are lower-case identifiers."""
+        ...
+
+
+@runtime_checkable
+class Form(AnyForm, Protocol):
+    """A form whose update of a task is one matrix, whatever the input."""
+
+    def factors(self, t: Tensors) -> tuple[Tensor, Tensor]:
+        """B, (out_features, k), with the scale in it, and A, (k, in_features), differentiable. An A that is given back
+        as it is, `t["a"]`, stays one that a seed makes."""
+        ...
+
+
+@runtime_checkable
+class DependentForm(AnyForm, Protocol):
+    """A form whose update depends on the input: attached or evaluated, but never folded, exported or merged. Its file
+    has the constant `DEPENDENT`."""
+
+    def update(self, t: Tensors, x: Tensor) -> Tensor:
+        """What a layer adds for x, (tokens, in_features), with the scale in it: (tokens, out_features)."""
+        ...
+
+
+@runtime_checkable
+class Penalised(Protocol):
+    """A form that adds something to what is minimised."""
+
+    def penalty(self, t: Tensors, site: Site) -> Tensor | None:
+        """What one layer adds, 0-dim, with its weight in it; None: nothing. Of all layers the mean is taken."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FormChoice:
+    """A form with its options, for the tasks that are trained together."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    tasks: tuple[str, ...]
+    seeds: tuple[int, ...] = ()
+    """Seed of each task's own A; needed by forms that have one."""
+
+    def __post_init__(self) -> None:
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
+            raise AdapterError(f"form: got tasks {list(self.tasks)}; name at least one, each of them once")
+        if self.seeds and len(self.seeds) != len(self.tasks):
+            raise AdapterError(f"form: got {len(self.seeds)} seeds for {len(self.tasks)} tasks; give one for each")
+
+    def form(self, *, rank: int, alpha: float, trains_a: bool) -> AnyForm:
+        """Raises AdapterError for a form or options that do not exist or fit."""
+        try:
+            method = plugin.find("forms", self.name, "form", "form")
+            made: AnyForm = method.load()(
+                rank=rank, alpha=alpha, trains_a=trains_a, **method.bind(self.options, "form")
+            )
+        except ConfigError as error:
+            raise AdapterError(str(error)) from error
+        return made
+
+    @property
+    def is_per_task(self) -> bool:
+        """Whether each task has an update of its own."""
+        return declares(self.name, self.options, "PER_TASK")
+
+    @property
+    def is_dependent(self) -> bool:
+        """Whether the update depends on the input."""
+        return declares(self.name, self.options, "DEPENDENT")
+
+
+def declares(name: str, options: Mapping[str, Any], constant: str) -> bool:
+    """Whether a form's file says by a constant that it has a property with these options."""
+    return plugin.find("forms", name, "form", "adapter.form").declares(constant, options)
+
+
+@functools.cache
+def of_one_layer(tasks: tuple[str, ...]) -> Site:
+    """A layer to ask a form about what does not depend on sizes."""
+    return Site(module="layer", in_features=1, out_features=1, tasks=tasks)
