@@ -595,7 +595,9 @@ def test_what_evaluates_all_models_counts_them_all() -> None:
     assert many["memory"]["cache"] == pytest.approx(few["memory"]["cache"] * (512 + 640) / (512 + 128), rel=0.01)
     of_token = 80 * 2 * 8 * 128 * 2  # layers, keys and values, heads, size, bytes
     rows_ = few["models"] * 32
-    assert few["memory"]["cache"] == pytest.approx(3 * rows_ * (512 + 128) * of_token, rel=0.01)  # as rows leave
+    assert few["memory"]["cache"] == pytest.approx(
+        3 * rows_ * (512 + 128) * of_token, rel=0.01
+    )  # as rows leave the batch
     assert (
         evaluated(one, "evaluate.batch_size=8", "evaluate.max_new_tokens=128")["memory"]["cache"] * 4
         == few["memory"]["cache"]
