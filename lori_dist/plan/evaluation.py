@@ -25,7 +25,7 @@ MEMORY = (
 
 CHOICES = ("choice", "choice_norm", "choice_bytes", "choice_end")
 COPIES = 3
-"""Times that keys and values exist: rows join a batch, grow and leave it by copies."""
+"""Times that keys and values exist when rows join a batch or leave it, between forward passes."""
 FORWARD = 0.4
 """Share of the operations of training an adapter that its forward pass has: 2 products of 5, A without a gradient."""
 ACTIVE = 3
@@ -189,7 +189,6 @@ def memory(
     fixed = {
         "base": held.base,
         "adapters": batch.adapters,
-        "cache": COPIES * cache * model.num_blocks,
         "buffers": batch.components * model.widest_b * (model.dtype + FP32) // model.adapters
         + model.quantized * (model.dtype + FP32),
     }
@@ -202,9 +201,11 @@ def memory(
         targets = batch.rows * min(batch.answer, batch.longest)
         of_targets = targets * model.block_input // model.tokens
         logits = logits_bytes(targets, model.vocabulary, of_targets, chunked=model.chunked)
+    kept = cache * model.num_blocks
     moments = [
-        {"gathered": held.gathered_in_block, "activations": in_block, "logits": 0},
-        {"gathered": held.gathered_at_loss, "activations": hidden, "logits": logits},
+        {"gathered": held.gathered_in_block, "activations": in_block, "logits": 0, "cache": kept},
+        {"gathered": held.gathered_at_loss, "activations": hidden, "logits": logits, "cache": kept},
+        {"gathered": 0, "activations": 0, "logits": 0, "cache": COPIES * kept},
     ]
     found = max((fixed | moment for moment in moments), key=lambda one: sum(one.values()))
     found["fragmentation"] = round(fragmentation * sum(found.values()))

@@ -125,7 +125,7 @@ def test_ranks_divide_the_requests_and_print_what_lm_eval_does(run: config.Run, 
         for of_models in of_rank.values():
             assert_printed_alike(of_models["adapter"], there)
             assert of_models["base"]["choosing"] == ranks[0]["ddp"]["base"]["choosing"]
-            assert of_models["base"]["choosing"] != of_models["adapter"]["choosing"]
+            assert of_models["base"]["reading"] != of_models["adapter"]["reading"]
 
 
 def test_a_rank_has_a_share_of_the_requests_and_contexts_stay_whole() -> None:

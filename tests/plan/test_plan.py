@@ -575,7 +575,8 @@ def evaluated(*overrides: str, **devices: Any) -> dict[str, Any]:
 
 
 def test_an_evaluation_is_planned_where_its_engine_has_the_base(seventy: Counted) -> None:
-    sharded, whole = evaluated(), evaluated("evaluate.engine=ddp")
+    few = ("evaluate.batch_size=4", "evaluate.metrics=[loss]")
+    sharded, whole = evaluated(*few), evaluated(*few, "evaluate.engine=ddp")
     assert (sharded["placement"], whole["placement"]) == ("fsdp", "ddp")
     assert sharded["memory"]["base"] == pytest.approx(seventy.base / 16, rel=1e-6)
     assert whole["memory"]["base"] == seventy.base
@@ -595,7 +596,9 @@ def test_what_evaluates_all_models_counts_them_all() -> None:
     assert many["memory"]["cache"] == pytest.approx(few["memory"]["cache"] * (512 + 640) / (512 + 128), rel=0.01)
     of_token = 80 * 2 * 8 * 128 * 2  # layers, keys and values, heads, size, bytes
     rows_ = few["models"] * 32
-    assert few["memory"]["cache"] == pytest.approx(3 * rows_ * (512 + 128) * of_token, rel=0.01)  # as rows leave
+    assert few["memory"]["cache"] == pytest.approx(
+        3 * rows_ * (512 + 128) * of_token, rel=0.01
+    )  # as rows leave the batch
     assert (
         evaluated(one, "evaluate.batch_size=8", "evaluate.max_new_tokens=128")["memory"]["cache"] * 4
         == few["memory"]["cache"]
@@ -619,11 +622,12 @@ def test_a_written_token_takes_a_pass_over_the_base() -> None:
 
 
 def test_an_evaluation_that_does_not_fit_is_said_with_the_remedy(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["evaluate.engine=ddp", "--gpus", "16", "--nodes", "2", "--row-tokens", "512"]
+    few = ["--gpus", "16", "--nodes", "2", "--row-tokens", "512", "evaluate.batch_size=4"]
+    words = ["evaluate.engine=ddp", *few]
     assert main(["plan", "configs/llama-3-70b-fsdp.yaml", *words]) == 0
     shown = capsys.readouterr().out
     assert "WHICH DOES NOT FIT" in shown
-    assert "note: The evaluation does not fit: on ddp, with evaluate.batch_size 32, it takes " in shown
+    assert "note: The evaluation does not fit: on ddp, with evaluate.batch_size 4, it takes " in shown
     assert "set evaluate.engine to " in shown
     assert main(["plan", "configs/llama-3-70b-fsdp.yaml", *words[1:]]) == 0
     shown = capsys.readouterr().out
