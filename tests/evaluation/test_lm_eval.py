@@ -160,7 +160,7 @@ def test_a_model_is_measured_as_lm_eval_measures_its_export(run: config.Run, tmp
     several = {name: one.values for name, one in evaluate_all(run, {"base": None, "adapter": adapter}).items()}
     assert several["adapter"] == found
     assert several["base"] == evaluate(run, None)
-    assert several["base"]["choosing"] != found["choosing"]
+    assert several["base"]["reading"] != found["reading"]
 
 
 def test_a_task_that_is_not_there_is_named(run: config.Run) -> None:
