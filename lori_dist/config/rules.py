@@ -112,6 +112,10 @@ def _forms(run: Run) -> Iterator[str]:
             f"adapter.rank: got {run.adapter.rank} for {len(run.tasks)} tasks, of which {form.name} gives each a part; "
             "give at least as many"
         )
+    for option in plugin.find(FORMS.folder, form.name, FORMS.role, "adapter.form").constants.get("AT_MOST_RANK", ()):
+        given = form.options.get(option)
+        if isinstance(given, int) and given > run.adapter.rank:
+            yield f"adapter.form.{option}: got {given}, and adapter.rank is {run.adapter.rank}; give at most that"
     if is_per_task(run) and run.evaluate.lm_eval is not None:
         yield (
             f"evaluate.lm_eval: cannot be combined with adapter.form {form.name}, which has an update for each task of "

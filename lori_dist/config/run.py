@@ -259,8 +259,8 @@ class Adapter:
     projection: Annotated[Literal["cached", "recomputed", "trained"], Fingerprint.DERIVED] = "cached"
     """Storage of A: cached in memory, recomputed in each product (slower, no memory), or trained, as in LoRA."""
     form: Annotated[Choice, Chosen, FORMS, Fingerprint.IF_SET] = field(default_factory=lambda: Choice(name="lori"))
-    """Update of a layer: lori, or, in joint training, one of which each task has its own (task_lora, mtl_lora), or
-    a block (thanora), or one that depends on the input (hydra)."""
+    """Update of a layer: lori, or, in joint training, one of which each task has its own (task_lora, mtl_lora,
+    lilora), or a block (thanora), or one that depends on the input (hydra, smora, fly)."""
     modules_to_save: Annotated[tuple[Text, ...], Listed, Fingerprint.IF_SET] = ()
     """Names of modules that are trained in full and stored with the adapter; such runs have no merges."""
 

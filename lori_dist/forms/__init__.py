@@ -5,7 +5,8 @@ the factors of each task's update (`factors`). Forward pass, export, fold and me
 they cannot disagree; a form whose update depends on the input has `update` instead, and the forward pass alone.
 Constants of the file say how, each a mapping from options to the values that ask for it: `PER_TASK`, tasks have updates
 of their own; `OWN_A`, each has its own A; `RANK_FOR_EACH`, each needs a part of the rank; `DEPENDENT`, the update
-depends on the input. `PENALTY` names the option that is the weight of a penalty.
+depends on the input. `PENALTY` names the option that is the weight of a penalty, `AT_MOST_RANK` those that are at
+most the rank.
 """
 
 import functools

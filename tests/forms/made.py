@@ -78,6 +78,10 @@ CASES = {
     "mtl_lora, A trained": Case(name="mtl_lora", options={"start": "equal"}, a="trained"),
     "thanora": Case(name="thanora", options={"weight": 300.0}),
     "thanora, A trained": Case(name="thanora", options={"weight": 2.0}, a="trained", density=None),
+    "lilora": Case(name="lilora"),
+    "lilora, A trained": Case(name="lilora", options={"task_rank": 1}, a="trained", density=None),
+    "fly": Case(name="fly", options={"active": 2}),
+    "smora": Case(name="smora", options={"active": 2, "partition": 2}),
     "hydra": Case(name="hydra"),
     "hydra, A trained": Case(name="hydra", options={"heads": 2}, a="trained", density=None),
 }
