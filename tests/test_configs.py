@@ -21,7 +21,7 @@ ROWS = {
 """Configuration -> task -> a row as its template takes it, for those whose paths are overrides."""
 
 
-COMPARISONS = {ROOT / "configs" / "comparison.yaml"}
+COMPARISONS = {ROOT / "configs" / name for name in ("comparison.yaml", "methods.yaml")}
 
 
 @pytest.mark.parametrize("path", sorted(COMPARISONS), ids=lambda path: path.stem)

@@ -95,20 +95,24 @@ def compare(
 
     execute: does a run and returns its summary. The result has `metric`, `seeds`, `tasks`, and of each row of the
     table the `scores` of every seed (task -> value, `mean` over the tasks among them), their `mean` and `std` over the
-    seeds (task -> value; the sample's, 0 with one seed).
+    seeds (task -> value; the sample's, 0 with one seed), and, as means over the seeds, the entries that were `trained`
+    and the `bytes` of the adapter files, over all tasks' adapters where each has one, and the `step_seconds` of a
+    training; null where a model has none.
     Raises ConfigError before anything is done, JobError where runs failed, after all others.
     """
     described = runs(comparison, overrides)
     scores: dict[str, list[dict[str, float]]] = {}
+    costs: dict[str, list[dict[str, float | None]]] = {}
     failed = []
     for (name, _), run in described.items():
         try:
-            evaluation = execute(run)["evaluation"]
+            summary = execute(run)
         except LoriError as error:
             failed.append(f"{run.name}: {error}")
             continue
         for row, model in comparison.variants[name].rows.items():
-            scores.setdefault(row, []).append(_scores(evaluation, model, comparison.metric))
+            scores.setdefault(row, []).append(_scores(summary["evaluation"], model, comparison.metric))
+            costs.setdefault(row, []).append(_costs(summary, run, model))
     if failed:
         raise JobError("\n".join([*failed, "the other runs are done; the same command does what is missing"]))
     tasks = list(dict.fromkeys(task for of_seeds in scores.values() for values in of_seeds for task in values))
@@ -116,7 +120,7 @@ def compare(
         "metric": comparison.metric,
         "seeds": list(comparison.seeds),
         "tasks": tasks,
-        "rows": {row: _over_seeds(of_seeds) for row, of_seeds in scores.items()},
+        "rows": {row: {**_over_seeds(of_seeds), **_mean_costs(costs[row])} for row, of_seeds in scores.items()},
     }
     first = next(iter(described.values()))
     path = first.folder.parent / f"{comparison.name}.json"
@@ -136,6 +140,30 @@ def _scores(evaluation: Mapping[str, Scores], model: str, metric: str) -> dict[s
     tasks = [task for task in evaluation["base"] if metric in evaluation["base"][task]]
     values = {task: evaluation[task if model == OWN else model][task][metric] for task in tasks}
     return {**values, "mean": statistics.fmean(values.values())}
+
+
+COSTS = ("trained", "bytes", "step_seconds")
+
+
+def _costs(summary: Mapping[str, Any], run: Run, model: str) -> dict[str, float | None]:
+    """What a model took: for `own`, all adapters together, but the time of a mean step."""
+    made = {**summary.get("adapters", {}), **summary.get("merges", {})}
+    results = [made[name] for name in (run.tasks if model == OWN else [model]) if name in made]
+    found: dict[str, float | None] = {}
+    for key in COSTS:
+        values = [result[key] for result in results if result.get(key) is not None]
+        total = sum(values) if values and len(values) == len(results) else None
+        found[key] = total / len(values) if total is not None and key == "step_seconds" else total
+    return found
+
+
+def _mean_costs(of_seeds: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
+    for key in COSTS:
+        values = [one[key] for one in of_seeds]
+        known = [value for value in values if value is not None]
+        found[key] = statistics.fmean(known) if known and len(known) == len(values) else None
+    return found
 
 
 def _over_seeds(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:

@@ -29,12 +29,17 @@ def table(evaluation: Evaluation, intervals: Intervals | None = None) -> str:
 
 
 def compared(result: Mapping[str, Any]) -> str:
-    """The result of `cluster.comparison.compare` as a table: mean +- standard deviation."""
+    """The result of `cluster.comparison.compare` as a table: mean +- standard deviation, and what each row took."""
     heading, shown = FORMATS.get(result["metric"], (result["metric"], "{:.4g}".format))
     columns = [*result["tasks"]]
-    lines = [[f"{heading}, seeds {', '.join(map(str, result['seeds']))}", *columns]]
+    lines = [[f"{heading}, seeds {', '.join(map(str, result['seeds']))}", *columns, "trained", "bytes", "s/step"]]
     for name, row in result["rows"].items():
-        lines.append([name, *(f"{shown(row['mean'][task])} +- {shown(row['std'][task])}" for task in columns)])
+        scores = [f"{shown(row['mean'][task])} +- {shown(row['std'][task])}" for task in columns]
+        costs = [
+            "-" if row[key] is None else written.format(row[key])
+            for key, written in (("trained", "{:,.0f}"), ("bytes", "{:,.0f}"), ("step_seconds", "{:.3g}"))
+        ]
+        lines.append([name, *scores, *costs])
     return _lines(lines)
 
 

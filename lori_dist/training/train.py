@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,9 +13,9 @@ import torch.distributed as dist
 from lori_dist.config import Run
 from lori_dist.errors import ConfigError, JobError, LoriError
 from lori_dist.jobs import joint_job, train_job
-from lori_dist.training import checkpoint
+from lori_dist.training import checkpoint, metrics
 from lori_dist.training.metrics import Record
-from lori_dist.training.phases import CALIBRATE, Phase
+from lori_dist.training.phases import CALIBRATE, TRAIN, Phase
 from lori_dist.training.preemption import StopRequest, nothing
 from lori_dist.training.task import (
     ADAPTER,
@@ -189,6 +190,12 @@ def _calibrate(jobs: Mapping[str, Job], phases: Mapping[str, Phase]) -> Mapping[
     return errors
 
 
+def _median_seconds(folder: Path) -> float | None:
+    """Seconds of a step of the last phase. None where metrics.jsonl has lost them."""
+    seconds = [line["seconds"] for line in metrics.steps(folder) if line["phase"] == TRAIN and "seconds" in line]
+    return statistics.median(seconds) if seconds else None
+
+
 def _result(group: Group, task: str, start: float) -> Callable[[], dict[str, Any]]:
     """Writes a task's adapter. Returns what makes its result on rank 0."""
     adapter, course = group.write_adapter(task), group.courses[task]
@@ -200,8 +207,10 @@ def _result(group: Group, task: str, start: float) -> Callable[[], dict[str, Any
         return {
             "kept": adapter.kept,
             "total": adapter.total,
+            "trained": course.num_entries,
             "bytes": (job.folder / ADAPTER).stat().st_size,
             "steps": end.step,
+            "step_seconds": _median_seconds(job.folder),
             "loss": end.loss,
             "seconds": time.monotonic() - start,
             **conflicts_of(job, group.model),

@@ -125,8 +125,12 @@ def test_its_figures_are_those_of_the_runs(tree: dict[str, Any], run: config.Run
         assert result["rows"]["together"]["std"][task] == pytest.approx(statistics.stdev(values))
         assert result["rows"]["untrained"]["std"][task] == 0
         assert f"{statistics.fmean(values):.3f} +- {statistics.stdev(values):.3f}" in printed
-    alone = json.loads((run.folder.parent / "both-sparse-3" / "summary.json").read_text())["evaluation"]
-    assert result["rows"]["alone"]["scores"][1]["turn"] == alone["turn"]["turn"]["loss"]
+    of_seed = json.loads((run.folder.parent / "both-sparse-3" / "summary.json").read_text())
+    assert result["rows"]["alone"]["scores"][1]["turn"] == of_seed["evaluation"]["turn"]["turn"]["loss"]
+    assert result["rows"]["alone"]["trained"] == sum(one["trained"] for one in of_seed["adapters"].values())
+    assert 0 < result["rows"]["together"]["bytes"] < result["rows"]["alone"]["bytes"]
+    assert result["rows"]["together"]["step_seconds"] > 0
+    assert result["rows"]["untrained"]["bytes"] is None
     subprocess.run(command, capture_output=True, check=True)
     again = json.loads((run.folder.parent / "both-sparse-3" / "summary.json").read_text())
     assert all(state["cached"] for state in again["jobs"].values())
