@@ -60,7 +60,7 @@ def test_a_folded_export_never_holds_the_base(tmp_path: Path) -> None:
     assert size > 250_000_000
     del made
     [grown] = run_distributed(growth_of_export, base, tmp_path, world_size=1, process_group=False)
-    assert grown < 0.25 * size
+    assert grown < 0.5 * size  # a few tensors, and what the first product and the first file take
 
 
 def growth_of_export(base: Path, folder: Path) -> int:
