@@ -1,7 +1,7 @@
 """Pieces of files as tokens, in several processes at once.
 
-`python -m lori_dist.training.tokenising` is one of these: pickles of pieces come on its standard input, and what is
-made of them goes to its standard output. It ends with the process that started it. A fork of that process would not
+`python -m lori_dist.training.tokenising` is one of these: pieces come on its standard input, and what is made of them
+goes to its standard output. It ends with the process that started it. A fork of that process would not
 do, as it may have threads and a device.
 """
 
@@ -9,7 +9,6 @@ import contextlib
 import itertools
 import logging
 import os
-import pickle
 import queue
 import subprocess
 import sys
@@ -18,7 +17,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import IO, Any
+from multiprocessing.connection import Connection
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -225,6 +225,11 @@ class Helper:
             env={**os.environ, **settings, "PYTHONPATH": path},
             start_new_session=True,  # Ctrl-C is for the process that started it
         )
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self._questions = Connection(os.dup(self.process.stdin.fileno()), readable=False)
+        self._answers = Connection(os.dup(self.process.stdout.fileno()), writable=False)
+        for stream in (self.process.stdin, self.process.stdout):
+            stream.close()
         threading.Thread(target=self._begin, args=(work, idle), daemon=True, name="tokens-start").start()
 
     def _begin(self, work: Work, idle: "queue.SimpleQueue[Callable[[int, tables.Piece], Made]]") -> None:
@@ -240,12 +245,10 @@ class Helper:
         return answer
 
     def _ask(self, question: Any) -> Any:
-        assert self.process.stdin is not None and self.process.stdout is not None
         try:
-            pickle.dump(question, self.process.stdin, pickle.HIGHEST_PROTOCOL)
-            self.process.stdin.flush()
-            answer = pickle.load(self.process.stdout)
-        except Exception as error:  # a tokenizer may be of a class that no pickle takes
+            self._questions.send(question)
+            answer = self._answers.recv()
+        except Exception as error:  # a tokenizer may be of a class that cannot be sent
             if not self._is_closed:
                 log.info("a process that makes tokens has ended (%s: %s)", type(error).__name__, error)
             raise Lost from error
@@ -257,18 +260,16 @@ class Helper:
         self._is_closed = True
         self.process.kill()
         self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout):
-            with contextlib.suppress(OSError):  # what was not written yet
-                assert stream is not None
-                stream.close()
+        self._questions.close()
+        self._answers.close()
 
 
-def serve(source: IO[bytes], sink: IO[bytes]) -> None:
+def serve(source: Connection, sink: Connection) -> None:
     """Answers one question after the other: the first is the work, the others are pieces."""
     work: Work | None = None
     while True:
         try:
-            question = pickle.load(source)
+            question = source.recv()
         except EOFError:
             return
         answer: Any = None
@@ -279,12 +280,11 @@ def serve(source: IO[bytes], sink: IO[bytes]) -> None:
                 answer = work(*question)
         except Exception as error:
             answer = error
-        pickle.dump(answer, sink, pickle.HIGHEST_PROTOCOL)
-        sink.flush()
+        sink.send(answer)
 
 
 if __name__ == "__main__":
-    answers = os.fdopen(os.dup(1), "wb")
+    questions, answers = Connection(os.dup(0), writable=False), Connection(os.dup(1), readable=False)
     os.dup2(2, 1)  # what libraries print is not an answer
     with contextlib.suppress(BrokenPipeError):  # whoever asked has ended
-        serve(sys.stdin.buffer, answers)
+        serve(questions, answers)

@@ -136,6 +136,9 @@ CANNOT_MATTER: dict[str, tuple[list[str], str]] = {
     "merges.*.search.per": (["merges.all.search={{rows: 2, per: projection}}"], "the budget limits both"),
     "merges.*.search.bounds": (["merges.all.search={{rows: 2, bounds: [0, 2]}}"], "the budget limits both"),
     "merges.*.search.seed": (["merges.all.search={{rows: 2, seed: 5}}"], "other weights in the same evaluations"),
+    "evaluate.temperature": (["evaluate.temperature=0.5"], "a choice among the same logits"),
+    "evaluate.top_p": (["evaluate.temperature=0.5", "evaluate.top_p=0.5"], "a choice among the same logits"),
+    "evaluate.seed": (["evaluate.seed=5"], "a choice among the same logits"),
     "evaluate.lm_eval.include": (
         ["evaluate.lm_eval={{tasks: [hellaswag], include: {folder}}}"], "tasks of lm-eval are not counted, by name",
     ),
