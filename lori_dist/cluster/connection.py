@@ -7,6 +7,7 @@ import os
 import secrets
 import socket
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,10 @@ RAY = "r"
 alone."""
 
 REACH_SECONDS = 10.0
+WATCH_SECONDS = 1.0
 
+_token_files: set[Path] = set()
+"""Token files of this process."""
 
 _open = contextlib.ExitStack()
 """Closes the connection of this process and removes its token file. Ray has one connection in a process."""
@@ -82,7 +86,8 @@ def connected(run: Run) -> Iterator[Callable[[], list[Resources]]]:
                     log.log(logging.INFO if local else logging.WARNING, "Ray's dashboard: http://%s", url)
                 if is_open:
                     _open.enter_context(_token_file(run))
-                yield _nodes_of_own if local else _nodes
+                with _watched(place) if place is not None else contextlib.nullcontext():
+                    yield _nodes_of_own if local else _nodes
         finally:
             disconnect()
 
@@ -162,24 +167,56 @@ def _token_file(run: Run) -> Iterator[None]:
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
         file.write(TOKEN)
+    _token_files.add(path)
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
+        _token_files.discard(path)
 
 
 def _nodes_of_own() -> list[Resources]:
+    if dead := _dead_processes():
+        raise JobError(_has_ended(dead[0]))
+    return _nodes()
+
+
+def _dead_processes() -> list[str]:
+    """Those of the cluster that this process has started without which it cannot go on."""
     import ray
 
     node = ray._private.worker._global_node
-    dead = [name for name, _ in node.dead_processes() if name in ("gcs_server", "raylet")] if node else []
-    if dead:
-        raise JobError(
-            f"cluster.address: Ray's {dead[0]} on this machine has ended: it was killed, or memory ran out. What was "
-            "saved is kept, and the same command resumes from there; if it happens again, lower cluster.workers or "
-            "what a worker takes"
-        )
-    return _nodes()
+    return [name for name, _ in node.dead_processes() if name in ("gcs_server", "raylet")] if node else []
+
+
+def _has_ended(name: str) -> str:
+    return (
+        f"cluster.address: Ray's {name} on this machine has ended: it was killed, or memory ran out. What was saved is "
+        "kept, and the same command resumes from there; if it happens again, lower cluster.workers or what a worker "
+        "takes"
+    )
+
+
+@contextlib.contextmanager
+def _watched(place: Path) -> Iterator[None]:
+    """Ends this process with 1, and says why, if Ray's head process does: calls of Ray wait for it for a minute, and
+    then Ray ends the process without a word of ours. place: the folder of the cluster."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(WATCH_SECONDS):
+            if "gcs_server" in _dead_processes() and not ended.is_set():
+                log.error("%s", _has_ended("gcs_server"))
+                scratch.end_processes(place)
+                for path in list(_token_files):
+                    path.unlink(missing_ok=True)
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="ray's head").start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def _nodes() -> list[Resources]:
