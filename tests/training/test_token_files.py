@@ -1,5 +1,6 @@
 """Rows become tokens once: the same tokens as ever, from a file that survives whatever happens to it."""
 
+import contextlib
 import json
 import logging
 import os
@@ -233,19 +234,22 @@ def test_of_two_at_once_one_writes_and_both_read(tmp_path: Path) -> None:
     assert all([*one] == [*found[0]] for one in found.values())
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files() -> Iterator[None]:
     """A limit on the size of files, as a full disk has one."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (HEADER + 1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_an_error_that_says_what_to_do(tmp_path: Path, cache: Path, small_files: None) -> None:
-    path = lines(tmp_path)
-    with pytest.raises(JobError, match=r"cache: cannot hold the tokens of .*lori cache --clear.*LORI_CACHE"):
-        token_file(work(path))
+def test_a_full_disk_is_an_error_that_says_what_to_do(tmp_path: Path, cache: Path) -> None:
+    one = work(lines(tmp_path))
+    message = r"cache: cannot hold the tokens of .*lori cache --clear.*LORI_CACHE"
+    with pytest.raises(JobError, match=message), small_files():
+        token_file(one)
     assert [*cache.iterdir()] == []
 
 
