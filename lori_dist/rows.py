@@ -1,5 +1,6 @@
 """Rows of a task as text: the prompt that the model reads, and the response that it learns."""
 
+import contextlib
 import itertools
 import json
 import string
@@ -65,6 +66,19 @@ class Source:
     def prefix(self) -> str:
         """The beginning of messages."""
         return f"{self.where}: " if self.where else ""
+
+    @contextlib.contextmanager
+    def naming(self) -> Iterator[None]:
+        """Inside, errors of reading the file are ConfigErrors that name it and its place."""
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"{self.prefix}{self.path} cannot be read ({error.strerror}); give the path of a JSON lines, CSV, TSV "
+                "or Parquet file"
+            ) from error
+        except ConfigError as error:
+            raise ConfigError(f"{self.prefix}{error}") from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,15 +157,8 @@ class Tally:
 
 def pieces(source: Source) -> Iterator[tables.Piece]:
     """Yields the rows of a source in pieces. Raises ConfigError for a file that cannot be read."""
-    try:
+    with source.naming():
         yield from tables.pieces(source.path)
-    except OSError as error:
-        raise ConfigError(
-            f"{source.prefix}{source.path} cannot be read ({error.strerror}); give the path of a JSON lines, CSV, TSV "
-            "or Parquet file"
-        ) from error
-    except ConfigError as error:
-        raise ConfigError(f"{source.prefix}{error}") from error
 
 
 def texts_of(source: Source) -> Iterator[list[Text]]:

@@ -367,8 +367,8 @@ def separate_tasks(model: nn.Module, num_tasks: int) -> PerTask:
     penalised = next((one for one in formed.formed(_attached(model)).values() if one.has_penalty), None)
     if penalised is not None:
         raise AdapterError(
-            f"form: {penalised.choice.name} has a penalty, which is no task's gradient; set its weight to 0, or train "
-            "without a balance"
+            f"form: {penalised.choice.name} has a penalty, which is not the gradient of a task; set its weight "
+            "to 0, or train without a balance"
         )
     gradients = PerTask(num_tasks=num_tasks)
     for layer in _attached(model).values():

@@ -23,8 +23,8 @@ from lori_dist.benchmarks._methods import make_llama
 from lori_dist.benchmarks._traffic import process_bytes
 from lori_dist.errors import ConfigError, Preempted
 from lori_dist.training import device
-from lori_dist.training.balance import divided
-from lori_dist.training.data import encode, micro_batches, read
+from lori_dist.training.data import encode, read
+from lori_dist.training.micro_batches import divided, micro_batches
 from lori_dist.training.preemption import Notice
 from lori_dist.training.train import train
 from lori_dist.training.world import World

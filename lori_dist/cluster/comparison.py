@@ -151,19 +151,18 @@ def _costs(summary: Mapping[str, Any], run: Run, model: str) -> dict[str, float 
     results = [made[name] for name in (run.tasks if model == OWN else [model]) if name in made]
     found: dict[str, float | None] = {}
     for key in COSTS:
-        values = [result[key] for result in results if result.get(key) is not None]
-        total = sum(values) if values and len(values) == len(results) else None
-        found[key] = total / len(values) if total is not None and key == "step_seconds" else total
+        found[key] = _over([result.get(key) for result in results], statistics.fmean if key == "step_seconds" else sum)
     return found
 
 
 def _mean_costs(of_seeds: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
-    found: dict[str, float | None] = {}
-    for key in COSTS:
-        values = [one[key] for one in of_seeds]
-        known = [value for value in values if value is not None]
-        found[key] = statistics.fmean(known) if known and len(known) == len(values) else None
-    return found
+    return {key: _over([one[key] for one in of_seeds], statistics.fmean) for key in COSTS}
+
+
+def _over(values: Sequence[float | None], function: Callable[[Sequence[float]], float]) -> float | None:
+    """What a function makes of values. None if there are none, or one is missing."""
+    known = [value for value in values if value is not None]
+    return function(known) if known and len(known) == len(values) else None
 
 
 def _over_seeds(scores: Sequence[Mapping[str, float]]) -> dict[str, Any]:

@@ -46,9 +46,6 @@ alone."""
 REACH_SECONDS = 10.0
 WATCH_SECONDS = 1.0
 
-_token_files: set[Path] = set()
-"""Token files of this process."""
-
 _open = contextlib.ExitStack()
 """Closes the connection of this process and removes its token file. Ray has one connection in a process."""
 
@@ -86,7 +83,7 @@ def connected(run: Run) -> Iterator[Callable[[], list[Resources]]]:
                     log.log(logging.INFO if local else logging.WARNING, "Ray's dashboard: http://%s", url)
                 if is_open:
                     _open.enter_context(_token_file(run))
-                with _watched(place) if place is not None else contextlib.nullcontext():
+                with _watched(run, place) if place is not None else contextlib.nullcontext():
                     yield _nodes_of_own if local else _nodes
         finally:
             disconnect()
@@ -167,12 +164,10 @@ def _token_file(run: Run) -> Iterator[None]:
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
         file.write(TOKEN)
-    _token_files.add(path)
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
-        _token_files.discard(path)
 
 
 def _nodes_of_own() -> list[Resources]:
@@ -198,7 +193,7 @@ def _has_ended(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _watched(place: Path) -> Iterator[None]:
+def _watched(run: Run, place: Path) -> Iterator[None]:
     """Ends this process with 1, and says why, if Ray's head process does: calls of Ray wait for it for a minute, and
     then Ray ends the process without a word of ours. place: the folder of the cluster."""
     ended = threading.Event()
@@ -208,8 +203,7 @@ def _watched(place: Path) -> Iterator[None]:
             if "gcs_server" in _dead_processes() and not ended.is_set():
                 log.error("%s", _has_ended("gcs_server"))
                 scratch.end_processes(place)
-                for path in list(_token_files):
-                    path.unlink(missing_ok=True)
+                (run.folder / TOKEN_FILE).unlink(missing_ok=True)
                 os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="ray's head").start()

@@ -11,7 +11,7 @@ from typing import Any
 from lori_dist import files, plugin
 from lori_dist.config import Run, Train
 from lori_dist.errors import ConfigError
-from lori_dist.training.data import num_micro_batches
+from lori_dist.training.micro_batches import num_micro_batches
 
 AUTO = "auto"
 LARGEST = 2**20
@@ -89,7 +89,8 @@ def _of_zero(zero: Mapping[str, Any]) -> dict[str, Any]:
 def of_ranks(path: str, train: Train, ranks: int) -> Iterator[str]:
     """Yields contradictions between the file and the YAML that depend on the number of ranks."""
     name = "gradient_accumulation_steps"
-    found, wanted = read(path).get(name, AUTO), num_micro_batches(train.batch_size, ranks, train.rows_at_once)
+    found, groups = read(path).get(name, AUTO), ranks // train.sequence_parallel
+    wanted = num_micro_batches(train.batch_size, groups, train.rows_at_once)
     if found != AUTO and found != wanted:
         yield (
             f"{PLACE}: {path} has {name} {found!r}, and train.batch_size {train.batch_size} in pieces of "

@@ -312,7 +312,7 @@ def traffic(
     group, per_node = load.ranks // replicas, load.ranks // load.nodes
     values = load.trained * WIDTHS[param_dtype or "float32"]
     reduced = load.trained * WIDTHS[reduce_dtype or param_dtype or "float32"]
-    crosses = load.nodes > 1 and group > per_node
+    crosses = _spans_nodes(load, group)
     frees = base == "sharded" if reshard_after_forward is None else reshard_after_forward
     _, blocks = _groups(model, wrap, param_dtype)
 
@@ -341,6 +341,11 @@ def traffic(
     size = FP32 * load.trained if load.tasks else reduced
     add(kind, "adapter", -(-size // group), replicas, load.nodes > 1, min(group, per_node))
     return found
+
+
+def _spans_nodes(load: Load, group: int) -> bool:
+    """Whether a group of so many ranks is on more than one node."""
+    return load.nodes > 1 and group > load.ranks // load.nodes
 
 
 def place_memory(
@@ -387,9 +392,9 @@ def place_traffic(
     """The base is gathered once in each forward pass."""
     if base == "replicated":
         return []
-    group, per_node = load.ranks // replicas, load.ranks // load.nodes
-    crosses = load.nodes > 1 and group > per_node
-    found = [Collective(kind="gather", owner="base", bytes=model.base, group=group, spans_nodes=crosses)]
+    group = load.ranks // replicas
+    spans = _spans_nodes(load, group)
+    found = [Collective(kind="gather", owner="base", bytes=model.base, group=group, spans_nodes=spans)]
     if offload:
         copied = -(-model.base // group)
         found.append(Collective(kind="copy", owner="base", bytes=copied, group=1, spans_nodes=False))

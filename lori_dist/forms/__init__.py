@@ -55,6 +55,14 @@ class Entry:
     axes before them have one mask. Starts at zero."""
 
 
+def pair(site: Site, rank: int, *, trains_a: bool) -> dict[str, Entry]:
+    """LoRI's own two tensors: A of the seed, `a`, and a sparse B, `b`, that all tasks share."""
+    return {
+        "a": Entry(shape=(rank, site.in_features), start="a", trained=trains_a),
+        "b": Entry(shape=(site.out_features, rank), sparse=True),
+    }
+
+
 class AnyForm(Protocol):
     """What one adapted layer is: a `Form` or a `DependentForm`."""
 

@@ -1,4 +1,4 @@
-"""Ranks as experts, of which each token takes those that its own A x makes large: there is no router."""
+"""Ranks as experts, of which each token takes those that its own A x makes large, without a router."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lori_dist.errors import ConfigError
-from lori_dist.forms import DependentForm, Entry, Site, Tensors
+from lori_dist.forms import DependentForm, Entry, Site, Tensors, pair
 
 DEPENDENT: dict[str, list[str]] = {}
 AT_MOST_RANK = ("active",)
@@ -24,10 +24,7 @@ class Fly:
     trains_a: bool
 
     def entries(self, site: Site) -> Mapping[str, Entry]:
-        return {
-            "a": Entry(shape=(self.rank, site.in_features), start="a", trained=self.trains_a),
-            "b": Entry(shape=(site.out_features, self.rank), sparse=True),
-        }
+        return pair(site, self.rank, trains_a=self.trains_a)
 
     def update(self, t: Tensors, x: Tensor) -> Tensor:
         reduced = x @ t["a"].to(x.dtype).t()
@@ -40,8 +37,8 @@ def form(*, rank: int, alpha: float, trains_a: bool, active: Annotated[int, "[1,
     """Of A x, each token keeps the entries of largest magnitude (FlyLoRA): it cannot be folded, exported or merged.
 
     active: how many, at most the rank; by default a quarter of it. Raises ConfigError for more.
-    Source: FlyLoRA (arXiv 2510.08396). Its A is sparse, and a bias that is no parameter evens out how often entries are
-    taken: here A is LoRI's, and there is no bias. The mask of B is ours.
+    Source: FlyLoRA (arXiv 2510.08396). Its A is sparse, and a bias, which is not a parameter, evens out how often
+    entries are taken: here A is LoRI's, without a bias. The mask of B is ours.
     """
     if active is not None and active > rank:
         raise ConfigError(f"adapter.form.active: got {active}, and adapter.rank is {rank}; give at most that")

@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from lori_dist.forms import Entry, Form, Site, Tensors
+from lori_dist.forms import Entry, Form, Site, Tensors, pair
 
 PER_TASK: dict[str, list[str]] = {}
 
@@ -23,8 +23,7 @@ class LiLora:
 
     def entries(self, site: Site) -> Mapping[str, Entry]:
         return {
-            "a": Entry(shape=(self.rank, site.in_features), start="a", trained=self.trains_a),
-            "b": Entry(shape=(site.out_features, self.rank), sparse=True),
+            **pair(site, self.rank, trains_a=self.trains_a),
             "p": Entry(shape=(site.out_features, self.task_rank), per_task=True),
             "q": Entry(shape=(self.task_rank, self.rank), per_task=True, start="uniform"),
             "f": Entry(shape=(1,), per_task=True, start="uniform"),

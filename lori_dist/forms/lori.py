@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lori_dist.forms import Entry, Form, Site, Tensors
+from lori_dist.forms import Entry, Form, Site, Tensors, pair
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,10 +17,7 @@ class Lori:
     trains_a: bool
 
     def entries(self, site: Site) -> Mapping[str, Entry]:
-        return {
-            "a": Entry(shape=(self.rank, site.in_features), start="a", trained=self.trains_a),
-            "b": Entry(shape=(site.out_features, self.rank), sparse=True),
-        }
+        return pair(site, self.rank, trains_a=self.trains_a)
 
     def factors(self, t: Tensors) -> tuple[Tensor, Tensor]:
         return self.scale * t["b"], t["a"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lori_dist.errors import ConfigError
-from lori_dist.forms import DependentForm, Entry, Site, Tensors
+from lori_dist.forms import DependentForm, Entry, Site, Tensors, pair
 
 DEPENDENT: dict[str, list[str]] = {}
 AT_MOST_RANK = ("active",)
@@ -26,8 +26,7 @@ class Smora:
 
     def entries(self, site: Site) -> Mapping[str, Entry]:
         return {
-            "a": Entry(shape=(self.rank, site.in_features), start="a", trained=self.trains_a),
-            "b": Entry(shape=(site.out_features, self.rank), sparse=True),
+            **pair(site, self.rank, trains_a=self.trains_a),
             "router": Entry(shape=(self.rank // self.partition, site.in_features), start="uniform"),
         }
 
@@ -54,8 +53,8 @@ def form(
     the rank. The scale is alpha / active, and a token's gates sum to active. Raises ConfigError for numbers that do not
     fit the rank.
     Source: SMoRA (arXiv 2501.15103) and StyxXuan/smora, which trains A (`adapter.projection: trained`), and adds a bias
-    to the gates, which is no parameter, to even out how often ranks are taken: there is none here. A frozen A and the
-    mask of B are ours.
+    to the gates, which is not a parameter, to even out how often ranks are taken: there is none here. A frozen A and
+    the mask of B are ours.
     """
     number = max(1, rank // 8) if active is None else active
     if number > rank:

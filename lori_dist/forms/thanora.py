@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lori_dist.errors import AdapterError
-from lori_dist.forms import Entry, Form, Site, Tensors
+from lori_dist.forms import Entry, Form, Site, Tensors, pair
 
 RANK_FOR_EACH: dict[str, list[str]] = {}
 PENALTY = "weight"
@@ -25,10 +25,7 @@ class Thanora:
     weight: float
 
     def entries(self, site: Site) -> Mapping[str, Entry]:
-        return {
-            "a": Entry(shape=(self.rank, site.in_features), start="a", trained=self.trains_a),
-            "b": Entry(shape=(site.out_features, self.rank), sparse=True),
-        }
+        return pair(site, self.rank, trains_a=self.trains_a)
 
     def factors(self, t: Tensors) -> tuple[Tensor, Tensor]:
         return self.scale * t["b"], t["a"]

@@ -11,7 +11,7 @@ from lori_dist.gpus import RESERVED
 from lori_dist.plan.model import Counted, count
 from lori_dist.plan.placement import Placement, memory, sent, traffic, with_adapters, with_rows
 from lori_dist.plan.steps import Gang, Member, Work, adapter_at, full, passes, segments, work
-from lori_dist.training.data import num_micro_batches
+from lori_dist.training.micro_batches import num_micro_batches
 from lori_dist.training.phases import CALIBRATE, TRAIN
 from lori_dist.training.sequence_parallel import own_tokens
 

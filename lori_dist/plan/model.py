@@ -22,7 +22,7 @@ from lori_dist.training.loss import is_chunked
 from lori_dist.training.model import blocks
 from lori_dist.training.model_files import check_causal, has_weights, loading, made_from, settings_of
 from lori_dist.training.quantized import QuantizedLinear, quantize_layers
-from lori_dist.training.sequence_parallel import check_ranks, own_tokens, undividable
+from lori_dist.training.sequence_parallel import check_attention, check_ranks, own_tokens
 from lori_dist.training.sequences import Share
 from lori_dist.training.task import spec_of
 from lori_dist.training.weights import attention_of, find_weights
@@ -64,10 +64,7 @@ def count(run: Run, *, ranks: int = 1, adapters: int = 1, start: Adapter | None 
     meets = {path: _share_of(path, layer.base, shares) for path, layer in attached.items()}
     entries, beside = (sum(counts) for counts in zip(*(delta.counted() for delta in deltas), strict=True))
     check_ranks(run.train, ranks)
-    if run.train.sequence_parallel > 1:
-        problems = undividable(model.config, run.train.sequence_parallel, run.train.max_length)
-        if problems:
-            raise ConfigError("\n".join(problems))
+    check_attention(model.config, run.train.sequence_parallel, run.train.max_length)
     groups = ranks // run.train.sequence_parallel
     rows, length = min(run.train.rows_at_once, -(-run.train.batch_size // groups)) * adapters, own_tokens(run.train)
     of_blocks, other = _activations(run, of_spec, found, rows)
@@ -114,7 +111,7 @@ def count(run: Run, *, ranks: int = 1, adapters: int = 1, start: Adapter | None 
         kernel=run.model.attention or str(model.config._attn_implementation),
         key_values=_key_values(settings),
         adapters=adapters,
-        share=Share.of(run.model, model.config.model_type),
+        share=Share.of(run, model.config.model_type),
     )
 
 

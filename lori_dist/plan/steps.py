@@ -18,11 +18,11 @@ from lori_dist.errors import AdapterError, ConfigError
 from lori_dist.jobs import Job, plan
 from lori_dist.plan.rows import Counter, Lengths
 from lori_dist.training import data
-from lori_dist.training.balance import divided
 from lori_dist.training.cost import Counted
 from lori_dist.training.data import Example
 from lori_dist.training.flops import BACKWARD, Attention, of_attention
 from lori_dist.training.joint import balance_of, counts_in_batch, shares_of
+from lori_dist.training.micro_batches import divided, num_micro_batches
 from lori_dist.training.phases import CALIBRATE, Phase, phases
 from lori_dist.training.sequences import Share, divide
 
@@ -244,9 +244,8 @@ def work(model: Counted, members: Sequence[Member], phase: str, ranks: int) -> W
     ranks //= train.sequence_parallel  # those of a group compute with the same rows
     generator = np.random.default_rng(0)
     batches = [_batch(member, phase) for member in members]
-    num_micro = max(data.num_micro_batches(batch, ranks, train.rows_at_once) for batch in batches)
-    is_shared = (len(members) > 1 or len(members[0].streams) > 1) and train.sequence_parallel == 1
-    share = model.share if is_shared else Share.NO
+    num_micro = max(num_micro_batches(batch, ranks, train.rows_at_once) for batch in batches)
+    share = model.share if len(members) > 1 or len(members[0].streams) > 1 else Share.NO
     most = max(1, (DRAWN_PACKED if train.pack or share is not Share.NO else DRAWN) // len(members))
     is_packed = train.pack or share is not Share.NO
     # Rows of several tasks that are padded to the longest of all are divided by their number.

@@ -13,7 +13,7 @@ import torch
 
 from lori_dist.config import Choice, Run, checked_engine
 from lori_dist.errors import ConfigError
-from lori_dist.training.data import num_micro_batches
+from lori_dist.training.micro_batches import num_micro_batches
 
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
 NEEDLESS = "none"
@@ -266,7 +266,7 @@ def _others(run: Run, environment: Mapping[str, str]) -> Iterator[str]:
         "1",
         "auto",
         "none",
-        str(num_micro_batches(run.train.batch_size, size, run.train.rows_at_once)),
+        str(num_micro_batches(run.train.batch_size, size // run.train.sequence_parallel, run.train.rows_at_once)),
     ):
         yield (
             f"train.batch_size: accelerate's configuration asks for gradient_accumulation_steps {steps}, and here they "

@@ -5,7 +5,6 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +22,6 @@ from lori_dist.training.examples import encode as encode
 from lori_dist.training.examples import read as read
 from lori_dist.training.sequences import Share, divide
 
-Row = TypeVar("Row")
 Spans = tuple[tuple[int, int], ...]
 """(task, tokens that follow each other): whose the tokens of a batch are, in its order."""
 
@@ -272,22 +270,6 @@ def _draws(
     for which, count in enumerate(counts):
         drawn[file == which] = np.arange(count)
     return file, drawn
-
-
-def micro_batches(rows: Sequence[Row], world_rank: int, world_size: int, micro_batch_size: int) -> list[list[Row]]:
-    """A rank's share of a global batch, in pieces of at most micro_batch_size rows.
-
-    Every rank gets the same number of pieces, as each is a round of collectives; some may be empty.
-    """
-    share, size = list(rows[world_rank::world_size]), micro_batch_size
-    return [
-        share[number * size : (number + 1) * size] for number in range(num_micro_batches(len(rows), world_size, size))
-    ]
-
-
-def num_micro_batches(num_rows: int, world_size: int, micro_batch_size: int) -> int:
-    """The number of pieces that each rank computes of a global batch: those of the rank with the largest share."""
-    return math.ceil(math.ceil(num_rows / world_size) / micro_batch_size)
 
 
 def _total_rows(num_rows: int, epochs: float) -> int:

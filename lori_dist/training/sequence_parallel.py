@@ -9,7 +9,7 @@ Source: DeepSpeed-Ulysses (arXiv 2309.14509), section 3.
 import math
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -99,8 +99,7 @@ def divide_attention(model: PreTrainedModel, group: Group, max_length: int) -> N
     """
     if group.size == 1:
         return
-    for problem in undividable(model.config, group.size, max_length):
-        raise ConfigError(problem)
+    check_attention(model.config, group.size, max_length)
     inner = str(model.config._attn_implementation)
     name = f"sequence_parallel_{inner}"
     AttentionInterface.register(name, _divided(model, group, AttentionInterface()[inner]))
@@ -108,8 +107,11 @@ def divide_attention(model: PreTrainedModel, group: Group, max_length: int) -> N
     model.set_attn_implementation(name)
 
 
-def undividable(settings: Any, size: int, max_length: int) -> Sequence[str]:
-    """Why the attention of a model with this configuration cannot be divided among so many ranks."""
+def check_attention(settings: Any, size: int, max_length: int) -> None:
+    """Raises ConfigError, with every reason, if the attention of a model with this configuration cannot be divided
+    among so many ranks."""
+    if size == 1:
+        return
     text = settings.get_text_config(decoder=True)
     heads = getattr(text, "num_attention_heads", 0)
     found = []
@@ -128,7 +130,8 @@ def undividable(settings: Any, size: int, max_length: int) -> Sequence[str]:
             f"{KEY}: the model attends within {min(windows)} tokens in some layers, which the ranks of a group do not "
             f"know, and train.max_length is {max_length}; set that to at most {min(windows)}, or remove {KEY}"
         )
-    return found
+    if found:
+        raise ConfigError("\n".join(found))
 
 
 def _no_mask(*args: Any, **options: Any) -> None:

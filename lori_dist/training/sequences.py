@@ -21,11 +21,11 @@ class Share(enum.Enum):
     """All of a batch share one: attention kernels that take rows of any length take one sequence of them."""
 
     @classmethod
-    def of(cls, model: config.Model, model_type: str) -> "Share":
-        """What a model's attention can do."""
-        if next(config.unpackable(model_type), None) is not None:
+    def of(cls, run: config.Run, model_type: str) -> "Share":
+        """What a model's attention can do, and NO where ranks divide rows: then each is a sequence."""
+        if run.train.sequence_parallel > 1 or next(config.unpackable(model_type), None) is not None:
             return cls.NO
-        return cls.ONE if model.attention in config.FLASH else cls.YES
+        return cls.ONE if run.model.attention in config.FLASH else cls.YES
 
 
 def divide(lengths: Sequence[Sequence[int]], share: Share, max_length: int) -> tuple[list[list[tuple[int, int]]], int]:

@@ -23,7 +23,6 @@ from lori_dist.forms import LORI, FormChoice, declares
 from lori_dist.jobs import Job as Planned
 from lori_dist.jobs import task_seed
 from lori_dist.training import checkpoint, conflicts, data, masking, metrics, token_files, validation
-from lori_dist.training.balance import divided
 from lori_dist.training.data import Batch
 from lori_dist.training.divergence import Divergence
 from lori_dist.training.engine import State
@@ -31,6 +30,7 @@ from lori_dist.training.job_rows import Steps, rows_of
 from lori_dist.training.joint import Joint
 from lori_dist.training.joint import batches as joint_batches
 from lori_dist.training.metrics import METRICS, Record
+from lori_dist.training.micro_batches import divided, micro_batches
 from lori_dist.training.model import check_base, check_device, load_tokenizer
 from lori_dist.training.phases import CALIBRATE, TRAIN, Phase, phases
 from lori_dist.training.preemption import StopRequest, nothing
@@ -353,7 +353,7 @@ class Course:
         job, train = self.job, self.job.run.train
         is_packed = train.pack or share is not Share.NO
         if not is_alone and not is_packed:
-            return data.micro_batches(rows, group.world_rank, group.world_size, train.rows_at_once)
+            return micro_batches(rows, group.world_rank, group.world_size, train.rows_at_once)
         lengths = [job.examples[task].num_tokens(row) for task, row in rows]
         found = divided(
             lengths,

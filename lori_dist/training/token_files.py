@@ -609,15 +609,8 @@ def _path(work: Work) -> Path:
     """The file for tokens, named by a digest of all that they depend on. Raises ConfigError for a source that cannot be
     read."""
     source = work.source
-    try:
+    with source.naming():
         content = tables.version(source.path) if tables.is_hub(source.path) else jobs.sha256(source.path)
-    except OSError as error:
-        raise ConfigError(
-            f"{source.prefix}{source.path} cannot be read ({error.strerror}); give the path of a JSON lines, CSV, TSV "
-            "or Parquet file"
-        ) from error
-    except ConfigError as error:
-        raise ConfigError(f"{source.prefix}{error}") from error
     tree = {
         "content": content,
         "ending": None if tables.is_hub(source.path) else tables.ending(source.path),

@@ -170,7 +170,7 @@ def made_of(work: Work, pieces: Iterable[tables.Piece], num_processes: int) -> I
     idle: queue.SimpleQueue[Callable[[int, tables.Piece], Made]] = queue.SimpleQueue()
     idle.put(work)
     helpers = list[Helper]()
-    with contextlib.suppress(OSError):  # there is no room for more processes
+    with contextlib.suppress(OSError):  # the machine has no memory for more processes
         while len(helpers) < num_processes - 1:
             helpers.append(Helper(work, idle))
 

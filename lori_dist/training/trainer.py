@@ -614,10 +614,8 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 def _share(job: Job, model: PreTrainedModel) -> Share:
     """Whether rows of several tasks share sequences, which is said where they do not."""
-    if job.run.train.sequence_parallel > 1:  # which divides rows, and each is a sequence
-        return Share.NO
-    share = Share.of(job.run.model, model.config.model_type)
-    if share is Share.NO and job.world.rank == 0:
+    share = Share.of(job.run, model.config.model_type)
+    if share is Share.NO and job.run.train.sequence_parallel == 1 and job.world.rank == 0:
         log.info(
             "%s: rows of several tasks are padded to the longest of a batch, as %s is not known to keep rows apart "
             "that share a sequence",

@@ -12,6 +12,7 @@ from lori_dist.training import data
 from lori_dist.training.engine import Engine
 from lori_dist.training.loss import loss_sum
 from lori_dist.training.metrics import Record
+from lori_dist.training.micro_batches import micro_batches
 from lori_dist.training.sequence_parallel import Group
 from lori_dist.training.token_files import Rows
 from lori_dist.training.world import World
@@ -63,7 +64,7 @@ def measure(engine: Engine, examples: Rows, world: World, *, batch_size: int, pa
     ranks: those that divide rows among them.
     """
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for piece in data.micro_batches(range(len(examples)), ranks.world_rank, ranks.world_size, batch_size):
+    for piece in micro_batches(range(len(examples)), ranks.world_rank, ranks.world_size, batch_size):
         batch = ranks.part(data.collate([examples[row] for row in piece], pad_id), pad_id)
         total += loss_sum(engine.model, batch.to(world.device))
     if world.size > 1:

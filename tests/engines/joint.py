@@ -13,9 +13,10 @@ from lori_dist.adapter.adapter import Spec
 from lori_dist.adapter.attach import attach, match
 from lori_dist.adapter.linear import features
 from lori_dist.balances.ortho import order
-from lori_dist.training.data import Batch, collate, micro_batches
+from lori_dist.training.data import Batch, collate
 from lori_dist.training.engine import Engine, StepResult, collect, trained
 from lori_dist.training.loss import loss_sum, num_targets
+from lori_dist.training.micro_batches import micro_batches
 from lori_dist.training.surgery import Surgery, surgery
 from lori_dist.training.world import World
 from tests.engines import oracle

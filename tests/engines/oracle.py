@@ -13,8 +13,9 @@ from lori_dist.adapter.adapter import Spec
 from lori_dist.adapter.attach import attach, match
 from lori_dist.adapter.linear import features
 from lori_dist.config import Train
-from lori_dist.training.data import Batch, Example, collate, micro_batches
+from lori_dist.training.data import Batch, Example, collate
 from lori_dist.training.engine import Engine, State, StepResult, collect, trained
+from lori_dist.training.micro_batches import micro_batches
 from lori_dist.training.world import World
 
 SPEC = Spec(rank=4, alpha=8.0, seed=9)

@@ -17,8 +17,8 @@ from lori_dist.config import Train
 from lori_dist.errors import AdapterError
 from lori_dist.formats import forms
 from lori_dist.integrations import peft
-from lori_dist.training.data import micro_batches
 from lori_dist.training.engine import Engine, StepResult, collect, trained
+from lori_dist.training.micro_batches import micro_batches
 from lori_dist.training.trainer import checkpoint_activations
 from lori_dist.training.world import World, from_environment
 from tests.distributed import run_distributed
@@ -265,7 +265,7 @@ def test_masks_hold_for_what_is_sparse(case: Case) -> None:
 def test_gradients_of_tasks_from_one_pass_are_those_of_a_pass_for_each(case: Case) -> None:
     """In float64, but for the loss, as rounding would hide what is wrong."""
     if case.name == "thanora":
-        with pytest.raises(AdapterError, match="thanora has a penalty, which is no task's gradient"):
+        with pytest.raises(AdapterError, match="thanora has a penalty, which is not the gradient of a task"):
             separate_tasks(case.model(), len(TASKS))
         case = replace(case, options={"weight": 0.0})
     model = fill(case.model()).double()

@@ -24,7 +24,6 @@ from lori_dist.training.data import (
     Example,
     collate,
     encode,
-    micro_batches,
     mixed_rows_of_step,
     num_steps,
     packed,
@@ -33,6 +32,7 @@ from lori_dist.training.data import (
     rows_of_step,
 )
 from lori_dist.training.loss import loss_sum, num_targets
+from lori_dist.training.micro_batches import micro_batches
 from tests.engines.oracle import examples
 from tests.models import tiny
 from tests.tokenizers import tiny_tokenizer

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lori_dist.training.balance import divided
-from lori_dist.training.data import micro_batches, num_micro_batches
+from lori_dist.training.micro_batches import divided, micro_batches, num_micro_batches
 
 lengths_of_rows = st.lists(st.integers(2, 512), min_size=1, max_size=40)
 

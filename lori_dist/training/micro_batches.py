@@ -1,12 +1,12 @@
-"""Rows of a step, divided among ranks and micro-batches by their tokens."""
+"""Rows of a step, divided among ranks and micro-batches: by their tokens, or by their number alone."""
 
 import heapq
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
-from lori_dist.training.data import num_micro_batches
-
+Row = TypeVar("Row")
 Piece = list[int]
 """Places of rows in a global batch, ascending: a micro-batch."""
 
@@ -15,6 +15,22 @@ Best = tuple[int, list[int]]
 
 MOST_TRIED = 50_000
 """Divisions of a step's rows that are compared: some milliseconds."""
+
+
+def micro_batches(rows: Sequence[Row], world_rank: int, world_size: int, micro_batch_size: int) -> list[list[Row]]:
+    """A rank's share of a global batch, in pieces of at most micro_batch_size rows.
+
+    Every rank gets the same number of pieces, as each is a round of collectives; some may be empty.
+    """
+    share, size = list(rows[world_rank::world_size]), micro_batch_size
+    return [
+        share[number * size : (number + 1) * size] for number in range(num_micro_batches(len(rows), world_size, size))
+    ]
+
+
+def num_micro_batches(num_rows: int, world_size: int, micro_batch_size: int) -> int:
+    """The number of pieces that each rank computes of a global batch: those of the rank with the largest share."""
+    return math.ceil(math.ceil(num_rows / world_size) / micro_batch_size)
 
 
 def divided(
