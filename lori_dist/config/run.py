@@ -410,6 +410,10 @@ class Train:
     seed: Seed = 0
     """Seed of the order of the rows."""
 
+    def groups(self, ranks: int) -> int:
+        """Number of groups of ranks that divide rows among them: 1 at least, as their number is checked elsewhere."""
+        return max(1, ranks // self.sequence_parallel)
+
     @property
     def rows_at_once(self) -> int:
         """Rows of max_length tokens that a rank runs at once."""

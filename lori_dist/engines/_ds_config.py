@@ -89,8 +89,8 @@ def _of_zero(zero: Mapping[str, Any]) -> dict[str, Any]:
 def of_ranks(path: str, train: Train, ranks: int) -> Iterator[str]:
     """Yields contradictions between the file and the YAML that depend on the number of ranks."""
     name = "gradient_accumulation_steps"
-    found, groups = read(path).get(name, AUTO), ranks // train.sequence_parallel
-    wanted = num_micro_batches(train.batch_size, groups, train.rows_at_once)
+    found = read(path).get(name, AUTO)
+    wanted = num_micro_batches(train.batch_size, train.groups(ranks), train.rows_at_once)
     if found != AUTO and found != wanted:
         yield (
             f"{PLACE}: {path} has {name} {found!r}, and train.batch_size {train.batch_size} in pieces of "
@@ -260,7 +260,12 @@ def _impossible(tree: Mapping[str, Any], path: str) -> Iterator[str]:
         ),
         ("compile.deepcompile", tree.get("compile", {}).get("deepcompile"), (False,), "train.compile compiles"),
         ("dataloader_drop_last", tree.get("dataloader_drop_last"), (False,), "train.epochs takes all rows"),
-        ("sequence_parallel_size", tree.get("sequence_parallel_size"), (1,), "ranks share rows, not sequences"),
+        (
+            "sequence_parallel_size",
+            tree.get("sequence_parallel_size"),
+            (1,),
+            "train.sequence_parallel divides rows among ranks",
+        ),
         (
             f"{ZERO}.round_robin_gradients",
             zero.get("round_robin_gradients"),

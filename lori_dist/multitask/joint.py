@@ -99,8 +99,8 @@ def _of_penalty(run: Run, balance: str) -> Iterator[str]:
         return
     if form.options.get(option, method.options[option].default):
         yield (
-            f"multitask.balance: got {balance}, and the penalty of adapter.form {form.name} is not the gradient of a task; "
-            f"set it to none, or adapter.form.{option} to 0"
+            f"multitask.balance: got {balance}, and the penalty of adapter.form {form.name} is not the gradient of a "
+            f"task; set it to none, or adapter.form.{option} to 0"
         )
 
 

@@ -141,7 +141,7 @@ def _validation(model: Counted, member: Member, ranks: int) -> Work:
     number = sum(one.number for one in member.validation)
     mean, groups = (
         sum(one.number * one.mean for one in member.validation) / number,
-        ranks // member.train.sequence_parallel,
+        member.train.groups(ranks),
     )
     micro = sum(num_micro_batches(one.number, groups, member.train.rows_at_once) for one in member.validation)
     longest = max(int(one.tokens.max()) for one in member.validation)

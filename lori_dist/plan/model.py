@@ -65,7 +65,7 @@ def count(run: Run, *, ranks: int = 1, adapters: int = 1, start: Adapter | None 
     entries, beside = (sum(counts) for counts in zip(*(delta.counted() for delta in deltas), strict=True))
     check_ranks(run.train, ranks)
     check_attention(model.config, run.train.sequence_parallel, run.train.max_length)
-    groups = ranks // run.train.sequence_parallel
+    groups = run.train.groups(ranks)
     rows, length = min(run.train.rows_at_once, -(-run.train.batch_size // groups)) * adapters, own_tokens(run.train)
     of_blocks, other = _activations(run, of_spec, found, rows)
     dtype = getattr(torch, run.model.dtype)

@@ -241,7 +241,7 @@ def segments(gang: Gang, phase: str) -> Iterator[tuple[int, tuple[Member, ...]]]
 def work(model: Counted, members: Sequence[Member], phase: str, ranks: int) -> Work:
     """The work of a step in which these members train, from batches drawn at random as training draws them."""
     train = members[0].train
-    ranks //= train.sequence_parallel  # those of a group compute with the same rows
+    ranks = train.groups(ranks)  # those of a group compute with the same rows
     generator = np.random.default_rng(0)
     batches = [_batch(member, phase) for member in members]
     num_micro = max(num_micro_batches(batch, ranks, train.rows_at_once) for batch in batches)

@@ -266,7 +266,7 @@ def _others(run: Run, environment: Mapping[str, str]) -> Iterator[str]:
         "1",
         "auto",
         "none",
-        str(num_micro_batches(run.train.batch_size, size // run.train.sequence_parallel, run.train.rows_at_once)),
+        str(num_micro_batches(run.train.batch_size, run.train.groups(size), run.train.rows_at_once)),
     ):
         yield (
             f"train.batch_size: accelerate's configuration asks for gradient_accumulation_steps {steps}, and here they "
