@@ -30,7 +30,7 @@ from lori_dist.plan import Hardware, evaluation, file_bytes
 from lori_dist.plan.evaluation import components_of
 from lori_dist.plan.model import Counted, count, spec
 from lori_dist.plan.placement import Placement, memory, placements, traffic
-from lori_dist.training import checkpoint
+from lori_dist.training import checkpoint, device
 from lori_dist.training.data import Batch
 from lori_dist.training.engine import gather, trained
 from lori_dist.training.trainer import checkpoint_activations
@@ -62,8 +62,10 @@ MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
 """Name -> type, and settings of its configuration."""
 MOST_RANKS = 8
 """Ranks up to which each has a full batch of rows to evaluate."""
-MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
-"""Numbers of mallopt(3)."""
+TRIM_THRESHOLD = -1
+"""A parameter's number, see mallopt(3)."""
+SMALLEST = 1 << 14
+"""Bytes of memory that is returned to the system as soon as it is free: models here are small."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,9 +319,9 @@ def _held(parameter: Any) -> int:
 
 def _keep_no_freed_memory() -> None:
     """Returns freed memory to the system at once, so that the process's size is that of its tensors."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(MMAP_THRESHOLD, 1 << 14)
-    libc.mallopt(TRIM_THRESHOLD, 1 << 14)
+    device.LARGE = SMALLEST  # an engine that places a base would set another threshold
+    device.return_freed()
+    ctypes.CDLL(None).mallopt(TRIM_THRESHOLD, SMALLEST)
 
 
 def _growth(step: Callable[[], Any]) -> int:

@@ -33,7 +33,7 @@ from lori_dist.training.compilation import compile_blocks
 from lori_dist.training.data import Batch
 from lori_dist.training.determinism import set_deterministic
 from lori_dist.training.device import memory, reset_peak
-from lori_dist.training.divergence import MOST, UPDATE, Divergence
+from lori_dist.training.divergence import MOST, UPDATE, Divergence, not_finite
 from lori_dist.training.engine import (
     QUANTITIES,
     Engine,
@@ -300,9 +300,15 @@ class Group:
         data_wait = time.monotonic() - start
         self._begin(tuple((task, step + 1) for task, step in now))
         results: dict[str, StepResult] = {}
+        mixes = self.routing is not None and len(active) > 1 and self.share is Share.YES
+        is_mixed = False
 
         def accept(result: StepResult) -> bool | dict[str, bool]:
+            nonlocal is_mixed
             results.update(self._results(result, active))
+            is_mixed = mixes and any(not_finite(one.loss, one.grad_norm) for one in results.values())
+            if is_mixed:
+                return dict.fromkeys(self.courses, False)
             answers = {task: course.divergence.accepts(results[task]) for task, course in courses.items()}
             if self.routing is None:
                 return answers[active[0]]
@@ -316,6 +322,10 @@ class Group:
             result = self.engine.step(made.batches, num_targets=made.num_targets, lr=lr, accept=accept)
         else:
             result = self.engine.step(made.batches, num_targets=1, lr=lr, tasks=self.gradients, accept=accept)
+            if is_mixed:
+                # In a sequence, what is not finite in one task's rows reaches the others': a mask multiplies it by 0.
+                mixes, made = False, self._made(now, Share.NO)
+                result = self.engine.step(made.batches, num_targets=1, lr=lr, tasks=self.gradients, accept=accept)
         if not results:  # an engine of the user's own may do every step without asking
             results.update(self._results(result, active))
         seconds = time.monotonic() - start
@@ -353,25 +363,26 @@ class Group:
         if left:
             self._ahead.begin(left)
 
-    def _made(self, steps: Steps) -> Made:
-        """All that a step of some tasks needs of their rows. Another thread may call this."""
+    def _made(self, steps: Steps, share: Share | None = None) -> Made:
+        """All that a step of some tasks needs of their rows. Another thread may call this. share: instead of the
+        group's."""
         courses = {task: self.courses[task] for task, _ in steps}
         rows = {task: courses[task].rows(step) for task, step in steps}
         lengths = {
             task: [course.job.examples[which].num_tokens(row) for which, row in rows[task]]
             for task, course in courses.items()
         }
-        batches, num_targets = self._batches(rows)
+        batches, num_targets = self._batches(rows, share or self.share)
         device = next(iter(courses.values())).job.world.device
         return Made(batches=[batch.to(device) for batch in batches], num_targets=num_targets, lengths=lengths)
 
-    def _batches(self, rows: Mapping[str, Sequence[tuple[int, int]]]) -> tuple[list[Batch], int]:
+    def _batches(self, rows: Mapping[str, Sequence[tuple[int, int]]], share: Share) -> tuple[list[Batch], int]:
         """This rank's micro-batches of a step, and the number of targets, which is 1 where batches have weights."""
-        found, num_targets = self._of_group(rows)
+        found, num_targets = self._of_group(rows, share)
         pad_id = next(iter(self.courses.values())).job.pad_id
         return [self.ranks.part(batch, pad_id) for batch in found], num_targets
 
-    def _of_group(self, rows: Mapping[str, Sequence[tuple[int, int]]]) -> tuple[list[Batch], int]:
+    def _of_group(self, rows: Mapping[str, Sequence[tuple[int, int]]], share: Share) -> tuple[list[Batch], int]:
         """As `_batches`, of all ranks that divide rows among them."""
         courses = {task: self.courses[task] for task in rows}
         counts = {
@@ -380,7 +391,7 @@ class Group:
         }
         if self.routing is None:
             [(task, course)] = courses.items()
-            found = course.batches(rows[task], self.share, self.ranks)
+            found = course.batches(rows[task], share, self.ranks)
             return found, counts[task] if course.job.joint is None else 1  # of all ranks, and nothing is sent
         numbers = {task: number for number, task in enumerate(self.courses)}
         weights = torch.tensor([1.0 / counts[task] if task in counts else 0.0 for task in self.courses])
@@ -389,7 +400,7 @@ class Group:
             max(one.job.run.train.max_length for one in courses.values()),
         )
         pieces = {
-            task: course.pieces(rows[task], self.ranks, self.share, is_alone=False) for task, course in courses.items()
+            task: course.pieces(rows[task], self.ranks, share, is_alone=False) for task, course in courses.items()
         }
         together = []
         for place in range(max(map(len, pieces.values()))):
@@ -398,7 +409,7 @@ class Group:
                 for task, of_task in pieces.items()
                 for piece in (of_task[place] if place < len(of_task) else [],)
             }
-            together.append(data.together(now, weights, first.pad_id, self.share, max_length))
+            together.append(data.together(now, weights, first.pad_id, share, max_length))
         return together, 1
 
     def _results(self, result: StepResult, active: Sequence[str]) -> dict[str, StepResult]:
