@@ -64,9 +64,12 @@ CASES = [
     for how in HOW.get(path.stem, ("",))
     if path.stem != "several_adapters"  # which leaves several
 ]
+LONG = [("accelerate_loop", "2"), ("accelerate_loop", "fsdp2")]
 
 
-@pytest.mark.parametrize(("name", "how"), CASES)
+@pytest.mark.parametrize(
+    ("name", "how"), [pytest.param(*case, marks=pytest.mark.slow if case in LONG else ()) for case in CASES]
+)
 def test_an_example_gives_what_one_process_does(
     name: str, how: str, alone: Callable[[str], Path], tmp_path: Path
 ) -> None:

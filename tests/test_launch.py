@@ -177,7 +177,10 @@ HOSTS = {
 }
 
 
-@pytest.mark.parametrize("name", HOSTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if "two hosts" in name or "hostfile" in name else ()) for name in HOSTS],
+)
 def test_it_trains_with_two_ranks_what_one_process_trains(
     name: str, alone: Adapter, folder: Path, tmp_path: Path
 ) -> None:

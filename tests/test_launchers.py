@@ -94,7 +94,13 @@ def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
     return load_adapter(place / "demo" / "train-math" / "adapter.safetensors")
 
 
-@pytest.mark.parametrize("launcher", [torchrun, deepspeed, deepspeed_hostfile, deepspeed_per_host, accelerate])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        *(torchrun, deepspeed, accelerate),
+        *(pytest.param(one, marks=pytest.mark.slow) for one in (deepspeed_hostfile, deepspeed_per_host)),
+    ],
+)
 def test_launched_ranks_train_together(launcher: Launcher, alone: Adapter, folder: Path, tmp_path: Path) -> None:
     commands, overrides = launcher()
     mask = f"adapter.mask={{name: tests.launched, mark: {tmp_path / 'mask'}}}"
@@ -147,9 +153,8 @@ def test_launched_ranks_write_what_one_process_does(
 # --- when a rank is told to end --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("launcher", "rank", "code"), [(deepspeed, 0, 3), pytest.param(torchrun, 1, 1, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "rank", "code"), [(deepspeed, 0, 3), (torchrun, 1, 1)])
 def test_a_signal_to_one_rank_saves_and_another_launcher_goes_on(
     launcher: Launcher, rank: int, code: int, alone: Adapter, folder: Path, tmp_path: Path
 ) -> None:
@@ -199,7 +204,7 @@ OF_DEEPSPEED = {
 }
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+@pytest.mark.parametrize("engine", [pytest.param("fsdp", marks=pytest.mark.slow), "deepspeed"])
 def test_the_configuration_of_accelerate_is_followed(engine: str, alone: Adapter, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text(json.dumps(OF_DEEPSPEED))
     own = (
@@ -245,8 +250,7 @@ def fail(launcher: Launcher, options: str, folder: Path, place: Path) -> str:
     [
         (torchrun, 1),
         pytest.param(deepspeed, 0, marks=pytest.mark.slow),
-        (deepspeed_per_host, 1),
-        pytest.param(deepspeed_per_host, 0, marks=pytest.mark.slow),
+        *(pytest.param(deepspeed_per_host, rank, marks=pytest.mark.slow) for rank in (0, 1)),
         pytest.param(deepspeed_hostfile, 1, marks=pytest.mark.slow),
         pytest.param(accelerate, 0, marks=pytest.mark.slow),
     ],
@@ -269,8 +273,7 @@ def test_the_first_traceback_is_that_of_the_rank_that_failed(
     [
         (torchrun, 0),
         (deepspeed, 1),
-        pytest.param(deepspeed_per_host, 0, marks=pytest.mark.slow),
-        pytest.param(deepspeed_per_host, 1, marks=pytest.mark.slow),
+        *(pytest.param(deepspeed_per_host, rank, marks=pytest.mark.slow) for rank in (0, 1)),
         pytest.param(deepspeed_hostfile, 0, marks=pytest.mark.slow),
         pytest.param(accelerate, 1, marks=pytest.mark.slow),
     ],

@@ -130,6 +130,7 @@ def test_by_default_only_this_machine_connects_and_only_with_the_token(folder: P
         assert not (folder / "runs" / "demo" / TOKEN_FILE).exists()
 
 
+@pytest.mark.slow
 def test_a_cluster_that_others_reach_wants_the_token_of_a_file_of_one_s_own(folder: Path) -> None:
     file = folder / "runs" / "demo" / TOKEN_FILE
     with cluster(folder, "cluster.bind=0.0.0.0") as (addresses, found):

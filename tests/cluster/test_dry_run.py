@@ -40,6 +40,7 @@ def shown(run: config.Run, file: Path, *words: str) -> int:
     return main(["run", str(file), "--dry-run", *words])
 
 
+@pytest.mark.slow
 def test_it_says_what_there_is_to_do_and_leaves_the_folder_as_it_was(
     run: config.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,6 +92,7 @@ def test_a_gang_trains_again_as_a_new_one_does(tmp_path: Path) -> None:
             assert found == expected
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_gang_that_ends_while_it_waits_is_replaced(tmp_path: Path) -> None:
     run = described(tmp_path, cpus_per_worker=0.5)

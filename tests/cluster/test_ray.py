@@ -109,7 +109,7 @@ class Story:
     again: dict[str, Any] = field(default_factory=dict)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[pytest.param("story", marks=pytest.mark.slow)])
 def story(run: config.Run, inputs: Path) -> Story:
     story = Story(run=run)
     kill_driver(story, inputs)

@@ -128,7 +128,7 @@ def test_nothing_that_was_tried_is_left(first: Searched) -> None:
     assert left == {"README.md", "adapter.safetensors", "job.json", "metrics.jsonl", "search.jsonl"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[pytest.param("second", marks=pytest.mark.slow)])
 def second(first: Searched, place: Path) -> Searched:
     """A run that goes on with the search where it was cut off, while the test files are others."""
     run = described(place, "second")

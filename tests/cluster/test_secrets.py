@@ -59,6 +59,7 @@ def variable(pid: int, name: str) -> str:
     return found[1] if found else ""
 
 
+@pytest.mark.slow
 def test_a_run_is_reached_from_nowhere_else_and_keeps_its_secrets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,7 +54,7 @@ SECRET = "hf_nobody_may_see_this"
 LONG = ["name=long", "train.steps=100000", "train.checkpoint_every=5"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[pytest.param("story", marks=pytest.mark.slow)])
 def story(head: dict[str, str], folder: Path) -> dict[str, Any]:
     """A long run: submitted, submitted again, its client interrupted, the run stopped, submitted again, stopped."""
     words = [*LORI, "run", "mine.yaml", *settings(folder, *LONG), "--address", head["RAY_ADDRESS"]]

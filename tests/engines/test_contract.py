@@ -67,6 +67,7 @@ ENGINES = {
 
 
 CASES = [(name, size) for size in (1, 2, 4) for name, asked in ENGINES.items() if size in asked.world_sizes]
+GROUPED = ("fsdp, hybrid", "deepspeed-3, hpz")
 
 
 def quantized(kind: Literal["nf4", "int8"]) -> Any:
@@ -243,7 +244,14 @@ def halfway() -> State:
     return LLAMA.reference(HALF).state
 
 
-@pytest.fixture(scope="module", params=CASES, ids=str)
+@pytest.fixture(
+    scope="module",
+    # On four ranks, in the fast tests, those whose ranks are in two groups.
+    params=[
+        pytest.param(case, marks=pytest.mark.slow if case[1] == 4 and case[0] not in GROUPED else ()) for case in CASES
+    ],
+    ids=str,
+)
 def case(request: pytest.FixtureRequest, halfway: State) -> tuple[str, int, list[Outcome]]:
     """One gang of ranks does all that the tests below look at."""
     name, world_size = request.param

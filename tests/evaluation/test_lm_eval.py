@@ -117,6 +117,7 @@ def measured(tree: dict[str, Any], models: dict[str, Path | None]) -> dict[str, 
     return found
 
 
+@pytest.mark.slow
 def test_ranks_divide_the_requests_and_print_what_lm_eval_does(run: config.Run, tmp_path: Path) -> None:
     adapter = adapter_file(tmp_path, identity(run.model))
     there = by_command(run, adapter, tmp_path / "folded")

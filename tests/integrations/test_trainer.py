@@ -131,9 +131,8 @@ LAUNCHES: dict[str, tuple[list[str], dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "launcher", ["zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in LAUNCHES if name != "zero3")]
-)
+@pytest.mark.slow  # without launchers and shorter, in tests/test_examples.py
+@pytest.mark.parametrize("launcher", LAUNCHES)
 def test_two_ranks_train_what_one_does(model: Path, dense_folder: Path, launcher: str, tmp_path: Path) -> None:
     """From any launcher, and go on as if nothing had been."""
     command, args, wrapper = LAUNCHES[launcher]

@@ -60,6 +60,7 @@ def test_compiled_blocks_train_what_others_do(backend: str) -> None:
         assert all(error <= 1e-5 and num_graphs == 1 for error, num_graphs in found), found
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_blocks_share_what_was_compiled() -> None:
     """Of six, the first has an input that needs no gradient, and layers without entries and with all; the second finds

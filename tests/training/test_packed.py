@@ -34,18 +34,18 @@ ENGINES = [
     Choice(name="fsdp", options={"base": "replicated"}),
     *(Choice(name="deepspeed", options={"stage": stage}) for stage in (1, 2, 3)),
 ]
+SLOW = pytest.mark.slow
 TOLERANCE = 5e-6
 COMPILE_S = 1800.0
 """Seconds for trainings whose blocks are compiled, on a machine that others use as well."""
 Failed = pytest.fail.Exception
 
 
-@pytest.fixture
-def run(model_folder: Path, tmp_path: Path) -> Run:
+def described(model_folder: Path, place: Path) -> Run:
     """Tasks of unequal sizes, lengths, numbers of steps and learning rates."""
     tasks = {}
     for name, (answer, count) in TASKS.items():
-        path = tmp_path / f"{name}.jsonl"
+        path = place / f"{name}.jsonl"
         rows = [{"prompt": f"{n} and {n * 7 % 5}: ", "response": f"{answer} {n}"} for n in range(count)]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         tasks[name] = {"train": str(path), "test": str(path)}
@@ -54,7 +54,7 @@ def run(model_folder: Path, tmp_path: Path) -> Run:
     return config.validate(
         {
             "name": "test",
-            "output": str(tmp_path / "runs"),
+            "output": str(place / "runs"),
             "model": {"path": str(model_folder)},
             "tasks": tasks,
             "adapter": {"rank": 4, "alpha": 8, "density": 0.3, "seed": 3},
@@ -72,6 +72,11 @@ def run(model_folder: Path, tmp_path: Path) -> Run:
             },
         }
     )
+
+
+@pytest.fixture
+def run(model_folder: Path, tmp_path: Path) -> Run:
+    return described(model_folder, tmp_path)
 
 
 def alone(run: Run, task: str) -> None:
@@ -131,21 +136,31 @@ def assert_equal(found: Adapter, wanted: Adapter) -> None:
     assert float((ours - theirs).norm() / theirs.norm()) < TOLERANCE
 
 
+def each_alone(run: Run) -> None:
+    for task in run.tasks:
+        alone(run, task)
+
+
+@pytest.fixture(scope="module")
+def separate(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run like `run` whose tasks were each trained alone, by one process."""
+    run = described(model_folder, tmp_path_factory.mktemp("separate"))
+    run_distributed(each_alone, run, world_size=1)
+    return run
+
+
 @pytest.fixture
-def wanted(run: Run) -> dict[str, Adapter]:
-    for_one = replace(run, name="alone")
-    for task in TASKS:
-        run_distributed(alone, for_one, task, world_size=1)
-    return {task: adapter(for_one, task) for task in TASKS}
+def wanted(separate: Run) -> dict[str, Adapter]:
+    return {task: adapter(separate, task) for task in TASKS}
 
 
-def test_each_task_gets_what_it_gets_alone(run: Run, wanted: dict[str, Adapter]) -> None:
+def test_each_task_gets_what_it_gets_alone(run: Run, separate: Run, wanted: dict[str, Adapter]) -> None:
     [found] = run_distributed(pack, run, list(TASKS), world_size=1)
     for task, (_, count) in TASKS.items():
         assert_equal(adapter(run, task), wanted[task])
         assert found[task]["steps"] == -(-(4 if task == "long" else 3) * count // 4)
         assert found[task]["kept"] == wanted[task].kept
-        ours, theirs = (records(replace(run, name=name), task) for name in ("test", "alone"))
+        ours, theirs = records(run, task), records(separate, task)
         for key in ("phase", "step", "num_steps", "steps_left", "tokens"):
             assert [record[key] for record in ours] == [record[key] for record in theirs]
         assert all(record["mfu"] is None for record in ours)  # nobody knows what a CPU can do
@@ -157,17 +172,21 @@ def test_each_task_gets_what_it_gets_alone(run: Run, wanted: dict[str, Adapter])
 
 HERE = [option for option in OPTIONS if option not in ("train.validate_every", "output: a URL")]
 """What is not shown elsewhere."""
+QUICK = (
+    *("train.early_stop", "train.on_divergence: rollback", "train.pack", "adapter.projection: trained"),
+    *("adapter.modules_to_save", "tasks.NAME.start"),
+)
+"""Those that have most of their own to keep apart by task."""
 
 
 def both(run: Run) -> None:
     """Each task alone, then all over one base, in one process."""
-    for task in run.tasks:
-        alone(replace(run, name="alone"), task)
+    each_alone(replace(run, name="alone"))
     found = pack(run, list(run.tasks))
     assert not any(isinstance(outcome, str) for outcome in found.values()), found
 
 
-@pytest.mark.parametrize("option", [pytest.param(o, marks=pytest.mark.slow if "compile" in o else ()) for o in HERE])
+@pytest.mark.parametrize("option", [pytest.param(one, marks=() if one in QUICK else SLOW) for one in HERE])
 @pytest.mark.filterwarnings("ignore")  # torch's compiler calls what torch warns of
 def test_whatever_one_task_can_have(run: Run, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
@@ -201,7 +220,11 @@ def test_whatever_one_task_can_have(run: Run, option: str, tmp_path: Path, monke
     assert any(left) == ("early_stop" in option)
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: f"{engine.name} {engine.options}")
+@pytest.mark.parametrize(
+    "engine",
+    [pytest.param(one, marks=() if one.name == "fsdp" or one.options == {"stage": 3} else SLOW) for one in ENGINES],
+    ids=lambda engine: f"{engine.name} {engine.options}",
+)
 def test_on_every_engine(run: Run, wanted: dict[str, Adapter], engine: Choice) -> None:
     run = replace(run, train=replace(run.train, engine=engine))
     run_distributed(pack, run, list(TASKS), world_size=2)

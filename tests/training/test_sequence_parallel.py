@@ -140,6 +140,7 @@ def test_a_training_gives_the_adapter_of_whole_rows(run: Run) -> None:
         assert validation_losses(found, "train-long") == pytest.approx(validation_losses(run, "train-long"), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_several_tasks_over_one_base_and_joint_training(run: Run) -> None:
     found = changed(run, "found", {"name": "fsdp"}, sequence_parallel=2)
     for task in run.tasks:
