@@ -135,7 +135,7 @@ def of_evaluation() -> Iterator[Callable[[str, int, int], None]]:
 
 @contextmanager
 def of_rows() -> Iterator[Callable[[str, int, float | None], None]]:
-    """Gives what `training.token_files` reports to. Shows which rows become tokens, and how many have.
+    """Gives what `training.token_cache` reports to. Shows which rows become tokens, and how many have.
 
     On a terminal that is a bar. Else it is a line of the log every `SECONDS_BETWEEN_LINES`.
     """

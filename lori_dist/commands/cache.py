@@ -23,17 +23,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from lori_dist.training import token_files
+    from lori_dist.training import token_cache
 
-    folder, most = token_files.cache_folder(), token_files.most_bytes()
+    folder, most = token_cache.cache_folder(), token_cache.most_bytes()
     if arguments.clear:
-        before = {entry.path: entry.num_bytes for entry in token_files.entries()}
-        deleted = token_files.clear()
+        before = {entry.path: entry.num_bytes for entry in token_cache.entries()}
+        deleted = token_cache.clear()
         left = len(before) - len(deleted)
         used = f"; {left} {'is' if left == 1 else 'are'} in use" if left else ""
         print(f"{folder}: {len(deleted)} deleted, {sum(before.get(path, 0) for path in deleted):,} bytes{used}")
         return
-    found = token_files.entries()
+    found = token_cache.entries()
     total = sum(entry.num_bytes for entry in found)
     print(f"{folder}: {len(found)} files, {total:,} of at most {most:,} bytes")
     if found:

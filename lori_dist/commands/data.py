@@ -57,13 +57,13 @@ def _count(text: str) -> int:
 
 
 def _of_task(run: config.Run, name: str, tokenizer: Any, num_rows: int) -> Iterator[str]:
-    from lori_dist.training import token_files
+    from lori_dist.training import token_cache
     from lori_dist.training.examples import encode, first_rows
 
     summary = []
     for number, (part, path) in enumerate(config.files(run.tasks[name])):
-        source = token_files.source_of(run, name, part, path)
-        kept = token_files.of_part(run, name, part, path, tokenizer)
+        source = token_cache.source_of(run, name, part, path)
+        kept = token_cache.of_part(run, name, part, path, tokenizer)
         if number == 0:
             texts = first_rows(source, tokenizer, num_rows)
             for row, (text, whole) in enumerate(zip(texts, encode(texts, tokenizer, UNCUT), strict=True)):

@@ -28,7 +28,7 @@ from lori_dist.evaluation._store import LM_EVAL, Key, Measured, Store
 from lori_dist.evaluation._writing import GREEDY, Sampling
 from lori_dist.rows import responses
 from lori_dist.scores import LOWER_IS_BETTER
-from lori_dist.training import token_files
+from lori_dist.training import token_cache
 from lori_dist.training.data import Example
 from lori_dist.training.metrics import Record
 from lori_dist.training.model import check, check_base, load_tokenizer
@@ -490,7 +490,7 @@ def _test_rows(run: config.Run, tokenizer: PreTrainedTokenizerBase, longest: int
     problems: list[str] = []
     for name, task in run.tasks.items():
         try:
-            found = token_files.of_part(run, name, "test", task.test, tokenizer)[: run.evaluate.rows]
+            found = token_cache.of_part(run, name, "test", task.test, tokenizer)[: run.evaluate.rows]
             if longest is not None:
                 found = sorted(found, key=lambda row: -len(row.prompt + row.response))[:longest]
             rows[name] = tuple(found)

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lori_dist import config, rows, tables
 from lori_dist.config import Run
 from lori_dist.errors import ConfigError
-from lori_dist.training import data, token_files
+from lori_dist.training import data, token_cache
 from lori_dist.training.model import load_tokenizer
 
 BYTES = 16_000_000
@@ -100,7 +100,7 @@ class Counter:
         template, where = self.run.tasks[task].template, f"tasks.{task}.{part}"
         if self.tokenizer is None:
             return Lengths(**self._lengths(path, template, where, "all"))
-        tokens = token_files.of_part(self.run, task, part, path, self.tokenizer).lengths
+        tokens = token_cache.of_part(self.run, task, part, path, self.tokenizer).lengths
         return Lengths(number=len(tokens), tokens=tokens, how="all")
 
     def _lengths(self, path: str, template: config.Template, where: str, how: str) -> dict[str, Any]:

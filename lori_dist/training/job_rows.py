@@ -14,12 +14,13 @@ from lori_dist import tables
 from lori_dist.config import Run, held_out, trained_as
 from lori_dist.errors import ConfigError
 from lori_dist.jobs import Job as Planned
-from lori_dist.training import data, token_files
+from lori_dist.training import data, token_cache
 from lori_dist.training.joint import Joint
 from lori_dist.training.joint import joint as joint_of
 from lori_dist.training.joint import rows_of_step as joint_rows
 from lori_dist.training.phases import Phase, phases
-from lori_dist.training.token_files import Rows, Show
+from lori_dist.training.token_cache import Show
+from lori_dist.training.token_files import Rows
 
 SMALL = 2**23
 """Bytes of files whose rows all become tokens, as that takes seconds."""
@@ -54,7 +55,7 @@ def row_files(run: Run, planned: Planned, tokenizer: PreTrainedTokenizerBase) ->
     with contextlib.suppress(OSError):  # for whoever reads them to say
         if sum(os.path.getsize(file.path) for file in files) <= SMALL:
             return found
-    if all(token_files.is_there(run, file.task, file.part, file.path, tokenizer) for file in files):
+    if all(token_cache.is_there(run, file.task, file.part, file.path, tokenizer) for file in files):
         return found
     counts = [[_count(file) - file.held_out for file in of_task] for of_task in found]
     if any(count <= 0 for of_task in counts for count in of_task):
@@ -77,12 +78,12 @@ def row_files(run: Run, planned: Planned, tokenizer: PreTrainedTokenizerBase) ->
 
 def rows_of(run: Run, planned: Planned, tokenizer: PreTrainedTokenizerBase) -> list[Rows]:
     """The rows of each task of a training job, with the tokens of those that its steps take. Raises as
-    `token_files.token_file`."""
+    `token_cache.token_file`."""
     found = []
     for of_task in row_files(run, planned, tokenizer):
         parts = []
         for file in of_task:
-            tokens = token_files.of_part(run, file.task, file.part, file.path, tokenizer, chosen=file.chosen)
+            tokens = token_cache.of_part(run, file.task, file.part, file.path, tokenizer, chosen=file.chosen)
             parts.append((tokens, len(tokens) - file.held_out))
         found.append(Rows(*parts))
     return found
@@ -108,7 +109,7 @@ def prepare(
             files = [RowFile(task=name, part=part, path=path)]
         for file in files:
             with _noting(problems):
-                token_files.of_part(run, name, part, path, tokenizer, chosen=file.chosen, show=show)
+                token_cache.of_part(run, name, part, path, tokenizer, chosen=file.chosen, show=show)
     if problems:
         raise ConfigError("\n".join(problems))
 

@@ -22,7 +22,7 @@ from lori_dist.formats import native
 from lori_dist.forms import LORI, FormChoice, declares
 from lori_dist.jobs import Job as Planned
 from lori_dist.jobs import task_seed
-from lori_dist.training import checkpoint, conflicts, data, masking, metrics, token_files, validation
+from lori_dist.training import checkpoint, conflicts, data, masking, metrics, token_cache, validation
 from lori_dist.training.data import Batch
 from lori_dist.training.divergence import Divergence
 from lori_dist.training.engine import State
@@ -139,7 +139,7 @@ def _validation(run: Run, tasks: Sequence[str], tokenizer: PreTrainedTokenizerBa
     if run.train.validate_every is None:
         return []
     paths = [(name, str(run.tasks[name].validation)) for name in tasks]
-    files = [token_files.of_part(run, name, "validation", path, tokenizer) for name, path in paths]
+    files = [token_cache.of_part(run, name, "validation", path, tokenizer) for name, path in paths]
     return [Rows((file, len(file))) for file in files]
 
 

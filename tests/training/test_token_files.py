@@ -24,10 +24,11 @@ from lori_dist.__main__ import main
 from lori_dist.config import Template
 from lori_dist.errors import ConfigError, JobError
 from lori_dist.jobs import plan
-from lori_dist.training import job_rows, token_files, tokenising
+from lori_dist.training import job_rows, token_cache, tokenising
 from lori_dist.training.data import encode, read
 from lori_dist.training.job_rows import Steps
-from lori_dist.training.token_files import ENDING, HEADER, TokenFile, token_file
+from lori_dist.training.token_cache import ENDING, token_file
+from lori_dist.training.token_files import HEADER, TokenFile
 from lori_dist.training.tokenising import Helper, Made, Work, made_of
 from tests.models import tiny_llama
 from tests.tokenizers import save, tiny_tokenizer
@@ -261,17 +262,17 @@ def test_a_folder_that_cannot_be_written_is_an_error_unless_the_tokens_are_there
         token_file(work(tmp_path / "rows.jsonl"))
     monkeypatch.setenv("LORI_CACHE", str(cache))
     wanted = [*token_file(work(tmp_path / "rows.jsonl"))]
-    monkeypatch.setattr(token_files, "_problem", lambda folder, **options: "cannot be written")
+    monkeypatch.setattr(token_cache, "_problem", lambda folder, **options: "cannot be written")
     assert [*token_file(work(tmp_path / "rows.jsonl"))] == wanted
 
 
 def test_a_home_that_cannot_be_written_has_a_folder_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LORI_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    assert token_files.cache_folder() == tmp_path / "home" / "lori_dist"
+    assert token_cache.cache_folder() == tmp_path / "home" / "lori_dist"
     monkeypatch.setenv("XDG_CACHE_HOME", str(lines(tmp_path) / "home"))
-    monkeypatch.setattr(token_files, "WITHOUT_HOME", (str(tmp_path),))
-    assert token_files.cache_folder() == tmp_path / f"lori-{os.getuid()}-cache"
+    monkeypatch.setattr(token_cache, "WITHOUT_HOME", (str(tmp_path),))
+    assert token_cache.cache_folder() == tmp_path / f"lori-{os.getuid()}-cache"
 
 
 def test_the_folder_keeps_what_was_used_last_and_what_is_in_use(
@@ -285,25 +286,25 @@ def test_the_folder_keeps_what_was_used_last_and_what_is_in_use(
         os.utime(max(files(cache), key=lambda file: file.stat().st_mtime), (1e9 + number, 1e9 + number))
     monkeypatch.setenv("LORI_CACHE_SIZE", str(3 * size))
     token_file(work(paths[3]))
-    assert {entry.notes["path"] for entry in token_files.entries()} == {str(paths[place]) for place in (0, 2, 3)}
+    assert {entry.notes["path"] for entry in token_cache.entries()} == {str(paths[place]) for place in (0, 2, 3)}
     assert main(["cache"]) == 0
     shown = capsys.readouterr().out
     assert f"{cache}: 3 files" in shown and str(paths[2]) in shown and "53" in shown
     assert main(["cache", "--clear"]) == 0
     assert "2 deleted" in (shown := capsys.readouterr().out) and "1 is in use" in shown
-    assert [entry.path for entry in token_files.entries()] == [used.path]
+    assert [entry.path for entry in token_cache.entries()] == [used.path]
     assert [*used] == encode([(row["prompt"], row["response"]) for row in ROWS], tiny_tokenizer(), 90)
 
 
 @pytest.mark.parametrize(("given", "wanted"), [("20GB", 2 * 10**10), ("1.5 MiB", 1_500_000), ("123", 123)])
 def test_the_size_of_the_folder_is_read(monkeypatch: pytest.MonkeyPatch, given: str, wanted: int) -> None:
     monkeypatch.setenv("LORI_CACHE_SIZE", given)
-    assert token_files.most_bytes() == wanted
+    assert token_cache.most_bytes() == wanted
     monkeypatch.setenv("LORI_CACHE_SIZE", f"{given} of bytes")
     with pytest.raises(
         ConfigError, match=r"LORI_CACHE_SIZE: got '.* of bytes'; wanted a number of bytes, such as 20GB"
     ):
-        token_files.most_bytes()
+        token_cache.most_bytes()
 
 
 def test_tokens_are_made_again_where_anything_differs_that_they_depend_on(tmp_path: Path, cache: Path) -> None:
