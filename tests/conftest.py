@@ -1,6 +1,7 @@
 """What all tests share: an environment of their own, and which tests can run here."""
 
 import functools
+import gc
 import os
 import sys
 from pathlib import Path
@@ -47,6 +48,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return group(nodeid.partition("::")[0])
 
     return Groups(config, log)
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # collections go over what tests make, not over the tests and all that was imported
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -4,6 +4,7 @@ They are forked from a server that has imported what is heavy, so only the first
 """
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -216,6 +217,7 @@ def _main(rank: int, setting: _Setting, log: Path, messages: Connection) -> None
         # It does not exit: the others would then fail for a closed connection before they have told where they stand.
         faulthandler.dump_traceback_later(setting.timeout, exit=False, file=stream)
         try:
+            gc.freeze()  # a collection would go over all that was imported, which takes half a second
             _enter(rank, setting)
             function, args = pickle.loads(setting.call)
             result = pickle.dumps(function(*args))

@@ -272,9 +272,7 @@ def test_compiled_together_and_in_sequence(run: Run, way: str, tmp_path: Path, m
         assert_equal(adapter(compiled, name), adapter(plain, name))
 
 
-@pytest.mark.parametrize(
-    "engine", [ENGINES[1], ENGINES[5], *(pytest.param(ENGINES[n], marks=pytest.mark.slow) for n in (2, 3, 4))]
-)
+@pytest.mark.parametrize("engine", [ENGINES[1], *(pytest.param(one, marks=SLOW) for one in ENGINES[2:])])
 def test_whatever_one_task_can_have_where_it_is_sharded(run: Run, engine: Choice) -> None:
     """States of one task are put back, its steps skipped, and its modules and A trained, beside those of others."""
     tree = config.dump(run)
