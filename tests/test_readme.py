@@ -148,7 +148,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def mine_of_readme() -> dict[str, Any]:
-    (text,) = [found.text for found in blocks("yaml", "README.md") if found.text.startswith("# mine.yaml")]
+    (text,) = [found.text for found in blocks("yaml", "README.md") if found.text.startswith("name: mine ")]
     return dict(yaml.safe_load(text))
 
 
