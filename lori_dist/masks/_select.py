@@ -28,7 +28,7 @@ class Rule:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Share:
+class ShareOfB:
     """The share of B that one of several processes holds: consecutive entries, in the order of the ranks."""
 
     b: Mapping[str, Tensor]
@@ -64,10 +64,10 @@ def largest(b: Mapping[str, Tensor], rule: Rule, density: float) -> dict[str, Te
     Raises ConfigError if density is outside (0, 1], AdapterError naming the module for an entry that is not finite.
     """
     sizes = {module: tensor.numel() for module, tensor in b.items()}
-    return largest_of(Share(b=b, starts=dict.fromkeys(b, 0), sizes=sizes), rule, density)
+    return largest_of(ShareOfB(b=b, starts=dict.fromkeys(b, 0), sizes=sizes), rule, density)
 
 
-def largest_of(share: Share, rule: Rule, density: float) -> dict[str, Tensor]:
+def largest_of(share: ShareOfB, rule: Rule, density: float) -> dict[str, Tensor]:
     """Does what `largest` does for the entries of this process, in their shapes. All processes must call it.
 
     The same is raised by all.
@@ -96,7 +96,7 @@ def largest_of(share: Share, rule: Rule, density: float) -> dict[str, Tensor]:
     return {module: masks[module] for module in share.b}
 
 
-def _refuse_not_finite(share: Share) -> None:
+def _refuse_not_finite(share: ShareOfB) -> None:
     found = share.total(torch.tensor([_num_not_finite(tensor) for tensor in share.b.values()], dtype=torch.int64))
     for module, num_strange in zip(share.b, found.tolist(), strict=True):
         if num_strange:
@@ -113,7 +113,7 @@ def _num_not_finite(tensor: Tensor) -> int:
 
 
 def _keep(
-    share: Share, keys: Keys, modules: Sequence[str], threshold: int, num_ties: int
+    share: ShareOfB, keys: Keys, modules: Sequence[str], threshold: int, num_ties: int
 ) -> Iterator[tuple[str, Tensor]]:
     for module in modules:
         tensor = share.b[module]
@@ -131,7 +131,7 @@ def _keep(
 
 
 def _thresholds(
-    share: Share, keys: Keys, bits: int, groups: Sequence[Sequence[str]], density: float
+    share: ShareOfB, keys: Keys, bits: int, groups: Sequence[Sequence[str]], density: float
 ) -> list[tuple[int, int]]:
     """(key, num_ties) of each group: this process keeps its entries above the key, and the first so many equal to it.
 

@@ -17,7 +17,7 @@ from lori_dist.adapter.per_task import is_a, module_of, tensor_of
 from lori_dist.adapter.saved import is_saved
 from lori_dist.errors import JobError
 from lori_dist.forms import Entry, FormChoice, of_one_layer
-from lori_dist.masks._select import Rule, Share, largest_of
+from lori_dist.masks._select import Rule, ShareOfB, largest_of
 from lori_dist.tensors import Stored
 from lori_dist.training import checkpoint
 from lori_dist.training.world import World, from_first
@@ -250,7 +250,7 @@ def _dealt(values: Stored, num_entries: int, mine: slice, world: World) -> Tenso
     return held
 
 
-def _share(held: Tensor, mine: slice, places: Mapping[str, slice], world: World) -> Share:
+def _share(held: Tensor, mine: slice, places: Mapping[str, slice], world: World) -> ShareOfB:
     b = {module: held[_common(place, mine)] for module, place in places.items()}
     starts = {module: _common(mine, place).start for module, place in places.items()}
 
@@ -260,7 +260,7 @@ def _share(held: Tensor, mine: slice, places: Mapping[str, slice], world: World)
         return summed.cpu()
 
     sizes = {module: place.stop - place.start for module, place in places.items()}
-    return Share(b=b, starts=starts, sizes=sizes, process=world.rank, num_processes=world.size, total=total)
+    return ShareOfB(b=b, starts=starts, sizes=sizes, process=world.rank, num_processes=world.size, total=total)
 
 
 def _everywhere(kept: Tensor, num_entries: int, world: World) -> Tensor:
