@@ -11,10 +11,9 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lori_dist.adapter import formed, per_task, saved, sharded
+from lori_dist.adapter import formed, per_task, saved, sharded, task_adapter, task_column
 from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec, in_memory
 from lori_dist.adapter.experts import AdaptedExperts, Expert, is_experts, matrices
-from lori_dist.adapter.formed import TaskAdapter
 from lori_dist.adapter.linear import (
     AdaptedLinear,
     BaseDelta,
@@ -32,6 +31,7 @@ from lori_dist.adapter.probe import probe
 from lori_dist.adapter.projection import checksum
 from lori_dist.adapter.routing import name_of
 from lori_dist.adapter.targets import is_number, kind, unnumbered
+from lori_dist.adapter.task_adapter import TaskAdapter
 from lori_dist.errors import AdapterError
 from lori_dist.plugin import nearest
 
@@ -103,9 +103,9 @@ def attach(
         sharded.join(model, _deltas(layers))
     setattr(model, ATTACHED, what)
     for one in list(formed.formed(layers).values())[:1]:
-        setattr(model, formed.ROUTING, one.routing)
+        setattr(model, task_column.ROUTING, one.routing)
         if one.routing is not None:
-            formed.route_by_column(model, one.routing)
+            task_column.route_by_column(model, one.routing)
         setattr(model, formed.PENALTIES, one.penalties)
     return layers
 
@@ -123,7 +123,7 @@ def layers_for(
         return _from_spec(model, what, masks, before)
     if isinstance(what, TaskAdapter):
         bases = trained_on(model, what)
-        return {path: AdaptedLinear(bases[path], [one]) for path, one in formed.deltas_of(bases, what, _device)}
+        return {path: AdaptedLinear(bases[path], [one]) for path, one in task_adapter.deltas_of(bases, what, _device)}
     if train and (len(what.blocks) != 1 or what.blocks[0].weight != 1.0):
         raise AdapterError(
             f"train: the adapter is a merge of {len(what.blocks)} weighted components; train one of one task, or "
@@ -168,8 +168,8 @@ def detach(model: nn.Module) -> None:
         ):
             _set(model, path, module.base)
     setattr(model, ATTACHED, None)
-    setattr(model, formed.ROUTING, None)
-    if (hook := vars(model).pop(formed.HOOK, None)) is not None:
+    setattr(model, task_column.ROUTING, None)
+    if (hook := vars(model).pop(task_column.HOOK, None)) is not None:
         hook.remove()
     setattr(model, formed.PENALTIES, None)
 

@@ -12,8 +12,10 @@ import torch
 
 from lori_dist import plugin, tensors
 from lori_dist.adapter.adapter import Adapter, Elsewhere, Entries
-from lori_dist.adapter.formed import Sizes, TaskAdapter, loaded_formed, of_task, split
+from lori_dist.adapter.form_tensors import Sizes
 from lori_dist.adapter.projection import GENERATOR
+from lori_dist.adapter.splitting import of_task, split
+from lori_dist.adapter.task_adapter import TaskAdapter, loaded_formed
 from lori_dist.errors import AdapterError, ConfigError
 from lori_dist.formats import native
 from lori_dist.formats.checks import (

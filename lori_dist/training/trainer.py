@@ -23,8 +23,11 @@ from lori_dist import config, plugin
 from lori_dist.adapter import packed
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.adapter.attach import attach, extract, projection_checksums, refuse_other_projections
-from lori_dist.adapter.formed import TaskAdapter, extract_formed, of_task, penalties_of, routing_of
+from lori_dist.adapter.formed import penalties_of
 from lori_dist.adapter.routing import Routing, adapter_of, module_of, name_of
+from lori_dist.adapter.splitting import of_task
+from lori_dist.adapter.task_adapter import TaskAdapter, extract_formed
+from lori_dist.adapter.task_column import routing_of
 from lori_dist.errors import ConfigError, JobError, LoriError
 from lori_dist.formats import forms, native
 from lori_dist.training import checkpoint, conflicts, data, flops, sequence_parallel, validation

@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lori_dist.adapter.formed import extract_formed
+from lori_dist.adapter.task_adapter import extract_formed
 from lori_dist.errors import AdapterError
 from lori_dist.formats import forms, native
 from tests.forms.made import CASES, fill

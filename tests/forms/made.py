@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lori_dist.adapter.adapter import Spec
 from lori_dist.adapter.attach import attach, match
-from lori_dist.adapter.formed import routing_of
 from lori_dist.adapter.linear import features
+from lori_dist.adapter.task_column import routing_of
 from lori_dist.forms import FormChoice, of_one_layer
 from lori_dist.training.data import Batch, collate
 from lori_dist.training.engine import trained

@@ -12,7 +12,10 @@ from transformers import Trainer, TrainingArguments
 from lori_dist import attach, attach_several, describe, detach, formats, load_adapter, load_tasks, plugin
 from lori_dist.__main__ import main
 from lori_dist.adapter.attach import adapted, separate_tasks
-from lori_dist.adapter.formed import TaskAdapter, extract_formed, formed, penalties_of, routing_of, split
+from lori_dist.adapter.formed import formed, penalties_of
+from lori_dist.adapter.splitting import split
+from lori_dist.adapter.task_adapter import TaskAdapter, extract_formed
+from lori_dist.adapter.task_column import routing_of
 from lori_dist.config import Train
 from lori_dist.errors import AdapterError
 from lori_dist.formats import forms
