@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lori_dist.adapter import formed, per_task, saved, sharded, task_adapter, task_column
+from lori_dist.adapter import formed, per_task, row_tokens, saved, sharded, task_adapter, task_column
 from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec, in_memory
 from lori_dist.adapter.experts import AdaptedExperts, Expert, is_experts, matrices
 from lori_dist.adapter.linear import (
@@ -33,6 +33,7 @@ from lori_dist.adapter.routing import name_of
 from lori_dist.adapter.targets import is_number, kind, unnumbered
 from lori_dist.adapter.task_adapter import TaskAdapter
 from lori_dist.errors import AdapterError
+from lori_dist.forms import declares
 from lori_dist.plugin import nearest
 
 ATTACHED = "lori_attached"
@@ -107,6 +108,8 @@ def attach(
         if one.routing is not None:
             task_column.route_by_column(model, one.routing)
         setattr(model, formed.PENALTIES, one.penalties)
+        if one.rows is not None:
+            row_tokens.watch(model, one.rows)
     return layers
 
 
@@ -172,6 +175,7 @@ def detach(model: nn.Module) -> None:
     if (hook := vars(model).pop(task_column.HOOK, None)) is not None:
         hook.remove()
     setattr(model, formed.PENALTIES, None)
+    row_tokens.unwatch(model)
 
 
 def put(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> None:
@@ -491,9 +495,13 @@ def _of_form(
             f"{expert}: is a matrix of fused experts, which take the form lori alone; exclude the experts, or remove "
             f"the form {spec.form.name}"
         )
+    if before is not None and not declares(spec.form.name, spec.form.options, "IN_SEQUENCE"):
+        raise AdapterError(f"before: the form {spec.form.name} cannot be added to what was trained earlier; remove it")
     if before is not None:
-        raise AdapterError(f"before: earlier entries are of the form lori, and this is {spec.form.name}; remove it")
-    found = formed.deltas_for(bases, spec, masks, _device)
+        if spec.projection == "trained":
+            raise AdapterError("projection: trained gives each task its own A, and before has another; set only one")
+        _refuse_other_projection(before, spec, {path: features(base) for path, base in bases.items()})
+    found = formed.deltas_for(bases, spec, masks, _device, before)
     return {path: AdaptedLinear(bases[path], [delta]) for path, delta in found}
 
 

@@ -13,15 +13,30 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lori_dist.adapter import sharded
-from lori_dist.adapter.adapter import Spec
+from lori_dist.adapter.adapter import Adapter, Spec
+from lori_dist.adapter.counted import Counts, counting
 from lori_dist.adapter.form_tensors import Sizes
 from lori_dist.adapter.linear import AdaptedLinear, BaseDelta, base_with_factors, features, share_as, with_factors
 from lori_dist.adapter.per_task import PerTask, of_tensor
 from lori_dist.adapter.projection import checksum
 from lori_dist.adapter.routing import NOBODY, Routing, Segment
+from lori_dist.adapter.row_tokens import Rows, Tokens
 from lori_dist.errors import AdapterError
-from lori_dist.forms import AnyForm, DependentForm, Entry, Form, Penalised, Site, of_one_layer
+from lori_dist.forms import (
+    AnyForm,
+    Choosing,
+    Counting,
+    DependentForm,
+    Entry,
+    Form,
+    Penalised,
+    Site,
+    Tensors,
+    of_one_layer,
+)
 
+PAST, PAST_RANKS = "past", "past_ranks"
+"""Buffers of a layer with what earlier tasks left, and the name of the former among its tensors."""
 PENALTIES = "lori_penalties"
 """Attribute of a model whose form has a penalty, for what all of its layers know of a step."""
 
@@ -41,6 +56,26 @@ def penalties_of(model: nn.Module) -> Penalties | None:
     return getattr(sharded.unwrapped(model), PENALTIES, None)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shared:
+    """What all layers of a form on a model have in common."""
+
+    routing: Routing | None
+    """Of rows to tasks, if each has an update of its own."""
+    penalties: Penalties
+    counts: Counts
+    rows: Rows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Past:
+    """The update that earlier tasks of a sequence left in a layer, on some rows of its A."""
+
+    b: Tensor  # (out_features, columns)
+    ranks: Tensor  # (columns,), int64: the row of A that each column meets
+    scale: float
+
+
 class FormedDelta(BaseDelta):
     """The tensors of a form for one module.
 
@@ -56,22 +91,29 @@ class FormedDelta(BaseDelta):
         out_features: int,
         spec: Spec,
         masks: Mapping[str, Tensor] | None,
-        routing: Routing | None,
-        penalties: Penalties,
+        shared: Shared,
         device: torch.device,
+        past: Past | None = None,
     ) -> None:
         """masks: name of each sparse tensor -> its mask, (out_features, rank), with the tasks first where each has its
-        own; None: all entries exist. routing: of rows to tasks, if each has an update of its own."""
+        own; None: all entries exist. past: of earlier tasks, which stays as it is."""
         super().__init__()
         assert spec.form is not None
         self.module, self.in_features, self.out_features = module, in_features, out_features
         self.choice, self.seed, self.dtype, self.rank = spec.form, spec.seed, spec.dtype, spec.rank
-        self.routing, self.per_task = routing, None
+        self.routing, self.per_task = shared.routing, None
         self.form = form_of(spec)
-        self.penalties = penalties if isinstance(self.form, Penalised) else None
+        self.penalties = shared.penalties if isinstance(self.form, Penalised) else None
         self.is_dependent = isinstance(self.form, DependentForm)
         site = Site(module=module, in_features=in_features, out_features=out_features, tasks=tuple(self.choice.tasks))
         self.sizes = Sizes.of(self.form, site)
+        counts = any(entry.counted for entry in self.entries.values())
+        self.counts = shared.counts if counts else None
+        self.is_of_rows = self.choice.is_of_rows
+        self.rows = shared.rows if self.is_of_rows or counts else None
+        self.past_scale = 0.0 if past is None else past.scale
+        self.register_buffer(PAST, _real(None if past is None else past.b, device), persistent=False)
+        self.register_buffer(PAST_RANKS, _real(None if past is None else past.ranks, device), persistent=False)
         self.kept = {name: self.sizes.numel(name) for name in self.entries}
         for name, entry in self.entries.items():
             index = None
@@ -79,9 +121,7 @@ class FormedDelta(BaseDelta):
                 index = self.sizes.index(name, _checked(module, name, masks, self.sizes.mask_shape(name)))
             if index is not None:
                 self.kept[name] = index.numel()
-                # What nothing could make again stays real even on the meta device.
-                index = index.to(index.device if device.type == "meta" else device)
-            self.register_buffer(_index(name), index, persistent=False)
+            self.register_buffer(_index(name), _real(index, device), persistent=False)
         for name, entry in self.entries.items():
             if not entry.trained:
                 self.register_buffer(_tensor(name), self._start(name, device), persistent=False)
@@ -112,6 +152,23 @@ class FormedDelta(BaseDelta):
         """Positions of a tensor's kept entries; None: all."""
         return self._buffers[_index(name)]
 
+    def states(self) -> dict[str, Tensor]:
+        """What follows from counts, by name, (rank,) each."""
+        return {name: self._buffers[_tensor(name)] for name, entry in self.entries.items() if entry.counted}  # type: ignore[misc]
+
+    @torch.no_grad()
+    def take(self, states: Mapping[str, Tensor]) -> None:
+        """Puts what follows from counts in place of what did before."""
+        for name, state in states.items():
+            held = self._buffers[_tensor(name)]
+            assert held is not None
+            held.copy_(state)
+
+    @torch.no_grad()
+    def after_step(self, counts: Tensor) -> None:
+        """counts: of a step, over all ranks, (rank,), int64."""
+        self.take(cast(Counting, self.form).after_step(self.states(), counts))
+
     def counted(self) -> tuple[int, int]:
         sizes = {name: self.sizes.numel(name) for name, entry in self.entries.items() if entry.trained}
         sparse = sum(size for name, size in sizes.items() if self.entries[name].sparse)
@@ -141,40 +198,90 @@ class FormedDelta(BaseDelta):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         segments = self._segments(x)
+        y = self._with_past(x, y)
         if self.is_empty or not segments:
             return y
         of_task = self._of_tasks()
 
         first = next((one.adapter for one in segments if one.adapter != NOBODY), NOBODY)
+        tokens = self.rows.of(self.module, x) if self.rows is not None and self._looks_at_rows else None
 
-        def updated(task: int, x: Tensor, y: Tensor) -> Tensor:
+        def updated(task: int, x: Tensor, y: Tensor, tokens: Tokens | None) -> Tensor:
             if task == NOBODY:
                 return y
             if self.is_dependent:
-                return y + cast(DependentForm, self.form).update(of_task(task), x.to(y.dtype))
+                tensors = of_task(task)
+                made = self._dependent(tensors, x.to(y.dtype), tokens)
+                return y + self._penalised(made, tensors, is_first=task == first)
             return with_factors(x, y, *self._factors(of_task(task), is_first=task == first), self.module)
 
         if len(segments) == 1:
-            return updated(segments[0].adapter, x, y)
+            return updated(segments[0].adapter, x, y, tokens)
         flat, rows = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-        made = [updated(one.adapter, flat[one.tokens], rows[one.tokens]) for one in segments]
+        made = [
+            updated(one.adapter, flat[one.tokens], rows[one.tokens], None if tokens is None else tokens.of(one.tokens))
+            for one in segments
+        ]
         return torch.cat(made).view(y.shape)
+
+    @property
+    def _looks_at_rows(self) -> bool:
+        """Whether this forward pass needs to know the tokens: to choose for rows, or to count what is trained on."""
+        return self.is_of_rows or torch.is_grad_enabled()
+
+    def _dependent(self, t: Tensors, x: Tensor, tokens: Tokens | None) -> Tensor:
+        """What an update that depends on the input adds. tokens: those of x, if they matter."""
+        if not isinstance(self.form, Choosing):
+            return cast(DependentForm, self.form).update(t, x)
+        flat = x.reshape(-1, x.shape[-1])
+        if self.is_of_rows:
+            assert tokens is not None
+            of_rows = self._chosen(t, flat, tokens)
+            chosen = {name: one[tokens.row] for name, one in of_rows.items()}
+        else:
+            of_rows = chosen = dict(self.form.choose(t, flat))
+        made = self.form.update(t, flat, chosen)
+        if self.counts is not None and tokens is not None:
+            weights = tokens.rows_that_count() if self.is_of_rows else tokens.counts
+            made = counting(made, of_rows["ranks"], weights, self.counts, self.module, self.rank)
+        return made.view(*x.shape[:-1], made.shape[-1])
+
+    def _chosen(self, t: Tensors, x: Tensor, tokens: Tokens) -> Mapping[str, Tensor]:
+        """What is chosen for each row, (rows, ...), or was when its prompt was read."""
+        assert self.rows is not None
+        if self.rows.continues:
+            return self.rows.kept(self.module)
+        chosen = cast(Choosing, self.form).choose(t, tokens.means(x))
+        if not torch.is_grad_enabled():
+            self.rows.chosen[self.module] = chosen
+        return chosen
+
+    def _with_past(self, x: Tensor, y: Tensor) -> Tensor:
+        past, ranks, a = self._buffers[PAST], self._buffers[PAST_RANKS], self._buffers.get(_tensor("a"))
+        if past is None or ranks is None or not past.numel():
+            return y
+        assert a is not None
+        return with_factors(x, y, self.past_scale * past, a[ranks], self.module)
 
     def adapted(self, x: Tensor, base: nn.Module) -> Tensor:
         segments = self._segments(x)
-        if len(segments) != 1 or segments[0].adapter == NOBODY or self.is_dependent:
+        if len(segments) != 1 or segments[0].adapter == NOBODY or self.is_dependent or self._buffers[PAST] is not None:
             return cast(Tensor, self(x, base(x)))
         return base_with_factors(x, base, *self._factors(self._of_tasks()(segments[0].adapter)), self.module)
 
     def _factors(self, tensors: Mapping[str, Tensor], *, is_first: bool = True) -> tuple[Tensor, Tensor]:
         """B and A, whose backward pass adds the penalty's gradient, once for a batch."""
         b, a = cast(Form, self.form).factors(tensors)
+        return self._penalised(b, tensors, is_first=is_first), a
+
+    def _penalised(self, tensor: Tensor, tensors: Mapping[str, Tensor], *, is_first: bool) -> Tensor:
+        """A tensor whose backward pass adds the penalty's gradient, once for a batch."""
         if self.penalties is not None and is_first and torch.is_grad_enabled():
             penalty = cast(Penalised, self.form).penalty(tensors, self.sizes.site)
             if penalty is not None:
                 share = 1 / (self.penalties.num_layers * self.penalties.num_micro_batches)
-                b = cast(Callable[..., Tensor], _Injected.apply)(b, penalty * share)
-        return b, a
+                return cast(Callable[..., Tensor], _Injected.apply)(tensor, penalty * share)
+        return tensor
 
     def _segments(self, x: Tensor) -> Sequence[Segment]:
         """The places of each task's tokens; all of them are the first task's where the update is one for all."""
@@ -187,12 +294,16 @@ class FormedDelta(BaseDelta):
 
     def _of_tasks(self) -> Callable[[int], dict[str, Tensor]]:
         """What gives the tensors of a task, differentiable."""
+        past = {} if self._buffers[PAST] is None else {PAST: self._buffers[PAST]}
         if self.per_task is None:
             shared: dict[str, Tensor | tuple[Tensor, ...]] = {}
             for name, entry in self.entries.items():
                 whole = self._dense(name, self._held(name))
                 shared[name] = whole.unbind() if entry.per_task else whole
-            return lambda task: {name: held[task] if isinstance(held, tuple) else held for name, held in shared.items()}
+            return lambda task: {
+                **{name: held[task] if isinstance(held, tuple) else held for name, held in shared.items()},
+                **past,
+            }
         count, trained = self.per_task.num_tasks, self.trained()
         apply = cast(Callable[..., Tensor], _FanOut.apply)
         fanned = {
@@ -201,7 +312,7 @@ class FormedDelta(BaseDelta):
         }
 
         def of_task(task: int) -> dict[str, Tensor]:
-            found = {}
+            found = dict(past)
             for name, entry in self.entries.items():
                 whole = self._dense(name, fanned[name][task] if name in fanned else self._held(name))
                 found[name] = whole[task] if entry.per_task else whole
@@ -240,7 +351,8 @@ class FormedDelta(BaseDelta):
             return share_as(self._start(name, result.device), tensor)
         if name is not None and name not in self.trained():
             return tensor.to(result.device)
-        if any(tensor is self.index(other) for other in self.entries):
+        lasting = [*map(self.index, self.entries), self._buffers[PAST], self._buffers[PAST_RANKS]]
+        if any(tensor is one for one in lasting):
             return tensor if result.is_meta else tensor.to(result.device)
         return super().moved(tensor, result)
 
@@ -255,6 +367,11 @@ def _tensor(name: str) -> str:
 
 def _index(name: str) -> str:
     return f"index_{name}"
+
+
+def _real(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    """On a device, but not on meta: what nothing could make again stays real even there."""
+    return tensor if tensor is None or device.type == "meta" else tensor.to(device)
 
 
 def _checked(module: str, name: str, masks: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
@@ -306,11 +423,16 @@ def form_of(spec: Spec) -> AnyForm:
 
 
 def deltas_for(
-    bases: Mapping[str, nn.Module], spec: Spec, masks: Mapping[str, Tensor] | None, device: Callable[[nn.Module], Any]
+    bases: Mapping[str, nn.Module],
+    spec: Spec,
+    masks: Mapping[str, Tensor] | None,
+    device: Callable[[nn.Module], Any],
+    before: Adapter | None = None,
 ) -> Iterator[tuple[str, FormedDelta]]:
     """Path -> the tensors of a form for each layer, and one routing for all of them.
 
-    masks: `path:tensor` -> the mask of a sparse tensor. Raises AdapterError for masks that do not fit.
+    masks: `path:tensor` -> the mask of a sparse tensor. before: what earlier tasks left, on the same A.
+    Raises AdapterError for masks that do not fit.
     """
     assert spec.form is not None
     own = {path: dict[str, Tensor]() for path in bases}
@@ -324,7 +446,12 @@ def deltas_for(
     routing = Routing(names=spec.form.tasks) if spec.form.is_per_task else None
     if routing is not None:
         routing.only(routing.names[0])
-    penalties = Penalties(num_layers=len(bases))
+    shared = Shared(
+        routing=routing,
+        penalties=Penalties(num_layers=len(bases)),
+        counts=Counts(),
+        rows=Rows(choose=spec.form.is_of_rows),
+    )
     for path, base in bases.items():
         out_features, in_features = features(base)
         yield (
@@ -335,9 +462,9 @@ def deltas_for(
                 out_features=out_features,
                 spec=spec,
                 masks=None if masks is None else own[path],
-                routing=routing,
-                penalties=penalties,
+                shared=shared,
                 device=device(base),
+                past=None if before is None else _past(path, before),
             ),
         )
 
@@ -345,3 +472,19 @@ def deltas_for(
 def formed(layers: Mapping[str, AdaptedLinear]) -> dict[str, FormedDelta]:
     """Path -> the tensors of a form, of the layers that have them."""
     return {path: one for path, layer in layers.items() for one in layer.deltas if isinstance(one, FormedDelta)}
+
+
+def _past(path: str, before: Adapter) -> Past:
+    """The columns of B that the adapters of earlier tasks have in a layer."""
+    columns, ranks = list[Tensor](), list[Tensor]()
+    out_features, _ = before.shapes[path]
+    for block in before.blocks:
+        if path in block.entries:
+            b = block.entries[path].dense(out_features, block.rank).float()
+            there = b.any(0).nonzero().squeeze(1)
+            columns.append(b[:, there])
+            ranks.append(there)
+    scale = before.blocks[0].scale
+    if not columns:
+        return Past(b=torch.zeros(out_features, 0), ranks=torch.zeros(0, dtype=torch.int64), scale=scale)
+    return Past(b=torch.cat(columns, dim=1), ranks=torch.cat(ranks), scale=scale)

@@ -11,7 +11,7 @@ from lori_dist.adapter.form_tensors import Sizes
 from lori_dist.adapter.projection import checksum
 from lori_dist.adapter.task_adapter import TaskAdapter, stacked
 from lori_dist.errors import AdapterError
-from lori_dist.forms import Form
+from lori_dist.forms import Form, Settling
 
 
 def split(adapter: TaskAdapter) -> dict[str, Adapter]:
@@ -27,7 +27,7 @@ def split(adapter: TaskAdapter) -> dict[str, Adapter]:
 def of_task(adapter: TaskAdapter, task: str) -> Adapter:
     """What `split` gives for one of the tasks."""
     form, number = adapter.made, adapter.form.tasks.index(task)
-    if not isinstance(form, Form):
+    if not isinstance(form, Form | Settling):
         raise AdapterError(dependent(adapter.form.name))
     modules = {module: adapter.sizes(module, form) for module in adapter.shapes}
     parts = {
@@ -60,14 +60,14 @@ class _Part:
     rank: int
 
 
-def _part(adapter: TaskAdapter, form: Form, sizes: Sizes, number: int) -> _Part | None:
+def _part(adapter: TaskAdapter, form: Form | Settling, sizes: Sizes, number: int) -> _Part | None:
     """None where the update is zero."""
     held = adapter.tensors.get(sizes.site.module, {})
     if not any(name in held for name, entry in sizes.entries.items() if entry.sparse):
         return None
     tensors, is_kept = dict[str, Tensor](), dict[str, Tensor]()
     for name, entry in sizes.entries.items():
-        if entry.trained:
+        if entry.is_stored:
             whole, mask = stacked(sizes, name, held.get(name))
         else:
             whole = sizes.start(name, adapter.form, adapter.seed, adapter.dtype, torch.device("cpu"))
@@ -76,7 +76,11 @@ def _part(adapter: TaskAdapter, form: Form, sizes: Sizes, number: int) -> _Part 
         if mask is not None and entry.sparse:
             own = mask[number] if entry.per_task else mask
             is_kept[name] = own.view(-1, *own.shape[-2:]).any(0)
-    b, a = form.factors(tensors)
+    if isinstance(form, Settling):
+        b, a = form.settled(tensors)
+        is_kept = {}  # of what training has kept, a part
+    else:
+        b, a = form.factors(tensors)
     b = (b / (adapter.alpha / adapter.rank)).float()
     # Kept entries whose value is zero are kept all the same.
     there = torch.stack([b != 0, *(mask for mask in is_kept.values() if mask.shape == b.shape)]).any(0)

@@ -16,7 +16,7 @@ from lori_dist.adapter.linear import AdaptedLinear
 from lori_dist.adapter.per_task import of_tensor
 from lori_dist.adapter.projection import GENERATOR
 from lori_dist.errors import AdapterError
-from lori_dist.forms import AnyForm, FormChoice, Site
+from lori_dist.forms import AnyForm, FormChoice, Site, of_one_layer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,8 +34,8 @@ class TaskAdapter:
     shapes: Mapping[str, tuple[int, int]]
     """Module path -> (out_features, in_features) of the weight it adapts, for every target."""
     tensors: Mapping[str, Mapping[str, Entries]]
-    """Module path -> name of a trained tensor -> its kept entries, in the flat tensor of all tasks. Tensors that keep
-    none are absent."""
+    """Module path -> name of a tensor that is trained, or follows from counts -> its kept entries, in the flat tensor
+    of all tasks. Tensors that keep none are absent."""
     checksums: Mapping[str, tuple[str, ...]]
     """Module path -> checksum of each A as its seed makes it, for every target."""
     targets: str | tuple[str, ...]
@@ -68,7 +68,9 @@ class TaskAdapter:
     @property
     def kept(self) -> int:
         """Entries that were trained and exist."""
-        return sum(entries.kept for tensors in self.tensors.values() for entries in tensors.values())
+        form = self.made
+        trained = {name for name, entry in form.entries(of_one_layer(self.form.tasks)).items() if entry.trained}
+        return sum(one.kept for tensors in self.tensors.values() for name, one in tensors.items() if name in trained)
 
     @property
     def total(self) -> int:
@@ -111,6 +113,8 @@ def extract_formed(
             found[name] = Entries(
                 index=None if index is None else index.cpu(), values=values[of_tensor(path, name)].float()
             )
+        if not delta.is_empty:
+            found |= {name: Entries(index=None, values=state.float().cpu()) for name, state in delta.states().items()}
         return found
 
     return TaskAdapter(
@@ -138,7 +142,7 @@ def deltas_of(
     for path in bases:
         sizes = adapter.sizes(path, form)
         for name, entry in sizes.entries.items():
-            if not entry.trained:
+            if not entry.is_stored:
                 continue
             whole, mask = stacked(sizes, name, adapter.tensors.get(path, {}).get(name))
             wholes[of_tensor(path, name)] = whole
@@ -151,6 +155,7 @@ def deltas_of(
         for name, parameter in delta.trained().items():
             index, flat = delta.index(name), wholes[of_tensor(path, name)].flatten()
             parameter.copy_(flat if index is None else flat[index.cpu().long()])
+        delta.take({name: wholes[of_tensor(path, name)] for name in delta.states()})
         if tuple(found := delta.checksums()) != adapter.checksums[path]:
             raise AdapterError(
                 f"{path}: A made from its seed has the checksums {found}, the adapter was trained with "

@@ -274,14 +274,14 @@ def _entries(
     sizes: Sizes, about: Mapping[str, Any], where: dict[str, Stored], dtype: torch.dtype
 ) -> Iterator[tuple[str, Entries]]:
     module = sizes.site.module
-    trained = {name: entry for name, entry in sizes.entries.items() if entry.trained}
+    stored = {name: entry for name, entry in sizes.entries.items() if entry.is_stored}
     for name, of_tensor in about.items():
         place, inside = f"{name} of {named(module)}", f"header: module {named(module)}: {named(name)}"
-        if name not in trained:
-            raise AdapterError(f"{inside} is not a tensor of this form, which has {', '.join(trained)}; {DAMAGED}")
+        if name not in stored:
+            raise AdapterError(f"{inside} is not a tensor of this form, which has {', '.join(stored)}; {DAMAGED}")
         shape, num_entries = list(sizes.shape(name)), sizes.numel(name)
         require(of_tensor["shape"] == shape, f"{inside}: shape", of_tensor["shape"], str(shape))
-        check_integer(f"{inside}: kept", of_tensor["kept"], 1 if trained[name].sparse else num_entries, num_entries)
+        check_integer(f"{inside}: kept", of_tensor["kept"], 1 if stored[name].sparse else num_entries, num_entries)
         values = _taken(where, _key(module, name))
         mask = _taken(where, f"{_key(module, name)}.mask") if of_tensor["kept"] < num_entries else None
         for tensor, wanted in ((values, dtype), (mask, torch.uint8)):

@@ -42,7 +42,7 @@ Q = "model.layers.0.self_attn.k_proj"
     [
         (
             lambda h, t: h["form"].update(name="os.path"),
-            "header: form is 'os.path', this program has fly, hydra, lilora, lori, mtl_lora",
+            "header: form is 'os.path', this program has dac, fly, hydra, lilora, lori, mixlora",
         ),
         (lambda h, t: h["form"].update(options={"heads": 0}), "form.heads: got 0"),
         (lambda h, t: h["form"].update(options={"heads": 5}), "b: shape is"),
