@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lori_dist.adapter import sharded
 from lori_dist.adapter.formed import FormedDelta, formed
 from lori_dist.adapter.linear import AdaptedLinear
+from lori_dist.adapter.row_tokens import rows_of
 
 States = Mapping[str, Mapping[str, list[float]]]
 """Module -> name -> what follows from its counts, as plain JSON."""
@@ -17,6 +18,8 @@ States = Mapping[str, Mapping[str, list[float]]]
 def _counting(model: nn.Module) -> dict[str, FormedDelta]:
     """Path -> the layers that count, in the order of the model, which is the same on all ranks."""
     model = sharded.unwrapped(model)
+    if rows_of(model) is None:  # as of most forms, in each step
+        return {}
     layers = {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLinear)}
     return {path: one for path, one in formed(layers).items() if one.counts is not None and not one.is_empty}
 

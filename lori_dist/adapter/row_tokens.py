@@ -92,7 +92,7 @@ class Rows:
         mask, labels, positions = (named.get(name) for name in ("attention_mask", "labels", "position_ids"))
         labels, self.labels = self.labels if labels is None else labels, None
         cache = named.get("past_key_values")
-        self.continues = cache is not None and bool(cache.get_seq_length())
+        self.continues = bool(getattr(cache, "get_seq_length", int)())
         length = shape[1]
         starts = torch.zeros(shape, dtype=torch.bool, device=device)
         starts[:, 0] = True
