@@ -84,8 +84,9 @@ def form(
 ) -> Choosing:
     """Each row takes some rows of A and columns of B from pools (MixLoRA): it cannot be folded, exported or merged.
 
-    It takes `rank` of each. experts: size of both pools, at least the rank; by default four times the rank. A router chooses rows of A from the
-    mean h of what the layer gets of a row's prompt, and another one columns of B from h and from the rows of A.
+    It takes `rank` of each. experts: size of both pools, at least the rank; by default four times the rank. A router
+    chooses rows of A from the mean h of what the layer gets of a row's prompt, and another one columns of B from h and
+    from the rows of A.
     gate: `soft` multiplies what is chosen by the probabilities of both choices, over their mean, so that routers learn;
     `hard` by nothing: routers are frozen, made from the seed. condition: `single`, the paper's: the probabilities of B
     are softmax(h) plus those that each chosen row of A gives; `double`: the latter under another softmax; `none`:

@@ -64,8 +64,9 @@ def form(
 
     active: ranks of a token; by default an eighth of all. partition: ranks that have one gate together, a divisor of
     the rank. bias: how much the gate of a rank rises after each step that took it less often than the mean rank, or
-    falls after one that took it more often; 0 for none. All tokens of the step count, of all processes, but padding. The
-    scale is alpha / active, and a token's gates sum to active. Raises ConfigError for numbers that do not fit the rank.
+    falls after one that took it more often; 0 for none. All tokens of the step count, of all processes, but padding.
+    The scale is alpha / active, and a token's gates sum to active. Raises ConfigError for numbers that do not fit the
+    rank.
     Source: SMoRA (arXiv 2501.15103) and StyxXuan/smora, which trains A (`adapter.projection: trained`). A frozen A and
     the mask of B are ours.
     """
