@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lori_dist.errors import ConfigError
 from lori_dist.forms import Choosing, Entry, Site, Tensors, pair
+from lori_dist.forms._counts import evened
 
 DEPENDENT: dict[str, list[str]] = {}
 AT_MOST_RANK = ("active",)
@@ -48,7 +49,7 @@ class Smora:
         return self.scale * (kept @ t["b"].to(x.dtype).t())
 
     def after_step(self, t: Tensors, counts: Tensor) -> Mapping[str, Tensor]:
-        return {"bias": t["bias"] + self.bias * torch.sign(counts.double().mean() - counts).to(t["bias"].dtype)}
+        return {"bias": evened(t["bias"], counts, self.bias)}
 
 
 def form(

@@ -83,7 +83,7 @@ CASES = {
     "thanora, A trained": Case(name="thanora", options={"weight": 2.0}, a="trained", density=None),
     "lilora": Case(name="lilora"),
     "lilora, A trained": Case(name="lilora", options={"task_rank": 1}, a="trained", density=None),
-    "fly": Case(name="fly", options={"active": 2}),
+    "fly": Case(name="fly", options={"active": 2, "bias": 0.05}),
     "smora": Case(name="smora", options={"active": 2, "partition": 2, "bias": 0.05}),
     "mixlora": Case(name="mixlora", options={"experts": 6}),
     "mixlora, as its code": Case(

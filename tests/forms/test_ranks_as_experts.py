@@ -12,7 +12,7 @@ from lori_dist.adapter.attach import adapted
 from lori_dist.adapter.form_states import end_step, states_of, take
 from lori_dist.adapter.formed import formed
 from lori_dist.errors import ConfigError
-from lori_dist.forms import Choosing, fly, smora
+from lori_dist.forms import fly, smora
 from lori_dist.training.engine import trained
 from tests.forms.made import Case, backward, batch_of, counts_of, fill, rows_of_step
 
@@ -31,15 +31,17 @@ def made(name: str, **options: Any) -> Any:
 
 
 def updated(one: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
-    found: Tensor = one.update(t, x, one.choose(t, x)) if isinstance(one, Choosing) else one.update(t, x)
+    found: Tensor = one.update(t, x, one.choose(t, x))
     return found
 
 
-def test_fly_is_the_formula_token_by_token() -> None:
-    t = tensors()
-    for token, found in zip(X, updated(made("fly", active=2), t, X), strict=True):
+@pytest.mark.parametrize("bias", [0.0, 0.1])
+def test_fly_is_the_formula_token_by_token(bias: float) -> None:
+    t = tensors() | {"bias": torch.tensor([0.3, -0.2, 0.1, 0.2])}
+    for token, found in zip(X, updated(made("fly", active=2, bias=bias), t, X), strict=True):
         reduced = t["a"] @ token
-        largest = sorted(range(4), key=lambda one: -abs(float(reduced[one])))[:2]
+        score = reduced + t["bias"] if bias else reduced
+        largest = sorted(range(4), key=lambda one: -abs(float(score[one])))[:2]
         torch.testing.assert_close(found, 2.0 * sum(t["b"][:, one] * reduced[one] for one in largest))
 
 
@@ -85,8 +87,9 @@ def test_a_router_learns_once_b_is_not_zero() -> None:
 BIASED = Case(name="smora", options={"active": 2, "bias": 0.25})
 
 
-def test_a_bias_moves_by_its_step_against_how_often_a_rank_was_taken() -> None:
-    one, t = made("smora", active=2, bias=0.25), {"bias": torch.tensor([0.5, 0.0, -0.5, 1.0])}
+@pytest.mark.parametrize("name", FORMS)
+def test_a_bias_moves_by_its_step_against_how_often_a_rank_was_taken(name: str) -> None:
+    one, t = made(name, active=2, bias=0.25), {"bias": torch.tensor([0.5, 0.0, -0.5, 1.0])}
     found = one.after_step(t, torch.tensor([5, 3, 0, 4]))
     assert found["bias"].tolist() == [0.25, 0.0, -0.25, 0.75]
     assert one.after_step(t, torch.zeros(4, dtype=torch.int64))["bias"].tolist() == t["bias"].tolist()
