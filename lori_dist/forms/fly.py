@@ -56,9 +56,9 @@ def form(
 ) -> Choosing:
     """Of A x, each token keeps the entries of largest magnitude (FlyLoRA): it cannot be folded, exported or merged.
 
-    active: how many, at most the rank; by default a quarter of it. bias: entries are chosen by the magnitude of A x plus
-    a bias, which rises by so much after each step that took an entry less often than the mean, and falls after one that
-    took it more often; 0 for none. All tokens of the step count, of all processes, but padding.
+    active: how many, at most the rank; by default a quarter of it. bias: entries are chosen by |A x + d|, where d
+    rises by so much for an entry after each step that took it less often than the mean, and falls after one that took
+    it more often; 0 for none. All tokens of the step count, of all processes, but padding.
     Raises ConfigError for more entries than the rank.
     Source: FlyLoRA (arXiv 2510.08396) and gfyddha/FlyLoRA, whose A is sparse and normal: here A is LoRI's. The mask of
     B is ours, and that the bias moves once in each step, whatever the number of micro-batches.
