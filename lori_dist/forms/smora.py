@@ -37,7 +37,8 @@ class Smora:
         return found
 
     def choose(self, t: Tensors, x: Tensor) -> Mapping[str, Tensor]:
-        routed = torch.sigmoid((x @ t["router"].to(x.dtype).t()).float()).repeat_interleave(self.partition, dim=-1)
+        logits = (x @ t["router"].to(x.dtype).t()).to(torch.promote_types(x.dtype, torch.float32))
+        routed = torch.sigmoid(logits).repeat_interleave(self.partition, dim=-1)
         if self.bias:
             routed = routed + t["bias"]
         gates, ranks = routed.topk(self.active, dim=-1)

@@ -107,7 +107,7 @@ def fill(model: Any, seed: int = 5) -> Any:
         for parameter in trained(model).values():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     for delta in formed(adapted(model)).values():
-        delta.take({name: torch.randn(one.shape, generator=generator) for name, one in delta.states().items()})
+        delta.take({name: 0.1 * torch.randn(one.shape, generator=generator) for name, one in delta.states().items()})
     return model
 
 

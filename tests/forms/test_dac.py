@@ -74,8 +74,8 @@ def test_what_is_left_are_the_ranks_with_most_votes_and_of_as_many_the_first(
 def test_the_penalty_is_of_the_ranks_with_most_votes_and_of_what_earlier_tasks_left() -> None:
     t = tensors() | {"votes": torch.tensor([0.0, 7.0, 9.0, 1.0])}
     assert made(keep=2).penalty(t, SITE) is None
-    past, b = torch.randn(5, 3, requires_grad=True), t["b"].requires_grad_()
-    found = made(keep=2, weight=0.5).penalty(t | {"past": past.detach()}, SITE)
+    past, b = torch.randn(5, 3), t["b"].requires_grad_()
+    found = made(keep=2, weight=0.5).penalty(t | {"past": past}, SITE)
     torch.testing.assert_close(found, 0.5 * (b[:, [1, 2]].t() @ past).abs().sum())
     found.backward()
     assert b.grad is not None
@@ -85,7 +85,7 @@ def test_the_penalty_is_of_the_ranks_with_most_votes_and_of_what_earlier_tasks_l
     apart[4] = 1.0
     with torch.no_grad():
         b[4] = 0.0
-    assert float(made(keep=2).penalty(t | {"past": apart}, SITE)) == 0
+    assert float(made(keep=2).penalty(t | {"past": apart}, SITE).detach()) == 0
 
 
 @pytest.mark.parametrize("options", [{"active": 5}, {"keep": 5}])
@@ -135,17 +135,23 @@ def test_what_earlier_tasks_left_is_part_of_the_model_and_stays() -> None:
         assert torch.equal(delta._buffers["past"], found)  # type: ignore[arg-type]
 
 
-def test_the_penalty_keeps_what_is_kept_orthogonal_to_the_past() -> None:
-    def overlap(weight: float) -> float:
-        model = Case(name="dac", options={"weight": weight}, before=True, density=None).model()
-        descend(model, range(4))
-        penalties = [
-            form(rank=4, alpha=8.0, trains_a=False, weight=1.0).penalty(delta._of_tasks()(0), SITE)
-            for delta in formed(adapted(model)).values()
-        ]
-        return sum(float(one) for one in penalties if one is not None)
+def test_a_step_follows_the_penalty_too_of_the_mean_over_layers() -> None:
+    """At the start B is zero, and so is the gradient of the penalty."""
 
-    assert overlap(1.0) < 0.9 * overlap(0.0)
+    def after(steps: int, weight: float) -> Any:
+        model = Case(name="dac", options={"weight": weight}, before=True, density=None).model()
+        descend(model, range(steps))
+        return model
+
+    plain, found, once = after(2, 0.0), trained(after(2, 5.0)), after(1, 0.0)
+    penalties = [
+        form(rank=4, alpha=8.0, trains_a=False, weight=5.0).penalty(delta._of_tasks()(0), SITE)
+        for delta in formed(adapted(once)).values()
+    ]
+    gradients = torch.autograd.grad(torch.stack(penalties).mean(), list(trained(once).values()))
+    assert any(bool(one.any()) for one in gradients)  # none where no row has taken the rank with most votes
+    for (name, parameter), gradient in zip(trained(plain).items(), gradients, strict=True):
+        torch.testing.assert_close(found[name], parameter - 0.5 * gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_another_form_or_a_trained_a_is_not_added_to_what_was_there() -> None:
