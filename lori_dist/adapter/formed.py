@@ -294,7 +294,8 @@ class FormedDelta(BaseDelta):
 
     def _of_tasks(self) -> Callable[[int], dict[str, Tensor]]:
         """What gives the tensors of a task, differentiable."""
-        past = {} if self._buffers[PAST] is None else {PAST: self._buffers[PAST]}
+        left = self._buffers[PAST]
+        past = {} if left is None else {PAST: left}
         if self.per_task is None:
             shared: dict[str, Tensor | tuple[Tensor, ...]] = {}
             for name, entry in self.entries.items():

@@ -180,8 +180,8 @@ class Reader:
 
     def _keeps_rows(self, rows: Sequence[Ids]) -> bool:
         """Whether rows can share what the model keeps of them."""
-        rows = rows_of(self.model)
-        if rows is not None and rows.choose:
+        seen = rows_of(self.model)
+        if seen is not None and seen.choose:
             return False  # what a form chooses for a row is kept for the rows of the last prompts alone
         if self._keeps is None:
             self._meet((None if self.routing is None else self.routing.names[0],))
