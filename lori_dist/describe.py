@@ -10,6 +10,7 @@ from lori_dist import plugin
 
 if TYPE_CHECKING:  # the list of methods needs no torch
     from lori_dist.adapter.adapter import Adapter
+    from lori_dist.forms import Entry
 
 ROLES: Mapping[str, str] = {
     "masks": "mask",
@@ -64,6 +65,13 @@ def adapter_file(path: Path) -> str:
     return "\n".join([*lines, "", blocks, "", "Density of B in percent:", table(*_densities(adapter))])
 
 
+def _owner(entry: "Entry") -> str:
+    """Whose a tensor of a form is."""
+    if entry.trained:
+        return "of each task" if entry.per_task else "of all tasks"
+    return "from counts" if entry.counted else "of a seed"
+
+
 def _form_file(path: Path) -> str:
     """A file in which each task has an update of its own: its tensors, summed over modules."""
     from lori_dist.formats import forms
@@ -89,7 +97,7 @@ def _form_file(path: Path) -> str:
             there = adapter.tensors[module].get(name)
             count[0] += there.kept if there is not None else 0
             count[1] += sizes.numel(name)
-            owned[name] = ("of each task" if entry.per_task else "of all tasks") if entry.trained else "of a seed"
+            owned[name] = _owner(entry)
     cells = [
         (name, owned[name], "-" if owned[name] == "of a seed" else f"{count[0]:,}", f"{count[1]:,}")
         for name, count in rows.items()

@@ -11,10 +11,9 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lori_dist.adapter import formed, per_task, saved, sharded
+from lori_dist.adapter import formed, per_task, row_tokens, saved, sharded, task_adapter, task_column
 from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec, in_memory
 from lori_dist.adapter.experts import AdaptedExperts, Expert, is_experts, matrices
-from lori_dist.adapter.formed import TaskAdapter
 from lori_dist.adapter.linear import (
     AdaptedLinear,
     BaseDelta,
@@ -32,7 +31,9 @@ from lori_dist.adapter.probe import probe
 from lori_dist.adapter.projection import checksum
 from lori_dist.adapter.routing import name_of
 from lori_dist.adapter.targets import is_number, kind, unnumbered
+from lori_dist.adapter.task_adapter import TaskAdapter
 from lori_dist.errors import AdapterError
+from lori_dist.forms import declares
 from lori_dist.plugin import nearest
 
 ATTACHED = "lori_attached"
@@ -103,10 +104,12 @@ def attach(
         sharded.join(model, _deltas(layers))
     setattr(model, ATTACHED, what)
     for one in list(formed.formed(layers).values())[:1]:
-        setattr(model, formed.ROUTING, one.routing)
+        setattr(model, task_column.ROUTING, one.routing)
         if one.routing is not None:
-            formed.route_by_column(model, one.routing)
+            task_column.route_by_column(model, one.routing)
         setattr(model, formed.PENALTIES, one.penalties)
+        if one.rows is not None:
+            row_tokens.watch(model, one.rows)
     return layers
 
 
@@ -123,7 +126,7 @@ def layers_for(
         return _from_spec(model, what, masks, before)
     if isinstance(what, TaskAdapter):
         bases = trained_on(model, what)
-        return {path: AdaptedLinear(bases[path], [one]) for path, one in formed.deltas_of(bases, what, _device)}
+        return {path: AdaptedLinear(bases[path], [one]) for path, one in task_adapter.deltas_of(bases, what, _device)}
     if train and (len(what.blocks) != 1 or what.blocks[0].weight != 1.0):
         raise AdapterError(
             f"train: the adapter is a merge of {len(what.blocks)} weighted components; train one of one task, or "
@@ -168,10 +171,11 @@ def detach(model: nn.Module) -> None:
         ):
             _set(model, path, module.base)
     setattr(model, ATTACHED, None)
-    setattr(model, formed.ROUTING, None)
-    if (hook := vars(model).pop(formed.HOOK, None)) is not None:
+    setattr(model, task_column.ROUTING, None)
+    if (hook := vars(model).pop(task_column.HOOK, None)) is not None:
         hook.remove()
     setattr(model, formed.PENALTIES, None)
+    row_tokens.unwatch(model)
 
 
 def put(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> None:
@@ -491,9 +495,13 @@ def _of_form(
             f"{expert}: is a matrix of fused experts, which take the form lori alone; exclude the experts, or remove "
             f"the form {spec.form.name}"
         )
+    if before is not None and not declares(spec.form.name, spec.form.options, "IN_SEQUENCE"):
+        raise AdapterError(f"before: the form {spec.form.name} cannot be added to what was trained earlier; remove it")
     if before is not None:
-        raise AdapterError(f"before: earlier entries are of the form lori, and this is {spec.form.name}; remove it")
-    found = formed.deltas_for(bases, spec, masks, _device)
+        if spec.projection == "trained":
+            raise AdapterError("projection: trained gives each task its own A, and before has another; set only one")
+        _refuse_other_projection(before, spec, {path: features(base) for path, base in bases.items()})
+    found = formed.deltas_for(bases, spec, masks, _device, before)
     return {path: AdaptedLinear(bases[path], [delta]) for path, delta in found}
 
 

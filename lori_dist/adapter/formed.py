@@ -1,32 +1,42 @@
-"""Layers of forms other than LoRI's own: their tensors on a model, and what was trained of them, apart from any model.
+"""Layers of forms other than LoRI's own: their tensors on a model.
 
 What a form declares is registered here once for all of them: trained tensors are flat float32 parameters, those of
 tasks stacked into one, and A is a buffer. So engines, checkpoints and masks need to know nothing of forms.
 """
 
-import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lori_dist.adapter import saved, sharded
-from lori_dist.adapter.adapter import Adapter, Block, Elsewhere, Entries, Spec, in_memory
+from lori_dist.adapter import sharded
+from lori_dist.adapter.adapter import Adapter, Spec
+from lori_dist.adapter.counted import Counts, counting
+from lori_dist.adapter.form_tensors import Sizes
 from lori_dist.adapter.linear import AdaptedLinear, BaseDelta, base_with_factors, features, share_as, with_factors
 from lori_dist.adapter.per_task import PerTask, of_tensor
-from lori_dist.adapter.projection import GENERATOR, Recipe, checksum, projection
+from lori_dist.adapter.projection import checksum
 from lori_dist.adapter.routing import NOBODY, Routing, Segment
+from lori_dist.adapter.row_tokens import Rows, Tokens
 from lori_dist.errors import AdapterError
-from lori_dist.forms import AnyForm, DependentForm, Entry, Form, FormChoice, Penalised, Site, of_one_layer
+from lori_dist.forms import (
+    AnyForm,
+    Choosing,
+    Counting,
+    DependentForm,
+    Entry,
+    Form,
+    Penalised,
+    Site,
+    Tensors,
+    of_one_layer,
+)
 
-ROUTING = "lori_routing"
-"""Attribute of a model in which tasks have updates of their own, for what routes rows to them."""
-
-
+PAST, PAST_RANKS = "past", "past_ranks"
+"""Buffers of a layer with what earlier tasks left, and the name of the former among its tensors."""
 PENALTIES = "lori_penalties"
 """Attribute of a model whose form has a penalty, for what all of its layers know of a step."""
 
@@ -46,107 +56,24 @@ def penalties_of(model: nn.Module) -> Penalties | None:
     return getattr(sharded.unwrapped(model), PENALTIES, None)
 
 
-def routing_of(model: nn.Module) -> Routing | None:
-    """What routes the rows of a batch to the tasks' own updates; None for a model that has none.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shared:
+    """What all layers of a form on a model have in common."""
 
-    Its names are the tasks. The model may be wrapped by DDP or an engine.
-    """
-    return getattr(sharded.unwrapped(model), ROUTING, None)
-
-
-COLUMN, HOOK = "task", "lori_column"
-"""Argument of a model's forward pass that names each row's task, and the attribute that has its hook."""
-
-
-def route_by_column(model: nn.Module, routing: Routing) -> None:
-    """Makes a model take `task` beside its inputs, as Trainers pass a column of their data on: the name or the number
-    of each row's task. It holds for the backward pass too.
-
-    Raises AdapterError, in a forward pass, for an unknown task, and for a batch without the column that follows one
-    with it.
-    """
-    last: list[tuple[tuple[int, int], ...]] = []
-
-    def number_of(task: Any) -> int:
-        if isinstance(task, str) and task in routing.names:
-            return routing.names.index(task)
-        if isinstance(task, str) or not 0 <= int(task) < len(routing.names):
-            raise AdapterError(f"{COLUMN}: unknown task {task!r}; there are {', '.join(routing.names)}")
-        return int(task)
-
-    def route(module: nn.Module, args: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        tasks = named.pop(COLUMN, None)
-        if tasks is not None:
-            routing.begin([number_of(task) for task in (tasks.tolist() if isinstance(tasks, Tensor) else tasks)])
-            last[:] = [routing.rows_of]
-        elif last and routing.only_one is None and routing.rows_of is last[0]:
-            raise AdapterError(f"{COLUMN}: the batch does not say which task its rows are of, as earlier ones did")
-        return args, named
-
-    setattr(model, HOOK, model.register_forward_pre_hook(route, with_kwargs=True))
+    routing: Routing | None
+    """Of rows to tasks, if each has an update of its own."""
+    penalties: Penalties
+    counts: Counts
+    rows: Rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sizes:
-    """The tensors of a form in one layer, stacked over tasks."""
+class Past:
+    """The update that earlier tasks of a sequence left in a layer, on some rows of its A."""
 
-    site: Site
-    entries: Mapping[str, Entry]
-
-    @classmethod
-    def of(cls, form: AnyForm, site: Site) -> "Sizes":
-        return cls(site=site, entries=form.entries(site))
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of the whole tensor: with the tasks first, where each has its own."""
-        entry = self.entries[name]
-        return (len(self.site.tasks), *entry.shape) if entry.per_task else entry.shape
-
-    def numel(self, name: str) -> int:
-        return math.prod(self.shape(name))
-
-    def mask_shape(self, name: str) -> tuple[int, ...]:
-        """Of the mask of a sparse tensor: one for all places before its last two axes, for each task with its own."""
-        entry = self.entries[name]
-        return (len(self.site.tasks), *entry.shape[-2:]) if entry.per_task else entry.shape[-2:]
-
-    def index(self, name: str, mask: Tensor) -> Tensor | None:
-        """Flat positions in the whole tensor of what a mask keeps, int32; None for all."""
-        entry = self.entries[name]
-        if bool(mask.all()):
-            return None
-        wide = mask.view(*mask.shape[:-2], *[1] * (len(entry.shape) - 2), *mask.shape[-2:]).expand(self.shape(name))
-        return wide.flatten().nonzero().squeeze(1).to(torch.int32)
-
-    def recipes(self, name: str, choice: FormChoice, seed: int, dtype: torch.dtype) -> list[Recipe]:
-        """How a tensor that starts as `a` is made: one recipe, or one for each task. Raises AdapterError where tasks
-        lack seeds."""
-        entry = self.entries[name]
-        if entry.per_task and not choice.seeds:
-            raise AdapterError(f"form: {choice.name} has an A for each task with these options; give their seeds")
-        seeds = choice.seeds if entry.per_task else (seed,)
-        rank, in_features = entry.shape
-        return [
-            Recipe(seed=one, module=self.site.module, rank=rank, in_features=in_features, dtype=dtype) for one in seeds
-        ]
-
-    def start(self, name: str, choice: FormChoice, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The whole tensor before training."""
-        entry, shape = self.entries[name], self.shape(name)
-        match entry.start:
-            case "a":
-                made = [recipe.make(device=device) for recipe in self.recipes(name, choice, seed, dtype)]
-                return torch.stack(made) if entry.per_task else made[0]
-            case "eye":
-                return torch.eye(entry.shape[-1], device=device).expand(shape).contiguous()
-            case "uniform":
-                place, columns = f"{self.site.module}:{name}", shape[-1]
-                rows = math.prod(shape) // columns
-                return projection(seed, place, rows, columns, device=device).view(shape)
-            case "ones":
-                return torch.ones(shape, device=device)
-            case "zeros":
-                return torch.zeros(shape, device=device)
+    b: Tensor  # (out_features, columns)
+    ranks: Tensor  # (columns,), int64: the row of A that each column meets
+    scale: float
 
 
 class FormedDelta(BaseDelta):
@@ -164,22 +91,29 @@ class FormedDelta(BaseDelta):
         out_features: int,
         spec: Spec,
         masks: Mapping[str, Tensor] | None,
-        routing: Routing | None,
-        penalties: Penalties,
+        shared: Shared,
         device: torch.device,
+        past: Past | None = None,
     ) -> None:
         """masks: name of each sparse tensor -> its mask, (out_features, rank), with the tasks first where each has its
-        own; None: all entries exist. routing: of rows to tasks, if each has an update of its own."""
+        own; None: all entries exist. past: of earlier tasks, which stays as it is."""
         super().__init__()
         assert spec.form is not None
         self.module, self.in_features, self.out_features = module, in_features, out_features
         self.choice, self.seed, self.dtype, self.rank = spec.form, spec.seed, spec.dtype, spec.rank
-        self.routing, self.per_task = routing, None
+        self.routing, self.per_task = shared.routing, None
         self.form = form_of(spec)
-        self.penalties = penalties if isinstance(self.form, Penalised) else None
+        self.penalties = shared.penalties if isinstance(self.form, Penalised) else None
         self.is_dependent = isinstance(self.form, DependentForm)
         site = Site(module=module, in_features=in_features, out_features=out_features, tasks=tuple(self.choice.tasks))
         self.sizes = Sizes.of(self.form, site)
+        counts = any(entry.counted for entry in self.entries.values())
+        self.counts = shared.counts if counts else None
+        self.is_of_rows = self.choice.is_of_rows
+        self.rows = shared.rows if self.is_of_rows or counts else None
+        self.past_scale = 0.0 if past is None else past.scale
+        self.register_buffer(PAST, _real(None if past is None else past.b, device), persistent=False)
+        self.register_buffer(PAST_RANKS, _real(None if past is None else past.ranks, device), persistent=False)
         self.kept = {name: self.sizes.numel(name) for name in self.entries}
         for name, entry in self.entries.items():
             index = None
@@ -187,9 +121,7 @@ class FormedDelta(BaseDelta):
                 index = self.sizes.index(name, _checked(module, name, masks, self.sizes.mask_shape(name)))
             if index is not None:
                 self.kept[name] = index.numel()
-                # What nothing could make again stays real even on the meta device.
-                index = index.to(index.device if device.type == "meta" else device)
-            self.register_buffer(_index(name), index, persistent=False)
+            self.register_buffer(_index(name), _real(index, device), persistent=False)
         for name, entry in self.entries.items():
             if not entry.trained:
                 self.register_buffer(_tensor(name), self._start(name, device), persistent=False)
@@ -220,6 +152,23 @@ class FormedDelta(BaseDelta):
         """Positions of a tensor's kept entries; None: all."""
         return self._buffers[_index(name)]
 
+    def states(self) -> dict[str, Tensor]:
+        """What follows from counts, by name, (rank,) each."""
+        return {name: self._buffers[_tensor(name)] for name, entry in self.entries.items() if entry.counted}  # type: ignore[misc]
+
+    @torch.no_grad()
+    def take(self, states: Mapping[str, Tensor]) -> None:
+        """Puts what follows from counts in place of what did before."""
+        for name, state in states.items():
+            held = self._buffers[_tensor(name)]
+            assert held is not None
+            held.copy_(state)
+
+    @torch.no_grad()
+    def after_step(self, counts: Tensor) -> None:
+        """counts: of a step, over all ranks, (rank,), int64."""
+        self.take(cast(Counting, self.form).after_step(self.states(), counts))
+
     def counted(self) -> tuple[int, int]:
         sizes = {name: self.sizes.numel(name) for name, entry in self.entries.items() if entry.trained}
         sparse = sum(size for name, size in sizes.items() if self.entries[name].sparse)
@@ -249,40 +198,90 @@ class FormedDelta(BaseDelta):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         segments = self._segments(x)
+        y = self._with_past(x, y)
         if self.is_empty or not segments:
             return y
         of_task = self._of_tasks()
 
         first = next((one.adapter for one in segments if one.adapter != NOBODY), NOBODY)
+        tokens = self.rows.of(self.module, x) if self.rows is not None and self._looks_at_rows else None
 
-        def updated(task: int, x: Tensor, y: Tensor) -> Tensor:
+        def updated(task: int, x: Tensor, y: Tensor, tokens: Tokens | None) -> Tensor:
             if task == NOBODY:
                 return y
             if self.is_dependent:
-                return y + cast(DependentForm, self.form).update(of_task(task), x.to(y.dtype))
+                tensors = of_task(task)
+                made = self._dependent(tensors, x.to(y.dtype), tokens)
+                return y + self._penalised(made, tensors, is_first=task == first)
             return with_factors(x, y, *self._factors(of_task(task), is_first=task == first), self.module)
 
         if len(segments) == 1:
-            return updated(segments[0].adapter, x, y)
+            return updated(segments[0].adapter, x, y, tokens)
         flat, rows = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-        made = [updated(one.adapter, flat[one.tokens], rows[one.tokens]) for one in segments]
+        made = [
+            updated(one.adapter, flat[one.tokens], rows[one.tokens], None if tokens is None else tokens.of(one.tokens))
+            for one in segments
+        ]
         return torch.cat(made).view(y.shape)
+
+    @property
+    def _looks_at_rows(self) -> bool:
+        """Whether this forward pass needs to know the tokens: to choose for rows, or to count what is trained on."""
+        return self.is_of_rows or torch.is_grad_enabled()
+
+    def _dependent(self, t: Tensors, x: Tensor, tokens: Tokens | None) -> Tensor:
+        """What an update that depends on the input adds. tokens: those of x, if they matter."""
+        if not isinstance(self.form, Choosing):
+            return cast(DependentForm, self.form).update(t, x)
+        flat = x.reshape(-1, x.shape[-1])
+        if self.is_of_rows:
+            assert tokens is not None
+            of_rows = self._chosen(t, flat, tokens)
+            chosen = {name: one[tokens.row] for name, one in of_rows.items()}
+        else:
+            of_rows = chosen = dict(self.form.choose(t, flat))
+        made = self.form.update(t, flat, chosen)
+        if self.counts is not None and tokens is not None:
+            weights = tokens.rows_that_count() if self.is_of_rows else tokens.counts
+            made = counting(made, of_rows["ranks"], weights, self.counts, self.module, self.rank)
+        return made.view(*x.shape[:-1], made.shape[-1])
+
+    def _chosen(self, t: Tensors, x: Tensor, tokens: Tokens) -> Mapping[str, Tensor]:
+        """What is chosen for each row, (rows, ...), or was when its prompt was read."""
+        assert self.rows is not None
+        if self.rows.continues:
+            return self.rows.kept(self.module)
+        chosen = cast(Choosing, self.form).choose(t, tokens.means(x))
+        if not torch.is_grad_enabled():
+            self.rows.chosen[self.module] = chosen
+        return chosen
+
+    def _with_past(self, x: Tensor, y: Tensor) -> Tensor:
+        past, ranks, a = self._buffers[PAST], self._buffers[PAST_RANKS], self._buffers.get(_tensor("a"))
+        if past is None or ranks is None or not past.numel():
+            return y
+        assert a is not None
+        return with_factors(x, y, self.past_scale * past, a[ranks], self.module)
 
     def adapted(self, x: Tensor, base: nn.Module) -> Tensor:
         segments = self._segments(x)
-        if len(segments) != 1 or segments[0].adapter == NOBODY or self.is_dependent:
+        if len(segments) != 1 or segments[0].adapter == NOBODY or self.is_dependent or self._buffers[PAST] is not None:
             return cast(Tensor, self(x, base(x)))
         return base_with_factors(x, base, *self._factors(self._of_tasks()(segments[0].adapter)), self.module)
 
     def _factors(self, tensors: Mapping[str, Tensor], *, is_first: bool = True) -> tuple[Tensor, Tensor]:
         """B and A, whose backward pass adds the penalty's gradient, once for a batch."""
         b, a = cast(Form, self.form).factors(tensors)
+        return self._penalised(b, tensors, is_first=is_first), a
+
+    def _penalised(self, tensor: Tensor, tensors: Mapping[str, Tensor], *, is_first: bool) -> Tensor:
+        """A tensor whose backward pass adds the penalty's gradient, once for a batch."""
         if self.penalties is not None and is_first and torch.is_grad_enabled():
             penalty = cast(Penalised, self.form).penalty(tensors, self.sizes.site)
             if penalty is not None:
                 share = 1 / (self.penalties.num_layers * self.penalties.num_micro_batches)
-                b = cast(Callable[..., Tensor], _Injected.apply)(b, penalty * share)
-        return b, a
+                return cast(Callable[..., Tensor], _Injected.apply)(tensor, penalty * share)
+        return tensor
 
     def _segments(self, x: Tensor) -> Sequence[Segment]:
         """The places of each task's tokens; all of them are the first task's where the update is one for all."""
@@ -295,12 +294,17 @@ class FormedDelta(BaseDelta):
 
     def _of_tasks(self) -> Callable[[int], dict[str, Tensor]]:
         """What gives the tensors of a task, differentiable."""
+        left = self._buffers[PAST]
+        past = {} if left is None else {PAST: left}
         if self.per_task is None:
             shared: dict[str, Tensor | tuple[Tensor, ...]] = {}
             for name, entry in self.entries.items():
                 whole = self._dense(name, self._held(name))
                 shared[name] = whole.unbind() if entry.per_task else whole
-            return lambda task: {name: held[task] if isinstance(held, tuple) else held for name, held in shared.items()}
+            return lambda task: {
+                **{name: held[task] if isinstance(held, tuple) else held for name, held in shared.items()},
+                **past,
+            }
         count, trained = self.per_task.num_tasks, self.trained()
         apply = cast(Callable[..., Tensor], _FanOut.apply)
         fanned = {
@@ -309,7 +313,7 @@ class FormedDelta(BaseDelta):
         }
 
         def of_task(task: int) -> dict[str, Tensor]:
-            found = {}
+            found = dict(past)
             for name, entry in self.entries.items():
                 whole = self._dense(name, fanned[name][task] if name in fanned else self._held(name))
                 found[name] = whole[task] if entry.per_task else whole
@@ -348,7 +352,8 @@ class FormedDelta(BaseDelta):
             return share_as(self._start(name, result.device), tensor)
         if name is not None and name not in self.trained():
             return tensor.to(result.device)
-        if any(tensor is self.index(other) for other in self.entries):
+        lasting = [*map(self.index, self.entries), self._buffers[PAST], self._buffers[PAST_RANKS]]
+        if any(tensor is one for one in lasting):
             return tensor if result.is_meta else tensor.to(result.device)
         return super().moved(tensor, result)
 
@@ -363,6 +368,11 @@ def _tensor(name: str) -> str:
 
 def _index(name: str) -> str:
     return f"index_{name}"
+
+
+def _real(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    """On a device, but not on meta: what nothing could make again stays real even there."""
+    return tensor if tensor is None or device.type == "meta" else tensor.to(device)
 
 
 def _checked(module: str, name: str, masks: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
@@ -414,11 +424,16 @@ def form_of(spec: Spec) -> AnyForm:
 
 
 def deltas_for(
-    bases: Mapping[str, nn.Module], spec: Spec, masks: Mapping[str, Tensor] | None, device: Callable[[nn.Module], Any]
+    bases: Mapping[str, nn.Module],
+    spec: Spec,
+    masks: Mapping[str, Tensor] | None,
+    device: Callable[[nn.Module], Any],
+    before: Adapter | None = None,
 ) -> Iterator[tuple[str, FormedDelta]]:
     """Path -> the tensors of a form for each layer, and one routing for all of them.
 
-    masks: `path:tensor` -> the mask of a sparse tensor. Raises AdapterError for masks that do not fit.
+    masks: `path:tensor` -> the mask of a sparse tensor. before: what earlier tasks left, on the same A.
+    Raises AdapterError for masks that do not fit.
     """
     assert spec.form is not None
     own = {path: dict[str, Tensor]() for path in bases}
@@ -432,7 +447,12 @@ def deltas_for(
     routing = Routing(names=spec.form.tasks) if spec.form.is_per_task else None
     if routing is not None:
         routing.only(routing.names[0])
-    penalties = Penalties(num_layers=len(bases))
+    shared = Shared(
+        routing=routing,
+        penalties=Penalties(num_layers=len(bases)),
+        counts=Counts(),
+        rows=Rows(choose=spec.form.is_of_rows),
+    )
     for path, base in bases.items():
         out_features, in_features = features(base)
         yield (
@@ -443,9 +463,9 @@ def deltas_for(
                 out_features=out_features,
                 spec=spec,
                 masks=None if masks is None else own[path],
-                routing=routing,
-                penalties=penalties,
+                shared=shared,
                 device=device(base),
+                past=None if before is None else _past(path, before),
             ),
         )
 
@@ -455,287 +475,17 @@ def formed(layers: Mapping[str, AdaptedLinear]) -> dict[str, FormedDelta]:
     return {path: one for path, layer in layers.items() for one in layer.deltas if isinstance(one, FormedDelta)}
 
 
-# --- what was trained ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TaskAdapter:
-    """What was trained of a form: tensors, from which `split` makes an adapter of each task."""
-
-    form: FormChoice
-    rank: int
-    alpha: float
-    seed: int
-    """Seed of what all tasks have in common."""
-    trains_a: bool
-    dtype: torch.dtype = torch.float32
-    """Data type of A, where it is frozen."""
-    shapes: Mapping[str, tuple[int, int]]
-    """Module path -> (out_features, in_features) of the weight it adapts, for every target."""
-    tensors: Mapping[str, Mapping[str, Entries]]
-    """Module path -> name of a trained tensor -> its kept entries, in the flat tensor of all tasks. Tensors that keep
-    none are absent."""
-    checksums: Mapping[str, tuple[str, ...]]
-    """Module path -> checksum of each A as its seed makes it, for every target."""
-    targets: str | tuple[str, ...]
-    base: Mapping[str, Any] = field(default_factory=dict)
-    generator: str = GENERATOR
-    saved: Mapping[str, Tensor | Elsewhere] = field(default_factory=dict)
-
-    @property
-    def made(self) -> AnyForm:
-        return self.form.form(rank=self.rank, alpha=self.alpha, trains_a=self.trains_a)
-
-    @property
-    def spec(self) -> Spec:
-        """What it was before it was trained."""
-        return Spec(
-            rank=self.rank,
-            alpha=self.alpha,
-            seed=self.seed,
-            targets=self.targets,
-            dtype=self.dtype,
-            projection="trained" if self.trains_a else "cached",
-            form=self.form,
-        )
-
-    def sizes(self, module: str, form: AnyForm | None = None) -> Sizes:
-        out_features, in_features = self.shapes[module]
-        site = Site(module=module, in_features=in_features, out_features=out_features, tasks=self.form.tasks)
-        return Sizes.of(form or self.made, site)
-
-    @property
-    def kept(self) -> int:
-        """Entries that were trained and exist."""
-        return sum(entries.kept for tensors in self.tensors.values() for entries in tensors.values())
-
-    @property
-    def total(self) -> int:
-        """Entries of all trained tensors, kept or not."""
-        form = self.made
-        return sum(
-            sizes.numel(name)
-            for sizes in (self.sizes(module, form) for module in self.shapes)
-            for name, entry in sizes.entries.items()
-            if entry.trained
-        )
-
-
-def extract_formed(
-    model: nn.Module, *, values: Mapping[str, Tensor] | None = None, base: Mapping[str, Any] | None = None
-) -> TaskAdapter:
-    """What a model that trains a form holds. A collective where the model is sharded: every rank calls it.
-
-    values: `per_task.of_tensor(path, name)` -> kept entries on the CPU, in the place of the parameters; a parameter
-    that is trained in full has the key `saved.key(name)`. base: identity of the base.
-    Raises AdapterError for a model that does not train one.
-    """
-    model = sharded.unwrapped(model)
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLinear)}
-    deltas, spec = formed(layers), getattr(model, "lori_attached", None)
-    if not isinstance(spec, Spec) or spec.form is None:
-        raise AdapterError("model: trains no form other than lori; use extract")
-    if values is None:
-        sharded.reshard(model)
-        held: dict[str, Tensor] = {
-            of_tensor(path, name): one for path, delta in deltas.items() for name, one in delta.trained().items()
-        }
-        held |= {saved.key(name): one for name, one in saved.parameters(model).items()}
-        values = {name: sharded.full(one).flatten() for name, one in held.items()}
-
-    def entries(path: str, delta: FormedDelta) -> dict[str, Entries]:
-        found = {}
-        for name in delta.trained():
-            index = delta.index(name)
-            found[name] = Entries(
-                index=None if index is None else index.cpu(), values=values[of_tensor(path, name)].float()
-            )
-        return found
-
-    return TaskAdapter(
-        form=spec.form,
-        rank=spec.rank,
-        alpha=spec.alpha,
-        seed=spec.seed,
-        trains_a=spec.projection == "trained",
-        dtype=spec.dtype,
-        shapes={path: (delta.out_features, delta.in_features) for path, delta in deltas.items()},
-        tensors={path: entries(path, delta) for path, delta in deltas.items()},
-        checksums={path: tuple(delta.checksums()) for path, delta in deltas.items()},
-        targets=spec.targets,
-        base=dict(base or {}),
-        saved={name: values[saved.key(name)].view(shape) for name, shape in saved.shapes(model).items()},
-    )
-
-
-def split(adapter: TaskAdapter) -> dict[str, Adapter]:
-    """Task -> an ordinary adapter with what the form gives that task, which everything that takes adapters takes.
-
-    Where the factors' A is the seeded one, it stays a seed, and B is as sparse as the form leaves it; else both are
-    stored. Raises AdapterError where A is another than it was in training.
-    """
-    return {task: of_task(adapter, task) for task in adapter.form.tasks}
-
-
-@torch.no_grad()
-def of_task(adapter: TaskAdapter, task: str) -> Adapter:
-    """What `split` gives for one of the tasks."""
-    form, number = adapter.made, adapter.form.tasks.index(task)
-    if not isinstance(form, Form):
-        raise AdapterError(dependent(adapter.form.name))
-    modules = {module: adapter.sizes(module, form) for module in adapter.shapes}
-    parts = {
-        module: part for module, sizes in modules.items() if (part := _part(adapter, form, sizes, number)) is not None
-    }
-    return Adapter(
-        shapes=dict(adapter.shapes),
-        blocks=(_block(adapter, modules, task, number, parts),),
-        targets=adapter.targets,
-        base=dict(adapter.base),
-        generator=adapter.generator,
-        saved=dict(adapter.saved),
-    )
-
-
-def dependent(name: str) -> str:
-    """Why the adapter of a form is none for all that takes factors."""
-    return (
-        f"the update of the form {name} depends on the input, so it cannot be folded, exported or merged; attach it, "
-        "or use `lori evaluate` and `lori generate`"
-    )
-
-
-@torch.no_grad()
-def deltas_of(
-    bases: Mapping[str, nn.Module], adapter: TaskAdapter, device: Callable[[nn.Module], Any]
-) -> Iterator[tuple[str, FormedDelta]]:
-    """Path -> the trained tensors of a form for each layer. Raises AdapterError where A is another than in training."""
-    form, masks, wholes = adapter.made, dict[str, Tensor](), dict[str, Tensor]()
-    for path in bases:
-        sizes = adapter.sizes(path, form)
-        for name, entry in sizes.entries.items():
-            if not entry.trained:
-                continue
-            whole, mask = _whole(sizes, name, adapter.tensors.get(path, {}).get(name))
-            wholes[of_tensor(path, name)] = whole
-            if entry.sparse:
-                # The places of a task's tensor have one mask.
-                own = mask if entry.per_task else mask[None]
-                kept = own.view(len(own), -1, *own.shape[-2:])[:, 0]
-                masks[of_tensor(path, name)] = kept if entry.per_task else kept[0]
-    for path, delta in deltas_for(bases, adapter.spec, masks, device):
-        for name, parameter in delta.trained().items():
-            index, flat = delta.index(name), wholes[of_tensor(path, name)].flatten()
-            parameter.copy_(flat if index is None else flat[index.cpu().long()])
-        if tuple(found := delta.checksums()) != adapter.checksums[path]:
-            raise AdapterError(
-                f"{path}: A made from its seed has the checksums {found}, the adapter was trained with "
-                f"{list(adapter.checksums[path])}; the file is damaged or comes from another generator"
-            )
-        yield path, delta
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Part:
-    """A task's update of one module."""
-
-    entries: Entries  # of B, without the scale
-    a: Tensor | None  # None: as a seed makes it
-    rank: int
-
-
-def _part(adapter: TaskAdapter, form: Form, sizes: Sizes, number: int) -> _Part | None:
-    """None where the update is zero."""
-    held = adapter.tensors.get(sizes.site.module, {})
-    if not any(name in held for name, entry in sizes.entries.items() if entry.sparse):
-        return None
-    tensors, is_kept = dict[str, Tensor](), dict[str, Tensor]()
-    for name, entry in sizes.entries.items():
-        if entry.trained:
-            whole, mask = _whole(sizes, name, held.get(name))
-        else:
-            whole = sizes.start(name, adapter.form, adapter.seed, adapter.dtype, torch.device("cpu"))
-            mask = None
-        tensors[name] = whole[number] if entry.per_task else whole
-        if mask is not None and entry.sparse:
-            own = mask[number] if entry.per_task else mask
-            is_kept[name] = own.view(-1, *own.shape[-2:]).any(0)
-    b, a = form.factors(tensors)
-    b = (b / (adapter.alpha / adapter.rank)).float()
-    # Kept entries whose value is zero are kept all the same.
-    there = torch.stack([b != 0, *(mask for mask in is_kept.values() if mask.shape == b.shape)]).any(0)
-    if not bool(there.any()):
-        return None
-    index = None if bool(there.all()) else there.flatten().nonzero().squeeze(1).to(torch.int32)
-    values = b.flatten() if index is None else b.flatten()[index.long()]
-    is_seeded = any(a is tensors[name] for name, entry in sizes.entries.items() if not entry.trained)
-    return _Part(
-        entries=Entries(index=index, values=values.contiguous()),
-        a=None if is_seeded else a.float().contiguous(),
-        rank=b.shape[1],
-    )
-
-
-def _whole(sizes: Sizes, name: str, entries: Entries | None) -> tuple[Tensor, Tensor]:
-    """A trained tensor of all tasks, and which entries exist."""
-    shape = sizes.shape(name)
-    if entries is None:
-        return torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
-    if entries.index is None:
-        return entries.values.float().view(shape), torch.ones(shape, dtype=torch.bool)
-    flat, mask = torch.zeros(sizes.numel(name)), torch.zeros(sizes.numel(name), dtype=torch.bool)
-    flat[entries.index.long()] = entries.values.float()
-    mask[entries.index.long()] = True
-    return flat.view(shape), mask.view(shape)
-
-
-def _block(
-    adapter: TaskAdapter, modules: Mapping[str, Sizes], task: str, number: int, parts: Mapping[str, _Part]
-) -> Block:
-    entries = {module: part.entries for module, part in parts.items()}
-    # The scale is the form's, whatever the rank of what it gives.
-    alpha_of_row = adapter.alpha / adapter.rank
-    if parts and any(part.a is not None for part in parts.values()):
-        projections = {module: part.a for module, part in parts.items() if part.a is not None}
-        rank = max(part.rank for part in parts.values())
-        return Block(
-            name=task,
-            seed=None,
-            rank=rank,
-            alpha=alpha_of_row * rank,
-            dtype=torch.float32,
-            entries=entries,
-            checksums={module: checksum(a) for module, a in projections.items()},
-            projections=projections,
-        )
-    name, entry = next((name, one) for name, one in next(iter(modules.values())).entries.items() if one.start == "a")
-    which = number if entry.per_task else 0
-    made = {
-        module: checksum(sizes.recipes(name, adapter.form, adapter.seed, adapter.dtype)[which].make(device="cpu"))
-        for module, sizes in modules.items()
-    }
-    wrong = next((module for module, found in made.items() if found != adapter.checksums[module][which]), None)
-    if wrong is not None:
-        raise AdapterError(
-            f"{wrong}: A made from its seed has checksum {made[wrong]}, the adapter was trained with "
-            f"{adapter.checksums[wrong][which]}; the file is damaged or comes from another generator"
-        )
-    return Block(
-        name=task,
-        seed=adapter.form.seeds[number] if entry.per_task else adapter.seed,
-        rank=entry.shape[0],
-        alpha=alpha_of_row * entry.shape[0],
-        dtype=adapter.dtype,
-        entries=entries,
-        checksums=made,
-    )
-
-
-def loaded_formed(adapter: TaskAdapter) -> TaskAdapter:
-    """The adapter with all in memory that lay in a file."""
-    tensors = {
-        module: {name: Entries(index=one.index, values=one.values) for name, one in of_module.items()}
-        for module, of_module in adapter.tensors.items()
-    }
-    saved_there = {name: in_memory(tensor) for name, tensor in adapter.saved.items()}
-    return dataclasses.replace(adapter, tensors=tensors, saved=saved_there)
+def _past(path: str, before: Adapter) -> Past:
+    """The columns of B that the adapters of earlier tasks have in a layer."""
+    columns, ranks = list[Tensor](), list[Tensor]()
+    out_features, _ = before.shapes[path]
+    for block in before.blocks:
+        if path in block.entries:
+            b = block.entries[path].dense(out_features, block.rank).float()
+            there = b.any(0).nonzero().squeeze(1)
+            columns.append(b[:, there])
+            ranks.append(there)
+    scale = before.blocks[0].scale
+    if not columns:
+        return Past(b=torch.zeros(out_features, 0), ranks=torch.zeros(0, dtype=torch.int64), scale=scale)
+    return Past(b=torch.cat(columns, dim=1), ranks=torch.cat(ranks), scale=scale)

@@ -100,10 +100,13 @@ def _forms(run: Run) -> Iterator[str]:
             "put the file into lori_dist/forms"
         )
         return
-    if run.multitask.name != "joint":
+    in_sequence = of_form(run, "IN_SEQUENCE")
+    if run.multitask.name not in ("joint", *(["sequential"] if in_sequence else [])):
+        how = "together, or one after the other" if in_sequence else "together"
+        wanted = "joint or sequential" if in_sequence else "joint"
         yield (
-            f"adapter.form: {form.name} trains the tasks together, and multitask is {run.multitask.name}; set that to "
-            "joint, or use lori"
+            f"adapter.form: {form.name} trains the tasks {how}, and multitask is {run.multitask.name}; set that to "
+            f"{wanted}, or use lori"
         )
     if run.adapter.projection == "recomputed":
         yield f"adapter.projection: recomputed is for the form lori, and adapter.form is {form.name}; use cached"
@@ -112,10 +115,16 @@ def _forms(run: Run) -> Iterator[str]:
             f"adapter.rank: got {run.adapter.rank} for {len(run.tasks)} tasks, of which {form.name} gives each a part; "
             "give at least as many"
         )
-    for option in plugin.find(FORMS.folder, form.name, FORMS.role, "adapter.form").constants.get("AT_MOST_RANK", ()):
+    method = plugin.find(FORMS.folder, form.name, FORMS.role, "adapter.form")
+    for option in method.constants.get("AT_MOST_RANK", ()):
         given = form.options.get(option)
         if isinstance(given, int) and given > run.adapter.rank:
             yield f"adapter.form.{option}: got {given}, and adapter.rank is {run.adapter.rank}; give at most that"
+    for option in method.constants.get("AT_LEAST_RANK", ()):
+        given = form.options.get(option)
+        if isinstance(given, int) and given < run.adapter.rank:
+            yield f"adapter.form.{option}: got {given}, and adapter.rank is {run.adapter.rank}; give at least that"
+    yield from _of_rows(run, method)
     if is_per_task(run) and run.evaluate.lm_eval is not None:
         yield (
             f"evaluate.lm_eval: cannot be combined with adapter.form {form.name}, which has an update for each task of "
@@ -124,6 +133,24 @@ def _forms(run: Run) -> Iterator[str]:
     for name, merge in run.merges.items():
         if merge.search is not None:
             yield f"merges.{name}.search: cannot be combined with adapter.form {form.name}; give weights"
+
+
+def _of_rows(run: Run, method: plugin.Method) -> Iterator[str]:
+    """What a form cannot do that looks at whole rows."""
+    form = run.adapter.form
+    chooses, option = of_form(run, "OF_ROWS"), method.constants.get("COUNTS")
+    counts = option is not None and form.options.get(option, method.options[option].default) != 0
+    if run.train.sequence_parallel > 1 and (chooses or counts):
+        remedy = "remove it" if chooses else f"remove it, or set adapter.form.{option} to 0"
+        yield (
+            f"train.sequence_parallel: cannot be combined with adapter.form {form.name}, which looks at whole rows; "
+            f"{remedy}"
+        )
+    if chooses and run.evaluate.lm_eval is not None:
+        yield (
+            f"evaluate.lm_eval: cannot be combined with adapter.form {form.name}, which looks at the prompt of a row, "
+            "and lm-eval does not say where that ends; remove it"
+        )
 
 
 def _attention(run: Run) -> Iterator[str]:

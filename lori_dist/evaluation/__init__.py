@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lori_dist import config, formats, plugin
 from lori_dist.adapter import packed
 from lori_dist.adapter.adapter import Adapter
-from lori_dist.adapter.formed import TaskAdapter
+from lori_dist.adapter.task_adapter import TaskAdapter
 from lori_dist.errors import ConfigError
 from lori_dist.evaluation._answers import BASE, Reader
 from lori_dist.evaluation._passes import attached, passes_of

@@ -20,6 +20,7 @@ from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lori_dist.adapter.routing import NOBODY, Routing
+from lori_dist.adapter.row_tokens import rows_of
 from lori_dist.evaluation._batches import Side, by_length, hides_padding, left_padded, without_settings
 from lori_dist.evaluation._kept import keeps_rows, read, read_on
 from lori_dist.evaluation._rows import Answer, Continuation, Likelihood, Request
@@ -179,6 +180,9 @@ class Reader:
 
     def _keeps_rows(self, rows: Sequence[Ids]) -> bool:
         """Whether rows can share what the model keeps of them."""
+        seen = rows_of(self.model)
+        if seen is not None and seen.choose:
+            return False  # what a form chooses for a row is kept for the rows of the last prompts alone
         if self._keeps is None:
             self._meet((None if self.routing is None else self.routing.names[0],))
             with self._hooked():

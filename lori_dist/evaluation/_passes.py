@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from lori_dist.adapter import attach, packed
 from lori_dist.adapter.adapter import Adapter
-from lori_dist.adapter.formed import TaskAdapter
+from lori_dist.adapter.task_adapter import TaskAdapter
 from lori_dist.evaluation._answers import Reader
 
 

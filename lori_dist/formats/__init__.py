@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lori_dist.adapter.adapter import Adapter, loaded
-from lori_dist.adapter.formed import TaskAdapter
+from lori_dist.adapter.task_adapter import TaskAdapter
 from lori_dist.errors import AdapterError
 from lori_dist.formats import forms, native, official, peft, tuner
 from lori_dist.formats.lazy import naming

@@ -12,8 +12,10 @@ import torch
 
 from lori_dist import plugin, tensors
 from lori_dist.adapter.adapter import Adapter, Elsewhere, Entries
-from lori_dist.adapter.formed import Sizes, TaskAdapter, loaded_formed, of_task, split
+from lori_dist.adapter.form_tensors import Sizes
 from lori_dist.adapter.projection import GENERATOR
+from lori_dist.adapter.splitting import of_task, split
+from lori_dist.adapter.task_adapter import TaskAdapter, loaded_formed
 from lori_dist.errors import AdapterError, ConfigError
 from lori_dist.formats import native
 from lori_dist.formats.checks import (
@@ -272,14 +274,14 @@ def _entries(
     sizes: Sizes, about: Mapping[str, Any], where: dict[str, Stored], dtype: torch.dtype
 ) -> Iterator[tuple[str, Entries]]:
     module = sizes.site.module
-    trained = {name: entry for name, entry in sizes.entries.items() if entry.trained}
+    stored = {name: entry for name, entry in sizes.entries.items() if entry.is_stored}
     for name, of_tensor in about.items():
         place, inside = f"{name} of {named(module)}", f"header: module {named(module)}: {named(name)}"
-        if name not in trained:
-            raise AdapterError(f"{inside} is not a tensor of this form, which has {', '.join(trained)}; {DAMAGED}")
+        if name not in stored:
+            raise AdapterError(f"{inside} is not a tensor of this form, which has {', '.join(stored)}; {DAMAGED}")
         shape, num_entries = list(sizes.shape(name)), sizes.numel(name)
         require(of_tensor["shape"] == shape, f"{inside}: shape", of_tensor["shape"], str(shape))
-        check_integer(f"{inside}: kept", of_tensor["kept"], 1 if trained[name].sparse else num_entries, num_entries)
+        check_integer(f"{inside}: kept", of_tensor["kept"], 1 if stored[name].sparse else num_entries, num_entries)
         values = _taken(where, _key(module, name))
         mask = _taken(where, f"{_key(module, name)}.mask") if of_tensor["kept"] < num_entries else None
         for tensor, wanted in ((values, dtype), (mask, torch.uint8)):

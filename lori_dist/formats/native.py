@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lori_dist import tensors
 from lori_dist.adapter.adapter import Adapter, Block, Elsewhere, Entries, in_memory, loaded
-from lori_dist.adapter.formed import dependent
 from lori_dist.adapter.projection import DTYPES, GENERATOR
+from lori_dist.adapter.splitting import dependent
 from lori_dist.errors import AdapterError
 from lori_dist.files import parse_json, require_regular
 from lori_dist.formats.checks import (

@@ -5,8 +5,10 @@ the factors of each task's update (`factors`). Forward pass, export, fold and me
 they cannot disagree; a form whose update depends on the input has `update` instead, and the forward pass alone.
 Constants of the file say how, each a mapping from options to the values that ask for it: `PER_TASK`, tasks have updates
 of their own; `OWN_A`, each has its own A; `RANK_FOR_EACH`, each needs a part of the rank; `DEPENDENT`, the update
-depends on the input. `PENALTY` names the option that is the weight of a penalty, `AT_MOST_RANK` those that are at
-most the rank.
+depends on the input; `OF_ROWS`, what is chosen is chosen for a row; `SETTLES`, at its end a training makes an ordinary
+adapter of it; `IN_SEQUENCE`, it may be trained on one task after the other. `PENALTY` names the option that is the
+weight of a penalty, `COUNTS` one that is zero where layers count nothing, `AT_MOST_RANK` and `AT_LEAST_RANK` those that
+are at most, or at least, the rank.
 """
 
 import functools
@@ -49,10 +51,16 @@ class Entry:
     start: Start = "zeros"
     """a: the projection of the seed; uniform: on +-1/sqrt(the last size), from the seed as well."""
     trained: bool = True
-    """A tensor that is not trained starts as `a`, and is regenerated: it is in no file."""
+    """A tensor that is not trained is regenerated from the seed: it is in no file."""
+    counted: bool = False
+    """It follows from what layers count: (rank,), not `trained`, zero at the start, in checkpoints and files."""
     sparse: bool = False
     """Calibration chooses which entries exist. The last two axes are those of B, (out_features, rank); all places of
     axes before them have one mask. Starts at zero."""
+
+    @property
+    def is_stored(self) -> bool:
+        return self.trained or self.counted
 
 
 def pair(site: Site, rank: int, *, trains_a: bool) -> dict[str, Entry]:
@@ -92,11 +100,47 @@ class DependentForm(AnyForm, Protocol):
 
 
 @runtime_checkable
+class Choosing(AnyForm, Protocol):
+    """A dependent form that chooses something, for each token or, with the constant `OF_ROWS`, for each row: then from
+    the mean of what the tokens of its prompt bring, so that the answer does not matter and may not be there yet."""
+
+    def choose(self, t: Tensors, x: Tensor) -> Mapping[str, Tensor]:
+        """What is chosen for x, (tokens or rows, in_features): name -> (tokens or rows, ...). Where layers count,
+        `ranks` are the numbers of the ranks that are taken."""
+        ...
+
+    def update(self, t: Tensors, x: Tensor, chosen: Mapping[str, Tensor]) -> Tensor:
+        """As that of a `DependentForm`. chosen: for each token."""
+        ...
+
+
+@runtime_checkable
+class Counting(Choosing, Protocol):
+    """A form whose layers count how often they take each rank, over all ranks of a step and all tokens, or rows, that
+    have something to learn from."""
+
+    def after_step(self, t: Tensors, counts: Tensor) -> Mapping[str, Tensor]:
+        """Name -> what a `counted` tensor is after a step. counts: of the step, (rank,), int64."""
+        ...
+
+
+@runtime_checkable
+class Settling(AnyForm, Protocol):
+    """A form of which a training makes an ordinary adapter at its end. Its file has the constant `SETTLES`."""
+
+    def settled(self, t: Tensors) -> tuple[Tensor, Tensor]:
+        """B and A as `Form.factors` gives them."""
+        ...
+
+
+@runtime_checkable
 class Penalised(Protocol):
     """A form that adds something to what is minimised."""
 
     def penalty(self, t: Tensors, site: Site) -> Tensor | None:
-        """What one layer adds, 0-dim, with its weight in it; None: nothing. Of all layers the mean is taken."""
+        """What one layer adds, 0-dim, with its weight in it; None: nothing. Of all layers the mean is taken.
+
+        t: of a training in sequence also `past`, (out_features, columns): the B that earlier tasks left."""
         ...
 
 
@@ -136,6 +180,16 @@ class FormChoice:
     def is_dependent(self) -> bool:
         """Whether the update depends on the input."""
         return declares(self.name, self.options, "DEPENDENT")
+
+    @property
+    def is_of_rows(self) -> bool:
+        """Whether something is chosen for each row."""
+        return declares(self.name, self.options, "OF_ROWS")
+
+    @property
+    def settles(self) -> bool:
+        """Whether a training makes an ordinary adapter of it."""
+        return declares(self.name, self.options, "SETTLES")
 
 
 def declares(name: str, options: Mapping[str, Any], constant: str) -> bool:

@@ -95,7 +95,7 @@ def _of_penalty(run: Run, balance: str) -> Iterator[str]:
     form = run.adapter.form
     method = plugin.find("forms", form.name, "form", "adapter.form")
     option = method.constants.get("PENALTY")
-    if option is None or balance == "none":
+    if option is None or balance == "none" or of_form(run, "IN_SEQUENCE"):  # which then compares tasks of a sequence
         return
     if form.options.get(option, method.options[option].default):
         yield (

@@ -33,6 +33,11 @@ def _problems(run: Run, masks: str) -> Iterator[str]:
         yield f"tasks: a sequence needs at least two, got {', '.join(run.tasks)} alone; add one"
     if not run.adapter.share_projection:
         yield "adapter.share_projection: is false, and tasks in sequence have one A; set it to true"
+    if masks == "disjoint" and run.adapter.form.name != "lori":
+        yield (
+            f"multitask.masks: got disjoint, which is for the form lori, and adapter.form is {run.adapter.form.name}; "
+            "set it to independent"
+        )
     if run.merges:
         yield f"merges: got {', '.join(run.merges)}, and the last adapter has all tasks; remove merges"
     count, most = len(run.tasks), int(1 / run.adapter.density + 1e-9)

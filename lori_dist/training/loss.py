@@ -13,10 +13,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from lori_dist.adapter.formed import FormedDelta, routing_of
+from lori_dist.adapter.formed import FormedDelta
 from lori_dist.adapter.linear import AdaptedLinear, RoutedLinear, is_product, is_quantized
 from lori_dist.adapter.probe import Probe, probe
+from lori_dist.adapter.row_tokens import rows_of
 from lori_dist.adapter.saved import RoutedModule
+from lori_dist.adapter.task_column import routing_of
 from lori_dist.training.data import IGNORED, Batch
 
 CHUNK = 2**24
@@ -84,12 +86,14 @@ def _losses(model: nn.Module, batch: Batch) -> Tensor:
     inputs |= (
         {"attention_mask": batch.attention_mask} if batch.position_ids is None else {"position_ids": batch.position_ids}
     )
+    if (rows := rows_of(model)) is not None:
+        rows.labels = batch.labels  # which the model is not given
     following = batch.next_labels()
     predicts = following != IGNORED  # (rows, length): tokens before a target
     targets = following[predicts]
     if (head := _frozen_head(model)) is not None:
         return _head_losses(model, inputs, head, predicts, targets)
-    if _known(model).keeps_logits and not (batch.tasks is not None and _head_has_tasks(model)):
+    if _known(model).keeps_logits and not _head_sees_rows(model, batch):
         logits = model(**inputs, logits_to_keep=predicts).logits
     else:
         logits = model(**inputs).logits[predicts]
@@ -128,15 +132,19 @@ def _frozen_head(model: nn.Module) -> nn.Linear | None:
     return head
 
 
-def _head_has_tasks(model: nn.Module) -> bool:
-    """Whether the head computes each task's tokens in its own way, so that it has to see all tokens of all rows."""
+def _head_sees_rows(model: nn.Module, batch: Batch) -> bool:
+    """Whether the head computes tokens in a way that follows from their task or row, so that it has to see all of
+    them."""
     inner = _unwrapped(model)
     head = None if inner is None else inner.get_output_embeddings()
+    has_tasks = batch.tasks is not None
     if isinstance(head, AdaptedLinear):
-        return isinstance(head, RoutedLinear) or any(
-            delta.per_task is not None or isinstance(delta, FormedDelta) for delta in head.deltas
-        )
-    return isinstance(head, RoutedModule)
+        of_forms = [delta for delta in head.deltas if isinstance(delta, FormedDelta)]
+        if any(delta.rows is not None for delta in of_forms):
+            return True
+        is_routed = isinstance(head, RoutedLinear) or any(delta.per_task is not None for delta in head.deltas)
+        return has_tasks and (is_routed or bool(of_forms))
+    return has_tasks and isinstance(head, RoutedModule)
 
 
 def _chunk_size(vocabulary: int) -> int:

@@ -226,9 +226,9 @@ def digest_of(masks: Mapping[str, Tensor] | None) -> str | None:
     return digest.hexdigest()
 
 
-def form_of(run: Run) -> FormChoice | None:
-    """The form that a run trains for all of its tasks together; None: LoRI's own."""
-    chosen, tasks = run.adapter.form, tuple(run.tasks)
+def form_of(run: Run, task: str) -> FormChoice | None:
+    """The form of a training job: of all tasks of the run together, or of one in a sequence; None: LoRI's own."""
+    chosen, tasks = run.adapter.form, (task,) if run.multitask.name == "sequential" else tuple(run.tasks)
     if chosen.name == LORI:
         return None
     seeds = tuple(task_seed(run, task) for task in tasks)
@@ -248,7 +248,7 @@ def spec_of(run: Run, task: str) -> Spec:
         projection=adapter.projection,
         modules_to_save=adapter.modules_to_save,
         exclude=adapter.exclude,
-        form=form_of(run),
+        form=form_of(run, task),
     )
 
 

@@ -20,11 +20,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lori_dist import config, plugin
-from lori_dist.adapter import packed
+from lori_dist.adapter import form_states, packed
 from lori_dist.adapter.adapter import Adapter
 from lori_dist.adapter.attach import attach, extract, projection_checksums, refuse_other_projections
-from lori_dist.adapter.formed import TaskAdapter, extract_formed, of_task, penalties_of, routing_of
+from lori_dist.adapter.formed import penalties_of
 from lori_dist.adapter.routing import Routing, adapter_of, module_of, name_of
+from lori_dist.adapter.splitting import of_task
+from lori_dist.adapter.task_adapter import TaskAdapter, extract_formed
+from lori_dist.adapter.task_column import routing_of
 from lori_dist.errors import ConfigError, JobError, LoriError
 from lori_dist.formats import forms, native
 from lori_dist.training import checkpoint, conflicts, data, flops, sequence_parallel, validation
@@ -70,6 +73,8 @@ from lori_dist.training.task import (
 from lori_dist.training.weights import Weights, skeleton
 from lori_dist.training.world import World, agree, from_first
 
+STATES = "states"
+"""Key in the notes of a checkpoint of what the layers of a form keep beside what is trained."""
 ALONE = ""
 """The name of the adapter of a task that has the base for itself, in the names of what is trained."""
 
@@ -215,6 +220,8 @@ class Group:
         if run.train.compile:
             compile_blocks(model)
         engine: Engine = method.load()(model, weights, train, world, state=state, **options)
+        if routing is None:
+            form_states.take(model, next(iter(courses.values())).notes.get(STATES, {}))
         checksums = projection_checksums(model)
         remedy = "install the same version of the program on all machines"
         agree(world, json.dumps(checksums), "projection A", remedy)
@@ -270,8 +277,8 @@ class Group:
             return None
         job.still_mine()
         base = identity(job.run.model)
-        form = form_of(job.run)
-        if form is not None and (form.is_per_task or form.is_dependent):
+        form = form_of(job.run, task)
+        if form is not None and not form.settles and (form.is_per_task or form.is_dependent):
             of_tasks = extract_formed(self.model, values=values, base=base)
             forms.save(of_tasks, job.folder / ADAPTER)
             return of_tasks
@@ -328,6 +335,8 @@ class Group:
                 result = self.engine.step(made.batches, num_targets=1, lr=lr, tasks=self.gradients, accept=accept)
         if not results:  # an engine of the user's own may do every step without asking
             results.update(self._results(result, active))
+        reduce = dist.all_reduce if first.job.world.size > 1 else None
+        form_states.end_step(self.model, reduce, is_taken=first.divergence.problem is None)
         seconds = time.monotonic() - start
         lengths = made.lengths
         together = [length for of_task in lengths.values() for length in of_task]
@@ -532,7 +541,7 @@ class Group:
             still_mine=job.still_mine,
             skipped=end.step - course.num_updates,
             spare=end.best.step if job.run.train.early_stop is not None else None,
-            notes={**end.notes(course.divergence), **self._balance()},
+            notes={**end.notes(course.divergence), **self._balance(), **self._states()},
         )
 
     def _balance(self) -> dict[str, Any]:
@@ -541,8 +550,15 @@ class Group:
             return {}
         return {"balance": dict(self.gradients.state)}
 
+    def _states(self) -> dict[str, Any]:
+        """What the layers of a form keep beside what is trained."""
+        states = form_states.states_of(self.model)
+        return {STATES: states} if states else {}
+
     def _load(self, task: str, state: State) -> None:
         """Puts a task's state in place of its values and moments; those of others stay."""
+        if self.routing is None:
+            form_states.take(self.model, state.notes.get(STATES, {}))
         if isinstance(self.gradients, Surgery):
             self.gradients.state = state.notes.get("balance", {})
         self.courses[task].num_updates = state.step

@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lori_dist.adapter.formed import extract_formed
+from lori_dist.adapter.task_adapter import extract_formed
 from lori_dist.errors import AdapterError
 from lori_dist.formats import forms, native
 from tests.forms.made import CASES, fill
@@ -42,7 +42,7 @@ Q = "model.layers.0.self_attn.k_proj"
     [
         (
             lambda h, t: h["form"].update(name="os.path"),
-            "header: form is 'os.path', this program has fly, hydra, lilora, lori, mtl_lora",
+            "header: form is 'os.path', this program has dac, fly, hydra, lilora, lori, mixlora",
         ),
         (lambda h, t: h["form"].update(options={"heads": 0}), "form.heads: got 0"),
         (lambda h, t: h["form"].update(options={"heads": 5}), "b: shape is"),

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lori_dist.adapter.adapter import Spec
-from lori_dist.adapter.attach import attach, match
-from lori_dist.adapter.formed import routing_of
+from lori_dist.adapter.adapter import Adapter, Spec
+from lori_dist.adapter.attach import adapted, attach, extract, match
+from lori_dist.adapter.formed import formed
 from lori_dist.adapter.linear import features
+from lori_dist.adapter.task_column import routing_of
 from lori_dist.forms import FormChoice, of_one_layer
 from lori_dist.training.data import Batch, collate
 from lori_dist.training.engine import trained
@@ -33,6 +34,8 @@ class Case:
     a: str = "cached"
     density: float | None = 0.3
     """Of what is sparse; None: dense."""
+    before: bool = False
+    """Whether earlier tasks have left something."""
 
     def choice(self, tasks: Sequence[str] = TASKS) -> FormChoice:
         return FormChoice(name=self.name, options=self.options, tasks=tuple(tasks), seeds=SEEDS[: len(tasks)])
@@ -43,7 +46,7 @@ class Case:
     def model(self, tasks: Sequence[str] = TASKS) -> Any:
         """A model to train, whose first layer keeps nothing of what is sparse."""
         model, spec = tiny_llama(), self.spec(tasks)
-        attach(model, spec, masks=self.masks(model, tasks))
+        attach(model, spec, masks=self.masks(model, tasks), before=earlier() if self.before else None)
         return model
 
     def masks(self, model: Any, tasks: Sequence[str] = TASKS) -> dict[str, Tensor] | None:
@@ -80,12 +83,20 @@ CASES = {
     "thanora, A trained": Case(name="thanora", options={"weight": 2.0}, a="trained", density=None),
     "lilora": Case(name="lilora"),
     "lilora, A trained": Case(name="lilora", options={"task_rank": 1}, a="trained", density=None),
-    "fly": Case(name="fly", options={"active": 2}),
-    "smora": Case(name="smora", options={"active": 2, "partition": 2}),
+    "fly": Case(name="fly", options={"active": 2, "bias": 0.05}),
+    "smora": Case(name="smora", options={"active": 2, "partition": 2, "bias": 0.05}),
+    "mixlora": Case(name="mixlora", options={"experts": 6}),
+    "mixlora, as its code": Case(
+        name="mixlora", options={"gate": "hard", "condition": "double"}, a="trained", density=None
+    ),
+    "dac": Case(name="dac"),
+    "dac, soft": Case(name="dac", options={"gate": "soft", "keep": 3}, a="trained", density=None),
     "hydra": Case(name="hydra"),
     "hydra, A trained": Case(name="hydra", options={"heads": 2}, a="trained", density=None),
 }
-DEPENDENT = [title for title, case in CASES.items() if case.choice().is_dependent]
+DEPENDENT = [title for title, case in CASES.items() if case.choice().is_dependent and not case.choice().settles]
+SEQUEL = {"dac, after other tasks": Case(name="dac", options={"weight": 3.0}, before=True)}
+"""What is trained on top of what earlier tasks left, which is not nothing at the start."""
 PER_TASK = [title for title, case in CASES.items() if case.choice().is_per_task]
 
 
@@ -95,7 +106,25 @@ def fill(model: Any, seed: int = 5) -> Any:
     with torch.no_grad():
         for parameter in trained(model).values():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    for delta in formed(adapted(model)).values():
+        delta.take({name: 0.1 * torch.randn(one.shape, generator=generator) for name, one in delta.states().items()})
     return model
+
+
+def earlier() -> Adapter:
+    """What two earlier tasks left on the same A: two columns of B each."""
+    model = tiny_llama()
+    attach(model, replace(CASES["lori"].spec(), form=None))
+    values = {name: torch.zeros_like(parameter) for name, parameter in trained(model).items()}
+    blocks = []
+    for number, ranks in enumerate(((0, 2), (2, 3))):
+        generator = torch.Generator().manual_seed(number)
+        for name, flat in values.items():
+            b = torch.zeros(len(flat) // 4, 4)
+            b[:, list(ranks)] = 0.1 * torch.randn(len(b), len(ranks), generator=generator)
+            values[name] = b.flatten()
+        blocks += extract(model, name=f"earlier {number}", values=values).blocks
+    return replace(extract(model, name="earlier"), blocks=tuple(blocks))
 
 
 def rows_of_step(step: int) -> list[tuple[int, int]]:

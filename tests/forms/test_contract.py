@@ -6,13 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from lori_dist import attach, attach_several, describe, detach, formats, load_adapter, load_tasks, plugin
 from lori_dist.__main__ import main
 from lori_dist.adapter.attach import adapted, separate_tasks
-from lori_dist.adapter.formed import TaskAdapter, extract_formed, formed, penalties_of, routing_of, split
+from lori_dist.adapter.form_states import end_step, states_of
+from lori_dist.adapter.formed import formed, penalties_of
+from lori_dist.adapter.splitting import split
+from lori_dist.adapter.task_adapter import TaskAdapter, extract_formed
+from lori_dist.adapter.task_column import routing_of
 from lori_dist.config import Train
 from lori_dist.errors import AdapterError
 from lori_dist.formats import forms
@@ -29,6 +34,7 @@ from tests.forms.made import (
     DEPENDENT,
     PER_TASK,
     RATES,
+    SEQUEL,
     STEPS,
     TASKS,
     WEIGHTS,
@@ -321,12 +327,15 @@ ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepspeed-3": ("deepspeed", {"stage": 3}),
 }
 QUICK = ("ddp", "fsdp", "deepspeed-2", "deepspeed-3")
-EACH = ("lori", "task_lora, none", "task_lora, extra, A trained", "mtl_lora", "thanora", "hydra")
+EACH = (
+    *("lori", "task_lora, none", "task_lora, extra, A trained", "mtl_lora", "thanora", "hydra"),
+    *("smora", "mixlora", "dac, after other tasks"),
+)
 """A case of every form; the others are trained in slow tests."""
 RUNS = [
     *(pytest.param(name, 2, EACH, id=f"{name} on 2") for name in QUICK),
     *(
-        pytest.param(name, size, tuple(CASES), id=f"{name} on {size}, all", marks=pytest.mark.slow)
+        pytest.param(name, size, tuple(CASES | SEQUEL), id=f"{name} on {size}, all", marks=pytest.mark.slow)
         for name, size in (
             *((name, 1) for name in ENGINES if name != "fsdp, hybrid"),
             *((name, 2) for name in ENGINES if name != "fsdp, hybrid"),
@@ -350,9 +359,11 @@ def one_process(case: Case) -> Course:
         norm = nn.utils.clip_grad_norm_(parameters.values(), TRAIN.clip or float("inf"))
         optimizer.step()
         optimizer.zero_grad()
+        end_step(model)
         of_tasks = tuple(losses.tolist())
         results.append(StepResult(loss=sum(of_tasks), grad_norm=norm.item(), task_losses=of_tasks))
-    return Course(results=tuple(results), state=_state(len(STEPS), parameters, optimizer))
+    state = _state(len(STEPS), parameters, optimizer)
+    return Course(results=tuple(results), state=replace(state, notes=states_of(model)))
 
 
 def do(engine: Engine, world: World) -> Course:
@@ -365,7 +376,9 @@ def do(engine: Engine, world: World) -> Course:
         if (penalties := penalties_of(engine.model)) is not None:
             penalties.num_micro_batches = len(batches)
         results.append(engine.step(batches, num_targets=1, lr=RATES[step]))
-    return Course(results=tuple(results), state=collect(engine, world))
+        end_step(engine.model, dist.all_reduce if world.size > 1 else None)
+    state = replace(collect(engine, world), notes=states_of(engine.model))
+    return Course(results=tuple(results), state=state)
 
 
 def train_all(name: str, titles: tuple[str, ...]) -> dict[str, Course]:
@@ -374,8 +387,8 @@ def train_all(name: str, titles: tuple[str, ...]) -> dict[str, Course]:
     build = plugin.find("engines", engine, "build", "train.engine").load()
     found = {}
     for title in titles:
-        model, weights = on_meta(CASES[title].model())
-        if title == "mtl_lora":
+        model, weights = on_meta((CASES | SEQUEL)[title].model())
+        if title in ("mtl_lora", "smora", "dac, after other tasks"):
             checkpoint_activations(model)
         made = build(model, weights, TRAIN, world, state=None, **options)
         found[title] = do(made, world)
@@ -385,7 +398,7 @@ def train_all(name: str, titles: tuple[str, ...]) -> dict[str, Course]:
 
 @pytest.fixture(scope="module")
 def references() -> dict[str, Course]:
-    return {title: one_process(case) for title, case in CASES.items()}
+    return {title: one_process(case) for title, case in (CASES | SEQUEL).items()}
 
 
 @pytest.mark.parametrize(("name", "size", "titles"), RUNS)
@@ -397,6 +410,7 @@ def test_weights_are_those_of_one_process(
     differences = {title: difference(found[title].state, references[title].state) for title in titles}
     assert max(differences.values()) < TOLERANCE, differences
     for title in titles:
+        assert found[title].state.notes == references[title].state.notes, title  # counts are of all ranks
         for ours, theirs in zip(found[title].results, references[title].results, strict=True):
             assert ours.task_losses == pytest.approx(theirs.task_losses, rel=1e-5), title
             assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-5), title

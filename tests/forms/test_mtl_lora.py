@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lori_dist.adapter.adapter import Spec
 from lori_dist.adapter.attach import attach
-from lori_dist.adapter.formed import extract_formed, split
+from lori_dist.adapter.splitting import split
+from lori_dist.adapter.task_adapter import extract_formed
 from lori_dist.forms.mtl_lora import form
 from lori_dist.training.engine import trained
 from tests.forms.made import TASKS, Case, backward, descend

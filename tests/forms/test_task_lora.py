@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lori_dist.adapter.adapter import Spec
 from lori_dist.adapter.attach import attach, extract
-from lori_dist.adapter.formed import extract_formed, split
+from lori_dist.adapter.splitting import split
+from lori_dist.adapter.task_adapter import extract_formed
 from lori_dist.forms import FormChoice
 from lori_dist.forms.task_lora import form
 from tests.forms.made import SEEDS, TASKS, Case, descend, fill

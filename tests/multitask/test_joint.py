@@ -229,6 +229,26 @@ def test_updates_of_tasks_are_merged_from_one_training(tree: dict[str, Any]) -> 
             "multitask.balance: got ortho, and the penalty of adapter.form thanora is no",
         ),
         ({"adapter": {"form": "thanora", "rank": 2}}, "adapter.rank: got 2 for 3 tasks, of which thanora gives each a"),
+        (
+            {"adapter": {"form": {"name": "mixlora", "experts": 4}, "rank": 8}},
+            "adapter.form.experts: got 4, and adapter.rank is 8; give at least that",
+        ),
+        (
+            {"adapter": {"form": {"name": "dac", "keep": 9}, "rank": 8}},
+            "adapter.form.keep: got 9, and adapter.rank is 8",
+        ),
+        (
+            {"adapter": {"form": "mixlora"}, "train": {"steps": 1, "sequence_parallel": 2}},
+            "train.sequence_parallel: cannot be combined with adapter.form mixlora, which looks at whole rows",
+        ),
+        (
+            {"adapter": {"form": "smora"}, "train": {"steps": 1, "sequence_parallel": 2}},
+            "which looks at whole rows; remove it, or set adapter.form.bias to 0",
+        ),
+        (
+            {"adapter": {"form": "mixlora"}, "evaluate": {"lm_eval": {"tasks": ["piqa"]}}},
+            "evaluate.lm_eval: cannot be combined with adapter.form mixlora, which looks at the prompt",
+        ),
         ({"merges": {"joint": {"method": "ties"}}}, "merges.joint: is the name of the adapter that is trained"),
         (
             {"merges": {"all": {"method": "ties", "search": {}}}},

@@ -68,6 +68,17 @@ def test_what_comes_before_is_part_of_a_job_and_what_comes_after_is_not(tree: di
             },
             "adapter.density: got 0.4, and masks that have no entry in common are at most 2 then; give 0.333 or",
         ),
+        (
+            {"adapter": {"share_projection": True, "form": "mtl_lora"}},
+            "adapter.form: mtl_lora trains the tasks together, and multitask is sequential; set that to joint, or use",
+        ),
+        (
+            {
+                "adapter": {"share_projection": True, "form": "dac"},
+                "multitask": {"name": "sequential", "masks": "disjoint"},
+            },
+            "multitask.masks: got disjoint, which is for the form lori, and adapter.form is dac; set it to independent",
+        ),
         ({"multitask": {"name": "sequential", "masks": "apart"}}, r"multitask\.masks: got 'apart'"),
     ],
 )
@@ -82,3 +93,10 @@ def test_masks_may_fill_all_of_b(tree: dict[str, Any], density: float, num_tasks
     tree["tasks"] = {f"task{number}": task for number in range(num_tasks)}
     tree["adapter"]["density"] = density
     assert planned({**tree, "multitask": {"name": "sequential", "masks": "disjoint"}})
+
+
+def test_a_form_for_it_may_be_trained_together_or_one_after_the_other(tree: dict[str, Any]) -> None:
+    tree["adapter"]["form"] = "dac"
+    assert planned(tree)["train-code"].settings["adapter"]["form"] == {"name": "dac"}
+    with pytest.raises(ConfigError, match="dac trains the tasks together, or one after the other, and multitask is in"):
+        config.validate({**tree, "multitask": "independent"})

@@ -197,6 +197,22 @@ def test_a_form_that_was_killed_ends_as_if_it_never_was_and_is_measured_task_by_
     assert evaluate(run, Path(f"{file}@less"))["more"]["loss"] != pytest.approx(measured["more"]["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "options"), [("smora", {"bias": 0.05}), ("mixlora", {}), ("dac", {"keep": 2})])
+def test_a_form_that_depends_on_the_input_resumes_bit_for_bit(
+    run: Run, tmp_path: Path, form: str, options: dict[str, Any]
+) -> None:
+    run = with_form(run, form, **options)
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    trained(run, whole)
+    with pytest.raises(Failed, match="SIGKILL"):
+        run_distributed(train_rank, run, again, ("train", 3), world_size=1)
+    trained(run, again)
+    assert (again / "adapter.safetensors").read_bytes() == (whole / "adapter.safetensors").read_bytes()
+    assert lines(again, "metrics.jsonl") == lines(whole, "metrics.jsonl")
+    assert evaluate(run, whole / "adapter.safetensors").keys() == {"more", "less", "both"}
+
+
 @pytest.mark.parametrize(
     ("form", "options", "balance", "engine"),
     [

@@ -198,3 +198,40 @@ def test_lori_train_says_what_is_to_be_trained_first(run: Run) -> None:
 
     with pytest.raises(JobError, match="train-second: needs train-first, which is not finished; train that one first"):
         _begin(run, "second")
+
+
+def of_pools(run: Run, **options: Any) -> Run:
+    """The run with a pool of ranks for each task, of which two are left."""
+    form = Choice(name="dac", options={"keep": 2, "weight": 1.0, **options})
+    train = replace(run.train, checkpoint_every=2)
+    return replace(run, adapter=replace(run.adapter, form=form, density=0.5), train=train)
+
+
+def test_pools_of_ranks_follow_each_other_and_a_chain_that_was_killed_ends_as_if_it_never_was(run: Run) -> None:
+    run = of_pools(run)
+    whole, again = trained(run), replace(run, name="again")
+    for number, adapter in enumerate(whole.values(), 1):
+        assert [block.name for block in adapter.blocks] == list(TASKS)[:number]
+        for earlier in range(number):
+            assert_same(content(adapter, earlier), content(list(whole.values())[earlier], earlier))
+        for module, entries in adapter.blocks[-1].entries.items():
+            assert entries.dense(adapter.shapes[module][0], 4).any(0).sum() <= 2
+    assert all(whole["third"].blocks[number].entries for number in range(3))
+    run_distributed(train_rank, again, ["first"], world_size=1)
+    with pytest.raises(Failed, match="SIGKILL"):
+        run_distributed(train_rank, again, ["second"], ("train", 3), world_size=1)
+    run_distributed(train_rank, again, ["second"], world_size=1)
+    resumed = load_adapter(again.folder / "train-second" / "adapter.safetensors")
+    for number in range(2):
+        assert_same(content(resumed, number), content(whole["second"], number))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES[1:], ids=lambda engine: f"{engine.name} {engine.options}")
+def test_two_ranks_leave_the_pools_of_one(run: Run, engine: Choice) -> None:
+    run = of_pools(run, gate="soft")
+    one = trained(run)
+    two = trained(replace(run, name="two", train=replace(run.train, engine=engine)), world_size=2)
+    for task in TASKS:
+        ours, theirs = flat(two[task]), flat(one[task])
+        assert float((ours - theirs).norm() / theirs.norm()) < TOLERANCE
