@@ -16,7 +16,7 @@ from lori_dist import config, plugin, rows, tables
 from lori_dist.errors import ConfigError, JobError
 from lori_dist.files import open_regular, parse_json, read_regular
 
-Kind = Literal["train", "merge", "evaluate"]
+Kind = Literal["moments", "train", "merge", "evaluate"]
 
 FORMAT = 1
 """A part of every fingerprint: with another number, every job is done again."""
@@ -26,6 +26,9 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,199}", re.ASCII)
 
 JOINT = "joint"
 """The name that stands for a task's in the adapter that all tasks share."""
+
+MOMENTS = "moments.safetensors"
+"""File in the folder of a job of moments."""
 
 WEIGHTS = (".safetensors", ".bin")
 TEXTS = (".json", ".txt", ".model", ".jinja")
@@ -39,7 +42,7 @@ class Job:
     """One piece of a run, whose results are one folder."""
 
     name: str
-    """`train-TASK`, `train-joint`, `merge-NAME` or `evaluate-MODEL`."""
+    """`moments-TASK`, `train-TASK`, `train-joint`, `merge-NAME` or `evaluate-MODEL`."""
     kind: Kind
     needs: tuple[str, ...] = ()
     """Names of the jobs whose results it reads."""
@@ -79,9 +82,45 @@ def task_seed(run: config.Run, task: str) -> int:
 
 
 def plan(run: config.Run) -> list[Job]:
-    """The jobs of a run as `multitask` plans them, each after those that it needs. Raises ConfigError."""
+    """The jobs of a run as `multitask` plans them, each after those that it needs, with the measurements of moments that
+    its trainings begin from. Raises ConfigError."""
     method = plugin.find("multitask", run.multitask.name, "plan", "multitask")
-    return order(method.load()(run, **method.bind(run.multitask.options, "multitask")))
+    planned = list(method.load()(run, **method.bind(run.multitask.options, "multitask")))
+    lacking = {need for job in planned for need in job.needs} - {job.name for job in planned}
+    measured = [moments_job(run, task) for task in run.tasks] if config.reads_moments(run) else []
+    return order([*(job for job in measured if job.name in lacking), *planned])
+
+
+def moments_of(run: config.Run, task: str) -> tuple[str, ...]:
+    """The tasks whose moments the training of a task begins from, or that of all together (JOINT); none where A follows
+    from a seed."""
+    return tuple(other for other in run.tasks if other != task) if config.reads_moments(run) else ()
+
+
+def moments_job(run: config.Run, task: str) -> Job:
+    """The measurement of the second moments of what the base's layers read of a task's training rows."""
+    own, held_out = run.tasks[task], config.held_out(run, task)
+    chosen, settings = config.fingerprinted(run.adapter), run.adapter.moments
+    width = 4 * run.adapter.rank if settings.width is None else settings.width
+    return _job(
+        "moments",
+        task,
+        [],
+        task=task,
+        model=_model(run.model),
+        data={
+            "rows": sha256(own.train),
+            "template": _template(run, own),
+            **({"held_out": held_out} if held_out else {}),
+        },
+        adapter={key: chosen[key] for key in ("targets", "exclude", "modules_to_save") if key in chosen},
+        moments={"rows": settings.rows, "full_up_to": settings.full_up_to, "width": width},
+        max_length=run.train.max_length,
+    )
+
+
+def _measured(run: config.Run, task: str) -> list[Job]:
+    return [moments_job(run, other) for other in moments_of(run, task)]
 
 
 def train_job(run: config.Run, task: str, after: Sequence[Job] = (), sequel: Mapping[str, Any] | None = None) -> Job:
@@ -91,7 +130,7 @@ def train_job(run: config.Run, task: str, after: Sequence[Job] = (), sequel: Map
     return _job(
         "train",
         task,
-        after,
+        [*after, *_measured(run, task)],
         task=task,
         seed=task_seed(run, task),
         model=_model(run.model),
@@ -113,7 +152,7 @@ def joint_job(run: config.Run, joint: Mapping[str, Any]) -> Job:
     return _job(
         "train",
         JOINT,
-        [],
+        _measured(run, JOINT),
         task=JOINT,
         seed=task_seed(run, JOINT),
         model=_model(run.model),
@@ -347,7 +386,7 @@ def check_inputs(run: config.Run, job: Job) -> None:
         read = job.settings["search"]
     planned = {read["task"]: read["data"]} if "data" in read else read["tasks"]
     for task, data in planned.items():
-        part = data.get("part", "train" if job.kind == "train" else "test")
+        part = data.get("part", "test" if job.kind == "evaluate" else "train")
         if sha256(getattr(run.tasks[task], part)) != data["rows"]:
             where = f"tasks.{task}.{part}"
             raise JobError(f"{where}: the file has changed since the run began; give the same command again")
@@ -513,6 +552,8 @@ def _place(
             return ".".join(rest), "the code"
         case ("seed",) | ("seeds", _):
             return "the seed of A (adapter.seed, or tasks.NAME.seed)", None
+        case ("moments", *rest):
+            return ".".join(["adapter.moments", *rest]), None
         case ("max_length",):
             return "train.max_length", None
         case ("joint" | "sequel", *rest):

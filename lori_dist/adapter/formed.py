@@ -21,7 +21,7 @@ from lori_dist.adapter.per_task import PerTask, of_tensor
 from lori_dist.adapter.projection import GENERATOR, Recipe, checksum, projection
 from lori_dist.adapter.routing import NOBODY, Routing, Segment
 from lori_dist.errors import AdapterError
-from lori_dist.forms import AnyForm, DependentForm, Entry, Form, FormChoice, Penalised, Site, of_one_layer
+from lori_dist.forms import AnyForm, DependentForm, Entry, Form, FormChoice, Given, Penalised, Site, of_one_layer
 
 ROUTING = "lori_routing"
 """Attribute of a model in which tasks have updates of their own, for what routes rows to them."""
@@ -92,10 +92,18 @@ class Sizes:
 
     site: Site
     entries: Mapping[str, Entry]
+    given: Tensor | None = None
+    """A, where it was computed from data."""
 
     @classmethod
-    def of(cls, form: AnyForm, site: Site) -> "Sizes":
-        return cls(site=site, entries=form.entries(site))
+    def of(cls, form: AnyForm, site: Site, given: Given | None = None) -> "Sizes":
+        if given is None:
+            return cls(site=site, entries=form.entries(site))
+        site = dataclasses.replace(site, blocks=given.blocks)
+        entries = form.entries(site)
+        if any(one.per_task or one.shape != given.a.shape for one in entries.values() if one.start == "a"):
+            raise AdapterError(f"given: one A for all tasks was given for {site.module}, and its form has others; remove it")
+        return cls(site=site, entries=entries, given=given.a)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of the whole tensor: with the tasks first, where each has its own."""
@@ -135,6 +143,8 @@ class Sizes:
         entry, shape = self.entries[name], self.shape(name)
         match entry.start:
             case "a":
+                if self.given is not None:
+                    return self.given.to(device, copy=True)
                 made = [recipe.make(device=device) for recipe in self.recipes(name, choice, seed, dtype)]
                 return torch.stack(made) if entry.per_task else made[0]
             case "eye":
@@ -179,7 +189,7 @@ class FormedDelta(BaseDelta):
         self.penalties = penalties if isinstance(self.form, Penalised) else None
         self.is_dependent = isinstance(self.form, DependentForm)
         site = Site(module=module, in_features=in_features, out_features=out_features, tasks=tuple(self.choice.tasks))
-        self.sizes = Sizes.of(self.form, site)
+        self.sizes = Sizes.of(self.form, site, spec.start_of(module, in_features))
         self.kept = {name: self.sizes.numel(name) for name in self.entries}
         for name, entry in self.entries.items():
             index = None
@@ -236,7 +246,9 @@ class FormedDelta(BaseDelta):
         """Of each A as its seed makes it."""
         found = []
         for name, entry in self.entries.items():
-            if entry.start == "a" and entry.trained:
+            if entry.start == "a" and entry.trained and self.sizes.given is not None:
+                found.append(checksum(self.sizes.given))
+            elif entry.start == "a" and entry.trained:
                 recipes = self.sizes.recipes(name, self.choice, self.seed, self.dtype)
                 found += [checksum(recipe.make(device="cpu")) for recipe in recipes]
             elif entry.start == "a":
@@ -478,6 +490,8 @@ class TaskAdapter:
     checksums: Mapping[str, tuple[str, ...]]
     """Module path -> checksum of each A as its seed makes it, for every target."""
     targets: str | tuple[str, ...]
+    given: Mapping[str, Given] = field(default_factory=dict)
+    """Module path -> the A that it began with, if that was computed from data."""
     base: Mapping[str, Any] = field(default_factory=dict)
     generator: str = GENERATOR
     saved: Mapping[str, Tensor | Elsewhere] = field(default_factory=dict)
@@ -497,12 +511,13 @@ class TaskAdapter:
             dtype=self.dtype,
             projection="trained" if self.trains_a else "cached",
             form=self.form,
+            given=self.given or None,
         )
 
     def sizes(self, module: str, form: AnyForm | None = None) -> Sizes:
         out_features, in_features = self.shapes[module]
         site = Site(module=module, in_features=in_features, out_features=out_features, tasks=self.form.tasks)
-        return Sizes.of(form or self.made, site)
+        return Sizes.of(form or self.made, site, self.given.get(module))
 
     @property
     def kept(self) -> int:
@@ -562,6 +577,7 @@ def extract_formed(
         shapes={path: (delta.out_features, delta.in_features) for path, delta in deltas.items()},
         tensors={path: entries(path, delta) for path, delta in deltas.items()},
         checksums={path: tuple(delta.checksums()) for path, delta in deltas.items()},
+        given=dict(spec.given or {}),
         targets=spec.targets,
         base=dict(base or {}),
         saved={name: values[saved.key(name)].view(shape) for name, shape in saved.shapes(model).items()},
@@ -668,7 +684,8 @@ def _part(adapter: TaskAdapter, form: Form, sizes: Sizes, number: int) -> _Part 
         return None
     index = None if bool(there.all()) else there.flatten().nonzero().squeeze(1).to(torch.int32)
     values = b.flatten() if index is None else b.flatten()[index.long()]
-    is_seeded = any(a is tensors[name] for name, entry in sizes.entries.items() if not entry.trained)
+    is_frozen = any(a is tensors[name] for name, entry in sizes.entries.items() if not entry.trained)
+    is_seeded = is_frozen and sizes.given is None
     return _Part(
         entries=Entries(index=index, values=values.contiguous()),
         a=None if is_seeded else a.float().contiguous(),
@@ -695,9 +712,9 @@ def _block(
     entries = {module: part.entries for module, part in parts.items()}
     # The scale is the form's, whatever the rank of what it gives.
     alpha_of_row = adapter.alpha / adapter.rank
-    if parts and any(part.a is not None for part in parts.values()):
+    if adapter.given or (parts and any(part.a is not None for part in parts.values())):
         projections = {module: part.a for module, part in parts.items() if part.a is not None}
-        rank = max(part.rank for part in parts.values())
+        rank = max((part.rank for part in parts.values()), default=adapter.rank)
         return Block(
             name=task,
             seed=None,

@@ -44,6 +44,26 @@ class Assignment:
     attempt: Attempt
 
 
+def moments_rank(assignments: Sequence[Assignment]) -> dict[str, Any]:
+    """Does one rank of the measurement of several tasks' moments on one copy of the base. Returns, for each job, its
+    `result`.
+
+    What the process writes goes to the log of the first.
+    """
+    with working(assignments, int(os.environ["RANK"])) as run:
+        import torch
+
+        from lori_dist.evaluation._moments import Wanted, measure
+        from lori_dist.training.world import from_environment
+
+        torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
+        wanted = [
+            Wanted(job=one.job, folder=one.attempt.partial, still_mine=one.attempt.check) for one in assignments
+        ]
+        found = measure(run, wanted, from_environment())
+    return {name: {"result": result} for name, result in found.items()}
+
+
 def train_rank(assignment: Assignment) -> dict[str, Any]:
     """Does one rank of a training, in a process of a gang. Returns the training's result."""
     with working([assignment], int(os.environ["RANK"])) as run, _listening() as stop_request:

@@ -232,6 +232,18 @@ class Model:
 
 
 @section
+class Moments:
+    """Second moments, mean of x x^T, of what the base's layers read of tasks' training rows, from which A may begin."""
+
+    rows: Positive = 256
+    """Training rows of each task that are read, evenly spaced over its `train` file."""
+    full_up_to: Count = 1024
+    """Inputs of a layer up to which a moment is kept in full; of a layer with more, a sketch by random numbers is."""
+    width: Positive | None = None
+    """Columns of a sketch; null: 4 * adapter.rank."""
+
+
+@section
 class Adapter:
     """Shape and sparsity of every task's adapter."""
 
@@ -258,6 +270,11 @@ class Adapter:
     """Data type of A."""
     projection: Annotated[Literal["cached", "recomputed", "trained"], Fingerprint.DERIVED] = "cached"
     """Storage of A: cached in memory, recomputed in each product (slower, no memory), or trained, as in LoRA."""
+    init: Annotated[Literal["random", "osrm"], Fingerprint.IF_SET] = "random"
+    """Choice of A: random, from its seed, or osrm: where the other tasks' inputs have least energy, which is measured
+    first; such an A is stored in the adapter."""
+    moments: Annotated[Moments, Fingerprint.DERIVED] = field(default_factory=Moments)
+    """Moments that are measured for init osrm, and for forms that begin from them."""
     form: Annotated[Choice, Chosen, FORMS, Fingerprint.IF_SET] = field(default_factory=lambda: Choice(name="lori"))
     """Update of a layer: lori, or, in joint training, one of which each task has its own (task_lora, mtl_lora,
     lilora), or a block (thanora), or one that depends on the input (hydra, smora, fly)."""

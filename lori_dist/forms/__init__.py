@@ -5,8 +5,9 @@ the factors of each task's update (`factors`). Forward pass, export, fold and me
 they cannot disagree; a form whose update depends on the input has `update` instead, and the forward pass alone.
 Constants of the file say how, each a mapping from options to the values that ask for it: `PER_TASK`, tasks have updates
 of their own; `OWN_A`, each has its own A; `RANK_FOR_EACH`, each needs a part of the rank; `DEPENDENT`, the update
-depends on the input. `PENALTY` names the option that is the weight of a penalty, `AT_MOST_RANK` those that are at
-most the rank.
+depends on the input; `MOMENTS`, it begins from second moments of the tasks' inputs, by a function `given(a, weight,
+factors, **options) -> Given` of the file. `PENALTY` names the option that is the weight of a penalty, `AT_MOST_RANK`
+those that are at most the rank.
 """
 
 import functools
@@ -35,6 +36,8 @@ class Site:
     in_features: int
     out_features: int
     tasks: tuple[str, ...]
+    blocks: tuple[int, ...] = ()
+    """Rows of each part into which A was divided by data, if a form does that: see `Given`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +56,15 @@ class Entry:
     sparse: bool = False
     """Calibration chooses which entries exist. The last two axes are those of B, (out_features, rank); all places of
     axes before them have one mask. Starts at zero."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Given:
+    """What a layer begins with where it was computed from data, and no seed makes it."""
+
+    a: Tensor  # (rank, in_features), fp32
+    blocks: tuple[int, ...] = ()
+    """Rows of each part of A, if a form divides it into parts."""
 
 
 def pair(site: Site, rank: int, *, trains_a: bool) -> dict[str, Entry]:

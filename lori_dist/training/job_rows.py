@@ -41,7 +41,9 @@ class RowFile:
 
 def row_files(run: Run, planned: Planned, tokenizer: PreTrainedTokenizerBase) -> list[list[RowFile]]:
     """The files of each task of a training job. Where its steps take less than half of the rows, and reading them takes
-    time, the files say which. Raises ConfigError for a file that cannot be read."""
+    time, the files say which. The job may be one of moments. Raises ConfigError for a file that cannot be read."""
+    if planned.kind == "moments":
+        return [[_of_moments(run, planned, tokenizer)]]
     found = []
     for name in _tasks(planned):
         task = run.tasks[name]
@@ -75,8 +77,27 @@ def row_files(run: Run, planned: Planned, tokenizer: PreTrainedTokenizerBase) ->
     return found
 
 
+def spread(num_rows: int, count: int) -> npt.NDArray[np.int64]:
+    """So many rows, or all where there are fewer, evenly spaced."""
+    count = min(num_rows, count)
+    return np.arange(count, dtype=np.int64) * num_rows // max(1, count)
+
+
+def _of_moments(run: Run, planned: Planned, tokenizer: PreTrainedTokenizerBase) -> RowFile:
+    task = planned.settings["task"]
+    path = run.tasks[task].train
+    file = RowFile(task=task, part="train", path=path, held_out=held_out(run, task))
+    if tables.is_hub(path) or token_files.is_there(run, task, "train", path, tokenizer):
+        return file
+    with contextlib.suppress(OSError):  # for whoever reads it to say
+        if os.path.getsize(path) <= SMALL:
+            return file
+    num_rows, count = _count(file) - file.held_out, planned.settings["moments"]["rows"]
+    return file if num_rows <= 2 * count else replace(file, chosen=spread(num_rows, count))
+
+
 def rows_of(run: Run, planned: Planned, tokenizer: PreTrainedTokenizerBase) -> list[Rows]:
-    """The rows of each task of a training job, with the tokens of those that its steps take. Raises as
+    """The rows of each task of a training job, or one of moments, with the tokens of those that it takes. Raises as
     `token_files.token_file`."""
     found = []
     for of_task in row_files(run, planned, tokenizer):

@@ -124,7 +124,7 @@ def rehearse(
     Raises what `train` would by then.
     """
     planned = joint_job(run, joint) if joint is not None else train_job(run, task, sequel=sequel)
-    job = make_job(run, planned, world, folder, fingerprint=fingerprint)
+    job = make_job(run, planned, world, folder, fingerprint=fingerprint, is_rehearsal=True)
     left, masks = phases_of(job), None
     if len(left) > 1 and is_calibrated(job, left[0]):
         masks = calibrated_masks(job, left.pop(0))
