@@ -21,6 +21,7 @@ from lori_dist.config.run import (
     FLASH,
     Moments,
     Run,
+    Search,
     Template,
     Train,
     engine_files,
@@ -542,6 +543,18 @@ def _searches(run: Run) -> Iterator[str]:
                 )
         if search.metric.startswith("choice") and not any(task.labels for task in tasks.values()):
             yield f"{path}.search.metric: {search.metric} is measured on tasks that have labels, and none has; use loss"
+        if search.method == "gradient":
+            if merge.method.name not in ("concat", "linear"):
+                yield (
+                    f"{path}.search.method: gradient is for merges that are a weighted sum, concat and linear, and "
+                    f"{path}.method is {merge.method.name}; use coordinate or cma"
+                )
+            if search.metric != "loss":
+                yield f"{path}.search.metric: got {search.metric}, which has no gradient; use loss"
+        elif search.per == "module":
+            yield f"{path}.search.per: module is for search.method gradient, and that is {search.method}; use projection"
+        if search.method != "gradient" and search.lr != Search().lr:
+            yield f"{path}.search.lr: is for search.method gradient, and that is {search.method}; remove it"
         if search.method == "cma" and search.per == "task" and len(tasks) == 1:
             yield f"{path}.search.method: cma needs two weights, there is one; use coordinate"
 

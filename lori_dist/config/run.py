@@ -447,16 +447,20 @@ class Search:
     then left out of its training.
     """
 
-    method: Annotated[Literal["coordinate", "cma"], Check(_search_is_there)] = "coordinate"
-    """Search along one weight after the other (coordinate), or CMA-ES (cma; needs the extra search)."""
-    per: Literal["task", "projection"] = "task"
-    """Search one weight for each task, or one for each task and kind of projection (q_proj)."""
+    method: Annotated[Literal["coordinate", "cma", "gradient"], Check(_search_is_there)] = "coordinate"
+    """Search along one weight after the other (coordinate), by CMA-ES (cma; needs the extra search), or along the
+    gradient of the loss (gradient; LoRA Soups' CAT, of concat and linear)."""
+    per: Literal["task", "projection", "module"] = "task"
+    """Search one weight for each task, one for each task and kind of projection (q_proj), or, along the gradient, one
+    for each task and module."""
     rows: Positive = 64
     """Validation rows of each task."""
     budget: Positive = 32
     """Largest number of evaluations; the first is that of the default weights."""
     bounds: Annotated[tuple[Number, Number], Check(_bounds)] = (0.0, 1.0)
     """Smallest and largest weight."""
+    lr: Annotated[Rate, Fingerprint.IF_SET] = 0.05
+    """Learning rate of Adam along the gradient."""
     metric: Literal["loss", "exact_match", "choice", "choice_norm", "choice_bytes", "choice_end"] = "loss"
     """Metric whose mean over the merge's tasks is optimised."""
     seed: Seed = 0
