@@ -16,7 +16,7 @@ from lori_dist import config, plugin, rows, tables
 from lori_dist.errors import ConfigError, JobError
 from lori_dist.files import open_regular, parse_json, read_regular
 
-Kind = Literal["moments", "train", "merge", "evaluate"]
+Kind = Literal["moments", "cluster", "train", "merge", "evaluate"]
 
 FORMAT = 1
 """A part of every fingerprint: with another number, every job is done again."""
@@ -29,6 +29,8 @@ JOINT = "joint"
 
 MOMENTS = "moments.safetensors"
 """File in the folder of a job of moments."""
+CLUSTERS = "clusters.safetensors"
+"""File in the folder of the job that divides rows into clusters."""
 
 WEIGHTS = (".safetensors", ".bin")
 TEXTS = (".json", ".txt", ".model", ".jinja")
@@ -42,7 +44,8 @@ class Job:
     """One piece of a run, whose results are one folder."""
 
     name: str
-    """`moments-TASK`, `train-TASK`, `train-joint`, `merge-NAME` or `evaluate-MODEL`."""
+    """`moments-TASK`, `cluster-rows`, `train-TASK`, `train-joint`, `train-cluster-NUMBER`, `merge-NAME` or
+    `evaluate-MODEL`."""
     kind: Kind
     needs: tuple[str, ...] = ()
     """Names of the jobs whose results it reads."""
@@ -82,8 +85,8 @@ def task_seed(run: config.Run, task: str) -> int:
 
 
 def plan(run: config.Run) -> list[Job]:
-    """The jobs of a run as `multitask` plans them, each after those that it needs, with the measurements of moments that
-    its trainings begin from. Raises ConfigError."""
+    """The jobs of a run as `multitask` plans them, each after those that it needs, with the measurements of moments
+    that its trainings begin from. Raises ConfigError."""
     method = plugin.find("multitask", run.multitask.name, "plan", "multitask")
     planned = list(method.load()(run, **method.bind(run.multitask.options, "multitask")))
     lacking = {need for job in planned for need in job.needs} - {job.name for job in planned}
@@ -156,18 +159,60 @@ def joint_job(run: config.Run, joint: Mapping[str, Any]) -> Job:
         task=JOINT,
         seed=task_seed(run, JOINT),
         model=_model(run.model),
-        tasks={
-            name: {
-                "rows": sha256(task.train),
-                "template": _template(run, task),
-                **({} if run.train.validate_every is None else {"validation": sha256(str(task.validation))}),
-            }
-            for name, task in run.tasks.items()
-        },
+        tasks=_all_rows(run),
         joint=dict(joint),
         **({"seeds": {name: task_seed(run, name) for name in run.tasks}} if config.of_form(run, "OWN_A") else {}),
         **_protocol(run),
     )
+
+
+def cluster_job(run: config.Run, number: int, seed: int) -> Job:
+    """The division of all tasks' training rows into so many clusters, by what the base makes of them."""
+    return _job(
+        "cluster",
+        "rows",
+        [],
+        model=_model(run.model),
+        tasks={
+            name: {"rows": sha256(task.train), "template": _template(run, task)} for name, task in run.tasks.items()
+        },
+        cluster={"clusters": number, "seed": seed},
+        max_length=run.train.max_length,
+    )
+
+
+def cluster_train_job(run: config.Run, divided: Job | None, place: int, clusters: int) -> Job:
+    """The training of one cluster's adapter, `cluster-1` for place 0 of so many. divided: the job that
+    `cluster_job` gives, or None where only the settings are asked for."""
+    name = f"cluster-{place + 1}"
+    return _job(
+        "train",
+        name,
+        [] if divided is None else [divided],
+        task=name,
+        seed=task_seed(run, name),
+        model=_model(run.model),
+        tasks=_all_rows(run),
+        cluster={"place": place, "clusters": clusters},
+        **_protocol(run),
+    )
+
+
+def _all_rows(run: config.Run) -> dict[str, Any]:
+    return {
+        name: {
+            "rows": sha256(task.train),
+            "template": _template(run, task),
+            **({} if run.train.validate_every is None else {"validation": sha256(str(task.validation))}),
+        }
+        for name, task in run.tasks.items()
+    }
+
+
+def tasks_of(training: Job) -> list[str]:
+    """The tasks whose rows a training, or what measures rows, reads."""
+    settings = training.settings
+    return list(settings["tasks"]) if "tasks" in settings else [settings["task"]]
 
 
 def _protocol(run: config.Run) -> dict[str, Any]:
@@ -543,7 +588,7 @@ def _place(
         case ("engine", *rest):
             return ".".join(["train.engine", *rest]), None
         case ("tasks", other, "rows"):
-            return f"tasks.{other}.{'train' if kind == 'train' else 'test'}", "the file"
+            return f"tasks.{other}.{'test' if kind == 'evaluate' else 'train'}", "the file"
         case ("search", "tasks", other, "rows"):
             return f"tasks.{other}.{parts.get(other, {}).get('part', 'validation')}", "the file"
         case ("search", "tasks", *rest):
@@ -556,7 +601,7 @@ def _place(
             return ".".join(["adapter.moments", *rest]), None
         case ("max_length",):
             return "train.max_length", None
-        case ("joint" | "sequel", *rest):
+        case ("joint" | "sequel" | "cluster", *rest):
             return ".".join(["multitask", *rest]), None
         case ("lm_eval", "files", *rest):
             return "evaluate.lm_eval.include", ".".join(rest)

@@ -102,7 +102,9 @@ class Sizes:
         site = dataclasses.replace(site, blocks=given.blocks)
         entries = form.entries(site)
         if any(one.per_task or one.shape != given.a.shape for one in entries.values() if one.start == "a"):
-            raise AdapterError(f"given: one A for all tasks was given for {site.module}, and its form has others; remove it")
+            raise AdapterError(
+                f"given: one A for all tasks was given for {site.module}, and its form has others; remove it"
+            )
         return cls(site=site, entries=entries, given=given.a)
 
     def shape(self, name: str) -> tuple[int, ...]:

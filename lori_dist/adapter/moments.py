@@ -1,7 +1,7 @@
 """Second moments of what linear layers read, in full or as a sketch, and the projections that follow from them.
 
-The moment of an input is S = mean of x x^T over the tokens x of some rows. Layers that read one input, as q_proj, k_proj
-and v_proj do, have one moment. In full it has in_features^2 entries; a sketch is Y = S Omega with a random Omega of few
+The moment of an input is S = mean of x x^T over the tokens x of some rows. Layers that read one input, as q_proj and
+k_proj do, have one moment. In full it has in_features^2 entries; a sketch is Y = S Omega with a random Omega of few
 columns, the same for all rows, so that sketches add up as moments do, and S is nearly Y (Omega^T Y)^-1 Y^T (Nystrom).
 """
 
@@ -123,7 +123,7 @@ class Watch:
         return self.sums[path]
 
     def moments(self) -> Moments:
-        """What was seen so far, on the CPU. Raises AdapterError where that is nothing or not finite, or a layer never ran."""
+        """What was seen so far, on the CPU. Raises AdapterError where that is nothing, or not finite."""
         idle = next((path for path in self.layers if path not in self.inputs), None)
         if not self.num_tokens or idle is not None:
             raise AdapterError(f"{idle or 'moments'}: no token was seen; give rows with text, and layers that run")

@@ -18,6 +18,7 @@ from lori_dist.cluster.summary import ATTEMPTS, CHECKPOINTS, METRICS, START, att
 from lori_dist.cluster.trials import TRIED, search_rank, trial
 from lori_dist.cluster.work import (
     Assignment,
+    cluster_rank,
     evaluate_rank,
     merge_adapters,
     moments_rank,
@@ -143,6 +144,8 @@ def _outcomes(
         if len(assignments) > 1:
             return dict(_of_gang(run, histories, gangs, first.job, train_ranks, assignments))
         return {name: {"result": dict(_of_gang(run, histories, gangs, first.job, train_rank, first))}}
+    if first.job.kind == "cluster":
+        return {name: {"result": dict(_of_gang(run, histories, gangs, first.job, cluster_rank, first))}}
     if "search" in first.job.settings:
         return {name: {"result": dict(_of_gang(run, histories, gangs, first.job, search_rank, trial(run, first)))}}
     for history in histories:

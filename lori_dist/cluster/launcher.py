@@ -27,8 +27,8 @@ Begun = tuple[Job, Attempt | None, dict[str, str]]  # without an attempt, the jo
 
 
 def train_task(run: Run, task: str, world: World, *, progress: Callable[[Record], None]) -> Path:
-    """Trains one task's adapter unless that is done already, and before that measures the moments that it begins from.
-    Returns its file. Every rank calls this.
+    """Trains one task's adapter unless that is done already, and before that measures what it begins from: moments, or
+    clusters of rows. Returns its file. Every rank calls this.
 
     progress: gets each step's record, on rank 0. Raises JobError if the task needs another one that is not trained, or
     if another process has taken the job over; Preempted, saved, after SIGTERM or train.time_limit; else what
@@ -66,6 +66,7 @@ def _train(
                 stop_request=stop_request,
                 joint=job.settings.get("joint"),
                 sequel=job.settings.get("sequel"),
+                cluster=job.settings.get("cluster"),
             )
     except Preempted as error:
         if world.rank == 0:
@@ -83,10 +84,12 @@ def _train(
 
 
 def _unmeasured(run: Run, task: str) -> list[tuple[Job, Attempt]]:
-    """The measurements of moments that a training needs and that are not finished, each with an attempt at it."""
+    """The unfinished measurements of rows, moments or clusters, that a training needs, each with an attempt at it."""
     jobs = {job.name: job for job in plan(run)}
-    needs = jobs[f"train-{task}"].needs if f"train-{task}" in jobs else ()
-    wanted = [jobs[need] for need in needs if jobs[need].kind == "moments"]
+    training = jobs.get(f"train-{task}")
+    if training is None or folder.finished(run.folder, training) is not None:
+        return []
+    wanted = [jobs[need] for need in training.needs if jobs[need].kind in ("moments", "cluster")]
     if wanted:
         folder.check_entries(run.folder)
     left = [job for job in wanted if folder.finished(run.folder, job) is None]
@@ -94,12 +97,16 @@ def _unmeasured(run: Run, task: str) -> list[tuple[Job, Attempt]]:
 
 
 def _measure(run: Run, measured: list[tuple[Job, Attempt]], world: World) -> None:
-    from lori_dist.evaluation._moments import Wanted, measure  # most trainings need no evaluation
+    from lori_dist.evaluation._clusters import divide  # most trainings need no evaluation
+    from lori_dist.evaluation._moments import Wanted, measure
 
-    start = time.monotonic()
-    wanted = [Wanted(job=job, folder=one.partial, still_mine=one.check) for job, one in measured]
-    with _logged(log_file(run.folder, measured[0][0], world.rank)):
-        results = measure(run, wanted, world)
+    start, (first, at) = time.monotonic(), measured[0]
+    with _logged(log_file(run.folder, first, world.rank)):
+        if first.kind == "cluster":
+            results = {first.name: divide(run, first, world, at.partial, still_mine=at.check)}
+        else:
+            wanted = [Wanted(job=job, folder=one.partial, still_mine=one.check) for job, one in measured]
+            results = measure(run, wanted, world)
     gc.collect()  # models refer to themselves, and two bases may not fit
     if world.rank > 0:
         return

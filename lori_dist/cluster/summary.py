@@ -12,7 +12,7 @@ from typing import Any
 
 from lori_dist.config import Run
 from lori_dist.files import open_regular, read_regular
-from lori_dist.jobs import MOMENTS, Job, same_merges
+from lori_dist.jobs import CLUSTERS, MOMENTS, Job, same_merges
 from lori_dist.scores import transfer
 
 SUMMARY = "summary.json"
@@ -70,10 +70,10 @@ def path(run: Run, job: Job) -> Path:
 
 
 def made(record: Mapping[str, Any]) -> str:
-    """Digest of what a finished job has made for others, an adapter or moments; empty if it made nothing. record: the
-    content of its job.json."""
+    """Digest of what a finished job has made for others, an adapter, moments or clusters; empty if it made nothing.
+    record: the content of its job.json."""
     digests = record["sha256"]
-    return str(digests.get(ADAPTER) or digests.get(MOMENTS, ""))
+    return str(next((digests[name] for name in (ADAPTER, MOMENTS, CLUSTERS) if name in digests), ""))
 
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"

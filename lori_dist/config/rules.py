@@ -552,9 +552,9 @@ def _searches(run: Run) -> Iterator[str]:
             if search.metric != "loss":
                 yield f"{path}.search.metric: got {search.metric}, which has no gradient; use loss"
         elif search.per == "module":
-            yield f"{path}.search.per: module is for search.method gradient, and that is {search.method}; use projection"
+            yield f"{path}.search.per: module is for search.method gradient, got {search.method}; use projection"
         if search.method != "gradient" and search.lr != Search().lr:
-            yield f"{path}.search.lr: is for search.method gradient, and that is {search.method}; remove it"
+            yield f"{path}.search.lr: is for search.method gradient, got {search.method}; remove it"
         if search.method == "cma" and search.per == "task" and len(tasks) == 1:
             yield f"{path}.search.method: cma needs two weights, there is one; use coordinate"
 

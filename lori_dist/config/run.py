@@ -592,7 +592,8 @@ class Run:
     multitask: Annotated[Choice, Chosen, PLANS, Fingerprint.DERIVED] = field(
         default_factory=lambda: Choice(name="independent")
     )
-    """Plan of the trainings: independent, joint (one adapter for all tasks) or sequential (one after the other)."""
+    """Plan of the trainings: independent, joint (one adapter for all tasks), sequential (one after the other) or
+    clustered (one adapter for each cluster of rows)."""
 
     @property
     def folder(self) -> Path:

@@ -1,4 +1,4 @@
-"""The loss of a weighted sum of adapters, and its gradient by the weights, on a copy of the base that may be sharded."""
+"""The loss of a weighted sum of adapters and its gradient by the weights, on a base that may be sharded."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ Slope = tuple[dict[str, float], list[float]]
 
 @dataclass(kw_only=True)
 class _Sum:
-    """The weighted updates of several adapters, on the layers of a base. Inside `with`, they are added to its output."""
+    """The weighted updates of several adapters on a base's layers. Inside `with`, they are added to the output."""
 
     layers: Mapping[str, nn.Module]
     factors: Mapping[str, tuple[Tensor, Tensor, Tensor]]
@@ -59,9 +59,9 @@ class _Sum:
 def descending(
     run: Run, adapters: Mapping[str, Adapter], along: Sequence[Place], world: World
 ) -> Iterator[Callable[[Sequence[float]], Slope]]:
-    """Gives what measures a sum of the tasks' adapters, with one weight for each place, on the tasks' test rows: the mean
-    loss of a target of each task, and the derivatives. Every rank calls this, and that, alike; the base is placed once,
-    as for evaluations, and figures are equal on all ranks.
+    """Gives what measures a sum of the tasks' adapters, with one weight for each place, on the tasks' test rows: the
+    mean loss of a target of each task, and the derivatives. Every rank calls this, and that, alike; the base is placed
+    once, as for evaluations, and figures are equal on all ranks.
 
     adapters: by task. Raises ConfigError for rows that cannot be used, and for a mixture's fused experts.
     """
@@ -105,7 +105,9 @@ def _sum(model: nn.Module, adapters: Mapping[str, Adapter], along: Sequence[Plac
         a, b, of_rows = list[Tensor](), list[Tensor](), list[int]()
         for task, adapter in adapters.items():
             shape = adapter.shapes.get(module)
-            number = next((numbers[task, name] for name in (module, kind(module), None) if (task, name) in numbers), None)
+            number = next(
+                (numbers[task, name] for name in (module, kind(module), None) if (task, name) in numbers), None
+            )
             for block in adapter.blocks if shape is not None and number is not None else ():
                 assert shape is not None
                 assert number is not None

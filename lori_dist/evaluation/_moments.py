@@ -83,8 +83,8 @@ def _paths(run: Run) -> list[str]:
     expert = next((path for path, layer in found.items() if isinstance(layer, Expert)), None)
     if expert is not None:
         raise ConfigError(
-            f"adapter.targets: {expert} is a matrix of fused experts, and what each of them reads is not measured; name "
-            "the experts in adapter.exclude"
+            f"adapter.targets: {expert} is a matrix of fused experts, and what each of them reads is not measured; "
+            "name the experts in adapter.exclude"
         )
     return list(found)
 

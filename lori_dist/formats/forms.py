@@ -50,7 +50,9 @@ def save(adapter: TaskAdapter, path: str | os.PathLike[str], *, dtype: torch.dty
     for an A that was computed from data, which an ordinary adapter stores and this file does not.
     """
     if adapter.given:
-        raise AdapterError(f"form: {adapter.form.name} began with an A computed from data; split it, and save an adapter")
+        raise AdapterError(
+            f"form: {adapter.form.name} began with an A computed from data; split it, and save an adapter"
+        )
     path = Path(path)
     with naming(path, "written"):
         encoded: dict[str, torch.Tensor | Stored] = {}

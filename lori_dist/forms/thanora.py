@@ -85,7 +85,7 @@ def given(
     together = blocks(len(a), len(factors))[-1]
     scores = torch.tensor([entropy(sizes) for sizes, _ in found], dtype=torch.float64)
     ranks = divided(len(a) - together, torch.softmax(scores / temperature, 0).tolist())
-    length, rows = 1 / math.sqrt(3), []
+    length, rows = 1 / math.sqrt(3), list[Tensor]()
     for place, (rank, (_, directions)) in enumerate(zip(ranks, found, strict=True)):
         start = sum(ranks[:place])
         chosen = directions[:rank]
@@ -118,15 +118,15 @@ def form(
 
     rank / (tasks + 1), rounded down, is a block for all of them, with rows of the seeded A. The tasks divide the rest:
     equally, with rows of the seeded A too (start: random), or by what the base's layer makes of their inputs
-    (`moments`, see `adapter.moments`): the more evenly the singular values of W C_t are spread, with W the base's weight
-    and C_t the mean of x x^T over inputs x of task t, the more rows it gets, in each layer by itself: shares are the
-    softmax of their entropies / temperature, at least one row each; and its rows of A are the first right singular
+    (`moments`, see `adapter.moments`): the more evenly the singular values of W C_t are spread, with W the base's
+    weight and C_t the mean of x x^T over inputs x of task t, the more rows it gets, in each layer by itself: shares are
+    the softmax of their entropies / temperature, at least one row each; and its rows of A are the first right singular
     vectors of W C_t, of length 1/sqrt(3), that of the seeded A's rows in the mean. Such an A is stored in the adapter.
-    weight: of the penalty, the mean over layers of the sum over two tasks of |B_s^T B_t|^2, and of |A_s A_t^T|^2 where A
-    is trained; it is in the gradient, not in the loss that is recorded. The adapter is an ordinary one.
-    Source: ThanoRA (arXiv 2505.18640), of which abstracts and reviews could be read: blocks, a cooperative one, ranks by
-    spectral entropy, a truncated SVD, a penalty. Which matrix is decomposed (that of CorDA, a baseline of the paper),
-    how entropies become ranks, and the form of the penalty are inferred; its weight, the length of rows, and that B
-    starts at zero and the base stays as it is are ours.
+    weight: of the penalty, the mean over layers of the sum over two tasks of |B_s^T B_t|^2, and of |A_s A_t^T|^2 where
+    A is trained; it is in the gradient, not in the loss that is recorded. The adapter is an ordinary one.
+    Source: ThanoRA (arXiv 2505.18640), of which abstracts and reviews could be read: blocks, a cooperative one, ranks
+    by spectral entropy, a truncated SVD, a penalty. Which matrix is decomposed (as in CorDA, a baseline there), how
+    entropies become ranks, and the form of the penalty are inferred; its weight, the length of rows, and that B starts
+    at zero and the base stays as it is are ours.
     """
     return Thanora(rank=rank, scale=alpha / rank, trains_a=trains_a, weight=weight)

@@ -83,9 +83,7 @@ def _made(run: Run, spec: Spec, found: list[moments.Moments] | None) -> dict[str
     return made
 
 
-def _of_layer(
-    run: Run, path: str, base: nn.Module, a: Tensor, found: list[moments.Moments], weights: Weights
-) -> Given:
+def _of_layer(run: Run, path: str, base: nn.Module, a: Tensor, found: list[moments.Moments], weights: Weights) -> Given:
     if run.adapter.init == "osrm":
         return Given(a=moments.avoiding(a, moments.factor(found, path)))
     form = run.adapter.form

@@ -21,7 +21,7 @@ from lori_dist.errors import AdapterError, ConfigError, JobError, LoriError
 from lori_dist.formats import native
 from lori_dist.forms import LORI, FormChoice, Given, declares
 from lori_dist.jobs import Job as Planned
-from lori_dist.jobs import task_seed
+from lori_dist.jobs import task_seed, tasks_of
 from lori_dist.training import checkpoint, conflicts, data, masking, metrics, starts, token_files, validation
 from lori_dist.training.data import Batch
 from lori_dist.training.divergence import Divergence
@@ -102,21 +102,20 @@ def make_job(
     fetch: Callable[[], None] = lambda: None,
     is_rehearsal: bool = False,
 ) -> Job:
-    """The job of a training, with its rows read and encoded. is_rehearsal: it is not done, and
-    nothing is written. Raises ConfigError for rows that cannot be used, JobError for moments that are not measured."""
+    """The job of a training, with its rows read and encoded. is_rehearsal: it is not done, and nothing is written.
+    Raises ConfigError for rows that cannot be used, JobError for moments or clusters that are not measured."""
     check_device(run.model, world.device)
     task: str = planned.settings["task"]
-    joint, sequel = planned.settings.get("joint"), planned.settings.get("sequel")
-    tokenizer = load_tokenizer(run.model)
-    tasks = joint["tasks"] if joint is not None else (task,)
-    examples = rows_of(run, planned, tokenizer)
+    sequel = planned.settings.get("sequel")
+    tokenizer, tasks = load_tokenizer(run.model), tasks_of(planned)
+    examples = rows_of(run, planned, tokenizer, is_rehearsal=is_rehearsal)
     steps = Steps.of(run, planned, [[count for _, count in of_task.parts] for of_task in examples])
-    for name, of_task in zip(tasks, examples, strict=True):
+    for name, of_task in zip(tasks, examples, strict="cluster" not in planned.settings):
         if count := held_out(run, name):
             where, (file, _) = f"tasks.{name}.train", of_task.parts[0]
             log.info("%s: the last %d of %d rows are held out for the search for weights", where, count, len(file))
     return Job(
-        run=run if joint is not None else dataclasses.replace(run, train=trained_as(run, task)),
+        run=run if task not in run.tasks else dataclasses.replace(run, train=trained_as(run, task)),
         name=planned.name,
         task=task,
         world=world,

@@ -141,8 +141,8 @@ def test_what_was_measured_is_read_again(tmp_path: Path) -> None:
     [
         ({"method": "ties", "search": {"method": "gradient"}}, "gradient is for merges that are a weighted sum, con"),
         ({"search": {"method": "gradient", "metric": "exact_match"}}, "got exact_match, which has no gradient; use lo"),
-        ({"search": {"per": "module"}}, "module is for search.method gradient, and that is coordinate"),
-        ({"search": {"lr": 0.1}}, "lr: is for search.method gradient, and that is coordinate; remove it"),
+        ({"search": {"per": "module"}}, "module is for search.method gradient, got coordinate"),
+        ({"search": {"lr": 0.1}}, "lr: is for search.method gradient, got coordinate; remove it"),
     ],
 )
 def test_what_has_no_gradient_is_refused(run: Run, merge: dict[str, Any], message: str) -> None:

@@ -90,9 +90,7 @@ MATTERS: dict[str, list[str]] = {
 OF_CHATS = [f"tasks.one.{part}={{chats}}" for part in ("train", "test", "validation")]
 CHATS = [*OF_CHATS, "tasks.one.template.messages=messages"]
 BEFORE: dict[str, list[str]] = {
-    **dict.fromkeys(
-        ("adapter.moments.rows", "adapter.moments.full_up_to", "adapter.moments.width"), ["adapter.init=osrm"]
-    ),
+    **{f"adapter.moments.{key}": ["adapter.init=osrm"] for key in ("rows", "full_up_to", "width")},
     "adapter.form": ["multitask={{name: joint, balance: none}}", "merges={{}}"],
     "train.early_stop": ["train.validate_every=2"],
     "tasks.*.validation": ["train.validate_every=2"],

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lori_dist import config, jobs
 from lori_dist.adapter.attach import match
-from lori_dist.adapter.linear import features
 from lori_dist.adapter.moments import LENGTH, orthonormal
 from lori_dist.adapter.projection import projection
 from lori_dist.cluster.launcher import train_task
@@ -49,9 +48,16 @@ def described(place: Path, model: Path, **adapter: Any) -> Run:
             "output": str(place / "runs"),
             "model": {"path": str(model)},
             "tasks": tasks,
-            "adapter": {"rank": 4, "density": 0.5, "targets": ["q_proj", "v_proj", "down_proj"], **adapter},
+            "adapter": {
+                "rank": 4,
+                "density": 0.5,
+                "mask": "per_matrix",
+                "targets": ["q_proj", "v_proj", "down_proj"],
+                **adapter,
+            },
             "train": {"steps": 2, "batch_size": 6, "micro_batch_size": 2, "lr": 1e-2, "calibrate": {"steps": 1}},
             "evaluate": {"batch_size": 2},
+            "trackers": [],
         }
     )
 
@@ -149,7 +155,7 @@ def test_thanora_begins_in_the_directions_of_each_task(tmp_path: Path, model_fol
     for module, (_, in_features) in adapter.shapes.items():
         weight = model.get_submodule(module).weight.detach().double()
         found = [torch.linalg.svd(weight @ one[module]) for one in moments]
-        scores = torch.tensor([entropy(one.S[one.S > 1e-6 * one.S.max()]) for one in found]) / 0.3
+        scores = torch.tensor([entropy(one.S[1e-6 * one.S.max() < one.S]) for one in found]) / 0.3
         sizes = divided(6, torch.softmax(scores, 0).tolist())
         a, start = block.projection(module, in_features).double(), 0
         for one, size in zip(found, sizes, strict=True):
@@ -165,7 +171,10 @@ def test_thanora_begins_in_the_directions_of_each_task(tmp_path: Path, model_fol
     [
         ({"adapter": {"projection": "trained"}}, "adapter.projection: got trained, and adapter.init: osrm keeps an A"),
         ({"adapter": {"share_projection": True}}, "adapter.share_projection: makes one A for all tasks, and adapter.i"),
-        ({"adapter": {"dtype": "bfloat16"}}, "adapter.dtype: got bfloat16, and an A that is computed from data is floa"),
+        (
+            {"adapter": {"dtype": "bfloat16"}},
+            "adapter.dtype: got bfloat16, and an A that is computed from data is floa",
+        ),
         ({"multitask": "joint"}, "adapter.init: osrm is for an adapter of each task, and multitask joint"),
         ({"adapter": {"init": "random"}}, "adapter.moments: is for adapter.init osrm, or a form that begins from mom"),
         ({"tasks": ["copy"]}, "adapter.init: osrm keeps A away from what other tasks read, and there is one task"),
