@@ -28,9 +28,9 @@ from tests.tokenizers import save
 
 TASKS = ("copy", "turn")
 ENGINES = [
-    (Choice(name="ddp"), 1),
-    (Choice(name="fsdp"), 2),
-    (Choice(name="deepspeed", options={"stage": 3}), 2),
+    pytest.param(Choice(name="ddp"), 1, id="ddp", marks=pytest.mark.slow),
+    pytest.param(Choice(name="fsdp"), 2, id="fsdp"),
+    pytest.param(Choice(name="deepspeed", options={"stage": 3}), 2, id="deepspeed", marks=pytest.mark.slow),
 ]
 
 
@@ -92,7 +92,7 @@ def plain(run: Run, point: Sequence[float]) -> tuple[list[float], Tensor]:
     return [float(loss.detach()) for loss in losses], slope
 
 
-@pytest.mark.parametrize(("engine", "num_ranks"), ENGINES, ids=["ddp", "fsdp", "deepspeed"])
+@pytest.mark.parametrize(("engine", "num_ranks"), ENGINES)
 def test_the_gradient_is_that_of_one_process(run: Run, engine: Choice, num_ranks: int) -> None:
     placed = replace(run, evaluate=replace(run.evaluate, engine=engine))
     points = [[0.5, 0.1, -0.3, 0.7, 0.4], [0.0, 1.0, 0.2, 0.3, -0.2]]

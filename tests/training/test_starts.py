@@ -1,6 +1,7 @@
 """Trainings whose A follows from what the base's layers read of the tasks' rows, against a plain computation."""
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,13 +30,13 @@ TASKS = ("copy", "count", "turn")
 ROWS = 6
 """Rows of each task that are measured, of 9."""
 ENGINES = [
-    (Choice(name="ddp"), 1),
-    (Choice(name="fsdp"), 2),
-    (Choice(name="deepspeed", options={"stage": 3}), 2),
+    pytest.param(Choice(name="ddp"), 1, id="ddp", marks=pytest.mark.slow),
+    pytest.param(Choice(name="fsdp"), 2, id="fsdp"),
+    pytest.param(Choice(name="deepspeed", options={"stage": 3}), 2, id="deepspeed", marks=pytest.mark.slow),
 ]
 
 
-def described(place: Path, model: Path, **adapter: Any) -> Run:
+def described(place: Path, model: Path, *, multitask: Any = "independent", **adapter: Any) -> Run:
     tasks = {}
     for number, task in enumerate(TASKS):
         rows = place / f"{task}.jsonl"
@@ -58,11 +59,13 @@ def described(place: Path, model: Path, **adapter: Any) -> Run:
             "train": {"steps": 2, "batch_size": 6, "micro_batch_size": 2, "lr": 1e-2, "calibrate": {"steps": 1}},
             "evaluate": {"batch_size": 2},
             "trackers": [],
+            "multitask": multitask,
         }
     )
 
 
 def trained(run: Run, task: str) -> str:
+    logging.getLogger("lori_dist").setLevel(logging.INFO)
     return str(train_task(run, task, from_environment(), progress=lambda record: None))
 
 
@@ -91,7 +94,7 @@ def assert_near(found: Tensor, wanted: Tensor, tolerance: float = 1e-4) -> None:
     assert float((found.double() - wanted.double()).norm()) <= tolerance * float(wanted.double().norm())
 
 
-@pytest.mark.parametrize(("engine", "num_ranks"), ENGINES, ids=["ddp", "fsdp", "deepspeed"])
+@pytest.mark.parametrize(("engine", "num_ranks"), ENGINES)
 def test_osrm_keeps_a_task_away_from_what_the_others_read(
     tmp_path: Path, model_folder: Path, engine: Choice, num_ranks: int
 ) -> None:
@@ -145,8 +148,8 @@ def test_what_is_measured_is_kept_and_a_sketch_says_so(tmp_path: Path, model_fol
 
 def test_thanora_begins_in_the_directions_of_each_task(tmp_path: Path, model_folder: Path) -> None:
     form = {"name": "thanora", "start": "moments", "temperature": 0.3}
-    run = described(tmp_path, model_folder, form=form, rank=8, moments={"rows": ROWS})
-    run = replace(run, multitask=Choice(name="joint", options={"balance": "none"}))
+    joint = {"name": "joint", "balance": "none"}
+    run = described(tmp_path, model_folder, multitask=joint, form=form, rank=8, moments={"rows": ROWS})
     [path, _] = run_distributed(trained, run, "joint", world_size=2)
     adapter = native.load(Path(path))
     [block] = adapter.blocks
