@@ -54,7 +54,56 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def divided(run: Run) -> dict[str, Any]:
     [job] = (job for job in jobs.plan(run) if job.kind == "cluster")
-    return divide(run, job, from_environment(), run.folder / "cluster-rows", still_mine=lambda: None)
+    place = run.folder / "cluster-rows"
+    place.mkdir(parents=True, exist_ok=True)
+    return divide(run, job, from_environment(), place, still_mine=lambda: None)
+
+
+def by_hand(run: Run) -> list[list[int]]:
+    """The cluster of each row of each task, from the mean of its last states, row by row in one process."""
+    model, tokenizer, means = load_model(run.model), load_tokenizer(run.model), []
+    for task in run.tasks.values():
+        for example in data.encode(data.read(task.train, task.template), tokenizer, run.train.max_length):
+            ids = torch.tensor([example.prompt_ids + example.response_ids])
+            with torch.no_grad():
+                mean = model.model(input_ids=ids).last_hidden_state[0].mean(0)
+            means.append((mean / mean.norm()).double().numpy())
+    return [of_task.tolist() for of_task in np.split(clusters(np.stack(means), 2, 0), [len(WORDS)])]
+
+
+def both(run: Run, alone: Run, folder: Path) -> None:
+    world = from_environment()
+    train(run, "cluster-2", world, folder / "cluster", fingerprint="f", cluster={"place": 1, "clusters": 2})
+    train(alone, "cluster-2", world, folder / "alone", fingerprint="f")
+
+
+def test_a_cluster_is_trained_as_a_task_with_its_rows_would_be(run: Run, tmp_path: Path) -> None:
+    sharded = replace(run, evaluate=replace(run.evaluate, engine=Choice(name="fsdp")))
+    results = run_distributed(divided, sharded, world_size=2)
+    wanted = by_hand(run)
+    assert results[0] == results[1]
+    assert results[0]["tasks"] == {
+        task: np.bincount(of_task, minlength=2).tolist() for task, of_task in zip(TASKS, wanted, strict=True)
+    }
+    there = stored(run.folder / "cluster-rows" / "clusters.safetensors")
+    assert [there[task].load().tolist() for task in TASKS] == wanted
+    assert min(results[0]["sizes"]) > 1
+    own = [
+        line
+        for task, of_task in zip(TASKS, wanted, strict=True)
+        for line, number in zip(Path(run.tasks[task].train).read_text().splitlines(True), of_task, strict=True)
+        if number == 1
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(own))
+    task = replace(run.tasks["copy"], train=str(tmp_path / "rows.jsonl"))
+    alone = replace(run, tasks={"cluster-2": task}, multitask=Choice(name="independent"), merges={})
+    run_distributed(both, run, alone, tmp_path, world_size=1)
+    blocks = [native.load(tmp_path / name / "adapter.safetensors").blocks[0] for name in ("cluster", "alone")]
+    assert blocks[0].seed == blocks[1].seed
+    assert blocks[0].name == "cluster-2"
+    assert blocks[0].entries.keys() == blocks[1].entries.keys()
+    for module, entries in blocks[1].entries.items():
+        assert torch.equal(blocks[0].entries[module].values, entries.values)
 
 
 def test_the_plan_has_a_training_for_each_cluster(run: Run) -> None:
@@ -74,56 +123,6 @@ def test_the_plan_has_a_training_for_each_cluster(run: Run) -> None:
     assert others["merge-all"].fingerprint != planned["merge-all"].fingerprint
     found = jobs.differences("cluster", planned["cluster-rows"].settings, others["cluster-rows"].settings)
     assert found == ["multitask.seed 0 -> 1"]
-
-
-def test_rows_are_divided_alike_on_any_number_of_ranks_and_a_cluster_trains_its_own(run: Run, tmp_path: Path) -> None:
-    [one] = run_distributed(divided, replace(run, name="one"), world_size=1)
-    sharded = replace(run, evaluate=replace(run.evaluate, engine=Choice(name="fsdp")))
-    assert run_distributed(divided, sharded, world_size=2) == [one, one]
-    assert one["sizes"] == [7, 6]
-    found = {
-        task: tensor.load().tolist()
-        for task, tensor in stored(run.folder / "cluster-rows" / "clusters.safetensors").items()
-    }
-    assert found == {"copy": [0, 1, 0, 1, 0, 1, 0], "count": [1, 0, 1, 0, 1, 0]}
-    # A task of the cluster's name that has the same rows is trained in the same way.
-    lines = [Path(run.tasks[task].train).read_text().splitlines(keepends=True) for task in TASKS]
-    own = [
-        line
-        for of_task, task in zip(lines, TASKS, strict=True)
-        for line, n in zip(of_task, found[task], strict=True)
-        if n
-    ]
-    (tmp_path / "rows.jsonl").write_text("".join(own))
-    task = replace(run.tasks["copy"], train=str(tmp_path / "rows.jsonl"))
-    alone = replace(run, tasks={"cluster-2": task}, multitask=Choice(name="independent"), merges={})
-    run_distributed(of_cluster, run, tmp_path / "cluster", {"place": 1, "clusters": 2}, world_size=1)
-    run_distributed(of_cluster, alone, tmp_path / "alone", None, world_size=1)
-    blocks = [native.load(tmp_path / name / "adapter.safetensors").blocks[0] for name in ("cluster", "alone")]
-    assert blocks[0].seed == blocks[1].seed
-    assert blocks[0].name == "cluster-2"
-    for module, entries in blocks[1].entries.items():
-        assert torch.equal(blocks[0].entries[module].values, entries.values)
-
-
-def of_cluster(run: Run, folder: Path, cluster: dict[str, int] | None) -> None:
-    train(run, "cluster-2", from_environment(), folder, fingerprint="f", cluster=cluster)
-
-
-def test_what_is_divided_is_the_mean_of_the_last_states(run: Run) -> None:
-    model, tokenizer, means = load_model(run.model), load_tokenizer(run.model), []
-    for task in run.tasks.values():
-        for example in data.encode(data.read(task.train, task.template), tokenizer, run.train.max_length):
-            ids = torch.tensor([example.prompt_ids + example.response_ids])
-            with torch.no_grad():
-                mean = model.model(input_ids=ids).last_hidden_state[0].mean(0)
-            means.append((mean / mean.norm()).double().numpy())
-    [found] = run_distributed(divided, run, world_size=1)
-    wanted = clusters(np.stack(means), 2, 0)
-    assert found["tasks"] == {
-        task: np.bincount(of_task, minlength=2).tolist()
-        for task, of_task in zip(TASKS, np.split(wanted, [7]), strict=True)
-    }
 
 
 def test_clusters_are_those_that_there_are() -> None:
