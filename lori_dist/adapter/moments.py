@@ -223,5 +223,6 @@ def avoiding(a: Tensor, of_others: Tensor) -> Tensor:
 
 def orthonormal(a: Tensor) -> Tensor:
     """The matrix with orthonormal rows that is nearest to one of full rank, (rank, in_features)."""
-    left, _, right = torch.linalg.svd(a, full_matrices=False)
-    return left @ right
+    found = torch.linalg.svd(a, full_matrices=False)
+    made: Tensor = found.U @ found.Vh
+    return made

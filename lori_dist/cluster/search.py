@@ -186,8 +186,8 @@ def read_slopes(file: Path) -> dict[Point, tuple[float, list[float]]]:
     """The scores and derivatives in a file, as `read`."""
     scores = read(file)
     records, _ = read_lines(file)
-    there = {tuple(record["point"]): record.get("slope") for record in records}
-    return {point: (score, there[point]) for point, score in scores.items() if there[point] is not None}
+    slopes = {tuple(record["point"]): record["slope"] for record in records if "slope" in record}
+    return {point: (score, slopes[point]) for point, score in scores.items() if point in slopes}
 
 
 def _is_whole(record: Mapping[str, Any]) -> bool:

@@ -83,7 +83,7 @@ def descending(
                 for first in range(0, -(-len(of_task) // world.size), size):  # equally often on every rank
                     batch = data.collate(own[first : first + size], pad).to(world.device)
                     loss = loss_sum(base.model, batch) / counts[task]
-                    (loss / len(rows)).backward()  # type: ignore[no-untyped-call]
+                    (loss / len(rows)).backward()
                     losses[number] += loss.detach()
             slope = summed.weights.grad
             assert slope is not None

@@ -92,7 +92,8 @@ def _of_layer(run: Run, path: str, base: nn.Module, a: Tensor, found: list[momen
     assert start is not None
     options = {name: option.default for name, option in method.options.items()}
     options |= method.bind(form.options, "adapter.form")
-    weight = torch.empty(base.weight.shape, dtype=base.weight.dtype)
+    like = base.get_parameter("weight")
+    weight = torch.empty(like.shape, dtype=like.dtype)
     weights.read(f"{path}.weight", weight.view(-1), 0)
     factors = [moments.factor([one], path) for one in found]
     made: Given = start(a, (weight.t() if is_conv1d(base) else weight).double(), factors, **options)
