@@ -338,7 +338,11 @@ def _leads_inside(link: Path, root: Path) -> bool:
 def _is_own(name: Path) -> bool:
     """Whether something in a run's folder is the run's, not a tracker's."""
     top = name.parts[0]
-    return len(name.parts) == 1 or top == "logs" or top.startswith((PARTIAL, "train-", "merge-", "evaluate-"))
+    return (
+        len(name.parts) == 1
+        or top == "logs"
+        or top.startswith((PARTIAL, "moments-", "cluster-", "train-", "merge-", "evaluate-"))
+    )
 
 
 def _check_kind(place: Path) -> None:

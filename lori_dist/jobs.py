@@ -16,7 +16,7 @@ from lori_dist import config, plugin, rows, tables
 from lori_dist.errors import ConfigError, JobError
 from lori_dist.files import open_regular, parse_json, read_regular
 
-Kind = Literal["train", "merge", "evaluate"]
+Kind = Literal["moments", "cluster", "train", "merge", "evaluate"]
 
 FORMAT = 1
 """A part of every fingerprint: with another number, every job is done again."""
@@ -26,6 +26,11 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,199}", re.ASCII)
 
 JOINT = "joint"
 """The name that stands for a task's in the adapter that all tasks share."""
+
+MOMENTS = "moments.safetensors"
+"""File in the folder of a job of moments."""
+CLUSTERS = "clusters.safetensors"
+"""File in the folder of the job that divides rows into clusters."""
 
 WEIGHTS = (".safetensors", ".bin")
 TEXTS = (".json", ".txt", ".model", ".jinja")
@@ -39,7 +44,8 @@ class Job:
     """One piece of a run, whose results are one folder."""
 
     name: str
-    """`train-TASK`, `train-joint`, `merge-NAME` or `evaluate-MODEL`."""
+    """`moments-TASK`, `cluster-rows`, `train-TASK`, `train-joint`, `train-cluster-NUMBER`, `merge-NAME` or
+    `evaluate-MODEL`."""
     kind: Kind
     needs: tuple[str, ...] = ()
     """Names of the jobs whose results it reads."""
@@ -79,9 +85,45 @@ def task_seed(run: config.Run, task: str) -> int:
 
 
 def plan(run: config.Run) -> list[Job]:
-    """The jobs of a run as `multitask` plans them, each after those that it needs. Raises ConfigError."""
+    """The jobs of a run as `multitask` plans them, each after those that it needs, with the measurements of moments
+    that its trainings begin from. Raises ConfigError."""
     method = plugin.find("multitask", run.multitask.name, "plan", "multitask")
-    return order(method.load()(run, **method.bind(run.multitask.options, "multitask")))
+    planned = list(method.load()(run, **method.bind(run.multitask.options, "multitask")))
+    lacking = {need for job in planned for need in job.needs} - {job.name for job in planned}
+    measured = [moments_job(run, task) for task in run.tasks] if config.reads_moments(run) else []
+    return order([*(job for job in measured if job.name in lacking), *planned])
+
+
+def moments_of(run: config.Run, task: str) -> tuple[str, ...]:
+    """The tasks whose moments the training of a task begins from, or that of all together (JOINT); none where A follows
+    from a seed."""
+    return tuple(other for other in run.tasks if other != task) if config.reads_moments(run) else ()
+
+
+def moments_job(run: config.Run, task: str) -> Job:
+    """The measurement of the second moments of what the base's layers read of a task's training rows."""
+    own, held_out = run.tasks[task], config.held_out(run, task)
+    chosen, settings = config.fingerprinted(run.adapter), run.adapter.moments
+    width = 4 * run.adapter.rank if settings.width is None else settings.width
+    return _job(
+        "moments",
+        task,
+        [],
+        task=task,
+        model=_model(run.model),
+        data={
+            "rows": sha256(own.train),
+            "template": _template(run, own),
+            **({"held_out": held_out} if held_out else {}),
+        },
+        adapter={key: chosen[key] for key in ("targets", "exclude", "modules_to_save") if key in chosen},
+        moments={"rows": settings.rows, "full_up_to": settings.full_up_to, "width": width},
+        max_length=run.train.max_length,
+    )
+
+
+def _measured(run: config.Run, task: str) -> list[Job]:
+    return [moments_job(run, other) for other in moments_of(run, task)]
 
 
 def train_job(run: config.Run, task: str, after: Sequence[Job] = (), sequel: Mapping[str, Any] | None = None) -> Job:
@@ -91,7 +133,7 @@ def train_job(run: config.Run, task: str, after: Sequence[Job] = (), sequel: Map
     return _job(
         "train",
         task,
-        after,
+        [*after, *_measured(run, task)],
         task=task,
         seed=task_seed(run, task),
         model=_model(run.model),
@@ -113,22 +155,64 @@ def joint_job(run: config.Run, joint: Mapping[str, Any]) -> Job:
     return _job(
         "train",
         JOINT,
-        [],
+        _measured(run, JOINT),
         task=JOINT,
         seed=task_seed(run, JOINT),
         model=_model(run.model),
-        tasks={
-            name: {
-                "rows": sha256(task.train),
-                "template": _template(run, task),
-                **({} if run.train.validate_every is None else {"validation": sha256(str(task.validation))}),
-            }
-            for name, task in run.tasks.items()
-        },
+        tasks=_all_rows(run),
         joint=dict(joint),
         **({"seeds": {name: task_seed(run, name) for name in run.tasks}} if config.of_form(run, "OWN_A") else {}),
         **_protocol(run),
     )
+
+
+def cluster_job(run: config.Run, number: int, seed: int) -> Job:
+    """The division of all tasks' training rows into so many clusters, by what the base makes of them."""
+    return _job(
+        "cluster",
+        "rows",
+        [],
+        model=_model(run.model),
+        tasks={
+            name: {"rows": sha256(task.train), "template": _template(run, task)} for name, task in run.tasks.items()
+        },
+        cluster={"clusters": number, "seed": seed},
+        max_length=run.train.max_length,
+    )
+
+
+def cluster_train_job(run: config.Run, divided: Job | None, place: int, clusters: int) -> Job:
+    """The training of one cluster's adapter, `cluster-1` for place 0 of so many. divided: the job that
+    `cluster_job` gives, or None where only the settings are asked for."""
+    name = f"cluster-{place + 1}"
+    return _job(
+        "train",
+        name,
+        [] if divided is None else [divided],
+        task=name,
+        seed=task_seed(run, name),
+        model=_model(run.model),
+        tasks=_all_rows(run),
+        cluster={"place": place, "clusters": clusters},
+        **_protocol(run),
+    )
+
+
+def _all_rows(run: config.Run) -> dict[str, Any]:
+    return {
+        name: {
+            "rows": sha256(task.train),
+            "template": _template(run, task),
+            **({} if run.train.validate_every is None else {"validation": sha256(str(task.validation))}),
+        }
+        for name, task in run.tasks.items()
+    }
+
+
+def tasks_of(training: Job) -> list[str]:
+    """The tasks whose rows a training, or what measures rows, reads."""
+    settings = training.settings
+    return list(settings["tasks"]) if "tasks" in settings else [settings["task"]]
 
 
 def _protocol(run: config.Run) -> dict[str, Any]:
@@ -347,7 +431,7 @@ def check_inputs(run: config.Run, job: Job) -> None:
         read = job.settings["search"]
     planned = {read["task"]: read["data"]} if "data" in read else read["tasks"]
     for task, data in planned.items():
-        part = data.get("part", "train" if job.kind == "train" else "test")
+        part = data.get("part", "test" if job.kind == "evaluate" else "train")
         if sha256(getattr(run.tasks[task], part)) != data["rows"]:
             where = f"tasks.{task}.{part}"
             raise JobError(f"{where}: the file has changed since the run began; give the same command again")
@@ -504,7 +588,7 @@ def _place(
         case ("engine", *rest):
             return ".".join(["train.engine", *rest]), None
         case ("tasks", other, "rows"):
-            return f"tasks.{other}.{'train' if kind == 'train' else 'test'}", "the file"
+            return f"tasks.{other}.{'test' if kind == 'evaluate' else 'train'}", "the file"
         case ("search", "tasks", other, "rows"):
             return f"tasks.{other}.{parts.get(other, {}).get('part', 'validation')}", "the file"
         case ("search", "tasks", *rest):
@@ -513,9 +597,11 @@ def _place(
             return ".".join(rest), "the code"
         case ("seed",) | ("seeds", _):
             return "the seed of A (adapter.seed, or tasks.NAME.seed)", None
+        case ("moments", *rest):
+            return ".".join(["adapter.moments", *rest]), None
         case ("max_length",):
             return "train.max_length", None
-        case ("joint" | "sequel", *rest):
+        case ("joint" | "sequel" | "cluster", *rest):
             return ".".join(["multitask", *rest]), None
         case ("lm_eval", "files", *rest):
             return "evaluate.lm_eval.include", ".".join(rest)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lori_dist.adapter.projection import GENERATOR, projection
 from lori_dist.errors import AdapterError
-from lori_dist.forms import FormChoice
+from lori_dist.forms import FormChoice, Given
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +38,9 @@ class Spec:
     """Names, paths or patterns of layers that are left out of the targets."""
     form: FormChoice | None = None
     """A form other than LoRI's own, with the tasks whose rows train it; None: one update for all rows."""
+    given: Mapping[str, Given] | None = field(default=None, compare=False, repr=False)
+    """Module path -> the A that it begins with, as it was computed from data, for every target; None: that of the seed.
+    An adapter stores it."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -48,6 +51,19 @@ class Spec:
             raise AdapterError(f"targets: got {self.targets!r}; name at least one layer, or give 'all-linear'")
         if self.projection not in ("cached", "recomputed", "trained"):
             raise AdapterError(f"projection: got {self.projection!r}; wanted 'cached', 'recomputed' or 'trained'")
+        if self.given is not None and self.form is None and self.projection != "cached":
+            raise AdapterError(f"projection: got {self.projection!r} for an A that is given; wanted 'cached'")
+
+    def start_of(self, module: str, in_features: int) -> Given | None:
+        """What a module begins with; None: the A of the seed. Raises AdapterError for one that is missing, or of
+        another shape."""
+        if self.given is None:
+            return None
+        found = self.given.get(module)
+        if found is None or found.a.shape != (self.rank, in_features):
+            what = "there is none" if found is None else f"it is {tuple(found.a.shape)}"
+            raise AdapterError(f"given: wanted an A of shape {(self.rank, in_features)} for {module}, and {what}")
+        return found
 
     @property
     def scale(self) -> float:

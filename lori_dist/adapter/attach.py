@@ -444,22 +444,28 @@ def extract(
     if isinstance(spec, Adapter):
         block = dataclasses.replace(spec.blocks[0], name=name, entries=entries)
         return dataclasses.replace(spec, blocks=(block,), base=dict(base or spec.base), saved=whole)
-    is_trained = spec.projection == "trained"
-    projections = {path: values[per_task.of_a(path)].view(spec.rank, -1) for path in entries} if is_trained else {}
+    is_stored = spec.projection == "trained" or spec.given is not None
+    projections = {path: _stored_a(deltas[path], values) for path in entries} if is_stored else {}
     block = Block(
         name=name,
-        seed=None if is_trained else spec.seed,
+        seed=None if is_stored else spec.seed,
         rank=spec.rank,
         alpha=spec.alpha,
-        dtype=torch.float32 if is_trained else spec.dtype,
+        dtype=torch.float32 if is_stored else spec.dtype,
         entries=entries,
         checksums={path: checksum(a) for path, a in projections.items()}
-        if is_trained
+        if is_stored
         else {path: delta.checksum() for path, delta in deltas.items()},
         projections=projections,
     )
     shapes = {path: features(layers[path].base) for path in deltas}
     return Adapter(shapes=shapes, blocks=(block,), targets=spec.targets, base=dict(base or {}), saved=whole)
+
+
+def _stored_a(delta: Delta, values: Mapping[str, Tensor]) -> Tensor:
+    """The A that an adapter stores: the trained one among the values, or the one that was given."""
+    found = values.get(per_task.of_a(delta.recipe.module))
+    return delta.a().cpu() if found is None else found.view(delta.rank, -1)
 
 
 def _index(delta: Delta) -> Tensor | None:
@@ -543,12 +549,13 @@ def _sum(adapter: Adapter, path: str) -> Kept | None:
 
 def _delta(path: str, base: nn.Module, spec: Spec, masks: Mapping[str, Tensor] | None, before: Adapter | None) -> Delta:
     out_features, in_features = features(base)
+    start = spec.start_of(path, in_features)
     index = None if masks is None else _positions(path, masks, (out_features, spec.rank))
     return Delta(
         module=path,
         in_features=in_features,
         out_features=out_features,
-        seed=spec.seed,
+        seed=None if start is not None else spec.seed,
         rank=spec.rank,
         scale=spec.scale,
         dtype=spec.dtype,
@@ -556,6 +563,7 @@ def _delta(path: str, base: nn.Module, spec: Spec, masks: Mapping[str, Tensor] |
         device=_device(base),
         cached=spec.projection == "cached",
         trains_a=spec.projection == "trained",
+        stored=None if start is None else start.a,
         before=None if before is None else _sum(before, path),
     )
 

@@ -1,5 +1,6 @@
 """The tensors of a form in one layer: shapes, masks and initial values, whether on a model or in a file."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from lori_dist.adapter.projection import Recipe, projection
 from lori_dist.errors import AdapterError
-from lori_dist.forms import AnyForm, Entry, FormChoice, Site
+from lori_dist.forms import AnyForm, Entry, FormChoice, Given, Site
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,10 +19,20 @@ class Sizes:
 
     site: Site
     entries: Mapping[str, Entry]
+    given: Tensor | None = None
+    """A, where it was computed from data."""
 
     @classmethod
-    def of(cls, form: AnyForm, site: Site) -> "Sizes":
-        return cls(site=site, entries=form.entries(site))
+    def of(cls, form: AnyForm, site: Site, given: Given | None = None) -> "Sizes":
+        if given is None:
+            return cls(site=site, entries=form.entries(site))
+        site = dataclasses.replace(site, blocks=given.blocks)
+        entries = form.entries(site)
+        if any(one.per_task or one.shape != given.a.shape for one in entries.values() if one.start == "a"):
+            raise AdapterError(
+                f"given: one A for all tasks was given for {site.module}, and its form has others; remove it"
+            )
+        return cls(site=site, entries=entries, given=given.a)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of the whole tensor: with the tasks first, where each has its own."""
@@ -61,6 +72,8 @@ class Sizes:
         entry, shape = self.entries[name], self.shape(name)
         match entry.start:
             case "a":
+                if self.given is not None:
+                    return self.given.to(device, copy=True)
                 made = [recipe.make(device=device) for recipe in self.recipes(name, choice, seed, dtype)]
                 return torch.stack(made) if entry.per_task else made[0]
             case "eye":

@@ -106,7 +106,7 @@ class FormedDelta(BaseDelta):
         self.penalties = shared.penalties if isinstance(self.form, Penalised) else None
         self.is_dependent = isinstance(self.form, DependentForm)
         site = Site(module=module, in_features=in_features, out_features=out_features, tasks=tuple(self.choice.tasks))
-        self.sizes = Sizes.of(self.form, site)
+        self.sizes = Sizes.of(self.form, site, spec.start_of(module, in_features))
         counts = any(entry.counted for entry in self.entries.values())
         self.counts = shared.counts if counts else None
         self.is_of_rows = self.choice.is_of_rows
@@ -185,7 +185,9 @@ class FormedDelta(BaseDelta):
         """Of each A as its seed makes it."""
         found = []
         for name, entry in self.entries.items():
-            if entry.start == "a" and entry.trained:
+            if entry.start == "a" and entry.trained and self.sizes.given is not None:
+                found.append(checksum(self.sizes.given))
+            elif entry.start == "a" and entry.trained:
                 recipes = self.sizes.recipes(name, self.choice, self.seed, self.dtype)
                 found += [checksum(recipe.make(device="cpu")) for recipe in recipes]
             elif entry.start == "a":

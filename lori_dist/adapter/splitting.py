@@ -88,7 +88,8 @@ def _part(adapter: TaskAdapter, form: Form | Settling, sizes: Sizes, number: int
         return None
     index = None if bool(there.all()) else there.flatten().nonzero().squeeze(1).to(torch.int32)
     values = b.flatten() if index is None else b.flatten()[index.long()]
-    is_seeded = any(a is tensors[name] for name, entry in sizes.entries.items() if not entry.trained)
+    is_frozen = any(a is tensors[name] for name, entry in sizes.entries.items() if not entry.trained)
+    is_seeded = is_frozen and sizes.given is None
     return _Part(
         entries=Entries(index=index, values=values.contiguous()),
         a=None if is_seeded else a.float().contiguous(),
@@ -102,9 +103,9 @@ def _block(
     entries = {module: part.entries for module, part in parts.items()}
     # The scale is the form's, whatever the rank of what it gives.
     alpha_of_row = adapter.alpha / adapter.rank
-    if parts and any(part.a is not None for part in parts.values()):
+    if adapter.given or (parts and any(part.a is not None for part in parts.values())):
         projections = {module: part.a for module, part in parts.items() if part.a is not None}
-        rank = max(part.rank for part in parts.values())
+        rank = max((part.rank for part in parts.values()), default=adapter.rank)
         return Block(
             name=task,
             seed=None,

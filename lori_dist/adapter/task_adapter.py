@@ -16,7 +16,7 @@ from lori_dist.adapter.linear import AdaptedLinear
 from lori_dist.adapter.per_task import of_tensor
 from lori_dist.adapter.projection import GENERATOR
 from lori_dist.errors import AdapterError
-from lori_dist.forms import AnyForm, FormChoice, Site, of_one_layer
+from lori_dist.forms import AnyForm, FormChoice, Given, Site, of_one_layer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +39,8 @@ class TaskAdapter:
     checksums: Mapping[str, tuple[str, ...]]
     """Module path -> checksum of each A as its seed makes it, for every target."""
     targets: str | tuple[str, ...]
+    given: Mapping[str, Given] = field(default_factory=dict)
+    """Module path -> the A that it began with, if that was computed from data."""
     base: Mapping[str, Any] = field(default_factory=dict)
     generator: str = GENERATOR
     saved: Mapping[str, Tensor | Elsewhere] = field(default_factory=dict)
@@ -58,12 +60,13 @@ class TaskAdapter:
             dtype=self.dtype,
             projection="trained" if self.trains_a else "cached",
             form=self.form,
+            given=self.given or None,
         )
 
     def sizes(self, module: str, form: AnyForm | None = None) -> Sizes:
         out_features, in_features = self.shapes[module]
         site = Site(module=module, in_features=in_features, out_features=out_features, tasks=self.form.tasks)
-        return Sizes.of(form or self.made, site)
+        return Sizes.of(form or self.made, site, self.given.get(module))
 
     @property
     def kept(self) -> int:
@@ -127,6 +130,7 @@ def extract_formed(
         shapes={path: (delta.out_features, delta.in_features) for path, delta in deltas.items()},
         tensors={path: entries(path, delta) for path, delta in deltas.items()},
         checksums={path: tuple(delta.checksums()) for path, delta in deltas.items()},
+        given=dict(spec.given or {}),
         targets=spec.targets,
         base=dict(base or {}),
         saved={name: values[saved.key(name)].view(shape) for name, shape in saved.shapes(model).items()},

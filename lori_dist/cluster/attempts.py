@@ -14,9 +14,17 @@ from lori_dist import config, folder, storage
 from lori_dist.cluster import gang
 from lori_dist.cluster.failures import BACKOFF_SECONDS, CUT_OFF, STOPPED, described, failure_of, is_stop, retry
 from lori_dist.cluster.gang import Gangs
-from lori_dist.cluster.summary import ATTEMPTS, CHECKPOINTS, METRICS, attempts_of, is_step, log_file
+from lori_dist.cluster.summary import ATTEMPTS, CHECKPOINTS, METRICS, START, attempts_of, is_step, log_file
 from lori_dist.cluster.trials import TRIED, search_rank, trial
-from lori_dist.cluster.work import Assignment, evaluate_rank, merge_adapters, train_rank, train_ranks
+from lori_dist.cluster.work import (
+    Assignment,
+    cluster_rank,
+    evaluate_rank,
+    merge_adapters,
+    moments_rank,
+    train_rank,
+    train_ranks,
+)
 from lori_dist.config import Run
 from lori_dist.errors import JobError
 from lori_dist.jobs import Job, check_inputs
@@ -32,7 +40,8 @@ def do(
     gangs: Gangs,
     end: Callable[[Job, dict[str, Any] | str], None],
 ) -> None:
-    """Does a job, or several that share one base, with all attempts: trainings that need no other job, or evaluations.
+    """Does a job, or several that share one base, with all attempts: trainings that read no other adapter, measurements
+    of moments, or evaluations.
     A failed attempt is repeated for all of them.
 
     inputs: job -> digests of the results that it reads. end: called once for each job, with the content of its job.json
@@ -111,7 +120,7 @@ def publish(
     history.end(None)
     seconds = round(time.monotonic() - start, 3)
     record = {"seconds": seconds, "attempts": history.attempts, "inputs": dict(inputs), "result": dict(result)}
-    folder.publish(run.folder, job, record, scratch=[CHECKPOINTS, TRIED, ATTEMPTS, MEASURED])
+    folder.publish(run.folder, job, record, scratch=[CHECKPOINTS, TRIED, ATTEMPTS, MEASURED, START])
     if mirror := _mirror(run):
         for place in (*folder.kept(run.folder, job.name), run.folder / job.name):
             mirror.push(place.name)
@@ -128,12 +137,15 @@ def _outcomes(
     """Job -> its `result`, or the `error` that ended it alone. Raises Broken if processes fail, and any error of this
     process."""
     first, name = assignments[0], assignments[0].job.name
-    if first.job.kind == "evaluate":
-        return dict(_of_gang(run, histories, gangs, first.job, evaluate_rank, assignments))
+    if first.job.kind in ("evaluate", "moments"):
+        function = evaluate_rank if first.job.kind == "evaluate" else moments_rank
+        return dict(_of_gang(run, histories, gangs, first.job, function, assignments))
     if first.job.kind == "train":
         if len(assignments) > 1:
             return dict(_of_gang(run, histories, gangs, first.job, train_ranks, assignments))
         return {name: {"result": dict(_of_gang(run, histories, gangs, first.job, train_rank, first))}}
+    if first.job.kind == "cluster":
+        return {name: {"result": dict(_of_gang(run, histories, gangs, first.job, cluster_rank, first))}}
     if "search" in first.job.settings:
         return {name: {"result": dict(_of_gang(run, histories, gangs, first.job, search_rank, trial(run, first)))}}
     for history in histories:

@@ -14,7 +14,7 @@ from lori_dist import folder, storage
 from lori_dist.cluster import schedule
 from lori_dist.cluster.eta import Left, left
 from lori_dist.cluster.schedule import Resources
-from lori_dist.cluster.summary import ADAPTER, SUMMARY, attempts_of, last_saved, last_steps, speed, summarize
+from lori_dist.cluster.summary import SUMMARY, attempts_of, last_saved, last_steps, made, speed, summarize
 from lori_dist.config import Run
 from lori_dist.errors import JobError
 from lori_dist.files import read_regular
@@ -61,7 +61,7 @@ class Board:
     states: dict[str, dict[str, Any]] = field(default_factory=dict)
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     made: dict[str, str] = field(default_factory=dict)
-    """Finished job -> digest of its adapter, empty if it made none."""
+    """Finished job -> digest of its adapter or moments, empty if it made none."""
     report: dict[str, str] | None = None
     """Paths of the run's report, or the reason why there is none."""
     started: dict[str, float] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class Board:
                 check_record(self.run.folder / job.name, job, record)
             if record is not None and record["inputs"] == self.inputs(job):
                 self.results[job.name] = record["result"]
-                self.made[job.name] = record["sha256"].get(ADAPTER, "")
+                self.made[job.name] = made(record)
                 self._change(job, "finished", cached=True, seconds=record["seconds"], attempts=record["attempts"])
 
     def keep_report(self) -> list[str]:
@@ -159,7 +159,7 @@ class Board:
     def finish(self, job: Job, record: Mapping[str, Any]) -> None:
         """Marks a job as finished. record: the content of its job.json."""
         self.results[job.name] = record["result"]
-        self.made[job.name] = record["sha256"].get(ADAPTER, "")
+        self.made[job.name] = made(record)
         self._change(job, "finished", **self._started(job), seconds=record["seconds"], attempts=record["attempts"])
         self.write()
 

@@ -96,7 +96,7 @@ def prepare(run: Run, unfinished: Sequence[Job]) -> None:
     from lori_dist.training import job_rows
     from lori_dist.training.model_files import load_tokenizer
 
-    trainings = [job for job in unfinished if job.kind == "train"]
+    trainings = [job for job in unfinished if job.kind in ("train", "moments", "cluster")]
     if trainings or any(job.kind == "evaluate" for job in unfinished):
         parts = ("validation", "test") if trainings else ("test",)
         with progress.of_rows() as show:

@@ -112,7 +112,7 @@ def admit(ready: Iterable[Job], running: Sequence[Job], cluster: Cluster, nodes:
 
 def packs(ready: Iterable[Job], packing: str | int) -> list[tuple[Job, ...]]:
     """The jobs that could start, in their order, those together that are to share a copy of the base: all evaluations,
-    and, with packing, trainings of a task each, which read nothing of others."""
+    all measurements of moments, and, with packing, trainings of a task each, which read no other adapter."""
     most = 1 if packing == "off" else packing if isinstance(packing, int) else None
     found: list[list[Job]] = []
     packs: dict[str, list[Job]] = {}
@@ -120,7 +120,7 @@ def packs(ready: Iterable[Job], packing: str | int) -> list[tuple[Job, ...]]:
         pack = packs.get(job.kind)
         if not may_be_packed(job):
             found.append([job])
-        elif pack is not None and (job.kind == "evaluate" or most is None or len(pack) < most):
+        elif pack is not None and (job.kind != "train" or most is None or len(pack) < most):
             pack.append(job)
         else:
             packs[job.kind] = [job]
@@ -129,10 +129,12 @@ def packs(ready: Iterable[Job], packing: str | int) -> list[tuple[Job, ...]]:
 
 
 def may_be_packed(job: Job) -> bool:
-    """Whether a job may share a gang with others: an evaluation, or a task's training that reads no other result."""
-    if job.kind == "evaluate":
+    """Whether a job may share a gang with others: an evaluation, a measurement of moments, or a task's training that
+    reads no other adapter."""
+    if job.kind in ("evaluate", "moments"):
         return True
-    return job.kind == "train" and not job.needs and not {"joint", "sequel"} & set(job.settings)
+    reads_moments_alone = all(need.startswith("moments-") for need in job.needs)
+    return job.kind == "train" and reads_moments_alone and not {"joint", "sequel"} & set(job.settings)
 
 
 def _total(shape: Shape) -> tuple[int, int]:

@@ -39,18 +39,18 @@ class Axis:
 
     task: str
     projection: str | None = None
-    """The module kind whose weight it is; None: all modules."""
+    """The module, or the module kind, whose weight it is; None: all modules."""
 
 
 def axes(tasks: Sequence[str], projections: Mapping[str, Sequence[str]] | None) -> list[Axis]:
-    """One axis for each task, or for each module kind of a task. projections: task -> module kinds, or None."""
+    """One axis for each task, or for each module or module kind of a task. projections: task -> these, or None."""
     if projections is None:
         return [Axis(task=task) for task in tasks]
     return [Axis(task=task, projection=name) for task in tasks for name in projections[task]]
 
 
 def weights(point: Point, along: Sequence[Axis]) -> dict[str, Any]:
-    """Task -> its weight, a number or module kind -> number."""
+    """Task -> its weight, a number, or module or module kind -> number."""
     made: dict[str, Any] = {}
     for axis, number in zip(along, point, strict=True):
         if axis.projection is None:
@@ -127,6 +127,39 @@ def best(method: Method, measure: Callable[[list[Point]], list[float]]) -> tuple
             return chosen, found[chosen], len(found)
 
 
+def descend(
+    first: Point,
+    measure: Callable[[Point], tuple[float, Sequence[float]]],
+    *,
+    bounds: tuple[float, float],
+    budget: int,
+    lr: float,
+) -> tuple[Point, float, int]:
+    """The point with the lowest score on the way of Adam along the gradient, its score, and how many were measured.
+
+    measure: the score of a point, and its derivatives. Ends after `budget` points, where one comes again, or where a
+    derivative is not a number.
+    """
+    found: dict[Point, float] = {}
+    point, mean_of, squares = first, [0.0] * len(first), [0.0] * len(first)
+    for step in range(1, budget + 1):
+        score, slope = measure(point)
+        found[point] = score if math.isfinite(score) else math.inf
+        if not all(map(math.isfinite, slope)):
+            break
+        mean_of = [0.9 * m + 0.1 * g for m, g in zip(mean_of, slope, strict=True)]
+        squares = [0.999 * v + 0.001 * g * g for v, g in zip(squares, slope, strict=True)]
+        steps = [
+            lr * (m / (1 - 0.9**step)) / (math.sqrt(v / (1 - 0.999**step)) + 1e-8)
+            for m, v in zip(mean_of, squares, strict=True)
+        ]
+        point = tuple(_within(x - change, bounds) for x, change in zip(point, steps, strict=True))
+        if point in found:
+            break
+    chosen = min(found, key=found.__getitem__)
+    return chosen, found[chosen], len(found)
+
+
 def _moved(point: Point, place: int, change: float, bounds: tuple[float, float]) -> Point:
     return (*point[:place], _within(point[place] + change, bounds), *point[place + 1 :])
 
@@ -149,17 +182,36 @@ def read(file: Path) -> dict[Point, float]:
     return {tuple(record["point"]): _score(record["score"]) for record in whole}
 
 
+def read_slopes(file: Path) -> dict[Point, tuple[float, list[float]]]:
+    """The scores and derivatives in a file, as `read`."""
+    scores = read(file)
+    records, _ = read_lines(file)
+    slopes = {tuple(record["point"]): record["slope"] for record in records if "slope" in record}
+    return {point: (score, slopes[point]) for point, score in scores.items() if point in slopes}
+
+
 def _is_whole(record: Mapping[str, Any]) -> bool:
     point, score = record.get("point"), record.get("score", "")
     numbers = [*point, *([] if score is None else [score])] if isinstance(point, list) else [None]
     return all(isinstance(number, int | float) for number in numbers)
 
 
-def append(file: Path, point: Point, along: Sequence[Axis], metrics: Mapping[str, float], score: float) -> None:
-    """Appends a measurement to the file and flushes it, before the next one is asked for."""
+def append(
+    file: Path,
+    point: Point,
+    along: Sequence[Axis],
+    metrics: Mapping[str, float],
+    score: float,
+    slope: Sequence[float] | None = None,
+) -> None:
+    """Appends a measurement to the file and flushes it, before the next one is asked for. slope: its derivatives."""
     finite = score if math.isfinite(score) else None
     shown = {task: value if math.isfinite(value) else None for task, value in metrics.items()}
-    record = {"point": list(point), "weights": weights(point, along), "metrics": shown, "score": finite}
+    record: dict[str, Any] = {"point": list(point), "metrics": shown, "score": finite}
+    if slope is None:
+        record = {"point": list(point), "weights": weights(point, along), "metrics": shown, "score": finite}
+    else:  # the weights of many modules would be their names above all
+        record["slope"] = list(slope)
     append_json(file, sealed(record), flush=True)
 
 

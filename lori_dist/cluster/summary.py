@@ -12,13 +12,15 @@ from typing import Any
 
 from lori_dist.config import Run
 from lori_dist.files import open_regular, read_regular
-from lori_dist.jobs import Job, same_merges
+from lori_dist.jobs import CLUSTERS, MOMENTS, Job, same_merges
 from lori_dist.scores import transfer
 
 SUMMARY = "summary.json"
 """File in a run's folder."""
 ADAPTER, METRICS, CHECKPOINTS = "adapter.safetensors", "metrics.jsonl", "checkpoints"
 """Names in the folders of trainings. They stand here so that the driver of a run needs no torch."""
+START = "start.safetensors"
+"""File in an unfinished training's folder: what its layers begin with, if that was computed from data."""
 CALIBRATED, CALIBRATE, TRAIN = "calibrated.safetensors", "calibrate", "train"
 """The file that a finished calibration leaves, and the names of a training's phases, in their order."""
 ATTEMPTS = "attempts.json"
@@ -65,6 +67,13 @@ def summarize(
 def path(run: Run, job: Job) -> Path:
     """The adapter that a finished training or merge left."""
     return run.folder / job.name / ADAPTER
+
+
+def made(record: Mapping[str, Any]) -> str:
+    """Digest of what a finished job has made for others, an adapter, moments or clusters; empty if it made nothing.
+    record: the content of its job.json."""
+    digests = record["sha256"]
+    return str(next((digests[name] for name in (ADAPTER, MOMENTS, CLUSTERS) if name in digests), ""))
 
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"

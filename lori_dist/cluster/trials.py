@@ -50,14 +50,17 @@ def search_rank(assignment: Assignment) -> dict[str, Any]:
         world, job = from_environment(), assignment.job
         settings = job.settings["search"]
         bounds = tuple(settings["bounds"])
-        along = search.axes(job.settings["tasks"], _projections(run, job) if settings["per"] == "projection" else None)
-        method = search.METHODS[settings["method"]](
-            search.start(along, job.settings["weights"][0], bounds),
-            bounds=bounds,
-            budget=settings["budget"],
-            seed=settings["seed"],
+        along = search.axes(
+            job.settings["tasks"], None if settings["per"] == "task" else _projections(run, job, settings["per"])
         )
-        point, score, count = _best(run, assignment, world, along, method)
+        first = search.start(along, job.settings["weights"][0], bounds)
+        if settings["method"] == "gradient":
+            point, score, count = _descended(run, assignment, world, along, first, bounds)
+        else:
+            method = search.METHODS[settings["method"]](
+                first, bounds=bounds, budget=settings["budget"], seed=settings["seed"]
+            )
+            point, score, count = _best(run, assignment, world, along, method)
         if world.rank > 0:
             return {}
         found = search.weights(point, along)
@@ -116,7 +119,43 @@ def _best(
         return search.best(method, measure)
 
 
-def _say(job: Job, known: Mapping[search.Point, float], num_before: int, budget: int, seconds: float) -> None:
+def _descended(
+    run: Run,
+    assignment: Assignment,
+    world: "World",
+    along: Sequence[search.Axis],
+    first: search.Point,
+    bounds: tuple[float, float],
+) -> tuple[search.Point, float, int]:
+    """What `search.descend` gives, on every rank."""
+    from lori_dist import formats
+    from lori_dist.evaluation._descent import descending
+    from lori_dist.training.world import from_first
+
+    job, file = assignment.job, assignment.attempt.partial / SEARCH
+    settings = job.settings["search"]
+    adapters = dict(zip(job.settings["tasks"], map(formats.load, merged_from(run, job)), strict=True))
+    known = from_first(world, lambda: search.read_slopes(file))
+    num_before, start, push = len(known), time.monotonic(), pushing(run, [assignment])
+    places = [(axis.task, axis.projection) for axis in along]
+    with descending(run, adapters, places, world) as slope_at:
+
+        def measure(point: search.Point) -> tuple[float, Sequence[float]]:
+            if point not in known:
+                _say(job, known, num_before, settings["budget"], time.monotonic() - start)
+                losses, slope = slope_at(point)
+                known[point] = search.mean(losses, lower_is_better=True), slope
+                if world.rank == 0:
+                    assignment.attempt.check()
+                    search.append(file, point, along, losses, known[point][0], slope)
+                    push({})
+            return known[point]
+
+        lr = settings.get("lr", config.Search().lr)
+        return search.descend(first, measure, bounds=bounds, budget=settings["budget"], lr=lr)
+
+
+def _say(job: Job, known: Mapping[search.Point, Any], num_before: int, budget: int, seconds: float) -> None:
     done = len(known) - num_before
     left = f", about {(budget - len(known)) * seconds / done:.0f} s left" if done else ""
     log.info("%s: %d of at most %d evaluations are done%s", job.name, len(known), budget, left)
@@ -144,13 +183,14 @@ def _rows(file: Path, count: int, part: str) -> bytes:
         return b"".join(collections.deque(rows, maxlen=count) if part == "train" else itertools.islice(rows, count))
 
 
-def _projections(run: Run, job: Job) -> dict[str, list[str]]:
-    """Task -> the module kinds that its adapter has."""
+def _projections(run: Run, job: Job, per: str) -> dict[str, list[str]]:
+    """Task -> the modules, or module kinds, that its adapter has."""
     from lori_dist.adapter import targets
     from lori_dist.formats import native
 
     found = {}
     for task, need in zip(job.settings["tasks"], job.needs, strict=True):
         modules = native.header(run.folder / need / ADAPTER)["modules"]
-        found[task] = list(dict.fromkeys(targets.kind(module) for module in modules))
+        names = modules if per == "module" else (targets.kind(module) for module in modules)
+        found[task] = list(dict.fromkeys(names))
     return found

@@ -44,6 +44,37 @@ class Assignment:
     attempt: Attempt
 
 
+def moments_rank(assignments: Sequence[Assignment]) -> dict[str, Any]:
+    """Does one rank of the measurement of several tasks' moments on one copy of the base. Returns, for each job, its
+    `result`.
+
+    What the process writes goes to the log of the first.
+    """
+    with working(assignments, int(os.environ["RANK"])) as run:
+        import torch
+
+        from lori_dist.evaluation._moments import Wanted, measure
+        from lori_dist.training.world import from_environment
+
+        torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
+        wanted = [Wanted(job=one.job, folder=one.attempt.partial, still_mine=one.attempt.check) for one in assignments]
+        found = measure(run, wanted, from_environment())
+    return {name: {"result": result} for name, result in found.items()}
+
+
+def cluster_rank(assignment: Assignment) -> dict[str, Any]:
+    """Does one rank of the division of rows into clusters. Returns its result."""
+    with working([assignment], int(os.environ["RANK"])) as run:
+        import torch
+
+        from lori_dist.evaluation._clusters import divide
+        from lori_dist.training.world import from_environment
+
+        torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
+        job, attempt = assignment.job, assignment.attempt
+        return divide(run, job, from_environment(), attempt.partial, still_mine=attempt.check)
+
+
 def train_rank(assignment: Assignment) -> dict[str, Any]:
     """Does one rank of a training, in a process of a gang. Returns the training's result."""
     with working([assignment], int(os.environ["RANK"])) as run, _listening() as stop_request:
@@ -66,6 +97,7 @@ def train_rank(assignment: Assignment) -> dict[str, Any]:
             fetch=_fetching(run, assignment, world),
             joint=assignment.job.settings.get("joint"),
             sequel=assignment.job.settings.get("sequel"),
+            cluster=assignment.job.settings.get("cluster"),
         )
 
 
@@ -186,6 +218,7 @@ def rehearse_rank(rehearsal: Rehearsal) -> dict[str, Any]:
             fingerprint=rehearsal.job.fingerprint,
             joint=rehearsal.job.settings.get("joint"),
             sequel=rehearsal.sequel,
+            cluster=rehearsal.job.settings.get("cluster"),
         )
 
 

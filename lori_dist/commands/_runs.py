@@ -21,7 +21,7 @@ def finished_adapters(run: config.Run) -> dict[str, Path]:
     from lori_dist import folder, jobs
     from lori_dist.cluster import summary
 
-    making = [job for job in jobs.plan(run) if job.kind != "evaluate"]
+    making = [job for job in jobs.plan(run) if job.kind in ("train", "merge")]
     made = [job for job in making if folder.finished(run.folder, job)]
     if len(made) < len(making):
         log.warning("%s: %d of %d adapters are finished; only these are evaluated", run.folder, len(made), len(making))

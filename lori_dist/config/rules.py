@@ -19,7 +19,9 @@ from lori_dist import plugin, storage, tables
 from lori_dist.config.kinds import ENGINES, FORMS
 from lori_dist.config.run import (
     FLASH,
+    Moments,
     Run,
+    Search,
     Template,
     Train,
     engine_files,
@@ -88,6 +90,39 @@ def of_form(run: Run, constant: str) -> bool:
     """Whether the form of a run's adapters says of itself that it has a property."""
     form = run.adapter.form
     return plugin.find(FORMS.folder, form.name, FORMS.role, "adapter.form").declares(constant, form.options)
+
+
+def reads_moments(run: Run) -> bool:
+    """Whether the A of a run's adapters follows from second moments of the tasks' inputs."""
+    return run.adapter.init == "osrm" or of_form(run, "MOMENTS")
+
+
+def _moments(run: Run) -> Iterator[str]:
+    adapter = run.adapter
+    if not reads_moments(run):
+        if adapter.moments != Moments():
+            yield (
+                "adapter.moments: is for adapter.init osrm, or a form that begins from moments, and neither is set; "
+                "remove it"
+            )
+        return
+    of_init = adapter.init == "osrm"
+    key = "adapter.init: osrm" if of_init else f"adapter.form: {adapter.form.name} that begins from moments"
+    if adapter.dtype != "float32":
+        yield f"adapter.dtype: got {adapter.dtype}, and an A that is computed from data is float32; remove it"
+    if not of_init:
+        return
+    if len(run.tasks) < 2:
+        yield f"{key} keeps A away from what other tasks read, and there is one task; add another, or use random"
+    if adapter.form.name != LORI or run.multitask.name == "joint":
+        yield f"{key} is for an adapter of each task, and multitask joint trains one for all; use random"
+    if adapter.projection != "cached":
+        yield f"adapter.projection: got {adapter.projection}, and {key} keeps an A that is stored as it is; use cached"
+    if adapter.share_projection:
+        yield f"adapter.share_projection: makes one A for all tasks, and {key} one for each; set only one"
+    for name, task in run.tasks.items():
+        if task.start is not None:
+            yield f"tasks.{name}.start: its A stays, and {key} makes another; set only one"
 
 
 def _forms(run: Run) -> Iterator[str]:
@@ -535,6 +570,18 @@ def _searches(run: Run) -> Iterator[str]:
                 )
         if search.metric.startswith("choice") and not any(task.labels for task in tasks.values()):
             yield f"{path}.search.metric: {search.metric} is measured on tasks that have labels, and none has; use loss"
+        if search.method == "gradient":
+            if merge.method.name not in ("concat", "linear"):
+                yield (
+                    f"{path}.search.method: gradient is for merges that are a weighted sum, concat and linear, and "
+                    f"{path}.method is {merge.method.name}; use coordinate or cma"
+                )
+            if search.metric != "loss":
+                yield f"{path}.search.metric: got {search.metric}, which has no gradient; use loss"
+        elif search.per == "module":
+            yield f"{path}.search.per: module is for search.method gradient, got {search.method}; use projection"
+        if search.method != "gradient" and search.lr != Search().lr:
+            yield f"{path}.search.lr: is for search.method gradient, got {search.method}; remove it"
         if search.method == "cma" and search.per == "task" and len(tasks) == 1:
             yield f"{path}.search.method: cma needs two weights, there is one; use coordinate"
 
@@ -546,6 +593,7 @@ def _drawn(run: Run) -> Iterator[str]:
 
 RULES: tuple[Rule, ...] = (
     _projections,
+    _moments,
     _forms,
     _saved,
     _attention,

@@ -232,6 +232,18 @@ class Model:
 
 
 @section
+class Moments:
+    """Second moments, mean of x x^T, of what the base's layers read of tasks' training rows, from which A may begin."""
+
+    rows: Positive = 256
+    """Training rows of each task that are read, evenly spaced over its `train` file."""
+    full_up_to: Count = 1024
+    """Inputs of a layer up to which a moment is kept in full; of a layer with more, a sketch by random numbers is."""
+    width: Positive | None = None
+    """Columns of a sketch; null: 4 * adapter.rank."""
+
+
+@section
 class Adapter:
     """Shape and sparsity of every task's adapter."""
 
@@ -258,6 +270,11 @@ class Adapter:
     """Data type of A."""
     projection: Annotated[Literal["cached", "recomputed", "trained"], Fingerprint.DERIVED] = "cached"
     """Storage of A: cached in memory, recomputed in each product (slower, no memory), or trained, as in LoRA."""
+    init: Annotated[Literal["random", "osrm"], Fingerprint.IF_SET] = "random"
+    """Choice of A: random, from its seed, or osrm: where the other tasks' inputs have least energy, which is measured
+    first; such an A is stored in the adapter."""
+    moments: Annotated[Moments, Fingerprint.DERIVED] = field(default_factory=Moments)
+    """Moments that are measured for init osrm, and for forms that begin from them."""
     form: Annotated[Choice, Chosen, FORMS, Fingerprint.IF_SET] = field(default_factory=lambda: Choice(name="lori"))
     """Update of a layer: lori, or, in joint training, one of which each task has its own (task_lora, mtl_lora,
     lilora), or a block (thanora), or one that depends on the input (hydra, smora, fly)."""
@@ -430,16 +447,20 @@ class Search:
     then left out of its training.
     """
 
-    method: Annotated[Literal["coordinate", "cma"], Check(_search_is_there)] = "coordinate"
-    """Search along one weight after the other (coordinate), or CMA-ES (cma; needs the extra search)."""
-    per: Literal["task", "projection"] = "task"
-    """Search one weight for each task, or one for each task and kind of projection (q_proj)."""
+    method: Annotated[Literal["coordinate", "cma", "gradient"], Check(_search_is_there)] = "coordinate"
+    """Search along one weight after the other (coordinate), by CMA-ES (cma; needs the extra search), or along the
+    gradient of the loss (gradient; LoRA Soups' CAT, of concat and linear)."""
+    per: Literal["task", "projection", "module"] = "task"
+    """Search one weight for each task, one for each task and kind of projection (q_proj), or, along the gradient, one
+    for each task and module."""
     rows: Positive = 64
     """Validation rows of each task."""
     budget: Positive = 32
     """Largest number of evaluations; the first is that of the default weights."""
     bounds: Annotated[tuple[Number, Number], Check(_bounds)] = (0.0, 1.0)
     """Smallest and largest weight."""
+    lr: Annotated[Rate, Fingerprint.IF_SET] = 0.05
+    """Learning rate of Adam along the gradient."""
     metric: Literal["loss", "exact_match", "choice", "choice_norm", "choice_bytes", "choice_end"] = "loss"
     """Metric whose mean over the merge's tasks is optimised."""
     seed: Seed = 0
@@ -571,7 +592,8 @@ class Run:
     multitask: Annotated[Choice, Chosen, PLANS, Fingerprint.DERIVED] = field(
         default_factory=lambda: Choice(name="independent")
     )
-    """Plan of the trainings: independent, joint (one adapter for all tasks) or sequential (one after the other)."""
+    """Plan of the trainings: independent, joint (one adapter for all tasks), sequential (one after the other) or
+    clustered (one adapter for each cluster of rows)."""
 
     @property
     def folder(self) -> Path:

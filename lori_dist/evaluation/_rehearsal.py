@@ -48,12 +48,13 @@ def stand_in(run: config.Run, model: nn.Module, components: int) -> Adapter:
     shapes = {path: features(base) for path, base in bases.items()}
     blocks = []
     for number in range(components):
-        is_trained, checksums, entries, stored = spec.projection == "trained", {}, {}, {}
+        is_stored = spec.projection == "trained" or config.reads_moments(run)
+        checksums, entries, stored = {}, {}, {}
         for path, (out_features, in_features) in shapes.items():
             a = projection(spec.seed + number, path, spec.rank, in_features, dtype=spec.dtype)
             kept, total = round(run.adapter.density * out_features * spec.rank), out_features * spec.rank
             checksums[path] = checksum(a)
-            if is_trained:
+            if is_stored:
                 stored[path] = a
             if kept:
                 index = None if kept == total else torch.arange(kept, dtype=torch.int32)
@@ -61,7 +62,7 @@ def stand_in(run: config.Run, model: nn.Module, components: int) -> Adapter:
         blocks.append(
             Block(
                 name=f"component {number + 1}",
-                seed=None if is_trained else spec.seed + number,
+                seed=None if is_stored else spec.seed + number,
                 rank=spec.rank,
                 alpha=spec.alpha,
                 dtype=spec.dtype,

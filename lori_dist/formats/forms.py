@@ -48,8 +48,13 @@ _MAX_TASKS = 1 << 12
 def save(adapter: TaskAdapter, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> None:
     """Writes the file of a form. It appears whole or not at all, and the same adapter gives the same bytes.
 
-    dtype: what values are rounded to: float32, bfloat16 or float16. Raises AdapterError as `native.save`.
+    dtype: what values are rounded to: float32, bfloat16 or float16. Raises AdapterError as `native.save`, and
+    for an A that was computed from data, which an ordinary adapter stores and this file does not.
     """
+    if adapter.given:
+        raise AdapterError(
+            f"form: {adapter.form.name} began with an A computed from data; split it, and save an adapter"
+        )
     path = Path(path)
     with naming(path, "written"):
         encoded: dict[str, torch.Tensor | Stored] = {}

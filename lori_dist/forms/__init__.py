@@ -6,9 +6,10 @@ they cannot disagree; a form whose update depends on the input has `update` inst
 Constants of the file say how, each a mapping from options to the values that ask for it: `PER_TASK`, tasks have updates
 of their own; `OWN_A`, each has its own A; `RANK_FOR_EACH`, each needs a part of the rank; `DEPENDENT`, the update
 depends on the input; `OF_ROWS`, what is chosen is chosen for a row; `SETTLES`, at its end a training makes an ordinary
-adapter of it; `IN_SEQUENCE`, it may be trained on one task after the other. `PENALTY` names the option that is the
-weight of a penalty, `COUNTS` one that is zero where layers count nothing, `AT_MOST_RANK` and `AT_LEAST_RANK` those that
-are at most, or at least, the rank.
+adapter of it; `IN_SEQUENCE`, it may be trained on one task after the other; `MOMENTS`, it begins from second moments of
+the tasks' inputs, by a function `given(a, weight, factors, **options) -> Given` of the file. `PENALTY` names the option
+that is the weight of a penalty, `COUNTS` one that is zero where layers count nothing, `AT_MOST_RANK` and
+`AT_LEAST_RANK` those that are at most, or at least, the rank.
 """
 
 import functools
@@ -37,6 +38,8 @@ class Site:
     in_features: int
     out_features: int
     tasks: tuple[str, ...]
+    blocks: tuple[int, ...] = ()
+    """Rows of each part into which A was divided by data, if a form does that: see `Given`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +64,15 @@ class Entry:
     @property
     def is_stored(self) -> bool:
         return self.trained or self.counted
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Given:
+    """What a layer begins with where it was computed from data, and no seed makes it."""
+
+    a: Tensor  # (rank, in_features), fp32
+    blocks: tuple[int, ...] = ()
+    """Rows of each part of A, if a form divides it into parts."""
 
 
 def pair(site: Site, rank: int, *, trains_a: bool) -> dict[str, Entry]:

@@ -3,7 +3,7 @@
 import collections
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from lori_dist.adapter.adapter import Adapter
 from lori_dist.cluster import schedule
 from lori_dist.config import FLASH, Run, Train, held_out, trained_as
 from lori_dist.errors import AdapterError, ConfigError
-from lori_dist.jobs import Job, plan
+from lori_dist.jobs import Job, plan, tasks_of
 from lori_dist.plan.rows import Counter, Lengths
 from lori_dist.training import data
 from lori_dist.training.cost import Counted
@@ -42,7 +42,7 @@ Tokens = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stream:
-    """The rows of one adapter, or of one task of a joint training."""
+    """The rows of one adapter, or of one task of a joint training; of a cluster, those of all tasks."""
 
     parts: tuple[Lengths, ...]
     shares: tuple[float, ...]
@@ -73,7 +73,7 @@ class Member:
     """One adapter's training."""
 
     name: str
-    """A task, or `joint`."""
+    """A task, or `joint`, or a cluster."""
     train: Train
     streams: tuple[Stream, ...]
     """One stream, or one for each task of a joint training."""
@@ -175,14 +175,16 @@ def _gang(run: Run, jobs: Sequence[Job], counter: Counter) -> Gang:
 
 
 def _member(run: Run, job: Job, counter: Counter) -> Member:
-    joint = job.settings.get("joint")
+    joint, cluster = job.settings.get("joint"), job.settings.get("cluster")
     task: str = job.settings["task"]
-    tasks = joint["tasks"] if joint is not None else [task]
-    train = run.train if joint is not None else trained_as(run, task)
+    tasks = tasks_of(job)
+    train = trained_as(run, task) if task in run.tasks else run.train
     density = 1.0 if "start" in job.settings else run.adapter.density
     needs_number = train.steps is None or (density < 1 and train.calibrate.epochs is not None)
-    needs_number |= joint is not None and "sampling" in joint
+    needs_number |= cluster is not None or (joint is not None and "sampling" in joint)
     streams = tuple(_stream(run, name, counter, needs_number) for name in tasks)
+    if cluster is not None:
+        streams = (_of_cluster(streams, cluster["clusters"]),)
     number = sum(stream.number for stream in streams)
     validation = () if run.train.validate_every is None else tuple(_validation(run, name, counter) for name in tasks)
     return Member(
@@ -193,6 +195,13 @@ def _member(run: Run, job: Job, counter: Counter) -> Member:
         phases=tuple(phases(train, density, number)),
         validation=validation,
     )
+
+
+def _of_cluster(streams: Sequence[Stream], clusters: int) -> Stream:
+    """The rows of all tasks as one stream, of a cluster that is as large as the others."""
+    parts = tuple(replace(one, number=max(1, one.number // clusters)) for stream in streams for one in stream.parts)
+    total = sum(one.number for one in parts)
+    return Stream(parts=parts, shares=tuple(one.number / total for one in parts))
 
 
 def _stream(run: Run, name: str, counter: Counter, needs_number: bool) -> Stream:

@@ -17,7 +17,7 @@ MOST = 40
 """Rows: of more jobs, those that failed, needed several attempts or took longest have one each, the others share."""
 BREAK_SECONDS = 60.0
 """A run that waits for so long, and for a tenth of the time it works, is shown without that."""
-COLOURS = {"train": "line-1", "merge": "line-3", "evaluate": "line-4"}
+COLOURS = {"moments": "line-2", "cluster": "line-2", "train": "line-1", "merge": "line-3", "evaluate": "line-4"}
 OTHER, EARLIER = "ink", "muted"
 HATCHED: dict[str, Any] = {
     "facecolor": tint("less-1"),

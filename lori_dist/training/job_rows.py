@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,17 @@ from transformers import PreTrainedTokenizerBase
 
 from lori_dist import tables
 from lori_dist.config import Run, held_out, trained_as
-from lori_dist.errors import ConfigError
+from lori_dist.errors import ConfigError, JobError
+from lori_dist.jobs import CLUSTERS, tasks_of
 from lori_dist.jobs import Job as Planned
+from lori_dist.tensors import stored
 from lori_dist.training import data, token_cache
 from lori_dist.training.joint import Joint
 from lori_dist.training.joint import joint as joint_of
 from lori_dist.training.joint import rows_of_step as joint_rows
 from lori_dist.training.phases import Phase, phases
 from lori_dist.training.token_cache import Show
-from lori_dist.training.token_files import Rows
+from lori_dist.training.token_files import Rows, Some, TokenFile
 
 SMALL = 2**23
 """Bytes of files whose rows all become tokens, as that takes seconds."""
@@ -42,13 +45,17 @@ class RowFile:
 
 def row_files(run: Run, planned: Planned, tokenizer: PreTrainedTokenizerBase) -> list[list[RowFile]]:
     """The files of each task of a training job. Where its steps take less than half of the rows, and reading them takes
-    time, the files say which. Raises ConfigError for a file that cannot be read."""
+    time, the files say which. The job may be one of moments. Raises ConfigError for a file that cannot be read."""
+    if planned.kind == "moments":
+        return [[_of_moments(run, planned, tokenizer)]]
     found = []
-    for name in _tasks(planned):
+    for name in tasks_of(planned):
         task = run.tasks[name]
         first = RowFile(task=name, part="train", path=task.train, held_out=held_out(run, name))
         found.append([first, *(RowFile(task=name, part="mixture", path=path) for path in task.mixture)])
     files = [file for of_task in found for file in of_task]
+    if "cluster" in planned.settings:  # whose rows are known when they are divided, for which all are read
+        return found
     train = run.train if "joint" in planned.settings else trained_as(run, planned.settings["task"])
     if train.steps is None or any(tables.is_hub(file.path) for file in files):
         return found
@@ -76,9 +83,31 @@ def row_files(run: Run, planned: Planned, tokenizer: PreTrainedTokenizerBase) ->
     return found
 
 
-def rows_of(run: Run, planned: Planned, tokenizer: PreTrainedTokenizerBase) -> list[Rows]:
-    """The rows of each task of a training job, with the tokens of those that its steps take. Raises as
-    `token_cache.token_file`."""
+def spread(num_rows: int, count: int) -> npt.NDArray[np.int64]:
+    """So many rows, or all where there are fewer, evenly spaced."""
+    count = min(num_rows, count)
+    return np.arange(count, dtype=np.int64) * num_rows // max(1, count)
+
+
+def _of_moments(run: Run, planned: Planned, tokenizer: PreTrainedTokenizerBase) -> RowFile:
+    task = planned.settings["task"]
+    path = run.tasks[task].train
+    file = RowFile(task=task, part="train", path=path, held_out=held_out(run, task))
+    if tables.is_hub(path) or token_cache.is_there(run, task, "train", path, tokenizer):
+        return file
+    with contextlib.suppress(OSError):  # for whoever reads it to say
+        if os.path.getsize(path) <= SMALL:
+            return file
+    num_rows, count = _count(file) - file.held_out, planned.settings["moments"]["rows"]
+    return file if num_rows <= 2 * count else replace(file, chosen=spread(num_rows, count))
+
+
+def rows_of(
+    run: Run, planned: Planned, tokenizer: PreTrainedTokenizerBase, *, is_rehearsal: bool = False
+) -> list[Rows]:
+    """The rows of each task of a training job, or one of moments, with the tokens of those that it takes; of a cluster,
+    its rows of all tasks as those of one. is_rehearsal: where rows are not divided into clusters yet, all stand for
+    those of one. Raises as `token_cache.token_file`, and JobError for rows that are not divided."""
     found = []
     for of_task in row_files(run, planned, tokenizer):
         parts = []
@@ -86,7 +115,30 @@ def rows_of(run: Run, planned: Planned, tokenizer: PreTrainedTokenizerBase) -> l
             tokens = token_cache.of_part(run, file.task, file.part, file.path, tokenizer, chosen=file.chosen)
             parts.append((tokens, len(tokens) - file.held_out))
         found.append(Rows(*parts))
+    if planned.kind == "train" and "cluster" in planned.settings:
+        place = run.folder / "cluster-rows" / CLUSTERS
+        if not place.exists() and not is_rehearsal:
+            raise JobError(f"{place}: is missing, and {planned.name} reads its rows; `lori run` makes it")
+        return [_of_cluster(planned, found, place if place.exists() else None)]
     return found
+
+
+def _of_cluster(planned: Planned, found: Sequence[Rows], place: Path | None) -> Rows:
+    """place: of the file that says which cluster each row of a task is in; None: all rows are taken."""
+    if place is None:
+        return Rows(*(part for of_task in found for part in of_task.parts))
+    try:
+        clusters = {name: one.load().numpy() for name, one in stored(place).items()}
+    except (OSError, ValueError) as error:
+        raise JobError(f"{place}: cannot be read ({error}); delete its folder to divide the rows again") from error
+    parts = []
+    for name, of_task in zip(tasks_of(planned), found, strict=True):
+        [(file, _)] = of_task.parts
+        assert isinstance(file, TokenFile)
+        rows = np.flatnonzero(clusters[name] == planned.settings["cluster"]["place"])
+        if len(rows):
+            parts.append((Some(file, rows), len(rows)))
+    return Rows(*parts)
 
 
 def prepare(
@@ -129,11 +181,6 @@ def _noting(problems: dict[str, None]) -> Iterator[None]:
         problems[str(error)] = None
 
 
-def _tasks(planned: Planned) -> Sequence[str]:
-    joint = planned.settings.get("joint")
-    return [planned.settings["task"]] if joint is None else joint["tasks"]
-
-
 def _count(file: RowFile) -> int:
     try:
         return tables.count(file.path)
@@ -161,7 +208,8 @@ class Steps:
         settings: Mapping[str, Any] = planned.settings
         num_rows = [sum(of_task) for of_task in counts]
         joint = None if settings.get("joint") is None else joint_of(settings["joint"], num_rows)
-        shares = [] if joint is not None else [*run.tasks[settings["task"]].mixture.values()]
+        is_one = settings["task"] in run.tasks and joint is None
+        shares = [*run.tasks[settings["task"]].mixture.values()] if is_one else []
         return cls(
             batch_size=run.train.batch_size,
             seed=run.train.seed,

@@ -19,10 +19,10 @@ from lori_dist.atomic import append_json
 from lori_dist.config import Run, held_out, trained_as
 from lori_dist.errors import AdapterError, ConfigError, JobError, LoriError
 from lori_dist.formats import native
-from lori_dist.forms import LORI, FormChoice, declares
+from lori_dist.forms import LORI, FormChoice, Given, declares
 from lori_dist.jobs import Job as Planned
-from lori_dist.jobs import task_seed
-from lori_dist.training import checkpoint, conflicts, data, masking, metrics, token_cache, validation
+from lori_dist.jobs import task_seed, tasks_of
+from lori_dist.training import checkpoint, conflicts, data, masking, metrics, starts, token_cache, validation
 from lori_dist.training.data import Batch
 from lori_dist.training.divergence import Divergence
 from lori_dist.training.engine import State
@@ -82,6 +82,8 @@ class Job:
     """Whether the entries are disjoint from those of `before`."""
     start: Adapter | None
     """Adapter from which the training continues."""
+    given: Mapping[str, Given] | None
+    """What layers begin with, where that was computed from data."""
     validation: Sequence[Rows]
     """Validation examples of each task; none if the loss on them is not measured."""
 
@@ -98,21 +100,22 @@ def make_job(
     progress: Callable[[Record], None] = lambda record: None,
     stop_request: StopRequest = nothing,
     fetch: Callable[[], None] = lambda: None,
+    is_rehearsal: bool = False,
 ) -> Job:
-    """The job of a training, with its rows read and encoded. Raises ConfigError for rows that cannot be used."""
+    """The job of a training, with its rows read and encoded. is_rehearsal: it is not done, and nothing is written.
+    Raises ConfigError for rows that cannot be used, JobError for moments or clusters that are not measured."""
     check_device(run.model, world.device)
     task: str = planned.settings["task"]
-    joint, sequel = planned.settings.get("joint"), planned.settings.get("sequel")
-    tokenizer = load_tokenizer(run.model)
-    tasks = joint["tasks"] if joint is not None else (task,)
-    examples = rows_of(run, planned, tokenizer)
+    sequel = planned.settings.get("sequel")
+    tokenizer, tasks = load_tokenizer(run.model), tasks_of(planned)
+    examples = rows_of(run, planned, tokenizer, is_rehearsal=is_rehearsal)
     steps = Steps.of(run, planned, [[count for _, count in of_task.parts] for of_task in examples])
-    for name, of_task in zip(tasks, examples, strict=True):
+    for name, of_task in zip(tasks, examples, strict="cluster" not in planned.settings):
         if count := held_out(run, name):
             where, (file, _) = f"tasks.{name}.train", of_task.parts[0]
             log.info("%s: the last %d of %d rows are held out for the search for weights", where, count, len(file))
     return Job(
-        run=run if joint is not None else dataclasses.replace(run, train=trained_as(run, task)),
+        run=run if task not in run.tasks else dataclasses.replace(run, train=trained_as(run, task)),
         name=planned.name,
         task=task,
         world=world,
@@ -131,6 +134,16 @@ def make_job(
         before=None if sequel is None else _before(run, sequel["before"]),
         is_disjoint=sequel is not None and sequel["masks"] == "disjoint",
         start=_start(run, task) if "start" in planned.settings else None,
+        given=starts.given(
+            run,
+            task,
+            spec_of(run, task),
+            world,
+            folder,
+            fingerprint=fingerprint,
+            still_mine=still_mine,
+            is_rehearsal=is_rehearsal,
+        ),
         validation=_validation(run, tasks, tokenizer),
     )
 
@@ -250,6 +263,11 @@ def spec_of(run: Run, task: str) -> Spec:
         exclude=adapter.exclude,
         form=form_of(run, task),
     )
+
+
+def spec_of_job(job: Job) -> Spec:
+    """The adapter of a job before its training."""
+    return dataclasses.replace(spec_of(job.run, job.task), given=job.given)
 
 
 # --- where it is -----------------------------------------------------------------------------------------------------

@@ -138,10 +138,47 @@ class TokenFile(Sequence[Example]):
             self._map.madvise(mmap.MADV_DONTNEED)
 
 
+class Some(Sequence[Example]):
+    """Some rows of a file, in an order of their own."""
+
+    def __init__(self, file: TokenFile, rows: npt.NDArray[np.int64]) -> None:
+        self._file, self._rows = file, rows
+        lengths = file.lengths[rows]
+        self.notes = {
+            "tokens": int(lengths.sum()),
+            "made": len(rows),
+            "longest": int(lengths.max(initial=0)),
+            "largest": file.notes["largest"],
+        }
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, row: int) -> Example: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Example]: ...
+    def __getitem__(self, row: int | slice) -> Example | list[Example]:
+        if isinstance(row, slice):
+            return [self[one] for one in range(*row.indices(len(self)))]
+        return self._file[int(self._rows[row])]
+
+    def num_tokens(self, row: int) -> int:
+        return self._file.num_tokens(int(self._rows[row]))
+
+    def num_targets(self, row: int) -> int:
+        return self._file.num_targets(int(self._rows[row]))
+
+    def sums(self, count: int) -> tuple[int, int]:
+        """Tokens and targets of the first rows."""
+        found = range(count)
+        return sum(map(self.num_tokens, found)), sum(map(self.num_targets, found))
+
+
 class Rows(Sequence[Example]):
     """The first rows of one file or several, one file after the other."""
 
-    def __init__(self, *parts: tuple[TokenFile, int]) -> None:
+    def __init__(self, *parts: tuple[TokenFile | Some, int]) -> None:
         """parts: each file, and how many of its rows."""
         self.parts = parts
         self._starts = np.cumsum([0, *(count for _, count in parts)]).tolist()
@@ -187,7 +224,7 @@ class Rows(Sequence[Example]):
         """The largest token in the files."""
         return max(file.notes["largest"] for file, _ in self.parts)
 
-    def _place(self, row: int) -> tuple[TokenFile, int]:
+    def _place(self, row: int) -> tuple[TokenFile | Some, int]:
         if not 0 <= row < len(self):
             raise IndexError(row)
         part = int(np.searchsorted(self._starts, row, side="right")) - 1

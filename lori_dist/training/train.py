@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from lori_dist.config import Run
 from lori_dist.errors import ConfigError, JobError, LoriError
-from lori_dist.jobs import joint_job, train_job
+from lori_dist.jobs import Job as Planned
+from lori_dist.jobs import cluster_train_job, joint_job, train_job
 from lori_dist.training import checkpoint, metrics
 from lori_dist.training.metrics import Record
 from lori_dist.training.phases import CALIBRATE, TRAIN, Phase
@@ -53,6 +54,7 @@ def train(
     fetch: Callable[[], None] = lambda: None,
     joint: Mapping[str, Any] | None = None,
     sequel: Mapping[str, Any] | None = None,
+    cluster: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Trains an adapter, of one task or of several, and writes it to folder/adapter.safetensors. Every rank calls this.
 
@@ -67,6 +69,8 @@ def train(
     are trained together instead of the one, which is then the adapter's name; as `Joint` takes it.
     sequel: `before`, the tasks that were trained one after another, to whose entries those of this one are added, and
     `masks`: whether these may be anywhere (independent) or where none of theirs are (disjoint).
+    cluster: whose rows, of all tasks, are trained on, `place` its number from 0
+    and `clusters` how many there are; the adapter has its name.
     Returns kept, total, bytes, steps, loss (of the last step), seconds (of this attempt) and, where tasks' gradients
     were projected, conflicts; where a validation loss chose them, best, its step and loss.
     Raises ConfigError for rows or a model that cannot be used, JobError if ranks disagree or the loss diverges,
@@ -74,7 +78,7 @@ def train(
     Source: LoRI (arXiv 2504.07448), section 3, but for A, which the authors' code draws again for the second phase.
     """
     start = time.monotonic()
-    planned = joint_job(run, joint) if joint is not None else train_job(run, task, sequel=sequel)
+    planned = _planned(run, task, joint, sequel, cluster)
     with tracked(run, planned.name) as track:
         job = make_job(
             run,
@@ -116,6 +120,7 @@ def rehearse(
     fingerprint: str,
     joint: Mapping[str, Any] | None = None,
     sequel: Mapping[str, Any] | None = None,
+    cluster: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All that `train` does before its next step; nothing is written. Every rank calls this.
 
@@ -123,8 +128,8 @@ def rehearse(
     not done yet), done (steps of the first of them, by an earlier attempt) and entries (that are trained in that one).
     Raises what `train` would by then.
     """
-    planned = joint_job(run, joint) if joint is not None else train_job(run, task, sequel=sequel)
-    job = make_job(run, planned, world, folder, fingerprint=fingerprint)
+    planned = _planned(run, task, joint, sequel, cluster)
+    job = make_job(run, planned, world, folder, fingerprint=fingerprint, is_rehearsal=True)
     left, masks = phases_of(job), None
     if len(left) > 1 and is_calibrated(job, left[0]):
         masks = calibrated_masks(job, left.pop(0))
@@ -133,6 +138,21 @@ def rehearse(
     course = group.courses[job.task]
     steps = [(phase.name, phase.num_steps) for phase in left]
     return {"rows": num_rows(job), "phases": steps, "done": course.end.step, "entries": course.num_entries}
+
+
+def _planned(
+    run: Run,
+    task: str,
+    joint: Mapping[str, Any] | None,
+    sequel: Mapping[str, Any] | None,
+    cluster: Mapping[str, Any] | None,
+) -> Planned:
+    """The job with its settings; what it needs of others is not looked at."""
+    if joint is not None:
+        return joint_job(run, joint)
+    if cluster is not None:
+        return cluster_train_job(run, None, **cluster)
+    return train_job(run, task, sequel=sequel)
 
 
 def _agreed(world: World, make: Callable[[], Job]) -> Job | LoriError:

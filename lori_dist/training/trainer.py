@@ -67,7 +67,7 @@ from lori_dist.training.task import (
     num_rows,
     origin_of,
     rewind,
-    spec_of,
+    spec_of_job,
     state_of,
 )
 from lori_dist.training.weights import Weights, skeleton
@@ -614,10 +614,10 @@ def _adapted_model(
             check_fit(examples.longest, examples.largest, model)
     routing = None
     if len(jobs) > 1:
-        specs = {task: spec_of(run, task) if job.start is None else job.start for task, job in jobs.items()}
+        specs = {task: spec_of_job(job) if job.start is None else job.start for task, job in jobs.items()}
         routing = packed.attach(model, specs, masks)
     elif first.start is None:
-        attach(model, spec_of(run, first.task), masks=masks.get(next(iter(jobs))), before=first.before)
+        attach(model, spec_of_job(first), masks=masks.get(next(iter(jobs))), before=first.before)
     else:
         attach(model, first.start, train=True)
     if run.train.activation_checkpointing:

@@ -185,6 +185,22 @@ def test_a_process_of_the_search_is_not_told_the_test_files(first: Searched, tmp
     assert "-test.jsonl" not in json.dumps(job.settings)
 
 
+@pytest.mark.slow
+def test_weights_of_modules_are_learned_along_the_gradient(first: Searched, place: Path) -> None:
+    run = described(place, "learned", method="gradient", per="module", budget=6)
+    for task in ("copy", "reverse"):
+        shutil.copytree(first.run.folder / f"train-{task}", run.folder / f"train-{task}")
+    summary = execute(run)
+    made, records = summary["merges"]["found"], lines(run.folder / "merge-found")
+    assert made["evaluations"] == len(records) == 6
+    assert made["score"] == min(record["score"] for record in records) < records[0]["score"]
+    assert len(set(made["weights"]["copy"].values())) > 1
+    paths = [run.folder / f"train-{task}" / "adapter.safetensors" for task in ("copy", "reverse")]
+    out = place / "learned.safetensors"
+    merge_files(paths, out, method="concat", weights=list(made["weights"].values()))
+    assert out.read_bytes() == Path(made["path"]).read_bytes()
+
+
 DRIVER = """
 import json, sys
 from lori_dist import config

@@ -90,6 +90,7 @@ MATTERS: dict[str, list[str]] = {
 OF_CHATS = [f"tasks.one.{part}={{chats}}" for part in ("train", "test", "validation")]
 CHATS = [*OF_CHATS, "tasks.one.template.messages=messages"]
 BEFORE: dict[str, list[str]] = {
+    **{f"adapter.moments.{key}": ["adapter.init=osrm"] for key in ("rows", "full_up_to", "width")},
     "adapter.form": ["multitask={{name: joint, balance: none}}", "merges={{}}"],
     "train.early_stop": ["train.validate_every=2"],
     "tasks.*.validation": ["train.validate_every=2"],
@@ -118,6 +119,10 @@ CANNOT_MATTER: dict[str, tuple[list[str], str]] = {
     "adapter.alpha": (["adapter.alpha=7"], "a factor"),
     "adapter.mask": (["adapter.mask=random"], "as many entries are kept; chosen once, in seconds, on the host"),
     "adapter.seed": (["adapter.seed=5"], "another A of the same size"),
+    "adapter.init": (["adapter.init=osrm"], "another A of the same size; what it is made of is a pass over few rows"),
+    "adapter.moments.rows": (["adapter.init=osrm", "adapter.moments.rows=5"], "a pass over few rows is not counted"),
+    "adapter.moments.full_up_to": (["adapter.init=osrm", "adapter.moments.full_up_to=9"], "as for the rows"),
+    "adapter.moments.width": (["adapter.init=osrm", "adapter.moments.width=9"], "as for the rows"),
     "adapter.share_projection": (["adapter.share_projection=true"], "each adapter over a base has its copy of A"),
     "train.lr": (["train.lr=0.1"], "a number in the optimizer"),
     "train.schedule": (["train.schedule=cosine"], "a number in the optimizer"),
@@ -135,6 +140,7 @@ CANNOT_MATTER: dict[str, tuple[list[str], str]] = {
     "merges.*.search.method": (["merges.all.search={{rows: 2, method: coordinate}}"], "the budget limits both"),
     "merges.*.search.per": (["merges.all.search={{rows: 2, per: projection}}"], "the budget limits both"),
     "merges.*.search.bounds": (["merges.all.search={{rows: 2, bounds: [0, 2]}}"], "the budget limits both"),
+    "merges.*.search.lr": (["merges.all.search={{rows: 2, method: gradient, lr: 0.1}}"], "the budget limits all"),
     "merges.*.search.seed": (["merges.all.search={{rows: 2, seed: 5}}"], "other weights in the same evaluations"),
     "evaluate.temperature": (["evaluate.temperature=0.5"], "a choice among the same logits"),
     "evaluate.top_p": (["evaluate.temperature=0.5", "evaluate.top_p=0.5"], "a choice among the same logits"),
