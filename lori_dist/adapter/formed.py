@@ -19,7 +19,7 @@ from lori_dist.adapter.adapter import Adapter, Block, Elsewhere, Entries, Spec, 
 from lori_dist.adapter.linear import AdaptedLinear, BaseDelta, base_with_factors, features, share_as, with_factors
 from lori_dist.adapter.per_task import PerTask, of_tensor
 from lori_dist.adapter.projection import GENERATOR, Recipe, checksum, projection
-from lori_dist.adapter.routing import NOBODY, Routing, Segment
+from lori_dist.adapter.routing import NOBODY, Routing, Segment, adapter_of, module_of, name_of
 from lori_dist.errors import AdapterError
 from lori_dist.forms import AnyForm, DependentForm, Entry, Form, FormChoice, Penalised, Site, of_one_layer
 
@@ -481,6 +481,7 @@ class TaskAdapter:
     base: Mapping[str, Any] = field(default_factory=dict)
     generator: str = GENERATOR
     saved: Mapping[str, Tensor | Elsewhere] = field(default_factory=dict)
+    """As of an `Adapter`; what each task has of its own has the name `name@task`."""
 
     @property
     def made(self) -> AnyForm:
@@ -527,7 +528,7 @@ def extract_formed(
     """What a model that trains a form holds. A collective where the model is sharded: every rank calls it.
 
     values: `per_task.of_tensor(path, name)` -> kept entries on the CPU, in the place of the parameters; a parameter
-    that is trained in full has the key `saved.key(name)`. base: identity of the base.
+    that is trained in full has the key `saved.key(name)`, one of a task `name_of` that. base: identity of the base.
     Raises AdapterError for a model that does not train one.
     """
     model = sharded.unwrapped(model)
@@ -540,7 +541,7 @@ def extract_formed(
         held: dict[str, Tensor] = {
             of_tensor(path, name): one for path, delta in deltas.items() for name, one in delta.trained().items()
         }
-        held |= {saved.key(name): one for name, one in saved.parameters(model).items()}
+        held |= {name_of(saved.key(name), task): one for task, name, one in saved.trained(model)}
         values = {name: sharded.full(one).flatten() for name, one in held.items()}
 
     def entries(path: str, delta: FormedDelta) -> dict[str, Entries]:
@@ -552,6 +553,10 @@ def extract_formed(
             )
         return found
 
+    whole = {name: values[saved.key(name)].view(shape) for name, shape in saved.shapes(model).items()}
+    for number, task in enumerate(spec.form.tasks):
+        of_task = saved.shapes_of_copies(model, number).items()
+        whole |= {name_of(name, task): values[name_of(saved.key(name), task)].view(shape) for name, shape in of_task}
     return TaskAdapter(
         form=spec.form,
         rank=spec.rank,
@@ -564,7 +569,7 @@ def extract_formed(
         checksums={path: tuple(delta.checksums()) for path, delta in deltas.items()},
         targets=spec.targets,
         base=dict(base or {}),
-        saved={name: values[saved.key(name)].view(shape) for name, shape in saved.shapes(model).items()},
+        saved=whole,
     )
 
 
@@ -593,7 +598,7 @@ def of_task(adapter: TaskAdapter, task: str) -> Adapter:
         targets=adapter.targets,
         base=dict(adapter.base),
         generator=adapter.generator,
-        saved=dict(adapter.saved),
+        saved={module_of(name): one for name, one in adapter.saved.items() if adapter_of(name) in ("", task)},
     )
 
 
