@@ -209,7 +209,7 @@ def detach(model: nn.Module) -> None:
             or (isinstance(module, AdaptedLinear) and not isinstance(module.base, Expert))
             or (isinstance(module, saved.RoutedModule) and module.base is not None)
         ):
-            _set(model, path, module.base)
+            _set(model, path, cast(nn.Module, module.base))
     setattr(model, ATTACHED, None)
     setattr(model, formed.ROUTING, None)
     if (hook := vars(model).pop(formed.HOOK, None)) is not None:

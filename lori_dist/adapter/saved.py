@@ -224,7 +224,7 @@ class RoutedModule(nn.Module):
             if len(segments) == 1:
                 rows = slice(None)
             made.append(self._of(segment.adapter, x[rows], held))
-        done = torch.cat(self._filled_up(x, made))
+        done = torch.cat([*self._filled_up(x, made)])
         if trained and not any(segment.adapter in trained for segment in segments):
             done = cast(Callable[..., Tensor], _WithZeros.apply)(done, *self.parameters(recurse=False))
         return done if x.shape == shape else shaped(done, (*shape[:2], *done.shape[2:]))
