@@ -1,5 +1,6 @@
 """Devices by name: what their makers say of them."""
 
+import re
 from collections.abc import Mapping
 
 from lori_dist.errors import ConfigError
@@ -56,3 +57,11 @@ def device(name: str) -> tuple[str, dict[str, float]]:
         near = nearest(name, [*DEVICES, *OTHER_NAMES])
         raise ConfigError(f"--gpu: unknown device {name!r}; there are {', '.join(DEVICES)}.{near}")
     return known, dict(DEVICES[known])
+
+
+def known(description: str) -> str | None:
+    """The name in DEVICES of a GPU that its driver calls something like `NVIDIA H100 80GB HBM3`; None if there is
+    none."""
+    words = set(re.split(r"[^a-z0-9]+", description.lower()))
+    found = [name for name in DEVICES if words >= set(name.split("-"))]
+    return max(found, key=len, default=None)

@@ -4,7 +4,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from lori_dist.adapter.linear import BaseDelta
 from lori_dist.training.weights import base_parameters, persistent_buffers
@@ -37,6 +45,16 @@ def tiny_gpt2() -> GPT2LMHeadModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return GPT2LMHeadModel(config).eval()
+
+
+def tiny_classifier(kind: str, labels: int = 3) -> Any:
+    """A model that classifies texts, such as an encoder, with a head that was never trained."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2}
+    more = {"num_attention_heads": 4, "max_position_embeddings": 64, "num_labels": labels, "initializer_range": 0.2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = AutoConfig.for_model(kind, pad_token_id=0, **sizes, **more)
+        return AutoModelForSequenceClassification.from_config(made).eval()
 
 
 def _of_kind(model_type: str, **more: Any) -> Any:

@@ -29,7 +29,7 @@ from lori_dist.adapter.linear import (
 from lori_dist.adapter.per_task import PerTask
 from lori_dist.adapter.probe import probe
 from lori_dist.adapter.projection import checksum
-from lori_dist.adapter.routing import name_of
+from lori_dist.adapter.routing import Routing, adapter_of, module_of, name_of
 from lori_dist.adapter.targets import is_number, kind, unnumbered
 from lori_dist.adapter.task_adapter import TaskAdapter
 from lori_dist.errors import AdapterError
@@ -56,6 +56,7 @@ def attach(
     masks: Mapping[str, Tensor] | None = None,
     before: Adapter | None = None,
     train: bool = False,
+    heads: Mapping[str, Mapping[str, nn.Module]] | None = None,
 ) -> dict[str, AdaptedLinear]:
     """Puts an adapter on a model, in place. Returns module path -> the layer that replaced it, in the model's order.
 
@@ -68,6 +69,8 @@ def attach(
     meta device, which is for training, both are left to who gives the model its memory: values are zero, A is
     not compared.
     With a TaskAdapter, that of another form than lori: the same, frozen; rows meet the update of their task.
+    heads: with a form in which each task has an update of its own, task -> name of a module -> one that the task has
+    instead, as `attach_several` takes them; then each task also has a copy of its own of what modules_to_save names.
 
     Raises AdapterError for a merge of several blocks that is to be trained, for targets that match nothing or are no
     linear layers, for shapes that differ, for a layer used in two places, and for a model that has an adapter already.
@@ -85,12 +88,19 @@ def attach(
             raise AdapterError("masks: got masks for an adapter, which has its own; remove them")
         if before is not None:
             raise AdapterError("before: cannot be combined with an adapter; merge the two instead")
+    if isinstance(what, Spec):
+        named = dict.fromkeys(name for of_task in (heads or {}).values() for name in of_task)
+        what = dataclasses.replace(what, modules_to_save=tuple(dict.fromkeys((*what.modules_to_save, *named))))
     layers = layers_for(model, what, masks=masks, before=before, train=train)
-    whole = saved.match(model, what.modules_to_save) if isinstance(what, Spec) else {}
-    saved.refuse_both(layers, whole)
+    routing, owned = _owned_by_tasks(model, what, layers, heads)
+    whole = saved.match(model, what.modules_to_save) if isinstance(what, Spec) and heads is None else {}
+    saved.refuse_both(layers, [*whole, *(f"{path}.{name}" for path in owned for name in saved.names_in(model, path))])
     if isinstance(what, Adapter | TaskAdapter):
-        saved.put(model, {name: in_memory(tensor) for name, tensor in what.saved.items()})
+        saved.put(model, {name: in_memory(one) for name, one in what.saved.items() if not adapter_of(name)})
     model.requires_grad_(False)
+    routed = {} if routing is None else saved.route(model, owned, routing)
+    for module, _ in routed.values():
+        module.requires_grad_(isinstance(what, Spec))
     if isinstance(what, Spec):
         saved.train(model, whole)
     elif train:
@@ -101,7 +111,8 @@ def attach(
         for delta in layer.deltas:
             delta.requires_grad_(train or isinstance(what, Spec))
     if sharded.is_fully_sharded(model):
-        sharded.join(model, _deltas(layers))
+        sharded.join(model, [*_deltas(layers), *((path, module) for path, (module, _) in routed.items())])
+    saved.keep_bases(routed)
     setattr(model, ATTACHED, what)
     for one in list(formed.formed(layers).values())[:1]:
         setattr(model, task_column.ROUTING, one.routing)
@@ -111,6 +122,36 @@ def attach(
         if one.rows is not None:
             row_tokens.watch(model, one.rows)
     return layers
+
+
+def _owned_by_tasks(
+    model: nn.Module,
+    what: Spec | Adapter | TaskAdapter,
+    layers: Mapping[str, AdaptedLinear],
+    heads: Mapping[str, Mapping[str, nn.Module]] | None,
+) -> tuple[Routing | None, dict[str, saved.Owned]]:
+    """What routes rows to tasks, and path -> what each task has there that is trained in full; None where tasks have
+    nothing of that kind of their own."""
+    if heads is None and not (isinstance(what, TaskAdapter) and any(map(adapter_of, what.saved))):
+        return None, {}
+    routing = next((one.routing for one in formed.formed(layers).values()), None)
+    if routing is None:
+        raise AdapterError(
+            "heads: are of tasks, and what is attached has one update for all rows; use attach_several, or a form in "
+            "which each task has an update of its own, such as task_lora"
+        )
+    saved.refuse_unknown(heads or {}, routing.names, "task")
+    given = [(heads or {}).get(task, {}) for task in routing.names]
+    if isinstance(what, TaskAdapter):
+        tensors = [
+            {module_of(name): in_memory(one) for name, one in what.saved.items() if adapter_of(name) == task}
+            for task in routing.names
+        ]
+        return routing, saved.owned_by_trained(model, tensors, given)
+    assert isinstance(what, Spec)
+    owned = saved.owned(model, [what.modules_to_save] * len(given), given)
+    saved.refuse_empty(model, owned)
+    return routing, owned
 
 
 def layers_for(
@@ -162,14 +203,16 @@ def detach(model: nn.Module) -> None:
     model = sharded.unwrapped(model)
     layers = _attached(model)
     sharded.reshard(model)
-    sharded.forget(model, [delta for _, delta in _deltas(layers)])
+    sharded.forget(model, [*(delta for _, delta in _deltas(layers)), *saved.routed(model)])
     saved.take_back(model)
     sharded.settle(model)
     for path, module in list(model.named_modules()):
-        if isinstance(module, AdaptedExperts) or (
-            isinstance(module, AdaptedLinear) and not isinstance(module.base, Expert)
+        if (
+            isinstance(module, AdaptedExperts)
+            or (isinstance(module, AdaptedLinear) and not isinstance(module.base, Expert))
+            or (isinstance(module, saved.RoutedModule) and module.base is not None)
         ):
-            _set(model, path, module.base)
+            _set(model, path, cast(nn.Module, module.base))
     setattr(model, ATTACHED, None)
     setattr(model, task_column.ROUTING, None)
     if (hook := vars(model).pop(task_column.HOOK, None)) is not None:
@@ -251,22 +294,30 @@ def adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
 
 
 def trainable(model: nn.Module, adapter: str | None = None) -> dict[str, nn.Parameter]:
-    """Module path -> the kept entries being trained, (kept,). Modules that keep none are absent.
+    """All parameters that are trained, for an optimizer: module path -> kept entries of B, (kept,). Modules that keep
+    none are absent.
 
-    Of a model that trains several adapters: `path@name` -> the same; adapter: those of one of them alone.
+    `path:A` -> an A that is trained, flat; `path:tensor` -> a tensor of another form; `name:saved` -> a parameter of
+    modules_to_save. Of a model that trains several adapters: `path@name` -> the same; adapter: those of one of them.
     What `fully_shard` has sharded is a DTensor, also after a forward pass that has left it gathered.
     """
     _check_named(model, adapter)
     sharded.reshard(model)
-    return {
-        name_of(path, name): delta.values
+    updates = [
+        (path, name, delta)
         for path, layer in adapted(model).items()
         for name, delta in _owned(layer)
-        if isinstance(delta, Delta)
-        and adapter in (None, name)
-        and delta.values is not None
-        and delta.values.requires_grad
+        if adapter in (None, name)
+    ]
+    found = {name_of(path, name): delta.values for path, name, delta in updates if isinstance(delta, Delta)}
+    found |= {
+        name_of(per_task.of_tensor(path, tensor), name): parameter
+        for path, name, delta in updates
+        for tensor, parameter in delta.trained().items()
     }
+    whole = saved.trained(sharded.unwrapped(model))
+    found |= {name_of(saved.key(name), of): one for of, name, one in whole if adapter in (None, of)}
+    return {name: one for name, one in found.items() if one is not None and one.requires_grad}
 
 
 def _several(model: nn.Module) -> tuple[str, ...]:
@@ -279,16 +330,6 @@ def _check_named(model: nn.Module, adapter: str | None) -> None:
     if adapter is not None and adapter not in (names := _several(model)):
         known = f"there are {', '.join(names)}.{nearest(adapter, names)}" if names else "the model has one, unnamed"
         raise AdapterError(f"adapter: unknown adapter {adapter!r}; {known}")
-
-
-def trainable_projections(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Module path -> the A being trained, (rank * in_features,); none where A is frozen."""
-    return {
-        path: delta.trained_a
-        for path, layer in adapted(model).items()
-        for delta in layer.deltas
-        if isinstance(delta, Delta) and delta.trained_a is not None and delta.trained_a.requires_grad
-    }
 
 
 def dense(model: nn.Module, adapter: str | None = None) -> dict[str, Tensor]:
@@ -318,7 +359,7 @@ def sparsify(model: nn.Module, masks: Mapping[str, Tensor] | Mapping[str, Mappin
     """Makes of an adapter that was trained dense (LoRI-D) the sparse one to train next (LoRI-S), in place.
 
     masks: module path -> (out_features, rank) bool, for every target, as the functions of lori_dist.masks give them
-    for `dense(model)`. The kept entries begin at zero, on the same A; modules_to_save begin as they were. The
+    for `dense(model)`. The kept entries begin at zero, on the same A; modules_to_save and heads begin as they were. The
     parameters are new, so the optimizer must be. The base stays where it is: with `fully_shard`, the new parameters
     take the place of the old in its groups; with DeepSpeed, call engine.destroy() before this and
     deepspeed.initialize after it.
@@ -362,6 +403,8 @@ def sparsify(model: nn.Module, masks: Mapping[str, Tensor] | Mapping[str, Mappin
     for delta, index in zip([delta for _, delta in deltas], of_updates, strict=True):
         delta.restrict(index)
     saved.begin_again(model)
+    for module in saved.routed(model):
+        module.begin_again()
     if sharded.is_fully_sharded(model):
         sharded.join(model, deltas, places)
 
@@ -433,13 +476,13 @@ def extract(
     }
     if values is None:
         sharded.reshard(model)
-        heads = dict(saved.copies(model, [*of_several].index(name))) if own else saved.parameters(model)
+        heads = {whole: parameter for of, whole, parameter in saved.trained(model) if of == own}
         held: dict[str, Tensor] = {path: delta.values for path, delta in deltas.items() if delta.values is not None}
         held |= {per_task.of_a(path): d.trained_a for path, d in deltas.items() if d.trained_a is not None}
         held |= {saved.key(name): parameter for name, parameter in heads.items()}
         values = {name: sharded.full(parameter) for name, parameter in held.items()}
     entries = {path: Entries(index=_index(delta), values=values[path]) for path, delta in deltas.items() if delta.kept}
-    shapes_of_saved = saved.shapes_of_copies(model) if of_several else saved.shapes(model)
+    shapes_of_saved = saved.shapes_of_copies(model, [*of_several].index(own)) if own else saved.shapes(model)
     whole = {name: values[saved.key(name)].view(shape) for name, shape in shapes_of_saved.items()}
     if isinstance(spec, Adapter):
         block = dataclasses.replace(spec.blocks[0], name=name, entries=entries)

@@ -1,12 +1,13 @@
 """Several adapters on one model, each met by its own rows of a batch."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from lori_dist.adapter import saved, sharded
-from lori_dist.adapter.adapter import Adapter, Block, Spec
+from lori_dist.adapter.adapter import Adapter, Block, Spec, in_memory
 from lori_dist.adapter.attach import ATTACHED, adapted, layers_for, put, refuse_adapted, trained_on
 from lori_dist.adapter.linear import AdaptedLinear, Delta, RoutedLinear
 from lori_dist.adapter.per_task import of_a
@@ -28,26 +29,40 @@ def attach(
     Raises AdapterError as `attach.attach`, and where modules_to_save differ.
     """
     refuse_adapted(model)
-    form = next((one.form for one in what.values() if isinstance(one, Spec) and one.form is not None), None)
-    if form is not None:
-        raise AdapterError(
-            f"form: {form.name} trains tasks together, as one Spec; attach that with attach, or remove the form"
-        )
+    _refuse_forms(what)
     whole = {one.modules_to_save if isinstance(one, Spec) else tuple(one.saved) for one in what.values()}
     if len(whole) > 1 or any(isinstance(one, Adapter) and one.saved for one in what.values()):
         raise AdapterError(
             "modules_to_save: adapters that are trained over one base have the same; give all of them one list"
         )
-    routing = Routing(names=tuple(what), collects=True)
-    layers = _layers(model, what, masks or {}, routing, train=True)
     [modules_to_save] = whole
-    chosen = saved.match(model, modules_to_save)
-    saved.refuse_both(layers, chosen)
+    routing, _ = _attach(model, what, masks or {}, saved.owned(model, [modules_to_save] * len(what), [{}] * len(what)))
+    return routing
+
+
+def _attach(
+    model: nn.Module,
+    what: Mapping[str, Spec | Adapter],
+    masks: Mapping[str, Mapping[str, Tensor] | None],
+    owned: Mapping[str, saved.Owned],
+) -> tuple[Routing, dict[str, tuple[saved.RoutedModule, nn.Module]]]:
+    """What `attach` does, with these modules to train in full. Returns those as `saved.route` does."""
+    routing = Routing(names=tuple(what), collects=True)
+    layers = _layers(model, what, masks, routing, train=True)
+    saved.refuse_both(layers, [f"{path}.{name}" for path in owned for name in saved.names_in(model, path)])
     model.requires_grad_(False)
-    saved.route(model, modules_to_save, routing)
+    routed = saved.route(model, owned, routing)
     put(model, layers)
     setattr(model, ATTACHED, dict(what))
-    return routing
+    return routing, routed
+
+
+def _refuse_forms(what: Mapping[str, Spec | Adapter]) -> None:
+    form = next((one.form for one in what.values() if isinstance(one, Spec) and one.form is not None), None)
+    if form is not None:
+        raise AdapterError(
+            f"form: {form.name} trains tasks together, as one Spec; attach that with attach, or remove the form"
+        )
 
 
 def attach_several(
@@ -55,6 +70,7 @@ def attach_several(
     adapters: Mapping[str, Adapter | Spec],
     *,
     masks: Mapping[str, Mapping[str, Tensor]] | None = None,
+    heads: Mapping[str, Mapping[str, nn.Module]] | None = None,
 ) -> Routing:
     """Puts several adapters on a model, in place, each under a name. `rows` of what this returns says which row of a
     batch meets which; before the first time, all meet the first.
@@ -66,7 +82,13 @@ def attach_several(
     such a model, and name the adapter. Each parameter's gradient is that of its own adapter's rows, so each is trained
     as it would be alone. The model may be one that `fully_shard` was applied to; for DDP and DeepSpeed call this first.
     masks: name -> module path -> (out_features, rank) bool, the entries of B that exist; without masks, all do.
-    Raises AdapterError as `attach.attach`, for Specs beside Adapters, for masks of Adapters, and for modules_to_save.
+    heads: name -> path, or its last part, of a module -> one that the adapter has instead, such as a classifier with
+    another number of labels. It is trained in full from the values that it has, as what modules_to_save names is from
+    those of the base. With Adapters: one of the same kind, needed only where that is not the kind of the base's.
+    Logits have as many labels as the largest head, the base's included; those that a row's head does not have are the
+    least number of the dtype, which changes no softmax.
+    Raises AdapterError as `attach.attach`, for Specs beside Adapters, for masks of Adapters, and for heads of unknown
+    adapters or modules.
     """
     if not adapters:
         raise AdapterError("adapters: there are none; give at least one Adapter or Spec, by name")
@@ -80,51 +102,69 @@ def attach_several(
             f"{next(iter(specs))}: is a Spec, and {next(iter(trained))} a trained Adapter; attach Specs to train, or "
             "Adapters for inference"
         )
-    return _attach_specs(model, specs, masks) if specs else _attach_trained(model, trained, masks)
+    saved.refuse_unknown(heads or {}, tuple(adapters), "adapter")
+    if specs:
+        return _attach_specs(model, specs, masks, heads or {})
+    return _attach_trained(model, trained, masks, heads or {})
 
 
 def _attach_specs(
-    model: nn.Module, specs: Mapping[str, Spec], masks: Mapping[str, Mapping[str, Tensor]] | None
+    model: nn.Module,
+    specs: Mapping[str, Spec],
+    masks: Mapping[str, Mapping[str, Tensor]] | None,
+    heads: Mapping[str, Mapping[str, nn.Module]],
 ) -> Routing:
     if masks is not None and masks.keys() != specs.keys():
         raise AdapterError(
             f"masks: got masks for {', '.join(masks) or 'nothing'}; wanted them for {', '.join(specs)}, or none at all"
         )
-    saving = next((name for name, spec in specs.items() if spec.modules_to_save), None)
-    if saving is not None:
-        raise AdapterError(
-            f"{saving}: has modules_to_save, which `lori run` trains for several adapters, and a loop of your own for "
-            "one; remove them, or attach one at a time"
-        )
+    _refuse_forms(specs)
     sharded.refuse_late(model)
+    refuse_adapted(model)
     sharded.reshard(model)
-    routing = attach(model, specs, masks)
+    given = {name: heads.get(name, {}) for name in specs}
+    specs = {
+        name: dataclasses.replace(spec, modules_to_save=tuple(dict.fromkeys((*spec.modules_to_save, *given[name]))))
+        for name, spec in specs.items()
+    }
+    owned = saved.owned(model, [spec.modules_to_save for spec in specs.values()], [*given.values()])
+    saved.refuse_empty(model, owned)
+    routing, whole = _attach(model, specs, masks or {}, owned)
     routing.collects = False
     if sharded.is_fully_sharded(model):
-        sharded.join(model, [(path, delta) for path, layer in routed(model).items() for delta in layer.deltas])
+        deltas = [(path, delta) for path, layer in routed(model).items() for delta in layer.deltas]
+        sharded.join(model, [*deltas, *((path, module) for path, (module, _) in whole.items())])
+    saved.keep_bases(whole)
     routing.only(routing.names[0])
     return routing
 
 
 def _attach_trained(
-    model: nn.Module, adapters: Mapping[str, Adapter], masks: Mapping[str, Mapping[str, Tensor]] | None
+    model: nn.Module,
+    adapters: Mapping[str, Adapter],
+    masks: Mapping[str, Mapping[str, Tensor]] | None,
+    heads: Mapping[str, Mapping[str, nn.Module]],
 ) -> Routing:
     if masks is not None:
         raise AdapterError("masks: got masks for trained adapters, which have their own; remove them")
     model = sharded.unwrapped(model)
     sharded.refuse_split(model)
     refuse_adapted(model)
-    reason = _unroutable(model, adapters)
+    reason = _mixing(model, adapters)
     if reason is not None:
         raise AdapterError(reason)
     routing = Routing(names=tuple(adapters))
     layers = _layers(model, adapters, {}, routing, train=False)
+    tensors = [{name: in_memory(one) for name, one in adapter.saved.items()} for adapter in adapters.values()]
+    owned = saved.owned_by_trained(model, tensors, [heads.get(name, {}) for name in adapters])
     model.requires_grad_(False)
+    whole = saved.route(model, owned, routing)
     put(model, layers)
     deltas = [(path, delta) for path, layer in layers.items() for delta in layer.deltas]
     for _, delta in deltas:
         delta.requires_grad_(False)
-    sharded.place(model, deltas)
+    sharded.place(model, [*deltas, *((path, module.requires_grad_(False)) for path, (module, _) in whole.items())])
+    saved.keep_bases(whole)
     setattr(model, ATTACHED, dict(adapters))
     routing.only(routing.names[0])
     return routing
@@ -184,17 +224,14 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def is_routable(model: nn.Module, adapters: Mapping[str, Adapter | TaskAdapter]) -> bool:
-    """Whether `attach_several` takes them: what was trained in full, and layers that mix rows, do not know the rows."""
-    return _unroutable(model, adapters) is None
+    """Whether the rows of a pass over the base may meet them: an adapter with modules_to_save is attached by itself
+    there, as each has a copy of these, and so is one of layers that mix rows."""
+    apart = any(isinstance(one, TaskAdapter) or one.saved for one in adapters.values())
+    return not apart and _mixing(model, adapters) is None
 
 
-def _unroutable(model: nn.Module, adapters: Mapping[str, Adapter | TaskAdapter]) -> str | None:
-    """Why the rows of adapters cannot be distinguished; None if they can."""
-    form = next((one.form.name for one in adapters.values() if isinstance(one, TaskAdapter)), None)
-    if form is not None:
-        return f"form: an adapter of the form {form} is attached by itself"
-    if any(adapter.saved for adapter in adapters.values()):
-        return "modules_to_save: what is trained in full cannot be distinguished by rows; attach one at a time"
+def _mixing(model: nn.Module, adapters: Mapping[str, Adapter | TaskAdapter]) -> str | None:
+    """Why rows do not reach every layer as they are; None if they do."""
     known = probe(model)
     paths = (path for adapter in adapters.values() for path in trained_on(model, adapter))
     mixing = next((path for path in paths if known.mixes_rows(path)), None)

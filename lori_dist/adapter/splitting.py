@@ -9,6 +9,7 @@ from torch import Tensor
 from lori_dist.adapter.adapter import Adapter, Block, Entries
 from lori_dist.adapter.form_tensors import Sizes
 from lori_dist.adapter.projection import checksum
+from lori_dist.adapter.routing import adapter_of, module_of
 from lori_dist.adapter.task_adapter import TaskAdapter, stacked
 from lori_dist.errors import AdapterError
 from lori_dist.forms import Form, Settling
@@ -39,7 +40,7 @@ def of_task(adapter: TaskAdapter, task: str) -> Adapter:
         targets=adapter.targets,
         base=dict(adapter.base),
         generator=adapter.generator,
-        saved=dict(adapter.saved),
+        saved={module_of(name): one for name, one in adapter.saved.items() if adapter_of(name) in ("", task)},
     )
 
 

@@ -15,6 +15,7 @@ from lori_dist.adapter.formed import FormedDelta, deltas_for, formed
 from lori_dist.adapter.linear import AdaptedLinear
 from lori_dist.adapter.per_task import of_tensor
 from lori_dist.adapter.projection import GENERATOR
+from lori_dist.adapter.routing import name_of
 from lori_dist.errors import AdapterError
 from lori_dist.forms import AnyForm, FormChoice, Given, Site, of_one_layer
 
@@ -44,6 +45,7 @@ class TaskAdapter:
     base: Mapping[str, Any] = field(default_factory=dict)
     generator: str = GENERATOR
     saved: Mapping[str, Tensor | Elsewhere] = field(default_factory=dict)
+    """As of an `Adapter`; what each task has of its own has the name `name@task`."""
 
     @property
     def made(self) -> AnyForm:
@@ -93,7 +95,7 @@ def extract_formed(
     """What a model that trains a form holds. A collective where the model is sharded: every rank calls it.
 
     values: `per_task.of_tensor(path, name)` -> kept entries on the CPU, in the place of the parameters; a parameter
-    that is trained in full has the key `saved.key(name)`. base: identity of the base.
+    that is trained in full has the key `saved.key(name)`, one of a task `name_of` that. base: identity of the base.
     Raises AdapterError for a model that does not train one.
     """
     model = sharded.unwrapped(model)
@@ -106,7 +108,7 @@ def extract_formed(
         held: dict[str, Tensor] = {
             of_tensor(path, name): one for path, delta in deltas.items() for name, one in delta.trained().items()
         }
-        held |= {saved.key(name): one for name, one in saved.parameters(model).items()}
+        held |= {name_of(saved.key(name), task): one for task, name, one in saved.trained(model)}
         values = {name: sharded.full(one).flatten() for name, one in held.items()}
 
     def entries(path: str, delta: FormedDelta) -> dict[str, Entries]:
@@ -120,6 +122,10 @@ def extract_formed(
             found |= {name: Entries(index=None, values=state.float().cpu()) for name, state in delta.states().items()}
         return found
 
+    whole = {name: values[saved.key(name)].view(shape) for name, shape in saved.shapes(model).items()}
+    for number, task in enumerate(spec.form.tasks):
+        of_task = saved.shapes_of_copies(model, number).items()
+        whole |= {name_of(name, task): values[name_of(saved.key(name), task)].view(shape) for name, shape in of_task}
     return TaskAdapter(
         form=spec.form,
         rank=spec.rank,
@@ -133,7 +139,7 @@ def extract_formed(
         given=dict(spec.given or {}),
         targets=spec.targets,
         base=dict(base or {}),
-        saved={name: values[saved.key(name)].view(shape) for name, shape in saved.shapes(model).items()},
+        saved=whole,
     )
 
 

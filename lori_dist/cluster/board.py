@@ -67,8 +67,11 @@ class Board:
     started: dict[str, float] = field(default_factory=dict)
     leaders: dict[str, str] = field(default_factory=dict)
     """Job that shares a gang with others -> the first of these."""
+    packing: str | int = field(init=False)
+    """Trainings that share a base: `cluster.packing`, or what `auto` means here."""
 
     def __post_init__(self) -> None:
+        self.packing = self.run.cluster.packing
         self.states = {job.name: {"state": "waiting", **self._begun(job)} for job in self.jobs}
         for job in self.jobs:
             record = folder.finished(self.run.folder, job)
@@ -139,7 +142,7 @@ class Board:
         found = self.ready()
         if any(job.kind == "evaluate" and job not in found for job in self.named("waiting")):
             found = [job for job in found if job.kind != "evaluate"]
-        packs = {jobs[0].name: jobs for jobs in schedule.packs(found, self.run.cluster.packing)}
+        packs = {jobs[0].name: jobs for jobs in schedule.packs(found, self.packing)}
         running = {self.leaders.get(job.name, job.name): job for job in self.named("running")}
         leaders = [jobs[0] for jobs in packs.values()]
         admitted = schedule.admit(leaders, list(running.values()), self.run.cluster, nodes)

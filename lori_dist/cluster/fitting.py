@@ -1,14 +1,17 @@
-"""Whether the evaluation of a run fits the cluster's devices, asked before anything is trained."""
+"""What a run asks about the cluster's devices before anything is trained: whether its evaluation fits them, and whether
+its tasks are trained at once over one base."""
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from lori_dist.cluster import schedule
 from lori_dist.cluster.connection import runtime_env
 from lori_dist.cluster.schedule import Resources
 from lori_dist.config import Run
 from lori_dist.errors import ConfigError
-from lori_dist.gpus import GIB, RESERVED
+from lori_dist.gpus import ASSUMED, DEVICES, GIB, RESERVED, known
 from lori_dist.jobs import Job
 
 log = logging.getLogger(__name__)
@@ -18,7 +21,11 @@ SMALL = 16
 LEAST = 8 * GIB
 """Memory of a small GPU: to ask a larger one takes seconds."""
 LOOK_SECONDS = 120.0
-"""Seconds that a GPU's memory is waited for."""
+"""Seconds that a GPU's answer is waited for."""
+OF_CPUS = {
+    "gpu_memory": math.inf, "tflops": 0.05, "bandwidth": 20.0, "link": 2.0, "host": 10.0, "network": 1.0,
+}  # fmt: skip
+"""As DEVICES has them, of a CPU: float32 products of one core, and what gloo sends."""
 
 
 def check_evaluation(run: Run, unfinished: Sequence[Job], nodes: Sequence[Resources]) -> None:
@@ -84,18 +91,57 @@ def shortfall(run: Run, num_ranks: int, device_bytes: float, *, num_nodes: int =
     )
 
 
+def packing(run: Run, unfinished: Sequence[Job], nodes: Sequence[Resources]) -> str | int:
+    """Trainings that share a base, as `schedule.packs` takes it: `cluster.packing`, or `off` in place of `auto` where
+    the tasks take less time one after another on these nodes, by the count of `lori plan`. Says so in the log."""
+    packed = [job for job in unfinished if job.kind == "train" and schedule.may_be_packed(job)]
+    if run.cluster.packing != "auto" or len(packed) < 2:
+        return run.cluster.packing
+    from lori_dist.plan import Hardware
+    from lori_dist.plan.packing import chosen
+    from lori_dist.plan.rows import Counter
+
+    ranks, of_rank = schedule.wanted(packed[0], run.cluster), max(1, run.cluster.gpus_per_worker)
+    num_nodes = max(1, sum(node.fits(ranks.part) > 0 for node in nodes))
+    if run.cluster.gpus_per_worker:
+        device: dict[str, Any] = dict(DEVICES[known(str(_asked(run, _gpu_name) or "")) or ASSUMED])
+    else:
+        device = OF_CPUS | {"tflops": OF_CPUS["tflops"] * run.cluster.cpus_per_worker}
+    nodes_used = num_nodes if ranks.count % num_nodes == 0 else 1
+    try:
+        settled, said = chosen(run, Hardware(gpus=ranks.count * of_rank, nodes=nodes_used, **device), Counter(run))
+    except ConfigError as error:
+        log.info("cluster.packing: auto trains all tasks at once, as there is no plan to compare: %s", error)
+        return run.cluster.packing
+    if said is not None:
+        log.info("%s", said)
+    return settled.cluster.packing
+
+
 def _of_gpu(run: Run) -> float | None:
     """Bytes of a GPU of the cluster; None if none tells within LOOK_SECONDS."""
+    found = _asked(run, _gpu_bytes)
+    return None if found is None else float(found) - RESERVED
+
+
+def _asked(run: Run, question: Callable[[], Any]) -> Any:
+    """What a GPU of the cluster says; None if none tells within LOOK_SECONDS."""
     import ray
 
-    look = ray.remote(num_cpus=0, num_gpus=1, max_retries=0, runtime_env=runtime_env(run))(_gpu_bytes)
+    look = ray.remote(num_cpus=0, num_gpus=1, max_retries=0, runtime_env=runtime_env(run))(question)
     call = look.remote()
     try:
-        return float(ray.get(call, timeout=LOOK_SECONDS)) - RESERVED
+        return ray.get(call, timeout=LOOK_SECONDS)
     except ray.exceptions.RayError as error:
-        log.debug("the memory of a GPU is not known", exc_info=error)
+        log.debug("no GPU was asked", exc_info=error)
         ray.cancel(call, force=True)
         return None
+
+
+def _gpu_name() -> str:
+    import torch
+
+    return str(torch.cuda.get_device_name(0))
 
 
 def _gpu_bytes() -> int:

@@ -18,7 +18,7 @@ from lori_dist import folder, storage, tables
 from lori_dist.cluster import attempts, schedule, scratch
 from lori_dist.cluster.board import Board, Progress
 from lori_dist.cluster.connection import TOKEN_FILE, connected, disconnect, runtime_env
-from lori_dist.cluster.fitting import check_evaluation
+from lori_dist.cluster.fitting import check_evaluation, packing
 from lori_dist.cluster.gang import Gangs
 from lori_dist.cluster.schedule import Resources
 from lori_dist.cluster.summary import ATTEMPTS, CHECKPOINTS
@@ -71,6 +71,7 @@ def _execute(run: Run, progress: Callable[[Progress], None] | None) -> dict[str,
             with connected(run) as nodes:
                 schedule.check_room(board.unfinished(), run.cluster, nodes())
                 check_evaluation(run, board.unfinished(), nodes())
+                board.packing = packing(run, board.unfinished(), nodes())
                 _work(board, nodes, owner)
         board.report = write_of_run(board.summary(), run.folder)
         model_card.write_of_run(board.summary(), run.model.path)

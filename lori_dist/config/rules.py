@@ -218,11 +218,27 @@ def _compiled(run: Run) -> Iterator[str]:
         yield COMPILED_AT_STAGE_3
 
 
+BALANCES = ("balance", "projection")
+"""Options of joint training for how it makes one gradient of the tasks', by the newer and the older name."""
+
+
+def _sliced(run: Run) -> Iterator[str]:
+    if run.train.mlp_slices == 1:
+        return
+    if run.train.compile:
+        yield "train.mlp_slices: cannot be combined with train.compile, which compiles blocks as they are; set only one"
+    how, why = run.multitask, "where layers look at whose rows a batch has; remove it"
+    if how.name == "joint" and (run.adapter.form.name != LORI or "none" not in map(how.options.get, BALANCES)):
+        yield f"train.mlp_slices: cannot be combined with multitask joint and a form or a balance, {why}"
+    if how.name == "independent" and run.cluster.packing != "off" and len(run.tasks) > 1:
+        yield f"train.mlp_slices: cannot be combined with cluster.packing, {why}, or set cluster.packing to off"
+
+
 def _saved(run: Run) -> Iterator[str]:
     if not run.adapter.modules_to_save:
         return
     how = run.multitask.options
-    if run.multitask.name == "joint" and "none" not in (how.get("projection"), how.get("balance")):
+    if run.multitask.name == "joint" and "none" not in map(how.get, BALANCES):
         yield (
             "adapter.modules_to_save: cannot be combined with multitask joint, which balances the gradients of A and B "
             "alone; set multitask.balance to none, or remove it"
@@ -598,6 +614,7 @@ RULES: tuple[Rule, ...] = (
     _saved,
     _attention,
     _compiled,
+    _sliced,
     _lengths,
     _lengths_of_tasks,
     _long_runs,

@@ -400,6 +400,8 @@ class Train:
     """Largest global norm of the gradient; null: no clipping."""
     activation_checkpointing: Annotated[bool, Fingerprint.NEVER] = False
     """Recompute activations in the backward pass to save memory."""
+    mlp_slices: Annotated[Positive, Fingerprint.NEVER] = 1
+    """Compute each block's MLP with this many slices of a row, one after another, for long rows; 1: with all tokens."""
     compile: Annotated[bool, Fingerprint.NEVER] = False
     """Compile transformer blocks with torch.compile at the first steps."""
     deterministic: Annotated[bool, Fingerprint.NEVER] = False
@@ -559,7 +561,7 @@ class Cluster:
     packing: Annotated[
         Literal["off", "auto"] | Annotated[int, pydantic.Field(ge=2), NotBool], pydantic.BeforeValidator(read_off)
     ] = "off"
-    """Train several tasks at once over one copy of the base: this many, all that could start (auto), or none (off)."""
+    """Train tasks at once over one copy of the base: this many, all that can if it pays (auto), or none (off)."""
 
 
 @section

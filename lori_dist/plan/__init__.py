@@ -13,7 +13,7 @@ from typing import Any
 
 from lori_dist.config import Run
 from lori_dist.gpus import DEVICES
-from lori_dist.plan import alternatives, evaluation, notes
+from lori_dist.plan import alternatives, evaluation, notes, packing
 from lori_dist.plan.cost import Hardware, placed_on, ranks_of, trained_of
 from lori_dist.plan.model import Counted
 from lori_dist.plan.placement import check_engine, placements
@@ -41,6 +41,7 @@ def plan(run: Run, hardware: Hardware, *, row_tokens: int | None = None) -> dict
     check_engine(run, ranks)
     own = list(placements(ranks, hardware.nodes, run.train.engine))
     counter = Counter(run, row_tokens)
+    run, said = packing.chosen(run, hardware, counter)
     found = gangs(run, counter)
     trained = trained_of(run, found, ranks)
     largest = max(trained, key=lambda one: (one.model.adapters, one.gang.apart, one.gang.earlier))
@@ -84,7 +85,7 @@ def plan(run: Run, hardware: Hardware, *, row_tokens: int | None = None) -> dict
         "hardware": dataclasses.asdict(hardware),
         "placements": placed,
         "recommended": alternatives.recommended(run, trained, hardware, placed),
-        "notes": list(notes.of(run, hardware, ranks, trained, placed, rows, evaluated)),
+        "notes": [*filter(None, [said]), *notes.of(run, hardware, ranks, trained, placed, rows, evaluated)],
     }
 
 

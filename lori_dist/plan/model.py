@@ -24,6 +24,7 @@ from lori_dist.training.model_files import check_causal, has_weights, loading, m
 from lori_dist.training.quantized import QuantizedLinear, quantize_layers
 from lori_dist.training.sequence_parallel import check_attention, check_ranks, own_tokens
 from lori_dist.training.sequences import Share
+from lori_dist.training.sliced import mlps, slice_mlps
 from lori_dist.training.task import spec_of
 from lori_dist.training.weights import attention_of, find_weights
 
@@ -67,9 +68,17 @@ def count(run: Run, *, ranks: int = 1, adapters: int = 1, start: Adapter | None 
     check_attention(model.config, run.train.sequence_parallel, run.train.max_length)
     groups = run.train.groups(ranks)
     rows, length = min(run.train.rows_at_once, -(-run.train.batch_size // groups)) * adapters, own_tokens(run.train)
-    of_blocks, other = _activations(run, of_spec, found, rows)
+    slices = run.train.mlp_slices
     dtype = getattr(torch, run.model.dtype)
     settings = model.config.get_text_config()
+    hidden = rows * length * settings.hidden_size * dtype.itemsize
+    of_blocks, other = _activations(run, of_spec, found, rows, slices)
+    of_slice = 0
+    if slices > 1:  # what one of them keeps while it is computed again; all are views of the input
+        at_once, _ = _activations(run, of_spec, found, rows, 1)
+        of_slice = max(whole - least for whole, least in zip(at_once, of_blocks, strict=True)) // slices
+        of_blocks = [size + hidden for size in of_blocks]
+    widest = max(_widest(_apart(model, attached, slices), shares), -(-_widest(attached, shares) // slices))
     quantized = [
         module.in_features * module.out_features for module in model.modules() if isinstance(module, QuantizedLinear)
     ]
@@ -101,8 +110,8 @@ def count(run: Run, *, ranks: int = 1, adapters: int = 1, start: Adapter | None 
         dtype=dtype.itemsize,
         block_activations=max(of_blocks),
         blocks_activations=sum(of_blocks),
-        block_gradients=3 * rows * length * _widest(attached, shares) * dtype.itemsize,
-        block_input=rows * length * settings.hidden_size * dtype.itemsize,
+        block_gradients=3 * rows * length * widest * dtype.itemsize + of_slice,
+        block_input=hidden,
         other_activations=other,
         tokens=rows * length,
         flops=per_token(model),
@@ -166,6 +175,12 @@ def _widest(attached: Mapping[str, AdaptedLinear], shares: Mapping[str, float]) 
             chosen = round(_share_of(path, layer.base, shares) * cast(int, layer.base.experts.num_experts))
             widths.append(chosen * min(features(layer.base)))
     return max(widths)
+
+
+def _apart(model: nn.Module, attached: Mapping[str, AdaptedLinear], slices: int) -> Mapping[str, AdaptedLinear]:
+    """The layers that see all tokens of a row at once."""
+    inside = tuple(f"{path}." for path in mlps(model)) if slices > 1 else ()
+    return {path: layer for path, layer in attached.items() if not path.startswith(inside)} or attached
 
 
 def _spec_of(adapter: Adapter) -> Spec:
@@ -248,14 +263,16 @@ def _bytes(tensor: Tensor) -> int:
 # --- activations -----------------------------------------------------------------------------------------------------
 
 
-def _activations(run: Run, of_spec: Spec, blocks: Sequence[nn.Module], rows: int) -> tuple[list[int], int]:
+def _activations(run: Run, of_spec: Spec, blocks: Sequence[nn.Module], rows: int, slices: int) -> tuple[list[int], int]:
     """Bytes that a forward pass of so many rows keeps for the backward pass: in each block, and outside of them.
+
+    slices: `train.mlp_slices`.
 
     Blocks with the same weights keep the same, so a model of the first few is run, with one of each kind at least.
     """
     kinds = [_kind(block) for block in blocks]
     num_blocks = min(len(kinds), max(2, *(kinds.index(kind) + 1 for kind in kinds)))
-    kept, other = _saved(run, of_spec, num_blocks, rows)
+    kept, other = _saved(run, of_spec, num_blocks, rows, slices)
     of_kind = dict(zip(kinds, kept, strict=False))  # of the last of each: the first block's input is counted there
     return [of_kind[kind] for kind in kinds], max(0, other + kept[0] - of_kind[kinds[0]])
 
@@ -264,13 +281,15 @@ def _kind(block: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
     return tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
 
 
-def _saved(run: Run, of_spec: Spec, num_blocks: int, rows: int) -> tuple[list[int], int]:
+def _saved(run: Run, of_spec: Spec, num_blocks: int, rows: int, slices: int) -> tuple[list[int], int]:
     """Bytes that a forward pass of `rows` rows keeps in each block of a model of `num_blocks` blocks, and outside of
     them."""
     # Products with quantised weights keep what others do.
     model = skeleton(run, num_blocks=num_blocks, quantized=False)
     attach(model, of_spec)
     _share_evenly(model)
+    if slices > 1:
+        slice_mlps(model, slices)
     length = own_tokens(run.train)
     is_eager = model.config._attn_implementation == "eager"
     # Rows that are padded or packed have a mask, of which each layer keeps a copy in the base's dtype. Without content

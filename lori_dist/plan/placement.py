@@ -59,7 +59,7 @@ def _companion(engine: str, role: str) -> Callable[..., Any] | None:
     return plugin.find("engines", engine, "build", "train.engine").companion(role)
 
 
-def placements(ranks: int, nodes: int, own: Choice | None = None) -> Iterator[Placement]:
+def placements(ranks: int, nodes: int, engine: Choice | None = None) -> Iterator[Placement]:
     """Yields all placements that engines propose, and the run's own if it is not among them, also for an engine outside
     the package.
 
@@ -72,8 +72,8 @@ def placements(ranks: int, nodes: int, own: Choice | None = None) -> Iterator[Pl
         for options in _proposed(name, ranks, nodes)
     ]
     yield from listed
-    if own is not None:
-        found = _own(ranks, nodes, own)
+    if engine is not None:
+        found = own(ranks, nodes, engine)
         if all(found.name != one.name for one in listed):
             yield found
 
@@ -96,12 +96,13 @@ def _proposed(name: str, ranks: int, nodes: int) -> Iterator[dict[str, Any]]:
     yield from propose(ranks, nodes) if propose is not None else [{}]
 
 
-def _own(ranks: int, nodes: int, own: Choice) -> Placement:
-    method = plugin.find("engines", own.name, "build", "train.engine")
-    bound = method.bind(own.options, "train.engine")
+def own(ranks: int, nodes: int, engine: Choice) -> Placement:
+    """The placement of a run's own engine. Raises ConfigError as `placements`."""
+    method = plugin.find("engines", engine.name, "build", "train.engine")
+    bound = method.bind(engine.options, "train.engine")
     settle = method.companion("settled")  # options that a file among them gives
     bound = bound if settle is None else settle(bound)
-    found = named(own.name, method, bound, ranks, nodes)
+    found = named(engine.name, method, bound, ranks, nodes)
     for role in ("memory", "traffic"):
         found.ask(role)
     return found

@@ -14,10 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lori_dist.adapter import packed, saved
-from lori_dist.adapter.attach import adapted, trainable, trainable_projections
-from lori_dist.adapter.formed import formed
-from lori_dist.adapter.per_task import of_a, of_tensor
+from lori_dist.adapter import packed
+from lori_dist.adapter.attach import adapted, trainable
 from lori_dist.adapter.routing import adapter_of
 from lori_dist.config import Train
 from lori_dist.training.data import Batch
@@ -151,20 +149,12 @@ class TaskGradients(Protocol):
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Module path -> the kept entries of an adapted model, `of_a(path)` -> a trained A, `of_tensor(path, name)` -> a
-    tensor of another form, `saved.key(name)` -> a parameter that is trained in full; of a model with several adapters,
-    `name_of(name, adapter)` -> each of these; of another model, name -> parameter that needs a gradient."""
+    """What is trained, by the names of `attach.trainable`, of several adapters one after the other; of a model without
+    an adapter, name -> parameter that needs a gradient."""
     if several := dict(packed.trainable(model)):
         return several
     if adapted(model):
-        of_projections = {of_a(path): a for path, a in trainable_projections(model).items()}
-        of_forms = {
-            of_tensor(path, name): parameter
-            for path, delta in formed(adapted(model)).items()
-            for name, parameter in delta.trained().items()
-        }
-        whole = {saved.key(name): parameter for name, parameter in saved.parameters(model).items()}
-        return {**trainable(model), **of_projections, **of_forms, **whole}
+        return trainable(model)
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 

@@ -54,6 +54,7 @@ from lori_dist.training.model import check_fit, identity
 from lori_dist.training.phases import TRAIN, Phase
 from lori_dist.training.preemption import Notice, of_any, preempted
 from lori_dist.training.sequences import Share
+from lori_dist.training.sliced import slice_mlps
 from lori_dist.training.surgery import Surgery, surgery
 from lori_dist.training.task import (
     ADAPTER,
@@ -620,6 +621,8 @@ def _adapted_model(
         attach(model, spec_of_job(first), masks=masks.get(next(iter(jobs))), before=first.before)
     else:
         attach(model, first.start, train=True)
+    if run.train.mlp_slices > 1:
+        slice_mlps(model, run.train.mlp_slices)
     if run.train.activation_checkpointing:
         checkpoint_activations(model)
     return model, weights, routing

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
 from lori_dist import Adapter, Spec, attach, attach_several, dense, detach, extract, sparsify, trainable
 from lori_dist.adapter.adapter import in_memory
@@ -401,9 +402,16 @@ def several(shards: bool, adapters: dict[str, Adapter]) -> Tensor:
         return whole(model)
 
 
-TASKS = {"math": SPEC, "code": replace(SPEC, seed=4)}
+TASKS = {"math": replace(SPEC, modules_to_save=("lm_head",)), "code": replace(SPEC, seed=4)}
+"""The second has an output layer of its own, of more words than the base's."""
 OF_ROWS = ["code", "code", "math", "math"]
 """The task of each of IDS: of two ranks, each has rows of one task alone."""
+
+
+def wider(model: Any) -> nn.Linear:
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        return nn.Linear(model.config.hidden_size, model.config.vocab_size + 16, bias=False)
 
 
 def means(model: nn.Module, rows: Tensor) -> Tensor:
@@ -413,10 +421,12 @@ def means(model: nn.Module, rows: Tensor) -> Tensor:
     return losses.mean(1)
 
 
-def trained_alone(task: str, clips: bool) -> Tensor:
+def trained_alone(task: str, clips: bool) -> dict[str, Tensor]:
     """Both phases of one task on its own rows, with one adapter on the model."""
-    model = tiny_llama()
-    attach(model, TASKS[task])
+    model: Any = tiny_llama()
+    if task == "code":
+        model.lm_head = wider(model)
+    attach(model, replace(TASKS[task], modules_to_save=("lm_head",)))
     rows = IDS[[place for place, name in enumerate(OF_ROWS) if name == task]]
 
     def train(model: nn.Module) -> list[float]:
@@ -429,7 +439,11 @@ def trained_alone(task: str, clips: bool) -> Tensor:
             optimizer.zero_grad()
         return []
 
-    return values_of(_both_phases(model, train, task))
+    return _parts(task, _both_phases(model, train, task))
+
+
+def _parts(task: str, made: Adapter) -> dict[str, Tensor]:
+    return {task: values_of(made), f"{task}: head": in_memory(made.saved["lm_head.weight"])}
 
 
 def _both_phases(model: nn.Module, train: Train, task: str) -> Adapter:
@@ -440,8 +454,8 @@ def _both_phases(model: nn.Module, train: Train, task: str) -> Adapter:
 
 
 def trained_together(how: str) -> dict[str, Tensor]:
-    """Both phases of both tasks over one base. how: `` for one process, `fsdp attach first`, `fsdp shard first`, or a
-    stage of ZeRO."""
+    """Both phases of both tasks over one base. how: `` for one process, `ddp`, `fsdp attach first`, `fsdp shard first`,
+    or a stage of ZeRO."""
     with quiet_deepspeed() if how.isdecimal() else contextlib.nullcontext() as deepspeed:
         return _trained_together(how, deepspeed)
 
@@ -450,7 +464,8 @@ def _trained_together(how: str, deepspeed: Any) -> dict[str, Tensor]:
     model: Any = tiny_llama()
     if how == "fsdp shard first":
         shard(model)
-    routing = attach_several(model, TASKS)
+    heads = {"code": {"lm_head": wider(model)}}
+    routing = attach_several(model, TASKS, heads=heads)
     if how == "fsdp attach first":
         shard(model)
     size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
@@ -462,10 +477,11 @@ def _trained_together(how: str, deepspeed: Any) -> dict[str, Tensor]:
         return means(model, IDS[mine]).sum() / 2 * size
 
     def train() -> Any:
+        called = DistributedDataParallel(model) if how == "ddp" else model
         optimizer = torch.optim.AdamW(trainable(model).values(), lr=LR, eps=EPS, weight_decay=0.0)
         for _ in range(STEPS):
             with routing.rows(OF_ROWS[mine]):
-                loss(model).backward()
+                loss(called).backward()
             for task in TASKS:
                 torch.nn.utils.clip_grad_norm_(trainable(model, task).values(), CLIP)
             optimizer.step()
@@ -488,7 +504,8 @@ def _trained_together(how: str, deepspeed: Any) -> dict[str, Tensor]:
         engine.destroy()
     sparsify(model, masks)
     run()
-    return {task: values_of(extract(model, name=task)) for task in TASKS}
+    parts = [_parts(task, extract(model, name=task)) for task in TASKS]
+    return parts[0] | parts[1]
 
 
 def mixed() -> dict[str, Any]:
@@ -512,7 +529,6 @@ def refused() -> dict[str, str]:
     """What `attach` and `sparsify` say to models they cannot work on."""
     from deepspeed.runtime.pipe.module import PipelineModule
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-    from torch.nn.parallel import DistributedDataParallel
 
     found = {}
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lori_dist import AdapterError, Spec, attach, detach, extract, fold, trainable, unfold
 from lori_dist.formats import native
@@ -16,7 +16,7 @@ from lori_dist.integrations.peft import export
 from lori_dist.masks.magnitude import mask
 from lori_dist.merges import merge
 from tests.integrations.made import adapted_logits, logits
-from tests.models import KINDS, MIXTURES, tiny
+from tests.models import KINDS, MIXTURES, tiny, tiny_classifier
 from tests.tokenizers import save
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -71,19 +71,9 @@ def test_what_is_trained_is_the_same_from_a_file_folded_and_exported(tmp_path: P
     torch.testing.assert_close(logits(folded), after, rtol=0, atol=1e-4)
 
 
-def classifier(kind: str) -> PreTrainedModel:
-    """An encoder with a head that was never trained."""
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2}
-    more = {"num_attention_heads": 4, "max_position_embeddings": 64, "num_labels": 3, "initializer_range": 0.2}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        made = AutoConfig.for_model(kind, pad_token_id=0, **sizes, **more)
-        return AutoModelForSequenceClassification.from_config(made).eval()
-
-
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_an_encoder_s_head_is_trained_whole_and_stored_with_the_adapter(tmp_path: Path, kind: str) -> None:
-    model, labels = classifier(kind), torch.tensor([0, 2])
+    model, labels = tiny_classifier(kind), torch.tensor([0, 2])
     before, base = logits(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
     layers = attach(model, dataclasses.replace(SPEC, modules_to_save=("classifier",)))
     assert not any("classifier" in path for path in layers)
@@ -102,9 +92,9 @@ def test_an_encoder_s_head_is_trained_whole_and_stored_with_the_adapter(tmp_path
 
     native.save(adapter, tmp_path / "adapter.safetensors")
     again = native.load(tmp_path / "adapter.safetensors")
-    assert torch.equal(adapted_logits(classifier(kind), again), after)
+    assert torch.equal(adapted_logits(tiny_classifier(kind), again), after)
     export(again, tmp_path / "peft", base_model_name="tiny")
-    theirs = PeftModel.from_pretrained(classifier(kind), tmp_path / "peft")
+    theirs = PeftModel.from_pretrained(tiny_classifier(kind), tmp_path / "peft")
     torch.testing.assert_close(logits(theirs), after, rtol=0, atol=1e-4)
 
     attach(model, again, train=True)
@@ -125,7 +115,7 @@ def test_a_head_of_a_language_model_is_folded_into_its_files(tmp_path: Path) -> 
 
 
 def test_what_was_trained_whole_is_not_merged() -> None:
-    model = classifier("bert")
+    model = tiny_classifier("bert")
     attach(model, dataclasses.replace(SPEC, modules_to_save=("classifier",)))
     adapter = extract(model, name="task")
     with pytest.raises(AdapterError, match=r"merge: task has classifier\.weight, which was trained in full"):
@@ -142,7 +132,7 @@ def test_what_was_trained_whole_is_not_merged() -> None:
 )
 def test_modules_that_cannot_be_trained_whole_are_refused(spec: dict[str, Any], message: str) -> None:
     with pytest.raises(AdapterError, match=message):
-        attach(classifier("bert"), dataclasses.replace(SPEC, **spec))
+        attach(tiny_classifier("bert"), dataclasses.replace(SPEC, **spec))
 
 
 def test_one_head_in_half_precision_or_tied_is_refused() -> None:

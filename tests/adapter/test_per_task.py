@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lori_dist import attach
 from lori_dist.adapter.adapter import Spec
-from lori_dist.adapter.attach import match, separate_tasks, trainable, trainable_projections
+from lori_dist.adapter.attach import match, separate_tasks, trainable
 from lori_dist.adapter.linear import features
-from lori_dist.adapter.per_task import PerTask, of_a
+from lori_dist.adapter.per_task import PerTask
 from lori_dist.errors import AdapterError
 from lori_dist.training.data import Batch, Example, collate
 from lori_dist.training.loss import loss_sum
@@ -51,10 +51,6 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
     return loss_sum(model, batch)
 
 
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {**trainable(model), **{of_a(path): a for path, a in trainable_projections(model).items()}}
-
-
 def by_separate_passes(model: nn.Module) -> dict[str, Tensor]:
     """Name -> (tasks, entries), each task's rows run by themselves."""
     of_tasks = []
@@ -64,7 +60,7 @@ def by_separate_passes(model: nn.Module) -> dict[str, Tensor]:
             mine = [row for row, other in zip(rows, tasks, strict=True) if other == task]
             if mine:
                 loss(model, collate(mine, 0)).backward()
-        of_tasks.append({name: p.grad.detach().view(-1).clone() for name, p in trained(model).items()})  # type: ignore[union-attr]
+        of_tasks.append({name: p.grad.detach().view(-1).clone() for name, p in trainable(model).items()})  # type: ignore[union-attr]
     model.zero_grad()
     return {name: torch.stack([grads[name] for grads in of_tasks]) for name in of_tasks[0]}
 

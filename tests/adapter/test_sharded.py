@@ -135,9 +135,10 @@ def test_rows_meet_their_own_adapters_on_a_sharded_model() -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("how", ["", "fsdp attach first", "fsdp shard first", "2", "3"])
-def test_adapters_trained_together_are_those_trained_alone(how: str) -> None:
-    wanted = {task: loops.trained_alone(task, clips=not how.isdecimal()) for task in loops.TASKS}
+@pytest.mark.parametrize("how", ["", "ddp", "fsdp attach first", "fsdp shard first", "2", "3"])
+def test_adapters_and_heads_that_are_trained_together_are_those_trained_alone(how: str) -> None:
+    alone = [loops.trained_alone(task, clips=not how.isdecimal()) for task in loops.TASKS]
+    wanted = alone[0] | alone[1]
     found = run_distributed(loops.trained_together, how, world_size=2) if how else [loops.trained_together(how)]
     for of_rank in found:
         for task, values in wanted.items():

@@ -452,6 +452,19 @@ def test_blocks_are_compiled_but_at_stage_3() -> None:
     assert sharded.startswith("train.compile: cannot be combined with stage 3 of deepspeed, whose hooks")
 
 
+def test_slices_of_mlps_are_for_layers_that_do_not_look_at_tasks() -> None:
+    sliced, joint = "train.mlp_slices=4", ["merges={}", "tasks.nlu.labels=null"]
+    assert load(MINIMAL, sliced).train.mlp_slices == 4
+    assert load(MINIMAL, sliced, "multitask={name: joint, balance: none}", *joint).train.mlp_slices == 4
+    for others, message in (
+        (["train.compile=true"], "train.mlp_slices: cannot be combined with train.compile"),
+        (["cluster.packing=auto"], "train.mlp_slices: cannot be combined with cluster.packing"),
+        (["multitask=joint", *joint], "train.mlp_slices: cannot be combined with multitask joint and a form or a"),
+    ):
+        [found] = problems(MINIMAL, sliced, *others)
+        assert found.startswith(message)
+
+
 def test_a_tracker_must_be_installed(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -59,6 +59,7 @@ MATTERS: dict[str, list[str]] = {
     "train.pack": ["train.pack=true"],
     "train.sequence_parallel": ["train.sequence_parallel=2"],
     "train.activation_checkpointing": ["train.activation_checkpointing=true"],
+    "train.mlp_slices": ["train.mlp_slices=4"],
     "train.compile": ["train.compile=true"],
     "train.deterministic": ["train.deterministic=true"],
     "train.validate_every": ["train.validate_every=2"],

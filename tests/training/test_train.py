@@ -495,6 +495,18 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(run: Run, tmp
     assert (tmp_path / "job" / "adapter.safetensors").read_bytes() == wanted
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "choice", [engine("fsdp"), engine("deepspeed", stage=2), engine("deepspeed", stage=3)], ids=str
+)
+def test_slices_of_mlps_change_the_rounding_alone(choice: config.Choice, run: Run, tmp_path: Path) -> None:
+    run_distributed(train_rank, run, tmp_path / "plain", world_size=1)
+    sliced = changed(run, engine=choice, mlp_slices=3, activation_checkpointing=True)
+    run_distributed(train_rank, sliced, tmp_path / "sliced", world_size=2)
+    found, wanted = (values(native.load(tmp_path / name / "adapter.safetensors")) for name in ("sliced", "plain"))
+    assert float((found - wanted).norm() / wanted.norm()) < 5e-6
+
+
 def test_a_damaged_calibration_is_done_again(run: Run, tmp_path: Path) -> None:
     run_distributed(train_rank, run, tmp_path / "job", world_size=1)
     calibrated, adapter = (tmp_path / "job" / f"{name}.safetensors" for name in ("calibrated", "adapter"))
