@@ -22,6 +22,45 @@ ROWS = {
 
 
 COMPARISONS = {ROOT / "configs" / name for name in ("comparison.yaml", "methods.yaml")}
+EVIDENCE = ROOT / "configs" / "evidence"
+RUNS = ("base", "tasks", "refusals")
+FIELDS = ("prompt", "response", "text", "text_pair", "label_name", "answer")
+"""What rows of the evidence have."""
+
+
+@pytest.fixture
+def evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project whose evidence/ has a model and rows, as far as a configuration is checked by them."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "evidence" / "model").mkdir(parents=True)
+    (tmp_path / "evidence" / "model" / "config.json").write_text("{}")
+    for task in ("trec", "sst2", "cola", "mrpc", "qnli", "rte", "piqa", "openbookqa", "arc_easy", "safety"):
+        (tmp_path / "evidence" / "data" / task).mkdir(parents=True)
+        for part in ("train", "val", "test"):
+            row = json.dumps({field: f"{field} of {part}" for field in FIELDS})
+            (tmp_path / "evidence" / "data" / task / f"{part}.jsonl").write_text(row)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_of_the_evidence_is_valid(evidence: Path, name: str) -> None:
+    run = config.load(f"configs/evidence/{name}.yaml")
+    assert run.name == name
+    assert not Path(run.model.path).is_absolute()
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted({*EVIDENCE.glob("*.yaml")} - {EVIDENCE / f"{name}.yaml" for name in RUNS}),
+    ids=lambda path: path.stem,
+)
+def test_a_comparison_of_the_evidence_is_valid(evidence: Path, path: Path) -> None:
+    """All runs can be planned."""
+    described = comparison.load(path)
+    assert described.name == path.stem
+    states = dict(comparison.states(described))
+    assert set(states) == set(comparison.planned(described))
 
 
 @pytest.mark.parametrize("path", sorted(COMPARISONS), ids=lambda path: path.stem)
