@@ -23,9 +23,7 @@ ROWS = {
 
 COMPARISONS = {ROOT / "configs" / name for name in ("comparison.yaml", "methods.yaml")}
 EVIDENCE = ROOT / "configs" / "evidence"
-RUNS = ("base", "tasks", "refusals")
-FIELDS = ("prompt", "response", "text", "text_pair", "label_name", "answer")
-"""What rows of the evidence have."""
+RUNS = ("base", "choices", "tasks", "trec", "refusals")
 
 
 @pytest.fixture
@@ -34,11 +32,14 @@ def evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "evidence" / "model").mkdir(parents=True)
     (tmp_path / "evidence" / "model" / "config.json").write_text("{}")
-    for task in ("trec", "sst2", "cola", "mrpc", "qnli", "rte", "piqa", "openbookqa", "arc_easy", "safety"):
-        (tmp_path / "evidence" / "data" / task).mkdir(parents=True)
-        for part in ("train", "val", "test"):
-            row = json.dumps({field: f"{field} of {part}" for field in FIELDS})
-            (tmp_path / "evidence" / "data" / task / f"{part}.jsonl").write_text(row)
+    for name in RUNS:
+        for task, described in config.read(EVIDENCE / f"{name}.yaml")["tasks"].items():
+            (tmp_path / "evidence" / "data" / task).mkdir(parents=True, exist_ok=True)
+            label = described.get("labels", ["a response"])[0]
+            for part in ("train", "val", "test"):
+                row = {"prompt": part, "text": part, "text_pair": part, "response": label}
+                lines = json.dumps({**row, "label_name": label, "answer": label})
+                (tmp_path / "evidence" / "data" / task / f"{part}.jsonl").write_text(lines)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -53,9 +53,7 @@ def test_the_page_is_what_the_script_writes(tables: ModuleType) -> None:
 
 def test_a_table_has_the_mean_its_spread_and_its_interval(tables: ModuleType, tmp_path: Path) -> None:
     grid = [summary(f"single-lora-grid-{number}", share=share) for number, share in enumerate((0.25, 0.75, 0.5))]
-    runs = left(
-        tmp_path / "runs", [*grid, summary("single-lora-0", share=0.8), summary("single-lora-1", share=0.9)]
-    )
+    runs = left(tmp_path / "runs", [*grid, summary("single-lora-0", share=0.8), summary("single-lora-1", share=0.9)])
     tables.collect(runs, "lori compare single.yaml", tmp_path / "results")
     found = tables.load(tmp_path / "results")
     assert "/a/path" not in json.dumps(found)
@@ -110,8 +108,11 @@ def test_a_balance_recovers_a_share_of_the_gap(tables: ModuleType, tmp_path: Pat
 
 def test_the_base_stands_beside_chance(tables: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "base.json").write_text(json.dumps({"base": {"trec": {"choice": 0.25}}}))
-    rows = [{"task": "trec", "metric": "choice", "row": number, "answer": " a" if number else " b"} for number in range(4)]
+    rows = [
+        {"task": "trec", "metric": "choice", "row": number, "answer": " a" if number else " b"} for number in range(4)
+    ]
     (tmp_path / "base.predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tables.collect(tmp_path, "lori evaluate", tmp_path / "results")
+    tables.collect(tmp_path, "lori compare", tmp_path / "results")
     text = tables.tables_of("base", tables.load(tmp_path / "results"))
     assert "| trec | 4 | 50.0 | 75.0 | 25.0 [4.6, 69.9] |" in text
+    assert text.endswith("Made by `lori evaluate configs/evidence/base.yaml`.")

@@ -26,6 +26,4 @@ def _shuffled(part: Part, generator: torch.Generator) -> Part:
     if part.entries is None:
         return part
     order = torch.randperm(part.entries.values.numel(), generator=generator)
-    return dataclasses.replace(
-        part, entries=Entries(index=part.entries.index, values=part.entries.values[order])
-    )
+    return dataclasses.replace(part, entries=Entries(index=part.entries.index, values=part.entries.values[order]))

@@ -15,7 +15,7 @@ import re
 import statistics
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ from lori_dist.scores import wilson
 
 HERE = Path(__file__).resolve().parent
 PAGE, RESULTS = HERE / "README.md", HERE / "results"
-COMPARISONS = ("single", "merging", "control", "joint", "continual", "safety", "related", "speed")
-BASE = "base"
-"""The result of `lori evaluate` on the base alone."""
+COMPARISONS = ("first", "single", "merging", "control", "joint", "continual", "safety", "related", "speed")
+BASES = ("base", "choices")
+"""The results of `lori evaluate` on the base alone."""
 TRAINER = "trainer"
 """Start of the results of trainer.py."""
 PLACE = re.compile(r"(<!-- tables: (\w+) -->\n).*?(<!-- end of tables -->)", re.DOTALL)
@@ -52,8 +52,10 @@ def collect(runs: Path, command: str, results: Path = RESULTS) -> list[Path]:
                 written.append(_write(results / f"{name}.json", tree))
     for path in sorted(runs.glob(f"{TRAINER}-*.json")):
         written.append(_write(results / path.name, {"command": command, **json.loads(path.read_text())}))
-    if (runs / f"{BASE}.json").exists():
-        written.append(_write(results / f"{BASE}.json", {"command": command, **of_base(runs)}))
+    for name in BASES:
+        if (runs / f"{name}.json").exists():
+            tree = {"command": f"lori evaluate configs/evidence/{name}.yaml", **of_base(runs / f"{name}.json")}
+            written.append(_write(results / f"{name}.json", tree))
     return written
 
 
@@ -89,15 +91,15 @@ def _most_memory(metrics: Path) -> int | None:
     return max((record["memory"] for record in map(json.loads, lines) if "memory" in record), default=None)
 
 
-def of_base(runs: Path) -> Summary:
+def of_base(path: Path) -> Summary:
     """The base's figures, and of each task the share of its most frequent answer and the number of different ones."""
-    evaluation = json.loads((runs / f"{BASE}.json").read_text())
+    evaluation = json.loads(path.read_text())
     answers: dict[str, Counter[str]] = defaultdict(Counter)
-    for line in (runs / f"{BASE}.predictions.jsonl").read_text().splitlines():
+    for line in path.with_suffix(".predictions.jsonl").read_text().splitlines():
         row = json.loads(line)
         answers[row["task"]][row["answer"]] += 1
     return {
-        "run": BASE,
+        "run": path.stem,
         "evaluation": evaluation,
         "test_rows": {task: counts.total() for task, counts in answers.items()},
         "answers": {task: len(counts) for task, counts in answers.items()},
@@ -127,38 +129,50 @@ def page(text: str, found: Mapping[str, Summary]) -> str:
 
 
 def tables_of(name: str, found: Mapping[str, Summary]) -> str:
-    if name == BASE:
-        return _of_base(found[BASE]) if BASE in found else NOT_RUN
+    if name == "base":
+        return _of_base([found[one] for one in BASES if one in found]) or NOT_RUN
     described = comparison.load(HERE / f"{name}.yaml")
     own = {run: summary for run, summary in found.items() if run.startswith(f"{name}-")}
     if not own:
         return NOT_RUN
     result = comparison.result(described, own)
-    parts = [*_scores(result), *_tuned(result), *_retention(own), *_recovered(result), *_transfer(own), *_conflicts(own)]
+    parts = [
+        *_scores(result),
+        *_tuned(result),
+        *_retention(own),
+        *_recovered(result),
+        *_transfer(own),
+        *_conflicts(own),
+    ]
     if name == "speed":
         parts += [*_times(own, found)]
     commands = dict.fromkeys(summary["command"] for summary in own.values())
     missing = [run for run in comparison.planned(described) if run not in own]
-    parts.append("Made by " + ", ".join(f"`{command}`" for command in commands) + ".")
+    parts.append(_made_by(f"`{command}`" for command in commands))
     if missing:
         parts.append(f"Runs that are still missing: {', '.join(f'`{run}`' for run in missing)}.")
     return "\n\n".join(parts)
 
 
-def _of_base(base: Summary) -> str:
-    rows = []
-    for task, values in base["evaluation"]["base"].items():
-        number = base["test_rows"][task]
-        rows.append(
-            (
-                task,
-                str(number),
-                _percent(1 / base["answers"][task]),
-                _percent(base["majority"][task]),
-                _with_interval(values["choice"], number),
-            )
+def _of_base(bases: Sequence[Summary]) -> str:
+    rows = [
+        (
+            task,
+            str(base["test_rows"][task]),
+            _percent(1 / base["answers"][task]),
+            _percent(base["majority"][task]),
+            _with_interval(values["choice"], base["test_rows"][task]),
         )
-    return _table(("task", "test rows", "chance", "most frequent answer", "base"), rows) + f"\n\nMade by `{base['command']}`."
+        for base in bases
+        for task, values in base["evaluation"]["base"].items()
+    ]
+    commands = [f"`{base['command']}`" for base in bases]
+    titles = ("task", "test rows", "chance", "most frequent answer", "base")
+    return f"{_table(titles, rows)}\n\n{_made_by(commands)}" if rows else ""
+
+
+def _made_by(commands: Iterable[str]) -> str:
+    return f"Made by {', '.join(commands)}."
 
 
 def _scores(result: Mapping[str, Any]) -> Iterator[str]:
@@ -173,7 +187,8 @@ def _scores(result: Mapping[str, Any]) -> Iterator[str]:
         ]
         rows.append((name, *cells, *costs, str(len(row["scores"]))))
     numbers = [f"{task} ({number} rows)" for task, number in result["test_rows"].items()]
-    yield f"{result['metric']} in percent, mean over the seeds, ± standard deviation, [95% interval]: {', '.join(numbers)}."
+    spread = "mean over the seeds, ± standard deviation, [95% interval]"
+    yield f"{result['metric']} in percent, {spread}: {', '.join(numbers)}."
     yield _table(("", *result["tasks"], "trained entries", "file bytes", "s/step", "seeds"), rows)
 
 
@@ -188,7 +203,11 @@ def _cell(row: Mapping[str, Any], task: str) -> str:
 def _tuned(result: Mapping[str, Any]) -> Iterator[str]:
     if result["tuned"]:
         rows = [
-            (name, ", ".join(f"`{one}`" for one in found["settings"]), ", ".join(_percent(one) for one in found["scores"]))
+            (
+                name,
+                ", ".join(f"`{one}`" for one in found["settings"]),
+                ", ".join(_percent(one) for one in found["scores"]),
+            )
             for name, found in result["tuned"].items()
         ]
         yield "Chosen on validation rows, with the mean over the tasks of each list of the grid:"
@@ -215,7 +234,9 @@ def _retention(found: Mapping[str, Summary]) -> Iterator[str]:
     for (variant, method), of_merges in kept.items():
         shares = [share for one in of_merges.values() for share in one]
         worst = min(statistics.fmean(one) for one in of_merges.values())
-        rows.append((variant, method, str(len(of_merges)), *map(_percent, (statistics.fmean(shares), worst, min(shares)))))
+        rows.append(
+            (variant, method, str(len(of_merges)), *map(_percent, (statistics.fmean(shares), worst, min(shares))))
+        )
     if rows:
         yield "What merges of subsets keep of the accuracy of each task's own adapter, in percent of it:"
         yield _table(("adapters", "merge", "subsets", "mean", "worst subset", "worst task of a subset"), rows)
@@ -233,10 +254,12 @@ def _recovered(result: Mapping[str, Any]) -> Iterator[str]:
             if name.startswith(f"{joint},")
         ]
         if top > low:
-            yield f"The gap between `{single}` and `{joint}` is {100 * (top - low):.1f} points. Of it, a balance recovers:"
+            gap = f"The gap between `{single}` and `{joint}` is {100 * (top - low):.1f} points."
+            yield f"{gap} Of it, a balance recovers:"
             yield _table(("", "points", "share of the gap, %"), lines)
         else:
-            yield f"`{joint}` is not worse than `{single}`: there is no gap to recover ({100 * (top - low):+.1f} points)."
+            points = f"{100 * (top - low):+.1f} points"
+            yield f"`{joint}` is not worse than `{single}`: there is no gap to recover ({points})."
 
 
 def _transfer(found: Mapping[str, Summary]) -> Iterator[str]:
@@ -295,7 +318,9 @@ def _with_interval(share: float, rows: int) -> str:
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python configs/evidence/tables.py")
-    parser.add_argument("--check", action="store_true", help="write nothing, and exit with 1 where the page is out of date")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing, and exit with 1 where the page is out of date"
+    )
     parser.add_argument("--collect", metavar="RUNS", type=Path, help="folder of runs, whose results are taken first")
     parser.add_argument("--command", default="lori compare", help="with --collect: the command that made them")
     given = parser.parse_args(words)

@@ -7,6 +7,7 @@ torchrun --standalone --nproc-per-node 2 configs/evidence/trainer.py lori-s evid
 Rows, batch, rank and layers are those of tasks.yaml, so that the times can stand beside `lori train` in speed.yaml.
 """
 
+import itertools
 import json
 import os
 import resource
@@ -41,7 +42,9 @@ def adapted(method: str, run: config.Run) -> PeftModel:
     model = AutoModelForCausalLM.from_pretrained(run.model.path, dtype=torch.float32)
     rank, alpha = run.adapter.rank, run.adapter.alpha
     if method == "lora":
-        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"))
+        return get_peft_model(
+            model, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+        )
     model = get_peft_model(model, LoriConfig(r=rank, lori_alpha=alpha, seed=0))
     if method == "lori-s":
         # Chosen at random, as a step takes as long whatever is kept.
@@ -88,7 +91,7 @@ def main(method: str, out: str) -> None:
     trainer = Trainer(adapted(method, run), arguments, train_dataset=rows, data_collator=collated, callbacks=[clock])
     trainer.train()
     if trainer.is_world_process_zero():
-        seconds = [after - before for before, after in zip(clock.ends, clock.ends[1:])]
+        seconds = [after - before for before, after in itertools.pairwise(clock.ends)]
         found = {
             "run": Path(out).stem,
             "method": method,

@@ -203,9 +203,7 @@ def compare(
     return {**found, "path": str(path)}
 
 
-def _in_turn(
-    comparison: Comparison, overrides: Sequence[str], summaries: Mapping[str, Summary]
-) -> Iterator[Run]:
+def _in_turn(comparison: Comparison, overrides: Sequence[str], summaries: Mapping[str, Summary]) -> Iterator[Run]:
     """Yields each run when it can be done: those of a variant's seeds after its grid's. summaries: by the runs' names,
     of those that are done; those of a grid that has none of a run are left out."""
     for name, variant in comparison.variants.items():

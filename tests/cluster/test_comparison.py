@@ -88,7 +88,10 @@ def test_mistakes_of_all_variants_are_told_at_once(tree: dict[str, Any], tmp_pat
         ({"variants": {}}, "variants: got a mapping; wanted at least one$"),
         ({"variants": {"x": 1}}, "variants.x: got 1; wanted a mapping"),
         ({"config": None}, "config: got nothing; wanted text$"),
-        ({"variants": {"x": {"rows": {"r": "own"}, "grid": [[]]}}}, "variants.x.grid.*: got a list; wanted at least one$"),
+        (
+            {"variants": {"x": {"rows": {"r": "own"}, "grid": [[]]}}},
+            "variants.x.grid.*: got a list; wanted at least one$",
+        ),
     ],
 )
 def test_a_file_of_another_form_is_refused(
@@ -139,18 +142,17 @@ def tuned(tree: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     return {**tree, "metric": "exact_match", "variants": {"sparse": sparse, "longer": longer}}
 
 
-def test_the_best_of_a_grid_on_validation_rows_is_what_all_seeds_have(
-    tuned: dict[str, Any], tmp_path: Path
-) -> None:
+def test_the_best_of_a_grid_on_validation_rows_is_what_all_seeds_have(tuned: dict[str, Any], tmp_path: Path) -> None:
     done: list[config.Run] = []
 
     def execute(run: config.Run) -> dict[str, Any]:
         done.append(run)
+        run.folder.mkdir(parents=True)
         share = {1e-3: 0.25, 1e-2: 0.75, 1e-1: 0.5}[run.train.lr]
         values = {"copy": {"exact_match": share}, "turn": {"exact_match": share / 2}}
         names = ("base", *run.tasks, *run.merges)
         return {
-            "evaluation": dict.fromkeys(names, values),
+            "evaluation": {name: values for name in names},
             "intervals": {"copy": {"copy": {"exact_match": [0.0, 1.0]}}},
             "test_rows": {"copy": 100, "turn": 100},
         }
@@ -175,12 +177,18 @@ def test_the_best_of_a_grid_on_validation_rows_is_what_all_seeds_have(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tuned_as": "sparser"}, "variants.longer.tuned_as: got 'sparser'; wanted an earlier variant with a grid: sparse"),
+        (
+            {"tuned_as": "sparser"},
+            "variants.longer.tuned_as: got 'sparser'; wanted an earlier variant with a grid: sparse",
+        ),
         ({"grid": [["train.lr=1"]]}, "variants.longer.tuned_as: is given, and so is a grid; set only one of them"),
         ({"tuned_as": None, "grid": [["train.lr=1"]]}, r"variants: their grids differ in size \(sparse 3, longer 1\)"),
         ({"tuned_as": None, "grid": [["train.lrr=1"]] * 3}, "variants.longer: train.lrr"),
         ({"seeds": [7, 7]}, "variants: two of their runs would be called both-longer-7; rename a variant"),
-        ({"tuned_as": None, "grid": [["train.lr=1"]] * 3, "rows": {"x": "base"}}, "variants.longer: grid: no row is of"),
+        (
+            {"tuned_as": None, "grid": [["train.lr=1"]] * 3, "rows": {"x": "base"}},
+            "variants.longer: grid: no row is of",
+        ),
         (
             {"tuned_as": None, "grid": [["train.lr=1", "tasks.copy.validation=null"]] * 3},
             "variants.longer: tasks.copy.validation: is not set, and a grid is tried on those rows",
@@ -198,7 +206,9 @@ def test_a_grid_that_cannot_be_tried_is_refused(
 def test_what_another_run_has_finished_is_taken_and_listed(tuned: dict[str, Any], tmp_path: Path) -> None:
     """The first list of the grid is done by hand; a variant with the same settings needs no training then."""
     described = loaded(tuned, tmp_path)
-    assert [state for _, state in comparison.states(described)] == ["0 of 5 jobs are finished"] * 3 + ["after its grid"] * 3
+    assert [state for _, state in comparison.states(described)] == ["0 of 5 jobs are finished"] * 3 + [
+        "after its grid"
+    ] * 3
     done: dict[str, list[str]] = {}
 
     def execute(run: config.Run) -> dict[str, Any]:
@@ -209,8 +219,8 @@ def test_what_another_run_has_finished_is_taken_and_listed(tuned: dict[str, Any]
                 if job.name in done[run.name]:
                     folder.open(run.folder, job)
                     folder.publish(run.folder, job, {})
-        values = {"copy": {"exact_match": run.train.lr}}
-        summary = {"evaluation": dict.fromkeys(("base", *run.tasks, *run.merges), {**values, "turn": values["copy"]})}
+        values = {task: {"exact_match": run.train.lr} for task in run.tasks}
+        summary = {"evaluation": {model: values for model in ("base", *run.tasks, *run.merges)}}
         (run.folder / "summary.json").write_text(json.dumps(summary))
         return summary
 
@@ -219,7 +229,11 @@ def test_what_another_run_has_finished_is_taken_and_listed(tuned: dict[str, Any]
     assert done["both-sparse-grid-0"] == ["train-copy", "train-turn", "evaluate-base", "evaluate-copy", "evaluate-turn"]
     assert done["both-sparse-grid-1"] == ["train-copy", "train-turn", "evaluate-copy", "evaluate-turn"]
     assert done["both-sparse-0"] == of_tests  # the trainings are those of the grid
-    assert done["both-sparse-3"] == ["train-copy", "train-turn", *(name for name in of_tests if name != "evaluate-base")]
+    assert done["both-sparse-3"] == [
+        "train-copy",
+        "train-turn",
+        *(name for name in of_tests if name != "evaluate-base"),
+    ]
     assert {state for _, state in comparison.states(described)} == {"finished"}
 
 
