@@ -23,7 +23,7 @@ ROWS = {
 
 COMPARISONS = {ROOT / "configs" / name for name in ("comparison.yaml", "methods.yaml")}
 EVIDENCE = ROOT / "configs" / "evidence"
-RUNS = ("base", "choices", "tasks", "trec", "refusals")
+RUNS = ("candidates", "tasks", "trec", "refusals")
 
 
 @pytest.fixture

@@ -115,4 +115,4 @@ def test_the_base_stands_beside_chance(tables: ModuleType, tmp_path: Path) -> No
     tables.collect(tmp_path, "lori compare", tmp_path / "results")
     text = tables.tables_of("base", tables.load(tmp_path / "results"))
     assert "| trec | 4 | 50.0 | 75.0 | 25.0 [4.6, 69.9] |" in text
-    assert text.endswith("Made by `lori evaluate configs/evidence/base.yaml`.")
+    assert text.endswith("Made by `lori evaluate configs/evidence/tasks.yaml`.")

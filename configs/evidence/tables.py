@@ -6,7 +6,7 @@
                                                                 takes what the runs there have finished, then writes
 
 A table stands between `<!-- tables: NAME -->` and `<!-- end of tables -->`, NAME.yaml being the comparison. `--collect`
-also takes what `lori evaluate configs/evidence/base.yaml --out evidence/runs/base.json` wrote.
+also takes what `lori evaluate configs/evidence/tasks.yaml --out evidence/runs/base.json` wrote.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from lori_dist.scores import wilson
 HERE = Path(__file__).resolve().parent
 PAGE, RESULTS = HERE / "README.md", HERE / "results"
 COMPARISONS = ("first", "single", "merging", "control", "joint", "continual", "safety", "related", "speed")
-BASES = ("base", "choices")
-"""The results of `lori evaluate` on the base alone."""
+BASES = {"base": "tasks", "candidates": "candidates"}
+"""Results of `lori evaluate` on the base alone -> the configuration."""
 TRAINER = "trainer"
 """Start of the results of trainer.py."""
 PLACE = re.compile(r"(<!-- tables: (\w+) -->\n).*?(<!-- end of tables -->)", re.DOTALL)
@@ -52,9 +52,10 @@ def collect(runs: Path, command: str, results: Path = RESULTS) -> list[Path]:
                 written.append(_write(results / f"{name}.json", tree))
     for path in sorted(runs.glob(f"{TRAINER}-*.json")):
         written.append(_write(results / path.name, {"command": command, **json.loads(path.read_text())}))
-    for name in BASES:
+    for name, configuration in BASES.items():
         if (runs / f"{name}.json").exists():
-            tree = {"command": f"lori evaluate configs/evidence/{name}.yaml", **of_base(runs / f"{name}.json")}
+            of_name = f"lori evaluate configs/evidence/{configuration}.yaml"
+            tree = {"command": of_name, **of_base(runs / f"{name}.json")}
             written.append(_write(results / f"{name}.json", tree))
     return written
 
