@@ -58,6 +58,23 @@ def finished(root: Path, job: Job) -> dict[str, Any] | None:
     return record
 
 
+def has_finished(root: Path, job: Job) -> bool:
+    """As `finished`, but a result that is damaged or was changed counts as none."""
+    try:
+        return finished(root, job) is not None
+    except JobError:
+        return False
+
+
+def take(root: Path, job: Job, other: Path) -> None:
+    """Copies a job's folder from that of another run, which has finished it with the same fingerprint. The caller holds
+    the lock, and there is none of that name."""
+    copy = root / f"{REPLACED}{job.name}"  # which `clean` removes where this process is killed
+    _remove(copy)
+    shutil.copytree(other / job.name, copy)
+    copy.rename(root / job.name)
+
+
 def superseded(root: Path, job: Job) -> str | None:
     """Describes what stands in the folder of a job's name without being its result, such as a result of other settings:
     what differs, and what becomes of it. Returns None if there is nothing."""

@@ -366,7 +366,9 @@ def _search(run: config.Run, search: config.Search, tasks: Sequence[str]) -> dic
 
 
 def evaluate_job(run: config.Run, model: str, adapter: Job | None) -> Job:
-    """The evaluation of a model on every task. adapter: the job that makes the adapter; None is the base alone."""
+    """The evaluation of a model on the tasks that evaluate.tasks says. adapter: the job that makes the adapter; None is
+    the base alone, which is measured on all."""
+    own = _own_tasks(run, adapter) if run.evaluate.tasks == "own" else tuple(run.tasks)
     return _job(
         "evaluate",
         model,
@@ -377,6 +379,7 @@ def evaluate_job(run: config.Run, model: str, adapter: Job | None) -> Job:
         tasks={
             name: {"rows": sha256(task.test), "template": _template(run, task), "labels": _labels(task)}
             for name, task in run.tasks.items()
+            if name in own
         },
         evaluate=config.fingerprinted(run.evaluate),
         **({} if run.evaluate.lm_eval is None else {"lm_eval": _lm_eval(run.evaluate.lm_eval)}),
@@ -384,6 +387,13 @@ def evaluate_job(run: config.Run, model: str, adapter: Job | None) -> Job:
         **_choice(*run.evaluate.metrics),
         **_code("evaluate.metrics", *run.evaluate.metrics),
     )
+
+
+def _own_tasks(run: config.Run, adapter: Job | None) -> tuple[str, ...]:
+    """The tasks that an adapter was trained on or merged of; all for the base and for joint training."""
+    if adapter is None or "joint" in adapter.settings:
+        return tuple(run.tasks)
+    return tuple(adapter.settings["tasks"] if adapter.kind == "merge" else (adapter.settings["task"],))
 
 
 def _choice(*metrics: str) -> dict[str, Any]:

@@ -203,12 +203,16 @@ def source_of(module: str, path: str) -> Path:
     top, *below = module.split(".")
     try:
         spec = importlib.util.find_spec(top)
-        for depth in range(len(below)):
+        inside = list(spec.submodule_search_locations or ()) if spec is not None else []
+        for depth, part in enumerate(below):
+            name = ".".join((top, *below[: depth + 1]))
+            spec = importlib.machinery.PathFinder.find_spec(name, inside)
             if spec is None:
                 break
-            inside = spec.submodule_search_locations
-            name = ".".join((top, *below[: depth + 1]))
-            spec = importlib.machinery.PathFinder.find_spec(name, inside) if inside is not None else None
+            if spec.loader is None:  # a folder without __init__.py, whose own list of places wants its parent imported
+                inside = [str(place) for one in inside if (place := Path(one) / part).is_dir()]
+            else:
+                inside = list(spec.submodule_search_locations or ())
     except (ImportError, ValueError):
         spec = None
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):

@@ -1,5 +1,6 @@
-"""Figures of an evaluation on merges, and on tasks that were trained one after another."""
+"""Figures of an evaluation: on merges, on tasks that were trained one after another, and how sure a share is."""
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -15,6 +16,18 @@ MEASURED, PREDICTIONS = "measured.jsonl", "predictions.jsonl"
 
 LOWER_IS_BETTER = frozenset({"loss"})
 """Metrics; more is better in all others, those of the user's own among them."""
+
+
+Z = 1.959963984540054
+"""Quantile of the normal distribution that leaves 2.5% above it."""
+
+
+def wilson(share: float, rows: int) -> tuple[float, float]:
+    """The 95% interval of a share of so many rows, within 0 and 1 (Wilson 1927, without correction for continuity)."""
+    spread = Z * Z / rows
+    middle = share + spread / 2
+    half = Z * math.sqrt(share * (1 - share) / rows + spread / (4 * rows))
+    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
 
 
 def drops(evaluation: Evaluation) -> dict[str, Any]:

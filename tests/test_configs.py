@@ -22,6 +22,46 @@ ROWS = {
 
 
 COMPARISONS = {ROOT / "configs" / name for name in ("comparison.yaml", "methods.yaml")}
+EVIDENCE = ROOT / "configs" / "evidence"
+RUNS = ("candidates", "tasks", "trec", "refusals")
+
+
+@pytest.fixture
+def evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project whose evidence/ has a model and rows, as far as a configuration is checked by them."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "evidence" / "model").mkdir(parents=True)
+    (tmp_path / "evidence" / "model" / "config.json").write_text("{}")
+    for name in RUNS:
+        for task, described in config.read(EVIDENCE / f"{name}.yaml")["tasks"].items():
+            (tmp_path / "evidence" / "data" / task).mkdir(parents=True, exist_ok=True)
+            label = described.get("labels", ["a response"])[0]
+            for part in ("train", "val", "test"):
+                row = {"prompt": part, "text": part, "text_pair": part, "response": label}
+                lines = json.dumps({**row, "label_name": label, "answer": label})
+                (tmp_path / "evidence" / "data" / task / f"{part}.jsonl").write_text(lines)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_of_the_evidence_is_valid(evidence: Path, name: str) -> None:
+    run = config.load(f"configs/evidence/{name}.yaml")
+    assert run.name == name
+    assert not Path(run.model.path).is_absolute()
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted({*EVIDENCE.glob("*.yaml")} - {EVIDENCE / f"{name}.yaml" for name in RUNS}),
+    ids=lambda path: path.stem,
+)
+def test_a_comparison_of_the_evidence_is_valid(evidence: Path, path: Path) -> None:
+    """All runs can be planned."""
+    described = comparison.load(path)
+    assert described.name == path.stem
+    states = dict(comparison.states(described))
+    assert set(states) == set(comparison.planned(described))
 
 
 @pytest.mark.parametrize("path", sorted(COMPARISONS), ids=lambda path: path.stem)

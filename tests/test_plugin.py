@@ -130,6 +130,13 @@ def test_a_method_that_cannot_be_checked_is_refused(module: Any, source: str, me
         module(source)
 
 
+def test_a_method_may_lie_in_folders_that_are_no_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "outer" / "inner").mkdir(parents=True)
+    (tmp_path / "outer" / "inner" / "own.py").write_text("def mask(b, *, density): ...")
+    assert plugin.source_of("outer.inner.own", "adapter.mask") == tmp_path / "outer" / "inner" / "own.py"
+
+
 @pytest.mark.parametrize("name", ["no.such", "theirs.none", "theirs.own.deeper", ".own", "theirs.", "sys.path", "a..b"])
 def test_a_module_that_is_not_there_is_refused(module: Any, name: str) -> None:
     module("def mask(b, *, density): ...")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lori_dist.scores import drops, transfer
+from lori_dist.scores import drops, transfer, wilson
 
 EVALUATION = {
     "base": {"math": {"loss": 3.0, "choice": 0.1}, "code": {"loss": 4.0}},
@@ -93,3 +93,11 @@ def test_a_metric_that_one_task_lacks_is_left_out() -> None:
 def test_forgetting_is_at_least_what_backward_transfer_took(rows: list[list[float]]) -> None:
     found = transfer(["a", "b", "c"], matrix(dict(zip(("base", "a", "b", "c"), rows, strict=True))))["score"]
     assert found["forgetting"] >= -found["backward"] - 1e-12
+
+
+@pytest.mark.parametrize(
+    ("share", "rows", "expected"),
+    [(0.5, 100, (0.4038, 0.5962)), (0.9, 500, (0.8706, 0.9233)), (0.0, 10, (0.0, 0.2775)), (1.0, 10, (0.7225, 1.0))],
+)
+def test_the_interval_of_a_share_is_that_of_wilson(share: float, rows: int, expected: tuple[float, float]) -> None:
+    assert wilson(share, rows) == pytest.approx(expected, abs=1e-4)

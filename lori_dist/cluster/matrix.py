@@ -10,7 +10,7 @@ from lori_dist import atomic, evaluation
 from lori_dist.cluster.run import with_absolute_paths
 from lori_dist.config import Run
 from lori_dist.evaluation import Store
-from lori_dist.jobs import contents, evaluate_job
+from lori_dist.jobs import contents, evaluate_job, plan
 from lori_dist.training.world import World
 
 Matrix = dict[str, Any]
@@ -27,10 +27,11 @@ def evaluate_models(
 ) -> tuple[Matrix, Matrix]:
     """Every metric of a run on every task, of several models: the figures, and the intervals of accuracies.
 
-    Every rank calls this. adapters: by name; None is the base. out: a file for the figures, beside which the intervals
-    (`NAME.intervals.json`) and each row's prediction (`NAME.predictions.jsonl`) are written; what is measured is kept
-    (`NAME.measured.jsonl`) until all is, so that the same call resumes. progress: as `evaluation.evaluate_all`, on
-    rank 0. Raises what that does.
+    Every rank calls this. adapters: by name; None is the base. With evaluate.tasks `own`, those of the run are measured
+    on their own tasks, and others, whose tasks are not known, on all. out: a file for the figures, beside which the
+    intervals (`NAME.intervals.json`) and each row's prediction (`NAME.predictions.jsonl`) are written; what is measured
+    is kept (`NAME.measured.jsonl`) until all is, so that the same call resumes. progress: as
+    `evaluation.evaluate_all`, on rank 0. Raises what that does.
     """
     for path in adapters.values():
         if path is not None:
@@ -38,7 +39,9 @@ def evaluate_models(
     keeps = out is not None and (out.is_file() or not out.exists())  # not in a device or a pipe
     first = world.rank == 0
     stores = _stores(run, adapters, out) if first and keeps and out is not None else {}
-    found = evaluation.evaluate_all(run, adapters, world=world, progress=progress if first else None, stores=stores)
+    found = evaluation.evaluate_all(
+        run, adapters, world=world, progress=progress if first else None, stores=stores, tasks=_own_tasks(run)
+    )
     figures = {name: of_model.values for name, of_model in found.items()}
     intervals = {name: of_model.intervals for name, of_model in found.items()}
     if first and out is not None:
@@ -47,6 +50,12 @@ def evaluate_models(
             _write(_beside(out, "intervals.json"), intervals)
             _beside(out, "measured.jsonl").unlink(missing_ok=True)
     return figures, intervals
+
+
+def _own_tasks(run: Run) -> dict[str, tuple[str, ...]]:
+    if run.evaluate.tasks == "all":
+        return {}
+    return {job.settings["subject"]: tuple(job.settings["tasks"]) for job in plan(run) if job.kind == "evaluate"}
 
 
 def _beside(out: Path, name: str) -> Path:

@@ -34,7 +34,8 @@ def summarize(
 
     states: job -> its entry under "jobs", with at least its "state". results: finished job -> its result. Models are in
     the order base, tasks, other adapters, merges. `transfer`, as `scores.transfer` computes it, is there for tasks that
-    were trained one after another; `same_merges`, groups of names, for merges that are the same function.
+    were trained one after another; `same_merges`, groups of names, for merges that are the same function; `test_rows`,
+    the number of rows that the figures of a task are of, unless an earlier version measured them.
     """
     jobs = list(jobs)
     same = same_merges(run, jobs)
@@ -51,6 +52,9 @@ def summarize(
     # Results of earlier versions have no intervals.
     limits = {job.settings["subject"]: result.get("intervals", {}) for job, result in done if job.kind == "evaluate"}
     chain = [job.settings["task"] for job in jobs if "sequel" in job.settings]
+    numbers: dict[str, int] = {}
+    for job, result in done:
+        numbers |= result.get("test_rows", {}) if job.kind == "evaluate" else {}
     return {
         "run": run.name,
         "jobs": {job.name: dict(states[job.name]) for job in jobs},
@@ -59,6 +63,7 @@ def summarize(
         "merges": merges,
         "evaluation": evaluation,
         "intervals": {name: limits[name] for name in evaluation},
+        **({"test_rows": numbers} if numbers else {}),
         **({"transfer": transfer(chain, evaluation)} if chain else {}),
         **({"same_merges": same} if same else {}),
     }

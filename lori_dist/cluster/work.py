@@ -332,14 +332,28 @@ def evaluate_rank(assignments: Sequence[Assignment]) -> dict[str, Any]:
 
         push = pushing(run, assignments)
         paths = {name: None if need is None else run.folder / need / ADAPTER for name, need in needs.items()}
-        found = evaluate_all(run, paths, world=world, progress=_logged_progress(), record=record, stores=stores)
+        found = evaluate_all(
+            run,
+            paths,
+            world=world,
+            progress=_logged_progress(),
+            record=record,
+            stores=stores,
+            tasks={one.job.name: tuple(one.job.settings["tasks"]) for one in assignments},
+        )
         results: dict[str, Any] = {}
         for one in assignments:
             of_model = found[one.job.name]
             if rank == 0:
                 one.attempt.check()
                 folder.write_json(one.attempt.partial / "evaluation.json", of_model.values)
-            results[one.job.name] = {"result": {"evaluation": of_model.values, "intervals": of_model.intervals}}
+            results[one.job.name] = {
+                "result": {
+                    "evaluation": of_model.values,
+                    "intervals": of_model.intervals,
+                    "test_rows": of_model.rows,
+                }
+            }
         return results
 
 

@@ -4,7 +4,7 @@ import argparse
 import logging
 from typing import Any
 
-from lori_dist import config
+from lori_dist import config, describe
 from lori_dist.commands._arguments import OVERRIDES, add_config
 from lori_dist.commands._endings import ended_by_sigterm
 
@@ -12,17 +12,21 @@ log = logging.getLogger(__name__)
 
 SUMMARY = "run a configuration in several variants, with several seeds"
 HELP = f"""\
-Runs all variants of a comparison, one after another, and prints mean and standard deviation over the seeds. Finished
-runs are skipped. configs/comparison.yaml is an example; overrides apply to all runs.
+Runs all variants of a comparison, one after another, and prints mean and standard deviation over the seeds, and the 95%
+interval of shares. A variant with a grid first tries each list of settings on validation rows. Finished runs are
+skipped, and one that was interrupted resumes, so the same command ends what days have begun. configs/comparison.yaml is
+an example; overrides apply to all runs.
 
-example:
+examples:
   lori compare configs/comparison.yaml train.steps=60
+  lori compare configs/comparison.yaml --dry-run
 
 {OVERRIDES}"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
+    parser.add_argument("--dry-run", action="store_true", help="check and list all runs, and what is finished of them")
 
 
 @ended_by_sigterm
@@ -30,6 +34,9 @@ def run(arguments: argparse.Namespace) -> None:
     from lori_dist.cluster import comparison
 
     described = comparison.load(arguments.config)
+    if arguments.dry_run:
+        print(describe.table(("run", "state"), list(comparison.states(described, arguments.settings))))
+        return
     comparison.runs(described, arguments.settings)  # its mistakes come before anything heavy is loaded
     from lori_dist import progress
     from lori_dist.cluster.run import execute

@@ -441,7 +441,7 @@ def checked_engine(run: Run) -> Iterator[str]:
 
 
 def _positions(run: Run) -> Iterator[str]:
-    if "exact_match" not in run.evaluate.metrics:
+    if not {"exact_match", "refusal"} & set(run.evaluate.metrics):
         return
     with contextlib.suppress(OSError, ValueError, AttributeError):  # the job says what is wrong with config.json
         settings = json.loads(read_regular(Path(run.model.path) / "config.json"))

@@ -520,6 +520,9 @@ class Evaluate:
     label's length, as acc_norm and acc_bytes do; choice_end counts the end token too."""
     batch_size: Annotated[Positive, Fingerprint.NEVER] = 32
     """Rows that a rank evaluates at once, on all models of a pass together."""
+    tasks: Annotated[Literal["all", "own"], Fingerprint.DERIVED] = "all"
+    """Tasks on whose test rows an adapter or a merge is measured: all, or its own, that is those it was trained on or
+    merged of. The base is measured on all."""
     rows: Positive | None = None
     """Evaluate on the first test rows only, this many; null: all."""
     max_new_tokens: Positive = 64

@@ -7,8 +7,8 @@ what that says of each row. So the requests of all models share the batches, and
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,8 @@ class Found:
     """Without metrics that do not apply to a task."""
     intervals: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     """Task -> metric -> lowest and highest value of an accuracy, see `_rows.interval`."""
+    rows: dict[str, int] = field(default_factory=dict)
+    """Task -> number of its test rows that were measured."""
 
 
 def evaluate(
@@ -120,6 +122,7 @@ def evaluate_all(
     record: Callable[[str, Record], None] = lambda name, record: None,
     stores: Mapping[str, Store] | None = None,
     longest: int | None = None,
+    tasks: Mapping[str, Collection[str]] | None = None,
 ) -> dict[str, Found]:
     """Every metric of the run on every task's test rows, of several models on one copy of the base: name -> figures.
 
@@ -128,7 +131,8 @@ def evaluate_all(
     on the device. progress: called with what is measured next, how many measurements are done, and how many there are.
     record: gets a model's name, and metric, task, value and seconds of each measurement. stores: of models, where what
     is measured is kept; what is there is not measured again. longest: measure only so many rows of each task, those
-    with the longest text; None: all.
+    with the longest text; None: all. tasks: of models, the tasks on whose rows they are measured; others are measured
+    on all.
     progress, record and stores are for rank 0, and figures equal on all ranks.
     Raises ConfigError for test rows that cannot be used, and AdapterError if an adapter was trained on another base.
     """
@@ -140,7 +144,11 @@ def evaluate_all(
     )
     measurements = _measurements(run)
     total = len(measurements) + (more is not None)
-    keys = [(task, metric.name) for task, metric in measurements] + ([LM_EVAL] if more is not None else [])
+    own = {name: frozenset((tasks or {}).get(name, run.tasks)) for name in adapters}
+    last = [LM_EVAL] if more is not None else []
+    keys = {
+        name: [(task, metric.name) for task, metric in measurements if task in own[name]] + last for name in adapters
+    }
     if matrix.lack(keys):
         with _reading(run, world, torch.device(device), rows, tokenizer) as (reader, subjects):
             passes = passes_of(reader.model, loaded, list(owners))
@@ -153,14 +161,21 @@ def evaluate_all(
 
                     def of_task(task: str, held: Mapping[str, str | None] = names) -> dict[str, str | None]:
                         return {
-                            owners[label][0]: name for label, name in held.items() if owners[label][1] in (None, task)
+                            owners[label][0]: name
+                            for label, name in held.items()
+                            if owners[label][1] in (None, task) and task in own[owners[label][0]]
                         }
 
                     matrix.measure(reader, of_task, subjects, measurements, say)
                     if more is not None:
                         say("lm-eval", total - 1)
                         matrix.measure_more(reader, names, more)
-    return {name: matrix.of(name, keys) for name in adapters}
+    numbers = {task: len(of_task) for task, of_task in rows.items()}
+    return {name: replace(matrix.of(name, keys[name]), rows=_some(numbers, own[name])) for name in adapters}
+
+
+def _some(numbers: Mapping[str, int], tasks: Collection[str]) -> dict[str, int]:
+    return {task: number for task, number in numbers.items() if task in tasks}
 
 
 Owner = tuple[str, str | None]
@@ -365,12 +380,12 @@ class _Matrix:
         self.known = {name: {} for name in self.names}
         self.known |= self._from_first(lambda: {name: store.read() for name, store in self.stores.items()})
 
-    def lack(self, keys: Sequence[Key]) -> bool:
-        """Whether anything is still to be measured."""
-        return any(key not in self.known[name] for name in self.names for key in keys)
+    def lack(self, keys: Mapping[str, Sequence[Key]]) -> bool:
+        """Whether anything is still to be measured. keys: of each model."""
+        return any(key not in self.known[name] for name in self.names for key in keys[name])
 
     def of(self, name: str, keys: Sequence[Key]) -> Found:
-        found = Found(values={task: {} for task in self.run.tasks})
+        found = Found(values={task: {} for task, metric in keys if (task, metric) != LM_EVAL})
         for key in keys:
             measured = self.known[name][key]
             for task, values in measured.values.items():

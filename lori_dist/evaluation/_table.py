@@ -13,6 +13,7 @@ def _share(value: float) -> str:
 FORMATS: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "loss": ("loss", lambda value: f"{value:.3f}"),
     "exact_match": ("exact_match, %", _share),
+    "refusal": ("refusal, %", _share),
     **{name: (f"{name}, %", _share) for name in ("choice", "choice_norm", "choice_bytes", "choice_end")},
 }
 """Metric -> heading and how a value reads. Metrics of the user's own are shown under their name, with four digits."""
@@ -29,18 +30,30 @@ def table(evaluation: Evaluation, intervals: Intervals | None = None) -> str:
 
 
 def compared(result: Mapping[str, Any]) -> str:
-    """The result of `cluster.comparison.compare` as a table: mean +- standard deviation, and what each row took."""
+    """The result of `cluster.comparison.compare` as a table: mean +- standard deviation, with the interval of shares,
+    and what each row took; below it, what grids have found."""
     heading, shown = FORMATS.get(result["metric"], (result["metric"], "{:.4g}".format))
     columns = [*result["tasks"]]
+
+    def cell(row: Mapping[str, Any], task: str) -> str:
+        if task not in row["mean"]:
+            return "-"
+        limits = _limits(row.get("interval", {}).get(task), shown)
+        return f"{shown(row['mean'][task])} +- {shown(row['std'][task])}{limits}"
+
     lines = [[f"{heading}, seeds {', '.join(map(str, result['seeds']))}", *columns, "trained", "bytes", "s/step"]]
     for name, row in result["rows"].items():
-        scores = [f"{shown(row['mean'][task])} +- {shown(row['std'][task])}" for task in columns]
+        scores = [cell(row, task) for task in columns]
         costs = [
             "-" if row[key] is None else written.format(row[key])
             for key, written in (("trained", "{:,.0f}"), ("bytes", "{:,.0f}"), ("step_seconds", "{:.3g}"))
         ]
         lines.append([name, *scores, *costs])
-    return _lines(lines)
+    tuned = [
+        f"{name}: {' '.join(found['settings'])}, best on validation rows of {', '.join(map(shown, found['scores']))}"
+        for name, found in result.get("tuned", {}).items()
+    ]
+    return "\n".join([_lines(lines), *([""] if tuned else []), *tuned])
 
 
 def _table(evaluation: Evaluation, metric: str, intervals: Intervals) -> str:

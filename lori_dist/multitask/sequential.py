@@ -1,6 +1,6 @@
 """One task after the other, on one A (continual LoRI, arXiv 2504.07448, section on safety and then a task)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from lori_dist.config import Run
@@ -8,27 +8,38 @@ from lori_dist.errors import ConfigError
 from lori_dist.jobs import Job, evaluate_job, train_job
 
 
-def plan(run: Run, *, masks: Literal["independent", "disjoint"] = "independent") -> list[Job]:
-    """A chain of trainings in the order of `tasks`, and after each of them the evaluation of what there is by then.
+def plan(
+    run: Run, *, masks: Literal["independent", "disjoint"] = "independent", order: tuple[str, ...] | None = None
+) -> list[Job]:
+    """A chain of trainings, and after each of them the evaluation of what there is by then.
 
     A training begins with the entries of B that earlier tasks have, which stay as they are, bit for bit: its own are
     added to them. The adapter it leaves has those of all tasks so far, one block each. Its mask comes from calibration
     on top of them, and is chosen among all entries (`independent`, as in the paper: at a shared place the values add
-    up) or among those that no earlier task has (`disjoint`).
+    up) or among those that no earlier task has (`disjoint`). order: the names of all tasks, the first to be trained
+    first; by default that of `tasks`.
     Raises ConfigError, with every mistake, for a run that this cannot be.
     """
-    problems = list(_problems(run, masks))
+    chosen = tuple(run.tasks) if order is None else order
+    problems = list(_problems(run, masks, chosen))
     if problems:
         raise ConfigError("\n".join(problems))
     chain: list[Job] = []
-    for task in run.tasks:
+    for task in chosen:
         before = [job.settings["task"] for job in chain]
         chain.append(train_job(run, task, chain[-1:], {"before": before, "masks": masks}))
     stages = [evaluate_job(run, job.settings["task"], job) for job in chain]
     return [*chain, evaluate_job(run, "base", None), *stages]
 
 
-def _problems(run: Run, masks: str) -> Iterator[str]:
+def _problems(run: Run, masks: str, order: Sequence[str]) -> Iterator[str]:
+    if sorted(order) != sorted(run.tasks):
+        yield f"multitask.order: got {', '.join(order) or 'nothing'}; wanted each of {', '.join(run.tasks)} once"
+    if run.evaluate.tasks == "own":
+        yield (
+            "evaluate.tasks: got own, and what a sequence did to its tasks is known from all of them after each; "
+            "set it to all"
+        )
     if len(run.tasks) < 2:
         yield f"tasks: a sequence needs at least two, got {', '.join(run.tasks)} alone; add one"
     if not run.adapter.share_projection:

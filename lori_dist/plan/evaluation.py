@@ -23,6 +23,7 @@ MEMORY = (
 )  # fmt: skip
 """Kinds of memory. `cache`: keys and values of the tokens that a text, or a label, follows."""
 
+WRITING = ("exact_match", "refusal")
 CHOICES = ("choice", "choice_norm", "choice_bytes", "choice_end")
 COPIES = 3
 """Times that keys and values exist when rows join a batch or leave it, between forward passes."""
@@ -63,7 +64,7 @@ def planned(run: Run, model: Counted, hardware: Hardware, counter: Counter) -> d
     ranks = ranks_of(run, hardware)
     rows = {name: counter.of(name, "test", task.test) for name, task in run.tasks.items()}
     placement = placement_of(run, ranks, hardware.nodes)
-    groups = _passes(run, model)
+    groups = _passes(len(components_of(run)), model)
     sizes = {"longest": _longest(run, rows), "answer": _longest_answer(run, rows), "rows": _most_rows(run, rows)}
     memory = most_memory(run, model, placement, hardware, **sizes)
     total = sum(memory.values())
@@ -72,7 +73,7 @@ def planned(run: Run, model: Counted, hardware: Hardware, counter: Counter) -> d
         clock.seconds(name, metric, one, _limited(run, one.number), number)
         for name, one in rows.items()
         for metric in run.evaluate.metrics
-        for number in groups
+        for number in _passes(_measured_on(run, name), model)
     )
     for merge in run.merges.values():
         if (search := merge.search) is not None:
@@ -167,7 +168,7 @@ def _gatherings(run: Run, model: Counted) -> Iterator[tuple[list[int], tuple[str
 
 def _written(run: Run, metric: str) -> int:
     """Most tokens that follow what is kept of a row, 0 where nothing is."""
-    if metric == "exact_match":
+    if metric in WRITING:
         return run.evaluate.max_new_tokens
     labels = [label for task in run.tasks.values() for label in task.labels or ()]
     return max(map(_tokens, labels), default=0) if metric in CHOICES else 0
@@ -245,9 +246,13 @@ def components_of(run: Run) -> dict[str, int]:
     return found
 
 
-def _passes(run: Run, model: Counted) -> list[int]:
-    """Number of models of each pass over the base."""
-    number = len(components_of(run))
+def _measured_on(run: Run, task: str) -> int:
+    """Number of models that are measured on the rows of a task."""
+    return sum(job.kind == "evaluate" and task in job.settings["tasks"] for job in jobs.plan(run))
+
+
+def _passes(number: int, model: Counted) -> list[int]:
+    """Number of models of each pass over the base, of so many models."""
     return [number] if model.is_routable else [1] * number
 
 
@@ -314,7 +319,7 @@ class _Clock:
                 return 0.0
             of_labels = sum(self._row(_tokens(label)) for label in labels)
             return turns * (self._forward(batch * models * of_row) + self._forward(batch * models * of_labels))
-        if metric == "exact_match":  # each token that is written is a forward pass
+        if metric in WRITING:  # each token that is written is a forward pass
             written = self.run.evaluate.max_new_tokens * self._forward(batch * models * self._row(1))
             return turns * (self._forward(batch * models * of_row) + written)
         return 0.0
@@ -352,6 +357,6 @@ def _uncounted(run: Run) -> Iterator[str]:
         limits = f" of {settings.rows} rows" if settings.rows is not None else ""
         shots = f" with {settings.num_fewshot} examples" if settings.num_fewshot is not None else ""
         yield f"lm-eval's tasks {', '.join(settings.tasks)}{limits}{shots}"
-    own = [metric for metric in run.evaluate.metrics if metric not in ("loss", "exact_match", *CHOICES)]
+    own = [metric for metric in run.evaluate.metrics if metric not in ("loss", *WRITING, *CHOICES)]
     if own:
         yield f"the metrics {', '.join(own)}"

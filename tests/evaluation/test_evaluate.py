@@ -178,6 +178,17 @@ def test_only_the_first_rows_are_measured_if_so_asked(tree: dict[str, Any], tmp_
     assert found == evaluate(config.validate(tree), None)
 
 
+def test_models_are_measured_on_the_tasks_that_are_asked_for(tree: dict[str, Any], tmp_path: Path) -> None:
+    run = config.validate(tree)
+    models = {"base": None, "adapter": adapter_file(tmp_path, identity(run.model))}
+    whole = evaluate_all(run, models)
+    some = evaluate_all(run, models, tasks={"adapter": ["reviews"]})
+    assert some["base"] == whole["base"]
+    assert some["adapter"].values == {"reviews": whole["adapter"].values["reviews"]}
+    assert some["adapter"].intervals == {"reviews": whole["adapter"].intervals["reviews"]}
+    assert some["adapter"].rows == {"reviews": whole["base"].rows["reviews"]}
+
+
 def test_metrics_are_chosen_by_name_and_may_be_the_users_own(tree: dict[str, Any]) -> None:
     tree["evaluate"]["metrics"] = ["lori_dist.evaluation.loss", "loss"]
     found = evaluate(config.validate(tree), None)["questions"]

@@ -49,6 +49,22 @@ def test_each_task_is_trained_merged_and_evaluated(tree: dict[str, Any]) -> None
     }
 
 
+def test_models_may_be_measured_on_their_own_tasks_alone(tree: dict[str, Any]) -> None:
+    on_all = planned(tree)
+    jobs = planned({**tree, "evaluate": {"tasks": "own"}})
+    measured = {name: list(job.settings["tasks"]) for name, job in jobs.items() if job.kind == "evaluate"}
+    assert measured == {
+        "evaluate-base": ["math", "code", "nlu"],
+        "evaluate-math": ["math"],
+        "evaluate-code": ["code"],
+        "evaluate-nlu": ["nlu"],
+        "evaluate-all": ["math", "code", "nlu"],
+        "evaluate-two": ["math", "nlu"],
+    }
+    same = {name for name, job in jobs.items() if job.fingerprint == on_all[name].fingerprint}
+    assert set(jobs) - same == {"evaluate-math", "evaluate-code", "evaluate-nlu", "evaluate-two"}
+
+
 def test_the_jobs_say_what_to_do(tree: dict[str, Any]) -> None:
     jobs = planned(tree)
     assert jobs["train-code"].kind == "train"

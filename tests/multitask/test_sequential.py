@@ -56,6 +56,14 @@ def test_what_comes_before_is_part_of_a_job_and_what_comes_after_is_not(tree: di
     assert before["train-code"].fingerprint != after["train-code"].fingerprint
 
 
+def test_the_order_can_be_another_one(tree: dict[str, Any]) -> None:
+    order = ["code", "safety", "math"]
+    jobs = planned({**tree, "multitask": {"name": "sequential", "order": order}})
+    assert [job.settings["task"] for job in jobs.values() if job.kind == "train"] == order
+    tree["tasks"] = {name: tree["tasks"][name] for name in order}
+    assert jobs == planned(tree)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -80,6 +88,11 @@ def test_what_comes_before_is_part_of_a_job_and_what_comes_after_is_not(tree: di
             "multitask.masks: got disjoint, which is for the form lori, and adapter.form is dac; set it to independent",
         ),
         ({"multitask": {"name": "sequential", "masks": "apart"}}, r"multitask\.masks: got 'apart'"),
+        (
+            {"multitask": {"name": "sequential", "order": ["math", "safety", "math"]}},
+            "multitask.order: got math, safety, math; wanted each of safety, math, code once",
+        ),
+        ({"evaluate": {"tasks": "own"}}, "evaluate.tasks: got own, and what a sequence did to its tasks is known from"),
     ],
 )
 def test_what_it_cannot_be_is_refused(tree: dict[str, Any], change: dict[str, Any], message: str) -> None:
