@@ -1,36 +1,22 @@
 """Putting an adapter on a model, taking it off, and baking it in."""
 
 import dataclasses
-import fnmatch
-import functools
-import logging
-import re
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Protocol, cast, runtime_checkable
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lori_dist.adapter import formed, per_task, row_tokens, saved, sharded, task_adapter, task_column
 from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec, in_memory
-from lori_dist.adapter.experts import AdaptedExperts, Expert, is_experts, matrices
-from lori_dist.adapter.linear import (
-    AdaptedLinear,
-    BaseDelta,
-    Delta,
-    Kept,
-    RoutedLinear,
-    dequantized,
-    features,
-    is_conv1d,
-    is_product,
-    is_quantized,
-)
+from lori_dist.adapter.bases import dequantized, features, is_conv1d, is_quantized
+from lori_dist.adapter.experts import AdaptedExperts, Expert
+from lori_dist.adapter.linear import AdaptedLinear, BaseDelta, Delta, Kept
+from lori_dist.adapter.matching import linear_layers, listing, match, refuse_unadaptable
 from lori_dist.adapter.per_task import PerTask
-from lori_dist.adapter.probe import probe
 from lori_dist.adapter.projection import checksum
+from lori_dist.adapter.routed import RoutedLinear
 from lori_dist.adapter.routing import Routing, adapter_of, module_of, name_of
-from lori_dist.adapter.targets import is_number, kind, unnumbered
 from lori_dist.adapter.task_adapter import TaskAdapter
 from lori_dist.errors import AdapterError
 from lori_dist.forms import declares
@@ -38,15 +24,6 @@ from lori_dist.plugin import nearest
 
 ATTACHED = "lori_attached"
 """Attribute of an adapted model that holds what was attached to it."""
-
-log = logging.getLogger(__name__)
-
-
-@runtime_checkable
-class HasOutputEmbeddings(Protocol):
-    """A transformers model, as far as `all-linear` has to know it."""
-
-    def get_output_embeddings(self) -> nn.Module | None: ...
 
 
 def attach(
@@ -557,7 +534,7 @@ def _of_form(
 def _refuse_other_modules(masks: Mapping[str, Tensor], targets: Mapping[str, nn.Module], where: str = "") -> None:
     for path in masks:
         if path not in targets:
-            raise AdapterError(f"{where}masks: there is a mask for {path}, which is not a target; {_listing(targets)}")
+            raise AdapterError(f"{where}masks: there is a mask for {path}, which is not a target; {listing(targets)}")
 
 
 def _refuse_other_projection(before: Adapter, spec: Spec, shapes: Mapping[str, tuple[int, int]]) -> None:
@@ -631,14 +608,14 @@ def _from_adapter(model: nn.Module, adapter: Adapter, goes_on: bool) -> dict[str
 
 
 def trained_on(model: nn.Module, adapter: Adapter | TaskAdapter) -> dict[str, nn.Module]:
-    linear = _linear(model)
+    linear = linear_layers(model)
     for path in adapter.shapes:
         if path not in linear:
             raise AdapterError(
                 f"{path}: the adapter was trained on this linear layer, which the model does not have; use the base "
-                f"model it was trained on, in the same class; {_listing(linear)}"
+                f"model it was trained on, in the same class; {listing(linear)}"
             )
-        _refuse_unadaptable(model, path, linear[path])
+        refuse_unadaptable(model, path, linear[path])
     bases = {path: module for path, module in linear.items() if path in adapter.shapes}
     for path, shape in adapter.shapes.items():
         if features(bases[path]) != shape:
@@ -683,158 +660,6 @@ def refuse_other_projections(block: Block, made: Mapping[str, str]) -> None:
                 f"{path}: {what} has checksum {found}, the adapter was trained "
                 f"with {block.checksums[path]}; the file is damaged or comes from another generator"
             )
-
-
-def match(
-    model: nn.Module,
-    targets: str | tuple[str, ...],
-    modules_to_save: tuple[str, ...] = (),
-    exclude: tuple[str, ...] = (),
-) -> dict[str, nn.Module]:
-    """The linear layers that targets name, in the model's order.
-
-    targets: `all-linear`, or names (`q_proj`), paths, or patterns over whole paths (`model.layers.*.mlp.*`). Fused
-    experts count as a layer for each expert, named after the weight and the number (`experts.down_proj.3`). exclude:
-    what to leave out of them, written in the same way; a name or path also stands for all layers within that module.
-    `all-linear` leaves out the output embedding, what is in modules_to_save, layers that compute something else than a
-    product (routers), and layers that never run when the model reads tokens, such as those of a vision tower or those
-    whose weight is used without calling them; the log says which.
-    Raises AdapterError for a target or an exclusion that matches nothing, listing what there is, and for named layers
-    that cannot be adapted.
-    """
-    excluded = _excluded(model, exclude)
-    if targets == "all-linear":
-        chosen = _all_linear(model, modules_to_save, excluded)
-    else:
-        wanted = (targets,) if isinstance(targets, str) else targets
-        found = {path for target in wanted for path in _named(model, target)} - excluded
-        chosen = {path: module for path, module in _linear(model).items() if path in found}
-    if not chosen:
-        without = f" after exclude ({', '.join(exclude)})" if exclude else ""
-        raise AdapterError(f"targets: no linear layer is left{without}; {_listing(_linear(model))}")
-    known = probe(model)
-    for path, module in chosen.items():
-        _refuse_unadaptable(model, path, module)
-        if known.is_idle(_module_path(path, module)):
-            raise AdapterError(
-                f"targets: {path} is never called when {type(model).__name__} reads tokens (its weight is used "
-                "directly, or only for other inputs), so an adapter there would have no effect; remove it from the "
-                "targets, or name it in exclude"
-            )
-    return chosen
-
-
-def _all_linear(model: nn.Module, modules_to_save: Sequence[str], excluded: Collection[str]) -> dict[str, nn.Module]:
-    output = model.get_output_embeddings() if isinstance(model, HasOutputEmbeddings) else None
-    whole = tuple(f"{name}." for name in modules_to_save)
-    known = probe(model)
-    chosen: dict[str, nn.Module] = {}
-    left: dict[str, list[str]] = {}
-    for path, module in _linear(model).items():
-        if module is output or path in excluded or any(f".{name}" in f".{path}." for name in whole):
-            continue
-        if known.is_idle(_module_path(path, module)):
-            left.setdefault(f"never called when {type(model).__name__} reads tokens", []).append(path)
-        elif not _is_adaptable(module):
-            left.setdefault(f"a {type(module).__name__}, which is not a plain linear layer", []).append(path)
-        else:
-            chosen[path] = module
-    for reason, paths in left.items():
-        _say_once(f"targets: all-linear leaves out {len(paths)} layers, each {reason}: {', '.join(_summary(paths))}")
-    return chosen
-
-
-@functools.cache
-def _say_once(text: str) -> None:
-    log.warning(text)
-
-
-def _summary(paths: Sequence[str]) -> list[str]:
-    """Paths, those that differ in numbers alone as one with `*`."""
-    return list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path) for path in paths))
-
-
-def _excluded(model: nn.Module, exclude: Sequence[str]) -> set[str]:
-    linear = _linear(model)
-    found: set[str] = set()
-    for wanted in exclude:
-        is_pattern = any(character in wanted for character in "*?[")
-        paths = {
-            path
-            for path in linear
-            if (fnmatch.fnmatchcase(path, wanted) if is_pattern else f".{wanted}." in f".{path}.")
-        }
-        if not paths:
-            names = set(map(kind, linear))
-            raise AdapterError(f"exclude: {wanted!r} matches nothing; {_listing(linear)}{nearest(wanted, names)}")
-        found |= paths
-    return found
-
-
-def _module_path(path: str, module: nn.Module) -> str:
-    """Path of the module that is called: for an expert's matrix, the one of all experts together."""
-    return path.rsplit(".", 2)[0] if isinstance(module, Expert) else path
-
-
-def _named(model: nn.Module, target: str) -> list[str]:
-    linear = _linear(model)
-    if target in linear:
-        return [target]
-    is_pattern = any(character in target for character in "*?[")
-    paths = [
-        path
-        for path, module in linear.items()
-        if (fnmatch.fnmatchcase(path, target) if is_pattern else _is_called(path, module, target))
-    ]
-    if paths:
-        return paths
-    other = next((module for path, module in model.named_modules() if path and f".{path}".endswith(f".{target}")), None)
-    if other is not None:
-        raise AdapterError(f"targets: {target!r} is a {type(other).__name__}, not a linear layer; {_listing(linear)}")
-    names = set(map(kind, linear))
-    raise AdapterError(f"targets: {target!r} matches nothing; {_listing(linear)}{nearest(target, names)}")
-
-
-def _linear(model: nn.Module) -> dict[str, nn.Module]:
-    found: dict[str, nn.Module] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Linear) or is_conv1d(module):
-            found[path] = module
-        elif is_experts(module):
-            found.update(matrices(path, module))
-    return found
-
-
-def _is_called(path: str, module: nn.Module, target: str) -> bool:
-    """Whether the path ends with the target, its numbers at the end apart; a number alone is not an expert's name."""
-    name = unnumbered(path)
-    paths = [name] if isinstance(module, Expert) and is_number(target) else [path, name]
-    return any(f".{one}".endswith(f".{target}") for one in paths)
-
-
-def _listing(paths: Mapping[str, nn.Module]) -> str:
-    names = sorted(set(map(kind, paths)))
-    return f"the model's linear layers are called {', '.join(names) or '(there are none)'}."
-
-
-def _is_adaptable(module: nn.Module) -> bool:
-    return is_conv1d(module) or is_quantized(module) or isinstance(module, Expert) or is_product(module)
-
-
-def _refuse_unadaptable(model: nn.Module, path: str, module: nn.Module) -> None:
-    if not _is_adaptable(module):
-        raise AdapterError(
-            f"targets: {path} is a {type(module).__name__}, which does not compute a linear layer's product or is "
-            "quantised by an unknown library (known are bitsandbytes and torchao); remove it from the targets, or name "
-            "it in exclude"
-        )
-    held = module.experts if isinstance(module, Expert) else module
-    places = [place for place, other in model.named_modules(remove_duplicate=False) if other is held]
-    if len(places) > 1:
-        raise AdapterError(
-            f"targets: {' and '.join(places)} are one and the same layer; A belongs to one path, "
-            "so remove it from the targets or give each place its own layer"
-        )
 
 
 def _refuse_unfoldable(model: nn.Module, bases: Mapping[str, nn.Module]) -> None:

@@ -12,8 +12,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lori_dist.adapter.linear import AdaptedLinear, RoutedLinear
+from lori_dist.adapter.linear import AdaptedLinear
 from lori_dist.adapter.per_task import PerTask
+from lori_dist.adapter.routed import RoutedLinear
 from lori_dist.adapter.routing import Routing
 
 

@@ -14,9 +14,10 @@ from torch.autograd.function import once_differentiable
 
 from lori_dist.adapter import sharded
 from lori_dist.adapter.adapter import Adapter, Spec
+from lori_dist.adapter.bases import features
 from lori_dist.adapter.counted import Counts, counting
 from lori_dist.adapter.form_tensors import Sizes
-from lori_dist.adapter.linear import AdaptedLinear, BaseDelta, base_with_factors, features, share_as, with_factors
+from lori_dist.adapter.linear import AdaptedLinear, BaseDelta, base_with_factors, share_as, with_factors
 from lori_dist.adapter.per_task import PerTask, of_tensor
 from lori_dist.adapter.projection import checksum
 from lori_dist.adapter.routing import NOBODY, Routing, Segment

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from lori_dist.adapter import saved, sharded
 from lori_dist.adapter.adapter import Adapter, Block, Spec, in_memory
 from lori_dist.adapter.attach import ATTACHED, adapted, layers_for, put, refuse_adapted, trained_on
-from lori_dist.adapter.linear import AdaptedLinear, Delta, RoutedLinear
+from lori_dist.adapter.linear import AdaptedLinear, Delta
 from lori_dist.adapter.per_task import of_a
 from lori_dist.adapter.probe import probe
+from lori_dist.adapter.routed import RoutedLinear
 from lori_dist.adapter.routing import Routing, name_of
 from lori_dist.adapter.task_adapter import TaskAdapter
 from lori_dist.errors import AdapterError

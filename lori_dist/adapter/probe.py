@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from lori_dist.adapter.bases import is_conv1d
 from lori_dist.adapter.experts import is_experts
-from lori_dist.adapter.linear import is_conv1d
 
 SCALES = (64, 32, 16, 8, 4, 2, 1)
 """Divisors of the widths; the first that gives a model that computes is used."""

@@ -11,8 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lori_dist import config
 from lori_dist.adapter.adapter import Spec
-from lori_dist.adapter.attach import attach, match
-from lori_dist.adapter.linear import AdaptedLinear, features
+from lori_dist.adapter.attach import attach
+from lori_dist.adapter.bases import features
+from lori_dist.adapter.linear import AdaptedLinear
+from lori_dist.adapter.matching import match
 from lori_dist.training.weights import Weights, skeleton
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -13,8 +13,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from lori_dist import config
 from lori_dist.adapter.adapter import Adapter, Block, Entries
-from lori_dist.adapter.attach import match
-from lori_dist.adapter.linear import features
+from lori_dist.adapter.bases import features
+from lori_dist.adapter.matching import match
 from lori_dist.adapter.projection import checksum, projection
 from lori_dist.benchmarks._gang import gang
 from lori_dist.benchmarks._methods import TARGETS

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from lori_dist import config
 from lori_dist.adapter.adapter import Spec
-from lori_dist.adapter.attach import attach, match
-from lori_dist.adapter.linear import features
+from lori_dist.adapter.attach import attach
+from lori_dist.adapter.bases import features
+from lori_dist.adapter.matching import match
 from lori_dist.balances.ortho import order
 from lori_dist.benchmarks._methods import make_llama
 from lori_dist.benchmarks._timing import interleaved, one_thread, quotients

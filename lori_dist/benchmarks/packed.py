@@ -17,8 +17,9 @@ import torch.multiprocessing
 from lori_dist import config, plugin
 from lori_dist.adapter import packed
 from lori_dist.adapter.adapter import Spec
-from lori_dist.adapter.attach import attach, match
-from lori_dist.adapter.linear import features
+from lori_dist.adapter.attach import attach
+from lori_dist.adapter.bases import features
+from lori_dist.adapter.matching import match
 from lori_dist.benchmarks._gang import start
 from lori_dist.benchmarks._methods import make_llama
 from lori_dist.benchmarks._timing import quotients

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lori_dist import config, plugin
-from lori_dist.adapter.attach import adapted, attach, extract, match
-from lori_dist.adapter.linear import features
+from lori_dist.adapter.attach import adapted, attach, extract
+from lori_dist.adapter.bases import features
+from lori_dist.adapter.matching import match
 from lori_dist.benchmarks._gang import gang
 from lori_dist.benchmarks._traffic import Traffic, local_bytes, moment_bytes, process_bytes
 from lori_dist.evaluation import evaluate_all

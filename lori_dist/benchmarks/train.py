@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lori_dist import config, plugin
 from lori_dist.adapter.attach import adapted, extract
-from lori_dist.adapter.linear import features
+from lori_dist.adapter.bases import features
 from lori_dist.benchmarks._gang import gang
 from lori_dist.benchmarks._methods import METHODS, from_files, is_adapted, make_llama
 from lori_dist.benchmarks._timing import quotients

@@ -33,7 +33,7 @@ from deepspeed.utils import (
 )
 
 from lori_dist.adapter.experts import AdaptedExperts
-from lori_dist.adapter.linear import RoutedLinear
+from lori_dist.adapter.routed import RoutedLinear
 from lori_dist.adapter.routing import name_of
 from lori_dist.config import COMPILED_AT_STAGE_3, Run, Train
 from lori_dist.engines import _ds_config, _ds_keys, ddp

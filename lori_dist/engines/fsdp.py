@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from lori_dist import plugin
-from lori_dist.adapter.linear import is_quantized
+from lori_dist.adapter.bases import is_quantized
 from lori_dist.adapter.probe import probe
 from lori_dist.adapter.routing import adapter_of
 from lori_dist.config import Train

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lori_dist.adapter import moments
-from lori_dist.adapter.attach import match
 from lori_dist.adapter.experts import Expert
+from lori_dist.adapter.matching import match
 from lori_dist.adapter.moments import Watch
 from lori_dist.config import Run
 from lori_dist.errors import AdapterError, ConfigError

@@ -9,8 +9,8 @@ from torch import nn
 
 from lori_dist import config
 from lori_dist.adapter.adapter import Adapter, Block, Entries
-from lori_dist.adapter.attach import match
-from lori_dist.adapter.linear import features
+from lori_dist.adapter.bases import features
+from lori_dist.adapter.matching import match
 from lori_dist.adapter.projection import checksum, projection
 from lori_dist.adapter.saved import match as match_saved
 from lori_dist.evaluation import evaluate_all

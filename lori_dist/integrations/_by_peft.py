@@ -11,7 +11,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import ModulesToSaveWrapper, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from lori_dist.adapter.linear import features
+from lori_dist.adapter.bases import features
 
 NAME = "default"
 Factors = tuple[Tensor, Tensor]

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from lori_dist import config
 from lori_dist.adapter.adapter import Adapter, in_memory
 from lori_dist.adapter.attach import foldable
+from lori_dist.adapter.bases import is_conv1d
 from lori_dist.adapter.experts import Expert
-from lori_dist.adapter.linear import is_conv1d
 from lori_dist.adapter.update import Update, split
 from lori_dist.atomic import complete, write_text
 from lori_dist.errors import AdapterError

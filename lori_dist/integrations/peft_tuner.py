@@ -41,7 +41,8 @@ from torch import Tensor, nn
 
 from lori_dist import formats
 from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec
-from lori_dist.adapter.linear import Delta, features, is_conv1d
+from lori_dist.adapter.bases import features, is_conv1d
+from lori_dist.adapter.linear import Delta
 from lori_dist.adapter.projection import GENERATOR, checksum
 from lori_dist.errors import AdapterError
 from lori_dist.formats import patterns, tuner

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from lori_dist.adapter import saved
 from lori_dist.adapter.adapter import Adapter, Spec
 from lori_dist.adapter.attach import attach
+from lori_dist.adapter.bases import features
 from lori_dist.adapter.experts import AdaptedExperts, Expert, is_experts
-from lori_dist.adapter.linear import AdaptedLinear, features
+from lori_dist.adapter.linear import AdaptedLinear
 from lori_dist.adapter.probe import probe
 from lori_dist.config import FLASH, Run
 from lori_dist.errors import ConfigError

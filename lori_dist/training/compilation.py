@@ -6,7 +6,8 @@ from torch import nn
 
 from lori_dist.adapter.experts import AdaptedExperts
 from lori_dist.adapter.formed import FormedDelta
-from lori_dist.adapter.linear import AdaptedLinear, RoutedLinear
+from lori_dist.adapter.linear import AdaptedLinear
+from lori_dist.adapter.routed import RoutedLinear
 from lori_dist.adapter.saved import RoutedModule
 from lori_dist.errors import ConfigError
 from lori_dist.training.model import blocks

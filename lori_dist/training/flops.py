@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lori_dist.adapter.bases import is_quantized
 from lori_dist.adapter.experts import is_experts, projections
-from lori_dist.adapter.linear import is_quantized
 from lori_dist.adapter.probe import probe
 from lori_dist.adapter.saved import RoutedModule
 from lori_dist.config import Run

@@ -13,9 +13,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from lori_dist.adapter.bases import is_product, is_quantized
 from lori_dist.adapter.formed import FormedDelta
-from lori_dist.adapter.linear import AdaptedLinear, RoutedLinear, is_product, is_quantized
+from lori_dist.adapter.linear import AdaptedLinear
 from lori_dist.adapter.probe import Probe, probe
+from lori_dist.adapter.routed import RoutedLinear
 from lori_dist.adapter.row_tokens import rows_of
 from lori_dist.adapter.saved import RoutedModule
 from lori_dist.adapter.task_column import routing_of

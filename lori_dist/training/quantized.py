@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from lori_dist.adapter.bases import is_conv1d
 from lori_dist.adapter.experts import is_experts
-from lori_dist.adapter.linear import is_conv1d
 from lori_dist.errors import ConfigError
 
 Kind = Literal["nf4", "int8"]

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from lori_dist import plugin
 from lori_dist.adapter import moments
 from lori_dist.adapter.adapter import Spec
-from lori_dist.adapter.attach import match
-from lori_dist.adapter.linear import features, is_conv1d
+from lori_dist.adapter.bases import features, is_conv1d
+from lori_dist.adapter.matching import match
 from lori_dist.adapter.projection import projection
 from lori_dist.config import Run
 from lori_dist.errors import AdapterError, JobError

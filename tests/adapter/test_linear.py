@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lori_dist import attach
 from lori_dist.adapter.adapter import Spec
-from lori_dist.adapter.linear import AdaptedLinear, Delta, is_plain
+from lori_dist.adapter.bases import is_plain
+from lori_dist.adapter.linear import AdaptedLinear, Delta
 from lori_dist.adapter.projection import projection
 
 MODES = ("cached", "recomputed")

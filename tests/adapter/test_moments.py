@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lori_dist.adapter import moments
 from lori_dist.adapter.adapter import Spec
-from lori_dist.adapter.attach import attach, extract, match
+from lori_dist.adapter.attach import attach, extract
+from lori_dist.adapter.matching import match
 from lori_dist.adapter.moments import LENGTH, Moments, Watch
 from lori_dist.adapter.projection import projection
 from lori_dist.errors import AdapterError

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lori_dist import attach
 from lori_dist.adapter.adapter import Spec
-from lori_dist.adapter.attach import match, separate_tasks, trainable
-from lori_dist.adapter.linear import features
+from lori_dist.adapter.attach import separate_tasks, trainable
+from lori_dist.adapter.bases import features
+from lori_dist.adapter.matching import match
 from lori_dist.adapter.per_task import PerTask
 from lori_dist.errors import AdapterError
 from lori_dist.training.data import Batch, Example, collate

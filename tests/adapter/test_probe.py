@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from lori_dist.adapter import attach as attaching
 from lori_dist.adapter.adapter import Spec
-from lori_dist.adapter.attach import attach, extract, match, trainable
+from lori_dist.adapter.attach import attach, extract, trainable
+from lori_dist.adapter.matching import match
 from lori_dist.adapter.probe import NOTHING, probe
 from lori_dist.errors import AdapterError
 from tests.models import tiny_gpt2, tiny_llama

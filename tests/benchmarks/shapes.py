@@ -19,7 +19,7 @@ from lori_dist import config, plugin
 from lori_dist.__main__ import main
 from lori_dist.adapter.adapter import Adapter, Block, Entries, Spec
 from lori_dist.adapter.attach import attach
-from lori_dist.adapter.linear import features
+from lori_dist.adapter.bases import features
 from lori_dist.adapter.projection import checksum, projection
 from lori_dist.benchmarks._gang import gang
 from lori_dist.benchmarks._traffic import process_bytes

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lori_dist import plugin
 from lori_dist.adapter.adapter import Spec
-from lori_dist.adapter.attach import attach, match
-from lori_dist.adapter.linear import features
+from lori_dist.adapter.attach import attach
+from lori_dist.adapter.bases import features
+from lori_dist.adapter.matching import match
 from lori_dist.balances.ortho import order
 from lori_dist.training.data import Batch, collate
 from lori_dist.training.engine import Engine, StepResult, collect, trained

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lori_dist.adapter.adapter import Spec
-from lori_dist.adapter.attach import attach, match
-from lori_dist.adapter.linear import features
+from lori_dist.adapter.attach import attach
+from lori_dist.adapter.bases import features
+from lori_dist.adapter.matching import match
 from lori_dist.config import Train
 from lori_dist.training.data import Batch, Example, collate
 from lori_dist.training.engine import Engine, State, StepResult, collect, trained

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from lori_dist.adapter.adapter import Adapter, Spec
-from lori_dist.adapter.attach import adapted, attach, extract, match
+from lori_dist.adapter.attach import adapted, attach, extract
+from lori_dist.adapter.bases import features
 from lori_dist.adapter.formed import formed
-from lori_dist.adapter.linear import features
+from lori_dist.adapter.matching import match
 from lori_dist.adapter.task_column import routing_of
 from lori_dist.forms import FormChoice, of_one_layer
 from lori_dist.training.data import Batch, collate

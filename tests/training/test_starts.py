@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lori_dist import config, jobs
-from lori_dist.adapter.attach import match
+from lori_dist.adapter.matching import match
 from lori_dist.adapter.moments import LENGTH, orthonormal
 from lori_dist.adapter.projection import projection
 from lori_dist.cluster.launcher import train_task
