@@ -22,7 +22,9 @@ from lori_dist import (
     sparsify,
     trainable,
 )
-from lori_dist.adapter.formed import extract_formed, routing_of, split
+from lori_dist.adapter.splitting import split
+from lori_dist.adapter.task_adapter import extract_formed
+from lori_dist.adapter.task_column import routing_of
 from lori_dist.formats import forms
 from lori_dist.forms import FormChoice
 from lori_dist.masks.magnitude import mask
