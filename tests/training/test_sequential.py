@@ -207,6 +207,7 @@ def of_pools(run: Run, **options: Any) -> Run:
     return replace(run, adapter=replace(run.adapter, form=form, density=0.5), train=train)
 
 
+@pytest.mark.slow
 def test_pools_of_ranks_follow_each_other_and_a_chain_that_was_killed_ends_as_if_it_never_was(run: Run) -> None:
     run = of_pools(run)
     whole, again = trained(run), replace(run, name="again")
