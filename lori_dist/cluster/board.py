@@ -137,9 +137,12 @@ class Board:
     def startable(self, nodes: Sequence[Resources]) -> list[tuple[Job, ...]]:
         """The jobs to start now; those that one gang does together are in one tuple.
 
-        Evaluations wait for each other: all models are evaluated in one pass over the base.
+        Evaluations wait for each other: all models are evaluated in one pass over the base. Trainings wait for all
+        moments that are measured, so that those which share a base can start together.
         """
         found = self.ready()
+        if any(job.kind == "moments" for job in self.named("waiting") + self.named("running")):
+            found = [job for job in found if job.kind != "train"]
         if any(job.kind == "evaluate" and job not in found for job in self.named("waiting")):
             found = [job for job in found if job.kind != "evaluate"]
         packs = {jobs[0].name: jobs for jobs in schedule.packs(found, self.packing)}

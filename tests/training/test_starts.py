@@ -16,7 +16,9 @@ from lori_dist import config, jobs
 from lori_dist.adapter.matching import match
 from lori_dist.adapter.moments import LENGTH, orthonormal
 from lori_dist.adapter.projection import projection
+from lori_dist.cluster.board import Board
 from lori_dist.cluster.launcher import train_task
+from lori_dist.cluster.schedule import Resources
 from lori_dist.config import Choice, Run
 from lori_dist.errors import ConfigError
 from lori_dist.formats import native
@@ -214,3 +216,21 @@ def test_the_plan_measures_each_task_once(tmp_path: Path, model_folder: Path) ->
     assert found == ["adapter.moments.rows 5 -> 6"]
     assert one["train-copy"].fingerprint != other["train-copy"].fingerprint
     assert not any(name.startswith("moments") for name in needs(described(tmp_path, model_folder)))
+
+
+def test_trainings_that_share_a_base_start_when_all_moments_are_there(tmp_path: Path, model_folder: Path) -> None:
+    run = described(tmp_path, model_folder, init="osrm")
+    run = replace(run, cluster=replace(run.cluster, packing="auto"))
+    board = Board(run=run, jobs=jobs.plan(run), progress=lambda event: None)
+    run.folder.mkdir(parents=True)
+
+    def startable() -> list[list[str]]:
+        return [[job.name for job in together] for together in board.startable([Resources(cpus=4)])]
+
+    assert startable() == [[f"moments-{task}" for task in TASKS]]
+    measured = [job for job in board.jobs if job.kind == "moments"]
+    board.start(measured)
+    for job in measured:
+        assert startable() == []
+        board.finish(job, {"result": {}, "sha256": {}, "seconds": 1.0, "attempts": []})
+    assert startable() == [[f"train-{task}" for task in TASKS]]
