@@ -12,12 +12,11 @@ import contextlib
 import difflib
 import functools
 import importlib
-import importlib.machinery
 import importlib.util
 import os
 import re
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -199,25 +198,30 @@ def _choices(name: str, valid: Iterable[str], verb: str) -> str:
 
 
 def source_of(module: str, path: str) -> Path:
-    """The file of a module, without importing it or the packages it is in."""
+    """The file of a module, without importing it or the packages it is in, which may be folders without __init__.py."""
     top, *below = module.split(".")
     try:
         spec = importlib.util.find_spec(top)
-        inside = list(spec.submodule_search_locations or ()) if spec is not None else []
-        for depth, part in enumerate(below):
-            name = ".".join((top, *below[: depth + 1]))
-            spec = importlib.machinery.PathFinder.find_spec(name, inside)
-            if spec is None:
-                break
-            if spec.loader is None:  # a folder without __init__.py, whose own list of places wants its parent imported
-                inside = [str(place) for one in inside if (place := Path(one) / part).is_dir()]
-            else:
-                inside = list(spec.submodule_search_locations or ())
     except (ImportError, ValueError):
         spec = None
-    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+    source = None if spec is None or spec.origin is None else Path(spec.origin)
+    inside = [] if spec is None else [Path(place) for place in spec.submodule_search_locations or ()]
+    for part in below:
+        source, inside = _below(inside, part)
+    if source is None or source.suffix != ".py":
         raise ConfigError(f"{path}: no Python module {module!r} can be found; check the name and PYTHONPATH")
-    return Path(spec.origin)
+    return source
+
+
+def _below(places: Sequence[Path], part: str) -> tuple[Path | None, list[Path]]:
+    """The file of a module, None for a folder without __init__.py, and the folders that its own modules are in."""
+    if not part:
+        return None, []
+    for place in places:
+        for source, inside in ((place / part / "__init__.py", [place / part]), (place / f"{part}.py", [])):
+            if source.is_file():
+                return source, inside
+    return None, [place / part for place in places if (place / part).is_dir()]
 
 
 def _tree(source: Path) -> ast.Module:
