@@ -1,15 +1,14 @@
 """Forms: what one adapted layer is, one per file, by the name that `adapter.form` takes.
 
-A file has `form(*, rank, alpha, trains_a, **options)`, which gives the tensors of a layer (`entries`) and, from these,
-the factors of each task's update (`factors`). Forward pass, export, fold and merges come from that one function, so
-they cannot disagree; a form whose update depends on the input has `update` instead, and the forward pass alone.
-Constants of the file say how, each a mapping from options to the values that ask for it: `PER_TASK`, tasks have updates
-of their own; `OWN_A`, each has its own A; `RANK_FOR_EACH`, each needs a part of the rank; `DEPENDENT`, the update
-depends on the input; `OF_ROWS`, what is chosen is chosen for a row; `SETTLES`, at its end a training makes an ordinary
-adapter of it; `IN_SEQUENCE`, it may be trained on one task after the other; `MOMENTS`, it begins from second moments of
-the tasks' inputs, by a function `given(a, weight, factors, **options) -> Given` of the file. `PENALTY` names the option
-that is the weight of a penalty, `COUNTS` one that is zero where layers count nothing, `AT_MOST_RANK` and
-`AT_LEAST_RANK` those that are at most, or at least, the rank.
+A file has `form(*, rank, alpha, trains_a, **options)`, which gives the tensors of a layer (`entries`) and the factors of
+each task's update (`factors`): forward pass, export, fold and merges come from that one function. A form whose update
+depends on the input has `update` instead. Constants of the file, each a mapping from options to the values that ask for
+it: `PER_TASK`, tasks have updates of their own; `OWN_A`, each has its own A; `RANK_FOR_EACH`, each needs a part of the
+rank; `DEPENDENT`, the update depends on the input; `OF_ROWS`, what is chosen is chosen for a row; `SETTLES`, a training
+makes an ordinary adapter of it at its end; `IN_SEQUENCE`, it may be trained on one task after the other; `MOMENTS`, a
+function `given(a, weight, factors, **options)` of the file makes a start from second moments of the tasks' inputs.
+`PENALTY`: the option that is a penalty's weight; `COUNTS`: one that is zero where layers count nothing; `AT_MOST_RANK`,
+`AT_LEAST_RANK`: options that are at most, or at least, the rank.
 """
 
 import functools
