@@ -1,6 +1,6 @@
 """Forms: what one adapted layer is, one per file, by the name that `adapter.form` takes.
 
-A file has `form(*, rank, alpha, trains_a, **options)`, which gives the tensors of a layer (`entries`) and the factors of
+A file has `form(*, rank, alpha, trains_a, **options)`, which gives a layer's tensors (`entries`) and the factors of
 each task's update (`factors`): forward pass, export, fold and merges come from that one function. A form whose update
 depends on the input has `update` instead. Constants of the file, each a mapping from options to the values that ask for
 it: `PER_TASK`, tasks have updates of their own; `OWN_A`, each has its own A; `RANK_FOR_EACH`, each needs a part of the
