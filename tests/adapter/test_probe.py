@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from lori_dist.adapter import attach as attaching
+from lori_dist.adapter import matching
 from lori_dist.adapter.adapter import Spec
 from lori_dist.adapter.attach import attach, extract, trainable
 from lori_dist.adapter.matching import match
@@ -113,7 +113,7 @@ def of_kind(name: str, **more: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def said_anew() -> Iterator[None]:
-    attaching._say_once.cache_clear()
+    matching._say_once.cache_clear()
     yield
 
 
