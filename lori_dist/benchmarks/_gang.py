@@ -17,6 +17,7 @@ from lori_dist.training.device import group_settings
 from lori_dist.training.world import World, from_environment
 
 PRELOADED = (
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # which DeepSpeed's engine imports, and torch.compile with it
     "transformers.models.llama.modeling_llama",
     "lori_dist.engines.ddp",
     "lori_dist.engines.deepspeed",
