@@ -74,6 +74,7 @@ MATTERS: dict[str, list[str]] = {
     "merges.*.search.budget": ["merges.all.search={{rows: 2, budget: 4}}"],
     "merges.*.search.metric": ["merges.all.search={{rows: 2, metric: exact_match}}"],
     "evaluate.engine": ["evaluate.engine=fsdp"],
+    "evaluate.tasks": ["evaluate.tasks=own"],
     "evaluate.metrics": ["evaluate.metrics=[loss, exact_match]"],
     "evaluate.batch_size": ["evaluate.batch_size=8"],
     "evaluate.rows": ["evaluate.rows=2"],
