@@ -260,7 +260,7 @@ def _recovered(result: Mapping[str, Any]) -> Iterator[str]:
             yield _table(("", "points", "share of the gap, %"), lines)
         else:
             points = f"{100 * (top - low):+.1f} points"
-            yield f"`{joint}` is not worse than `{single}`: there is no gap to recover ({points})."
+            yield f"`{joint}` is not worse than `{single}`: nothing is left to recover ({points})."
 
 
 def _transfer(found: Mapping[str, Summary]) -> Iterator[str]:

@@ -17,7 +17,7 @@ from lori_dist.errors import AdapterError
 ROWS, HOOK = "lori_rows", "lori_rows_hook"
 """Attributes of a model whose form looks at rows: the `Rows` that its layers have in common, and what fills them."""
 IGNORED = -100
-"""Label of a token that is no target."""
+"""Label of a token that is not a target."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +97,7 @@ class Rows:
         starts = torch.zeros(shape, dtype=torch.bool, device=device)
         starts[:, 0] = True
         if mask is None and not self.continues and positions is not None and positions.dim() == 2:
-            starts |= (positions.to(device) == 0).expand(shape)  # rows that share sequences begin anew
+            starts |= (positions.to(device) == 0).expand(shape)  # each row of a sequence begins at 0
         is_real = torch.ones(shape, dtype=torch.bool, device=device)
         if mask is not None and mask.dim() == 2:
             is_real = mask[:, -length:].to(device).bool()

@@ -149,7 +149,7 @@ class RoutedModule(nn.Module):
     Its parameters are called `copy_0_0`, ...: adapter and place in the module. Where the modules give different numbers
     of features, as heads of different numbers of labels do, every row gets as many as the largest gives, the base's
     included, so that outputs have one shape; the features that a row has too many of are the least number of the dtype,
-    which is no probability in a softmax.
+    to which a softmax gives 0.
     """
 
     base: nn.Module | None

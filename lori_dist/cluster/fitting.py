@@ -111,7 +111,7 @@ def packing(run: Run, unfinished: Sequence[Job], nodes: Sequence[Resources]) -> 
     try:
         settled, said = chosen(run, Hardware(gpus=ranks.count * of_rank, nodes=nodes_used, **device), Counter(run))
     except ConfigError as error:
-        log.info("cluster.packing: auto trains all tasks at once, as there is no plan to compare: %s", error)
+        log.info("cluster.packing: auto trains all tasks at once, as no plan could be made: %s", error)
         return run.cluster.packing
     if said is not None:
         log.info("%s", said)

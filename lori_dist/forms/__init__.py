@@ -82,6 +82,13 @@ def pair(site: Site, rank: int, *, trains_a: bool) -> dict[str, Entry]:
     }
 
 
+def refuse_above_rank(rank: int, **numbers: int) -> None:
+    """Raises ConfigError that names the option, for a number above the rank."""
+    for option, number in numbers.items():
+        if number > rank:
+            raise ConfigError(f"adapter.form.{option}: got {number}, and adapter.rank is {rank}; give at most that")
+
+
 class AnyForm(Protocol):
     """What one adapted layer is: a `Form` or a `DependentForm`."""
 

@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from lori_dist.errors import ConfigError
-from lori_dist.forms import Choosing, Entry, Site, Tensors, pair
+from lori_dist.forms import Choosing, Entry, Site, Tensors, pair, refuse_above_rank
 
 DEPENDENT: dict[str, list[str]] = {}
 OF_ROWS: dict[str, list[str]] = {}
@@ -96,7 +95,5 @@ def form(
     """
     active = max(1, 2 * rank // 3) if active is None else active
     keep = max(1, rank // 3) if keep is None else keep
-    for option, number in (("active", active), ("keep", keep)):
-        if number > rank:
-            raise ConfigError(f"adapter.form.{option}: got {number}, and adapter.rank is {rank}; give at most that")
+    refuse_above_rank(rank, active=active, keep=keep)
     return Dac(rank=rank, active=active, keep=keep, gate=gate, weight=weight, scale=alpha / rank, trains_a=trains_a)

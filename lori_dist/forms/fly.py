@@ -7,8 +7,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from lori_dist.errors import ConfigError
-from lori_dist.forms import Choosing, Entry, Site, Tensors, pair
+from lori_dist.forms import Choosing, Entry, Site, Tensors, pair, refuse_above_rank
 from lori_dist.forms._counts import evened
 
 DEPENDENT: dict[str, list[str]] = {}
@@ -63,11 +62,11 @@ def form(
     Source: FlyLoRA (arXiv 2510.08396) and gfyddha/FlyLoRA, whose A is sparse and normal: here A is LoRI's. The mask of
     B is ours, and that the bias moves once in each step, whatever the number of micro-batches.
     """
-    if active is not None and active > rank:
-        raise ConfigError(f"adapter.form.active: got {active}, and adapter.rank is {rank}; give at most that")
+    number = max(1, rank // 4) if active is None else active
+    refuse_above_rank(rank, active=number)
     return Fly(
         rank=rank,
-        active=max(1, rank // 4) if active is None else active,
+        active=number,
         bias=bias,
         scale=alpha / rank,
         trains_a=trains_a,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lori_dist.errors import ConfigError
-from lori_dist.forms import Choosing, Entry, Site, Tensors, pair
+from lori_dist.forms import Choosing, Entry, Site, Tensors, pair, refuse_above_rank
 from lori_dist.forms._counts import evened
 
 DEPENDENT: dict[str, list[str]] = {}
@@ -73,8 +73,7 @@ def form(
     the mask of B are ours.
     """
     number = max(1, rank // 8) if active is None else active
-    if number > rank:
-        raise ConfigError(f"adapter.form.active: got {number}, and adapter.rank is {rank}; give at most that")
+    refuse_above_rank(rank, active=number)
     if rank % partition:
         raise ConfigError(f"adapter.form.partition: got {partition}, and adapter.rank is {rank}; give a divisor of it")
     return Smora(rank=rank, active=number, partition=partition, bias=bias, scale=alpha / number, trains_a=trains_a)

@@ -14,11 +14,9 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from lori_dist import config, rows
+from lori_dist.adapter.row_tokens import IGNORED as IGNORED
 from lori_dist.errors import ConfigError
 from lori_dist.training import tokens
-
-IGNORED = -100
-"""Label of a token that is not a target."""
 
 CLOCK = """
 {%- macro strftime_now(format) %}

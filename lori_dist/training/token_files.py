@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import zlib
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, overload
@@ -38,7 +39,23 @@ class Damaged(Exception):
     """A file is not what was written."""
 
 
-class TokenFile(Sequence[Example]):
+class _Examples(Sequence[Example]):
+    """Examples of which `_at` reads one."""
+
+    @overload
+    def __getitem__(self, row: int) -> Example: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Example]: ...
+    def __getitem__(self, row: int | slice) -> Example | list[Example]:
+        if isinstance(row, slice):
+            return [self[one] for one in range(*row.indices(len(self)))]
+        return self._at(row)
+
+    @abstractmethod
+    def _at(self, row: int) -> Example: ...
+
+
+class TokenFile(_Examples):
     """The examples of a file. Only what is being read of it is in this process's memory."""
 
     def __init__(self, path: Path) -> None:
@@ -63,13 +80,7 @@ class TokenFile(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._prompts)
 
-    @overload
-    def __getitem__(self, row: int) -> Example: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[Example]: ...
-    def __getitem__(self, row: int | slice) -> Example | list[Example]:
-        if isinstance(row, slice):
-            return [self[one] for one in range(*row.indices(len(self)))]
+    def _at(self, row: int) -> Example:
         if not 0 <= row < len(self):
             raise IndexError(row)
         self._released()
@@ -138,7 +149,7 @@ class TokenFile(Sequence[Example]):
             self._map.madvise(mmap.MADV_DONTNEED)
 
 
-class Some(Sequence[Example]):
+class Some(_Examples):
     """Some rows of a file, in an order of their own."""
 
     def __init__(self, file: TokenFile, rows: npt.NDArray[np.int64]) -> None:
@@ -154,13 +165,7 @@ class Some(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, row: int) -> Example: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[Example]: ...
-    def __getitem__(self, row: int | slice) -> Example | list[Example]:
-        if isinstance(row, slice):
-            return [self[one] for one in range(*row.indices(len(self)))]
+    def _at(self, row: int) -> Example:
         return self._file[int(self._rows[row])]
 
     def num_tokens(self, row: int) -> int:
@@ -175,7 +180,7 @@ class Some(Sequence[Example]):
         return sum(map(self.num_tokens, found)), sum(map(self.num_targets, found))
 
 
-class Rows(Sequence[Example]):
+class Rows(_Examples):
     """The first rows of one file or several, one file after the other."""
 
     def __init__(self, *parts: tuple[TokenFile | Some, int]) -> None:
@@ -186,13 +191,7 @@ class Rows(Sequence[Example]):
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    @overload
-    def __getitem__(self, row: int) -> Example: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[Example]: ...
-    def __getitem__(self, row: int | slice) -> Example | list[Example]:
-        if isinstance(row, slice):
-            return [self[one] for one in range(*row.indices(len(self)))]
+    def _at(self, row: int) -> Example:
         file, place = self._place(row)
         return file[place]
 
